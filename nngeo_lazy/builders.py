@@ -1,0 +1,217 @@
+"""A network and a loader in, a matrix out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .data import Batch, Batches
+from .errors import DataError, NonFiniteError, TooLargeError
+from .jacobian.capture import Capture
+from .jacobian.plan import Part
+from .jacobian.record import recording, refuse_training_mode
+from .likelihoods import Likelihood, check_estimator, resolve as resolve_likelihood
+from .operators import BaseLinearOperator
+from .representations import Make, Representation, Statistic, resolve as resolve_representation
+from .selectors import Selector, space_of
+from .space import ParamSpace
+
+__all__ = ["FIM"]
+
+
+def FIM(  # noqa: N802 - the field writes it in capitals
+    model: nn.Module,
+    loader: Any,
+    representation: str | Representation = "kfac",
+    *,
+    likelihood: str | Likelihood | None = None,
+    estimator: str = "exact",
+    samples: int = 1,
+    seed: int | None = None,
+    params: Selector | None = None,
+    forward: Callable[[nn.Module, Any], Tensor] | None = None,
+    target: Callable[[Any], Tensor] | None = None,
+    max_directions: int = 1000,
+    progress: bool = False,
+) -> BaseLinearOperator:
+    r"""The Fisher information matrix of a network, as a lazy linear operator.
+
+    .. math:: F = \frac1N \sum_n J_n^T \, \mathbb{E}_{y \sim p(y|f_n)}
+        [\nabla_f \log p \, \nabla_f \log p^T] \, J_n
+
+    with J_n the Jacobian of the outputs of example n in the parameters. The mean is over all N
+    examples of the loader, of a loss that sums over the positions of an example; masked terms
+    contribute zero. `F.num_examples * F` is the sum.
+
+    Args:
+        model: the network, in the mode in which it is to be differentiated (`model.eval()` where it
+            has dropout or batch normalisation). It is left as it was.
+        loader: a `DataLoader`, another re-iterable of batches, or one batch.
+        representation: "kfac", "ekfac", "diagonal", "block_diagonal", "dense", or an options object
+            from `nngeo_lazy.representations`.
+        likelihood: "categorical", "bernoulli", "gaussian", or an object from
+            `nngeo_lazy.likelihoods`; None is categorical where the first batch proves it.
+        estimator: "exact" (expectation over the model's labels), "mc" (sampled labels) or
+            "empirical" (observed labels).
+        samples: label draws for each example, for "mc".
+        seed: of the draws; a two-pass build re-uses each example's draws.
+        params: which parameters; by default those that require a gradient.
+        forward: `(model, batch) -> outputs` in place of the default call.
+        target: `batch -> target` in place of the default; read only for observed labels and masks.
+        max_directions: the most output directions of one example in an exact computation.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The operator, P x P in the order of `model.named_parameters()`; see `nngeo_lazy.operators`.
+
+    Raises:
+        DataError: the loader, its batches, the targets or an option do not fit.
+        StochasticModelError: the model is random, or mixes examples.
+        NonFiniteError: NaN or infinity in the parameters, the outputs or the statistics.
+        TooLargeError: more than `max_directions`, or a dense block past its limit.
+        UnsupportedLayerError: a layer whose gradient is no derivative.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(3, 2)
+        >>> x, y = torch.randn(8, 3), torch.tensor([0, 1] * 4)
+        >>> F = FIM(model, (x, y), "kfac")
+        >>> F.shape, F.num_examples
+        (torch.Size([8, 8]), 8)
+        >>> step = F.solve(F.space.zeros(), damping=1e-3)
+
+    Source:
+        Martens (2020), New insights and perspectives on the natural gradient method, eq. 1;
+        Kunstner et al. (2019) on the empirical Fisher.
+    """
+    check_estimator(estimator)
+    if not isinstance(samples, int) or samples < 1:
+        raise DataError(f"expected samples to be a positive integer, got {samples!r}")
+    wanted = resolve_representation(representation)
+    space = space_of(model, params)
+    _require_finite_parameters(model, space)
+    refuse_training_mode(model)
+    batches = Batches(
+        loader, device=space.device, forward=forward, target=target, progress=progress
+    )
+    if seed is None and estimator == "mc":
+        seed = int(torch.randint(2**62, ()))
+    sweep = _FisherSweep(
+        model, space, batches, likelihood, estimator, samples, seed, max_directions
+    )
+    return wanted.build(sweep)
+
+
+class _FisherSweep:
+    """Passes over the data that feed the Fisher's directions to statistics."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        space: ParamSpace,
+        batches: Batches,
+        likelihood: str | Likelihood | None,
+        estimator: str,
+        samples: int,
+        seed: int | None,
+        max_directions: int,
+    ) -> None:
+        self.space = space
+        self._model = model
+        self._batches = batches
+        self._likelihood = likelihood
+        self._estimator = estimator
+        self._samples = samples
+        self._seed = seed
+        self._max_directions = max_directions
+        self._capture = Capture(model, space, batches.forward)
+        self.dtype = torch.promote_types(space.dtype, torch.float32)
+        self.num_examples = 0
+        self.num_terms = 0
+
+    @property
+    def parts(self) -> Sequence[Part]:
+        return self._capture.parts
+
+    def __call__(self, make: Make) -> Sequence[Statistic]:
+        """One pass; `num_examples` and `num_terms` are those of the last one."""
+        statistics: Sequence[Statistic] | None = None
+        examples, terms = 0, torch.zeros((), dtype=torch.int64, device=self.space.device)
+        flags: dict[str, Tensor] = {}
+        with (
+            _seeded(self._seed, self.space.device) as generator,
+            recording(self._model, self.space.parameters(self._model)),
+        ):
+            for batch in self._batches:
+                recorded = self._capture(batch.raw)
+                outputs, target = recorded.outputs, batch.target
+                likelihood = self._fit(outputs, target)
+                for message, wrong in likelihood.flags(outputs, target).items():
+                    flags[message] = flags[message] | wrong if message in flags else wrong
+                examples += outputs.shape[0]
+                terms += likelihood.num_terms(outputs, target)
+                if statistics is None:
+                    statistics = make(self._capture.parts)
+                count = self._count(likelihood, outputs, target)
+                directions = likelihood.directions(
+                    outputs, target, self._estimator, samples=self._samples, generator=generator
+                )
+                for forms, first, last in recorded.chunks(directions, count):
+                    for each in statistics:
+                        each.update([forms[k] for k in each.indices], first, last)
+        _raise_flags(flags)
+        self.num_examples, self.num_terms = examples, int(terms)
+        return statistics or ()
+
+    def _fit(self, outputs: Tensor, target: Tensor | None) -> Likelihood:
+        if not isinstance(self._likelihood, Likelihood):
+            self._likelihood = resolve_likelihood(self._likelihood, outputs, target)
+        self._likelihood.check(outputs, target)
+        return self._likelihood
+
+    def _count(self, likelihood: Likelihood, outputs: Tensor, target: Tensor | None) -> int:
+        count = likelihood.num_directions(outputs, target, self._estimator, self._samples)
+        if self._estimator == "exact" and count > self._max_directions:
+            raise TooLargeError(
+                f"an exact Fisher of outputs {tuple(outputs.shape)} takes {count} backward passes "
+                f"for each batch, one for each output direction of an example, more than "
+                f"max_directions={self._max_directions}: take estimator='mc' (one for each sample), "
+                "or raise max_directions"
+            )
+        return count
+
+
+@contextmanager
+def _seeded(seed: int | None, device: torch.device) -> Iterator[torch.Generator | None]:
+    """The same label draws, and the same order of a shuffling loader, in every pass."""
+    if seed is None:
+        yield None
+        return
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(seed)
+        yield torch.Generator(device=device).manual_seed(seed)
+
+
+def _require_finite_parameters(model: nn.Module, space: ParamSpace) -> None:
+    parameters = space.parameters(model)
+    finite = torch.stack([p.detach().isfinite().all() for p in parameters.values()]).tolist()
+    if bad := [name for name, ok in zip(parameters, finite, strict=True) if not ok]:
+        raise NonFiniteError(
+            f"expected finite parameters, but {bad} hold NaN or infinity: the training that led "
+            "here diverged"
+        )
+
+
+def _raise_flags(flags: dict[str, Tensor]) -> None:
+    """What a pass noted on the device, read once at its end."""
+    if not flags:
+        return
+    wrong = torch.stack([flag.reshape(()) for flag in flags.values()]).tolist()
+    if messages := [message for message, bad in zip(flags, wrong, strict=True) if bad]:
+        kind = NonFiniteError if any("finite" in message for message in messages) else DataError
+        raise kind("; ".join(messages))

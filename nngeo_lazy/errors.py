@@ -1,0 +1,61 @@
+"""Named errors and warnings. A message says what was expected, what came, and what to do."""
+
+from __future__ import annotations
+
+__all__ = [
+    "ConvergenceWarning",
+    "DataError",
+    "NNGeoError",
+    "NonFiniteError",
+    "NotPositiveDefiniteError",
+    "SpaceMismatchError",
+    "StochasticModelError",
+    "TooLargeError",
+    "UnsupportedLayerError",
+]
+
+
+class NNGeoError(Exception):
+    """Base class of every error that this package raises on purpose."""
+
+
+class SpaceMismatchError(NNGeoError, ValueError):
+    """A vector, name or selector does not fit the parameter space."""
+
+
+class UnsupportedLayerError(NNGeoError, NotImplementedError):
+    """A layer or an operation that has no exact form here."""
+
+
+class NotPositiveDefiniteError(NNGeoError, ArithmeticError):
+    """A matrix is singular or indefinite where positive definiteness is needed."""
+
+
+class NonFiniteError(NNGeoError, ArithmeticError):
+    """NaN or infinity where a finite number is needed."""
+
+
+class StochasticModelError(NNGeoError, RuntimeError):
+    """The model is not one fixed function of one example at a time."""
+
+
+class DataError(NNGeoError, ValueError):
+    """The loader, its batches, the targets or an option do not fit."""
+
+
+class TooLargeError(NNGeoError, MemoryError):
+    """The computation asked for is larger than its stated limit."""
+
+
+class ConvergenceWarning(UserWarning):
+    """An iterative method stopped before its tolerance.
+
+    Attributes:
+        residual: the largest relative residual over the columns.
+        iterations: how many iterations were done.
+    """
+
+    def __init__(self, message: str, residual: float, iterations: int) -> None:
+        super().__init__(message)
+        self.residual = residual
+        self.iterations = iterations

@@ -1,0 +1,330 @@
+"""From a batch to forms: one recorded forward, then backwards to the layers' outputs only.
+
+No weight gradient is formed. Output directions stream in chunks, so that memory depends on neither
+their number nor the number of examples in the loader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import DataError, NonFiniteError, StochasticModelError, UnsupportedLayerError
+from ..space import ParamSpace
+from .forms import Form, Rows
+from .general import Forward, GeneralRows, cut
+from .inputs import Inputs
+from .plan import Fold, Part, by_example, make_parts, probe_folds, probe_rows
+from .record import Call, Recorder
+
+__all__ = ["Capture", "Recorded"]
+
+CHUNK_BYTES = 2**22  # gradients of several directions are stacked up to this size
+GENERAL_TILE_BYTES = 2**27  # rows of the general way; a tile costs a pass, so tiles are large
+PROBED = 3  # examples in the self-check
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One recorded forward."""
+
+    raw: Any
+    outputs: Tensor
+    calls: list[Call]
+    formless: dict[str, str]
+
+    @property
+    def n(self) -> int:
+        return self.outputs.shape[0]
+
+    @property
+    def keys(self) -> list[tuple[str, str | None, str | None]]:
+        return [call.key for call in self.calls]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the self-check found; it holds for every batch that shows the same calls."""
+
+    keys: list[tuple[str, str | None, str | None]]
+    parts: list[Part]
+    folds: list[Fold | None]
+    general: dict[int, GeneralRows]
+    examples: int
+
+    def fits(self, record: _Pass) -> bool:
+        if self.examples == 1 and record.n > 1:  # one example shows no example axis
+            return False
+        return record.keys == self.keys and all(
+            self.folds[k] is None or self.folds[k].fits(record.calls[k].shape, record.n)  # type: ignore[union-attr]
+            for part in self.parts
+            for k, _ in part.members
+        )
+
+
+class Capture:
+    """The forms of a model's parameters, batch by batch.
+
+    Args:
+        model: the network, in the mode in which it is to be differentiated.
+        space: the selected parameters.
+        forward: (model, raw batch) -> outputs, whose dimension 0 is the examples.
+    """
+
+    def __init__(self, model: nn.Module, space: ParamSpace, forward: Forward) -> None:
+        self._model = model
+        self._space = space
+        self._forward = forward
+        self._parameters = space.parameters(model)
+        self._plan: _Plan | None = None
+
+    @property
+    def parts(self) -> list[Part]:
+        """The parameters by form; known after the first batch."""
+        if self._plan is None:
+            raise RuntimeError("no batch has been captured")
+        return self._plan.parts
+
+    def __call__(self, raw: Any) -> Recorded:
+        """Record one forward; on the first batch, also plan and prove."""
+        record = self._record(raw)
+        if self._plan is None or not self._plan.fits(record):
+            self._plan = self._replan(record)
+        return Recorded(record, self._plan)
+
+    def _record(self, raw: Any) -> _Pass:
+        recorder = Recorder(self._parameters)
+        with recorder:
+            outputs = self._forward(self._model, raw)
+        return _Pass(raw, outputs, recorder.calls, recorder.formless)
+
+    def _replan(self, record: _Pass) -> _Plan:
+        if not bool(record.outputs.isfinite().all()):
+            raise NonFiniteError(
+                "expected finite outputs, but the model gives NaN or infinity on the first batch: "
+                "check the inputs, and the training that led to these parameters"
+            )
+        if record.outputs.grad_fn is None:
+            raise DataError(
+                "the outputs do not depend on any selected parameter: select others with params=, "
+                "and check that the forward pass does not run under no_grad or detach"
+            )
+        few = self._few(record)
+        plan = None if few is None else self._prove(few)
+        if plan is None or not plan.fits(record):
+            plan = self._prove(record)
+        before = self._plan
+        if before is not None and [(p.names, p.layout, p.kind) for p in plan.parts] != [
+            (p.names, p.layout, p.kind) for p in before.parts
+        ]:
+            raise UnsupportedLayerError(
+                "expected every batch to use the parameters in the same way, but a later batch "
+                f"calls {_differing(before.keys, record.keys)}: use batches of one kind"
+            )
+        return plan
+
+    def _few(self, record: _Pass) -> _Pass | None:
+        """A few examples of the batch on their own, or None where the batch cannot be cut.
+
+        The outputs must be the same as within the batch: one fixed function, one example at a time.
+        """
+        n, outputs = record.n, record.outputs.detach()
+        index = torch.tensor(sorted({0, n // 2, n - 1})[:PROBED])
+        alone = None
+        if n > 1:
+            kept = index if n > PROBED else index[:1]
+            alone = self._try(cut(record.raw, n, kept), record, len(kept))
+        same = self._record(record.raw) if alone is None or n <= PROBED else None
+        if same is not None and not _close(same.outputs, outputs):
+            raise StochasticModelError(
+                "expected one fixed function, but two forward passes of the same batch differ: "
+                "call model.eval(), and remove sampling from the forward pass"
+            )
+        if alone is None:
+            return same
+        if not _close(alone.outputs, outputs[kept.to(outputs.device)]):
+            again = self._record(alone.raw)
+            if not _close(again.outputs, alone.outputs):
+                raise StochasticModelError(
+                    "expected one fixed function, but two forward passes of the same examples "
+                    "differ: call model.eval(), and remove sampling from the forward pass"
+                )
+            raise StochasticModelError(
+                "expected a model that treats each example on its own, but the outputs of "
+                f"{len(kept)} examples change when the {n - len(kept)} others are left out: per-"
+                "example gradients do not exist for it. Batch statistics? Call model.eval()"
+            )
+        return same or alone
+
+    def _try(self, raw: Any, record: _Pass, n: int) -> _Pass | None:
+        try:
+            alone = self._record(raw)
+        except Exception:  # a batch that cannot be cut: the whole batch is probed instead
+            return None
+        same = alone.outputs.shape == (n, *record.outputs.shape[1:]) and alone.keys == record.keys
+        return alone if same else None
+
+    def _prove(self, record: _Pass) -> _Plan:
+        """The self-check (see `plan`) on a recorded pass."""
+        outputs, calls, n = record.outputs, record.calls, record.n
+        generator = torch.Generator(device=outputs.device).manual_seed(0)
+        parameters = list(self._parameters.values())
+        edges = [call.edge for call in calls]
+        probes = []
+        touched = dict.fromkeys(self._space.names, False)
+        for example in sorted({0, n - 1}):
+            cotangent = torch.zeros_like(outputs)
+            shape = outputs.shape[1:]
+            noise = torch.randn(shape, generator=generator, device=outputs.device)
+            cotangent[example] = noise.to(outputs.dtype)
+            grads = torch.autograd.grad(
+                outputs, [*edges, *parameters], cotangent, retain_graph=True, allow_unused=True
+            )
+            of_parameters = dict(zip(self._space.names, grads[len(edges) :], strict=True))
+            touched.update((k, True) for k, g in of_parameters.items() if g is not None)
+            flat = self._space.ravel(
+                {
+                    name: torch.zeros_like(self._parameters[name]) if g is None else g
+                    for name, g in of_parameters.items()
+                }
+            )
+            probes.append((example, cotangent, grads[: len(edges)], flat))
+        unused = {name for name, seen in touched.items() if not seen}
+        if len(unused) == len(touched):
+            raise DataError("the outputs do not depend on any selected parameter")
+        folds = probe_folds(calls, [(e, grads) for e, _, grads, _ in probes], n)
+        parts = self._demote(record, folds, probes, unused)
+        general = {}
+        for k, part in enumerate(parts):
+            if part.kind == "general":
+                chosen = {name: self._parameters[name] for name in part.names}
+                general[k] = GeneralRows(self._model, chosen, self._forward)
+                general[k].probe(
+                    record.raw,
+                    outputs,
+                    [(e, c) for e, c, _, _ in probes],
+                    [part.layout.gather(flat.unsqueeze(-1)).squeeze(-1) for *_, flat in probes],
+                )
+        return _Plan(record.keys, parts, folds, general, n)
+
+    def _demote(
+        self,
+        record: _Pass,
+        folds: list[Fold | None],
+        probes: Sequence[tuple[int, Tensor, Sequence[Tensor | None], Tensor]],
+        unused: set[str],
+    ) -> list[Part]:
+        """The parts, with all whose rows are not autograd's on the general way."""
+        general = dict(record.formless)
+        for call, fold in zip(record.calls, folds, strict=True):
+            if fold is None:
+                note = f"the output of {call.function} {tuple(call.shape)} has no example axis"
+                general.update({name: note for name in (call.weight, call.bias) if name})
+        checks = [(e, grads, flat) for e, _, grads, flat in probes]
+        for part in make_parts(self._space, record.calls, general, unused):
+            formed = part.kind in ("outer", "rows", "summed")
+            if formed and not probe_rows(part, record.calls, folds, checks, record.n):
+                note = f"its rows from {part.function} are not autograd's: it is used elsewhere too"
+                general.update(dict.fromkeys(part.names, note))
+        return make_parts(self._space, record.calls, general, unused)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One batch, ready for output directions."""
+
+    record: _Pass
+    plan: _Plan
+    _inputs: dict[int, list[Inputs]] = field(default_factory=dict)
+
+    @property
+    def outputs(self) -> Tensor:
+        """The model's outputs (N, ...), detached."""
+        return self.record.outputs.detach()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What statistics are accumulated in: the outputs' dtype, at least float32."""
+        return torch.promote_types(self.record.outputs.dtype, torch.float32)
+
+    def chunks(
+        self, directions: Iterator[Tensor], count: int
+    ) -> Iterator[tuple[list[Form | None], bool, bool]]:
+        """For each chunk of directions: every part's form (None where unused), first, last.
+
+        Args:
+            directions: cotangents shaped like the outputs.
+            count: how many there are; the graph is freed behind the last.
+        """
+        used = sorted({k for part in self.plan.parts for k, _ in part.members})
+        edges = [self.record.calls[k].edge for k in used]
+        one = sum(self.record.calls[k].shape.numel() for k in used) * self.dtype.itemsize
+        step = max(1, CHUNK_BYTES // max(1, one))
+        keep = any(rows.way == "masked" for rows in self.plan.general.values())
+        done = 0
+        while chunk := [d.to(self.record.outputs.dtype) for d in islice(directions, step)]:
+            collected = []
+            for direction in chunk:
+                done += 1
+                if edges:
+                    collected.append(
+                        torch.autograd.grad(
+                            self.record.outputs,
+                            edges,
+                            direction,
+                            retain_graph=keep or done < count,
+                            allow_unused=True,
+                        )
+                    )
+            by_call = {k: [grads[j] for grads in collected] for j, k in enumerate(used)}
+            yield self._forms(by_call, chunk), done == len(chunk), done == count
+
+    def _forms(
+        self, by_call: Mapping[int, list[Tensor | None]], chunk: list[Tensor]
+    ) -> list[Form | None]:
+        calls, folds, n = self.record.calls, self.plan.folds, self.record.n
+        gradients = {
+            k: by_example(calls[k], folds[k], grads, n).to(self.dtype)
+            for k, grads in by_call.items()
+        }
+        forms: list[Form | None] = []
+        for k, part in enumerate(self.plan.parts):
+            if part.kind == "unused":
+                forms.append(None)
+            elif part.kind == "general":
+                forms.append(self._general(self.plan.general[k], part, chunk))
+            else:
+                if k not in self._inputs:
+                    self._inputs[k] = [x.to(self.dtype) for x in part.inputs(calls, folds, n)]
+                forms.append(part.form(calls, folds, self._inputs[k], gradients))
+        return forms
+
+    def _general(self, make: GeneralRows, part: Part, chunk: list[Tensor]) -> Rows:
+        directions = torch.stack(chunk)
+
+        def compute(start: int, stop: int) -> Tensor:
+            raw, outputs = self.record.raw, self.record.outputs
+            return make(raw, outputs, directions, start, stop).to(self.dtype)
+
+        shape = (len(chunk), self.record.n, part.layout.size)
+        return Rows(compute, shape, self.dtype, GENERAL_TILE_BYTES)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    a, b = a.detach().flatten(), b.detach().flatten()
+    tolerance = torch.finfo(a.dtype).eps ** 0.5
+    return bool((a - b).norm() <= tolerance * b.norm())
+
+
+def _differing(
+    before: list[tuple[str, str | None, str | None]], now: list[tuple[str, str | None, str | None]]
+) -> str:
+    for old, new in zip(before, now, strict=False):
+        if old != new:
+            return f"{new} where {old} was called before"
+    return f"{len(now)} layers where {len(before)} were called before"

@@ -1,0 +1,289 @@
+"""The two canonical forms of a layer's per-example Jacobian, and what can be done with them.
+
+`Outer`: J_n[r] = sum_t g[r,n,t] x[n,t]^T, for every layer that multiplies by a weight. `Rows`: the
+rows themselves, for all else. Shapes, here and below: R directions, N examples, G groups, T positions
+that share the weight, o outputs, i inputs, w = i (+ 1 with a bias, the homogeneous coordinate last).
+A form's coordinates are (G, o, w), row-major, p = G o w of them: `layout.Layout` knows where they lie.
+
+Every operation is a plain sum over directions and examples; scales are the caller's.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .inputs import IndexInputs, Inputs, moment, with_bias
+
+__all__ = ["Form", "Outer", "Rows", "gram", "second_moment"]
+
+TILE_BYTES = 2**23  # rows are made a tile of examples at a time, small enough to stay in cache
+
+
+class Form(ABC):
+    """The Jacobian of one block's parameters in R directions, for N examples."""
+
+    shape: tuple[int, int, int]  # (R, N, p)
+    dtype: torch.dtype
+    tile_bytes: int = TILE_BYTES
+
+    @abstractmethod
+    def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """The rows themselves, (R, n, p), of a range of examples."""
+
+    @abstractmethod
+    def sqsum(self) -> Tensor:
+        """Sum over r, n of the squared rows, (p,): the diagonal of the second moment."""
+
+    def jvp(self, vectors: Tensor) -> Tensor:
+        """Rows times columns: (p, k) -> (R, N, k)."""
+        return torch.cat([self.rows(a, b) @ vectors for a, b in self.tiles()], 1)
+
+    def vjp(self, weights: Tensor) -> Tensor:
+        """Weighted sum of the rows: (R, N, k) -> (p, k)."""
+        parts = [
+            self.rows(a, b).flatten(0, 1).mT @ weights[:, a:b].flatten(0, 1)
+            for a, b in self.tiles()
+        ]
+        return torch.stack(parts).sum(0)
+
+    def tiles(self, copies: int = 1) -> Iterator[tuple[int, int]]:
+        """Ranges of examples whose rows fill about one tile."""
+        r, n, p = self.shape
+        one = max(1, r * p * copies * torch.finfo(self.dtype).bits // 8)
+        step = max(1, self.tile_bytes // one)
+        for start in range(0, n, step):
+            yield start, min(start + step, n)
+
+
+@dataclass(frozen=True)
+class Rows(Form):
+    """Rows (R, N, p): stored, or made a range of examples at a time by `compute(start, stop)`."""
+
+    compute: Callable[[int, int], Tensor]
+    shape: tuple[int, int, int]
+    dtype: torch.dtype
+    tile_bytes: int = TILE_BYTES
+
+    @classmethod
+    def stored(cls, values: Tensor) -> Rows:
+        r, n, p = values.shape
+        return cls(lambda start, stop: values[:, start:stop], (r, n, p), values.dtype)
+
+    def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
+        return self.compute(start, self.shape[1] if stop is None else min(stop, self.shape[1]))
+
+    def sqsum(self) -> Tensor:
+        return torch.stack([self.rows(a, b).square().sum((0, 1)) for a, b in self.tiles()]).sum(0)
+
+
+@dataclass(frozen=True)
+class Outer(Form):
+    """J_n[r] = sum_t g[r,n,t] x[n,t]^T.
+
+    Attributes:
+        g: output gradients (R, N, G, T, o).
+        inputs: the input factor; None where the block is a bias alone (x is the column of ones).
+        bias: whether the homogeneous coordinate is appended to x.
+    """
+
+    g: Tensor
+    inputs: Inputs | None
+    bias: bool
+
+    @property
+    def shape(self) -> tuple[int, int, int]:  # type: ignore[override]
+        r, n, groups, _, o = self.g.shape
+        return r, n, groups * o * self.width
+
+    @property
+    def width(self) -> int:
+        return (0 if self.inputs is None else self.inputs.shape[3]) + int(self.bias)
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self.g.dtype
+
+    def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
+        g = self.g[:, start:stop]
+        parts = []
+        if self.inputs is not None:
+            parts.append(_outer(g, self.inputs.dense(start, stop)))
+        if self.bias:
+            parts.append(g.sum(3).unsqueeze(-1))
+        joint = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        return joint.flatten(2)  # (R,n,G,o,w) -> (R,n,p)
+
+    def sqsum(self) -> Tensor:
+        squares = self.squares()
+        if squares is not None:
+            return self.sqsum_from(squares)
+        parts = []
+        if isinstance(self.inputs, IndexInputs):
+            parts.append(self._sqsum_indexed(self.inputs))
+        elif self.inputs is not None:
+            parts.append(self._sqsum_dense(self.inputs.dense))
+        if self.bias:
+            parts.append(self.g.sum(3).square().sum((0, 1)).unsqueeze(-1))  # (G,o,1)
+        return torch.cat(parts, -1).flatten()
+
+    def squares(self) -> Tensor | None:
+        """Sum over r of g^2, (N, G, o), where the squared rows need no more of g; else None.
+
+        With a single position the square of an outer product is the outer product of squares, so that
+        directions can be summed first.
+        """
+        if self.g.shape[3] > 1 or isinstance(self.inputs, IndexInputs):
+            return None
+        return self.g.square().sum(0).squeeze(2)
+
+    def sqsum_from(self, squares: Tensor, right: Tensor | None = None) -> Tensor:
+        """`sqsum` from the sum of `squares` over all directions, in the right basis where given."""
+        n, w = squares.shape[0], self.width
+        if self.inputs is None:
+            return squares.sum(0).flatten()
+        if right is None or right.dim() == 2:
+            x = self.inputs.dense()
+            x = with_bias(x) if self.bias else x
+        else:
+            x = self.inputs.rotated(right, self.bias, 0, n)
+        xx = x.squeeze(2).square()  # (N,G,w)
+        return (squares.permute(1, 2, 0) @ xx.transpose(0, 1)).view(-1, w).flatten()
+
+    def rotated(self, left: Tensor) -> Outer:
+        """The output gradients in the basis left (G, o, o); a 2-d basis is the identity."""
+        if left.dim() == 2:
+            return self
+        return Outer(self.g @ left, self.inputs, self.bias)  # (R,N,G,T,o)(G,o,o)
+
+    def sqsum_rotated(self, right: Tensor) -> Tensor:
+        """`sqsum` with the inputs in the basis right (G, w, w); a 2-d basis is the identity.
+
+        Behind `rotated`: the squared projections on the eigenvectors left[:, a] kron right[:, b],
+        (p,), EKFAC's eigenvalues (George et al. 2018, eq. 10).
+        """
+        squares = self.squares()
+        if squares is not None:
+            return self.sqsum_from(squares, right)
+        if self.inputs is None or right.dim() == 2:
+            return self.sqsum()  # a single input needs no rotation: its basis is a sign
+        inputs, bias = self.inputs, self.bias
+        return self._sqsum_dense(lambda start, stop: inputs.rotated(right, bias, start, stop)).flatten()
+
+    def output_moment(self, diagonal: bool = False) -> Tensor:
+        """Sum over r, n, t of g g^T, (G, o, o), or its diagonal (G, o): KFAC's output factor."""
+        if diagonal:
+            return self.g.square().sum((0, 1, 3))
+        return moment(self.g.flatten(0, 1))
+
+    def input_moment(self, diagonal: bool = False) -> Tensor:
+        """Sum over n, t of x x^T, (G, w, w), or its diagonal (G, w): KFAC's input factor."""
+        if self.inputs is None:
+            count = self.g.shape[1] * self.g.shape[3]
+            return self.g.new_full((self.g.shape[2], 1, 1), float(count))
+        if diagonal:
+            return self.inputs.square_sum(self.bias)
+        return self.inputs.moment(self.bias)
+
+    @property
+    def positions(self) -> Tensor | int:
+        """How many positions the input factor sums over, N T."""
+        if self.inputs is None:
+            return self.g.shape[1] * self.g.shape[3]
+        return self.inputs.positions()
+
+    def reduced(self) -> Outer:
+        """(sum_t g, mean_t x) as a form with one position: the setting of KFAC-reduce."""
+        inputs = None if self.inputs is None else self.inputs.reduced()
+        return Outer(self.g.sum(3, keepdim=True), inputs, self.bias)
+
+    def jvp(self, vectors: Tensor) -> Tensor:
+        groups, o = self.g.shape[2], self.g.shape[4]
+        v = vectors.reshape(groups, o, self.width, -1)  # (G,o,w,k)
+        out = 0.0
+        if self.inputs is not None:
+            x = self.inputs.dense()
+            out = torch.einsum("rngto,ngti,goik->rnk", self.g, x, v[:, :, : x.shape[-1]])
+        if self.bias:
+            out = out + torch.einsum("rngto,gok->rnk", self.g, v[:, :, -1])
+        return torch.as_tensor(out)
+
+    def vjp(self, weights: Tensor) -> Tensor:
+        parts = []
+        if self.inputs is not None:
+            x = self.inputs.dense()
+            parts.append(torch.einsum("rnk,rngto,ngti->goik", weights, self.g, x))
+        if self.bias:
+            parts.append(torch.einsum("rnk,rngto->gok", weights, self.g).unsqueeze(2))
+        return torch.cat(parts, 2).flatten(0, 2)  # (G,o,w,k) -> (p,k)
+
+    def bias_cross(self) -> Tensor:
+        """Sum over r, n of row[o, i] row[o, bias]: (G, o, i), for the quasi-diagonal."""
+        if self.inputs is None or not self.bias:
+            raise ValueError("bias_cross needs a weight and a bias")
+        c = self.g.sum(3)  # (R,N,G,o)
+        return torch.einsum("rngo,rngto,ngti->goi", c, self.g, self.inputs.dense())
+
+    def _sqsum_dense(self, x: Callable[[int, int], Tensor]) -> Tensor:
+        total: Tensor | None = None
+        for a, b in self.tiles():
+            tile = _outer(self.g[:, a:b], x(a, b)).square_().sum((0, 1))
+            total = tile if total is None else total.add_(tile)
+        if total is None:
+            raise ValueError("a form without examples")
+        return total
+
+    def _sqsum_indexed(self, inputs: IndexInputs) -> Tensor:
+        r, n, _, t, o = self.g.shape
+        slots, owner = inputs.segments()  # (N,T): positions of one index share a slot
+        g = self.g.squeeze(2) * inputs.weight[..., None]  # (R,N,T,o)
+        where = slots.expand(r, n, t)[..., None].expand_as(g)
+        summed = torch.zeros_like(g).scatter_add_(2, where, g)
+        squared = summed.square_().sum(0).flatten(0, 1)  # (N T,o)
+        out = g.new_zeros(inputs.width, o).index_add_(0, owner.flatten(), squared)
+        return out.mT.unsqueeze(0)  # (1,o,V)
+
+
+def _outer(g: Tensor, x: Tensor) -> Tensor:
+    """Sum over t of g x^T: (R,n,G,T,o), (n,G,T,w) -> (R,n,G,o,w)."""
+    r, n, groups, t, o = g.shape
+    if r == 1:
+        return (g.squeeze(0).mT @ x).unsqueeze(0)
+    # All directions of an example against its x at once: one (R o, T) product.
+    stacked = g.permute(1, 2, 0, 4, 3).reshape(n, groups, r * o, t)
+    return (stacked @ x).unflatten(2, (r, o)).permute(2, 0, 1, 3, 4)
+
+
+def second_moment(forms: Sequence[Form]) -> Tensor:
+    """Sum over r, n of the joint rows' outer products, (p, p), the forms' coordinates in order."""
+    total: Tensor | None = None
+    p = sum(form.shape[2] for form in forms)
+    widest = max(forms, key=lambda form: form.shape[2])
+    for a, b in widest.tiles(copies=max(1, p // max(1, widest.shape[2]))):
+        rows = torch.cat([form.rows(a, b) for form in forms], -1).flatten(0, 1)  # (R n, p)
+        tile = rows.mT @ rows
+        total = tile if total is None else total.add_(tile)
+    if total is None:
+        raise ValueError("forms without examples")
+    return total
+
+
+def gram(left: Form, right: Form) -> Tensor:
+    """Inner products of rows, (R, N, R', N'): a block of the neural tangent kernel.
+
+    For two `Outer`s by pairs of positions, (x x'^T) * (g g'^T), where that is cheaper than rows.
+    """
+    if isinstance(left, Outer) and isinstance(right, Outer) and left.g.shape[3] == 1:
+        out: Tensor | float = 0.0
+        gg = torch.einsum("rngto,smguo->rnsmgtu", left.g, right.g)
+        if left.inputs is not None and right.inputs is not None:
+            xx = torch.einsum("ngti,mgui->nmgtu", left.inputs.dense(), right.inputs.dense())
+            out = torch.einsum("rnsmgtu,nmgtu->rnsm", gg, xx)
+        if left.bias and right.bias:
+            out = out + gg.sum((-3, -2, -1))
+        return torch.as_tensor(out)
+    return torch.einsum("rnp,smp->rnsm", left.rows(), right.rows())

@@ -1,0 +1,171 @@
+"""Per-example gradients of any parameters of any model: the way that always works.
+
+Three ways, the first that reproduces autograd's gradients on probed examples is kept: `vmap` of the
+gradient over examples; one forward for each example; a masked backward of the whole batch for each
+example, which needs no batch that can be cut.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+
+from ..errors import UnsupportedLayerError
+
+__all__ = ["GeneralRows", "cut"]
+
+Forward = Callable[[nn.Module, Any], Tensor]
+WAYS = ("vmap", "slices", "masked")
+
+
+def cut(raw: Any, n: int, index: slice | Tensor) -> Any:
+    """Some examples of a batch: every tensor whose first dimension is n is indexed."""
+
+    def one(leaf: Any) -> Any:
+        return leaf[index] if isinstance(leaf, Tensor) and _by_example(leaf, n) else leaf
+
+    return pytree.tree_map(one, raw)
+
+
+def _by_example(leaf: Any, n: int) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == n
+
+
+class GeneralRows:
+    """Rows of some parameters' Jacobian, made from the model alone.
+
+    Args:
+        model: the network.
+        parameters: its parameters by name, those whose rows are wanted.
+        forward: (model, raw batch) -> outputs.
+    """
+
+    def __init__(
+        self, model: nn.Module, parameters: Mapping[str, Tensor], forward: Forward
+    ) -> None:
+        self.model = model
+        self.parameters = dict(parameters)
+        self.forward = forward
+        self.way = WAYS[0]
+
+    def probe(
+        self,
+        raw: Any,
+        outputs: Tensor,
+        cotangents: Sequence[tuple[int, Tensor]],
+        expected: Sequence[Tensor],
+    ) -> None:
+        """Keep the first way whose rows equal the expected gradients of the probed examples."""
+        reasons = []
+        for way in WAYS:
+            self.way = way
+            try:
+                with warnings.catch_warnings():
+                    # Without a batching rule vmap loops inside, slower than one forward each.
+                    warnings.filterwarnings("error", message=".*performance drop.*")
+                    agrees = all(
+                        self._agrees(self(raw, outputs, c[None], e, e + 1)[0, 0], flat)
+                        for (e, c), flat in zip(cotangents, expected, strict=True)
+                    )
+            except Exception as error:  # any failure of a foreign model rules this way out
+                reasons.append(f"{way}: {type(error).__name__}: {error}")
+                continue
+            if agrees:
+                return
+            reasons.append(f"{way}: its rows differ from autograd's gradients")
+        raise UnsupportedLayerError(
+            f"found no way to the per-example gradients of {list(self.parameters)}; tried "
+            + "; ".join(reasons)
+        )
+
+    @staticmethod
+    def _agrees(rows: Tensor, flat: Tensor) -> bool:
+        tolerance = torch.finfo(flat.dtype).eps ** 0.5
+        return bool((rows - flat).norm() <= tolerance * flat.norm())
+
+    def __call__(
+        self, raw: Any, outputs: Tensor, directions: Tensor, start: int, stop: int
+    ) -> Tensor:
+        """Rows (R, n, p) of a range of examples; directions (R, N, *outputs)."""
+        make = {"vmap": self._vmap, "slices": self._slices, "masked": self._masked}[self.way]
+        return make(raw, outputs, directions, start, stop)
+
+    def _vmap(
+        self, raw: Any, outputs: Tensor, directions: Tensor, start: int, stop: int
+    ) -> Tensor:
+        n = outputs.shape[0]
+        leaves, spec = pytree.tree_flatten(raw)
+        moving = [k for k, leaf in enumerate(leaves) if _by_example(leaf, n)]
+        whole = _Whole(self.model, self.forward)
+
+        def score(
+            parameters: dict[str, Tensor], direction: Tensor, examples: list[Tensor]
+        ) -> Tensor:
+            here = list(leaves)
+            for k, example in zip(moving, examples, strict=True):
+                here[k] = example.unsqueeze(0)
+            batch = pytree.tree_unflatten(here, spec)
+            out: Tensor = torch.func.functional_call(whole, parameters, (batch,))
+            return (out * direction.unsqueeze(0)).sum()
+
+        named = {f"model.{name}": p.detach() for name, p in self.parameters.items()}
+        examples = [leaves[k][start:stop] for k in moving]
+        rows = []
+        for direction in directions:
+            # Only the math backend of attention has batching rules.
+            with sdpa_kernel(SDPBackend.MATH):
+                by_name = torch.func.vmap(torch.func.grad(score), (None, 0, 0))(
+                    named, direction[start:stop], examples
+                )
+            rows.append(torch.cat([g.flatten(1) for g in by_name.values()], 1))
+        return torch.stack(rows)
+
+    def _slices(
+        self, raw: Any, outputs: Tensor, directions: Tensor, start: int, stop: int
+    ) -> Tensor:
+        n = outputs.shape[0]
+        rows = []
+        for k in range(start, stop):
+            out = self.forward(self.model, cut(raw, n, slice(k, k + 1)))
+            rows.append(torch.stack([self._flat(out, d[k : k + 1]) for d in directions]))
+        return torch.stack(rows, 1)
+
+    def _masked(
+        self, raw: Any, outputs: Tensor, directions: Tensor, start: int, stop: int
+    ) -> Tensor:
+        rows = []
+        for k in range(start, stop):
+            alone = torch.zeros_like(directions)
+            alone[:, k] = directions[:, k]
+            rows.append(torch.stack([self._flat(outputs, d) for d in alone]))
+        return torch.stack(rows, 1)
+
+    def _flat(self, out: Tensor, cotangent: Tensor) -> Tensor:
+        parameters = list(self.parameters.values())
+        grads = torch.autograd.grad(
+            out, parameters, cotangent, retain_graph=True, allow_unused=True
+        )
+        return torch.cat(
+            [
+                torch.zeros_like(p).flatten() if g is None else g.flatten()
+                for p, g in zip(parameters, grads, strict=True)
+            ]
+        )
+
+
+class _Whole(nn.Module):
+    """A model with its forward, so that `functional_call` reaches the parameters of both."""
+
+    def __init__(self, model: nn.Module, forward: Forward) -> None:
+        super().__init__()
+        self.model = model
+        self._forward = forward
+
+    def forward(self, raw: Any) -> Tensor:
+        return self._forward(self.model, raw)

@@ -1,0 +1,246 @@
+"""The input factor of an `Outer` form: dense vectors, indices, or patches of an image.
+
+Each holds x[n, g, t, i] (example, group, position, input) without necessarily storing it, and answers
+the three questions that the forms ask: the dense tensor, its second moment, and its coordinates in
+another basis. A homogeneous coordinate (the bias) is appended by the caller's `bias` flag.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .patches import Geometry, patch_moment, unfold
+
+__all__ = ["DenseInputs", "IndexInputs", "Inputs", "PatchInputs", "moment", "with_bias"]
+
+SUMMED_BYTES = 2**24  # products for each example are stored up to this size, then summed
+
+
+def moment(x: Tensor) -> Tensor:
+    """Sum over examples and positions of x x^T: (N, G, T, i) -> (G, i, i)."""
+    n, groups, t, width = x.shape
+    if groups == 1 and (t == 1 or x.stride(-1) == 1):
+        flat = x.reshape(n * t, width)
+        return (flat.mT @ flat).unsqueeze(0)
+    # Channels-first data: a product for each example beats copying to (N T, i).
+    if n * groups * width * width * x.element_size() <= SUMMED_BYTES:
+        return (x.mT @ x).sum(0)  # (N,G,i,T)(N,G,T,i)
+    each = [x.new_zeros(width, width).addbmm_(x[:, g].mT, x[:, g]) for g in range(groups)]
+    return torch.stack(each)
+
+
+def with_bias(x: Tensor) -> Tensor:
+    """Append the homogeneous coordinate: (..., i) -> (..., i + 1)."""
+    return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], -1)
+
+
+class Inputs(ABC):
+    """x[n, g, t, i] of one layer and one batch."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int, int, int]:
+        """(N, G, T, i)."""
+
+    @abstractmethod
+    def dense(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """The dense tensor (n, G, T, i) of a range of examples."""
+
+    @abstractmethod
+    def moment(self, bias: bool) -> Tensor:
+        """Sum over n, t of x x^T: (G, w, w), or its diagonal (G, w) where that is all there is."""
+
+    def square_sum(self, bias: bool) -> Tensor:
+        """The diagonal of `moment`, (G, w)."""
+        n, groups, t, _ = self.shape
+        squares = torch.stack([self.dense(k, k + 1).square().sum((0, 2)) for k in range(n)]).sum(0)
+        return torch.cat([squares, squares.new_full((groups, 1), n * t)], 1) if bias else squares
+
+    @abstractmethod
+    def reduced(self) -> DenseInputs:
+        """The mean over positions, (N, G, 1, i): the input of KFAC-reduce."""
+
+    @abstractmethod
+    def concatenate(self, others: list[Inputs]) -> Inputs:
+        """These and other uses of the same weight, along T."""
+
+    @abstractmethod
+    def to(self, dtype: torch.dtype) -> Inputs:
+        """The same in another dtype."""
+
+    def positions(self) -> Tensor | int:
+        """How many positions there are over all examples, N T."""
+        n, _, t, _ = self.shape
+        return n * t
+
+    def masked(self, g: Tensor) -> Tensor:
+        """Output gradients (R, N, G, T, o), zero where x is zero by the layer's definition."""
+        return g
+
+    def rotated(self, basis: Tensor, bias: bool, start: int, stop: int) -> Tensor:
+        """x in the coordinates of `basis` (G, w, w): (n, G, T, w)."""
+        x = self.dense(start, stop)
+        if not bias:
+            return x @ basis
+        return x @ basis[:, :-1] + basis[:, -1:]
+
+
+@dataclass(frozen=True)
+class DenseInputs(Inputs):
+    """Stored x (N, G, T, i)."""
+
+    x: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        n, g, t, i = self.x.shape
+        return n, g, t, i
+
+    def dense(self, start: int = 0, stop: int | None = None) -> Tensor:
+        return self.x[start:stop]
+
+    def to(self, dtype: torch.dtype) -> DenseInputs:
+        return DenseInputs(self.x.to(dtype))
+
+    def moment(self, bias: bool) -> Tensor:
+        return moment(with_bias(self.x) if bias else self.x)
+
+    def square_sum(self, bias: bool) -> Tensor:
+        return (with_bias(self.x) if bias else self.x).square().sum((0, 2))
+
+    def reduced(self) -> DenseInputs:
+        return DenseInputs(self.x.mean(2, keepdim=True))
+
+    def concatenate(self, others: list[Inputs]) -> Inputs:
+        return DenseInputs(torch.cat([self.x, *(other.dense() for other in others)], 2))
+
+
+@dataclass(frozen=True)
+class IndexInputs(Inputs):
+    """One-hot x, stored as indices (N, T) into `width`; positions outside the mask are zero."""
+
+    index: Tensor
+    width: int
+    mask: Tensor | None
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        n, t = self.index.shape
+        return n, 1, t, self.width
+
+    def to(self, dtype: torch.dtype) -> IndexInputs:
+        return replace(self, dtype=dtype)
+
+    def masked(self, g: Tensor) -> Tensor:
+        return g if self.mask is None else g * self.weight[:, None, :, None]
+
+    @property
+    def weight(self) -> Tensor:
+        """(N, T): one, or zero outside the mask."""
+        ones = torch.ones(self.index.shape, dtype=self.dtype, device=self.index.device)
+        return ones if self.mask is None else ones * self.mask
+
+    def dense(self, start: int = 0, stop: int | None = None) -> Tensor:
+        index = self.index[start:stop]
+        x = torch.zeros(*index.shape, self.width, dtype=self.dtype, device=index.device)
+        x.scatter_(-1, index.unsqueeze(-1), self.weight[start:stop].unsqueeze(-1))
+        return x.unsqueeze(1)
+
+    def moment(self, bias: bool) -> Tensor:
+        histogram = torch.zeros(self.width, dtype=self.dtype, device=self.index.device)
+        return histogram.index_add_(0, self.index.flatten(), self.weight.flatten()).unsqueeze(0)
+
+    def square_sum(self, bias: bool) -> Tensor:
+        return self.moment(bias)
+
+    def reduced(self) -> DenseInputs:
+        n, t = self.index.shape
+        mean = torch.zeros(n, self.width, dtype=self.dtype, device=self.index.device)
+        mean.scatter_add_(1, self.index, self.weight / t)
+        return DenseInputs(mean[:, None, None])
+
+    def concatenate(self, others: list[Inputs]) -> Inputs:
+        same = [other for other in others if isinstance(other, IndexInputs)]
+        if len(same) < len(others):
+            return DenseInputs(self.dense()).concatenate(others)
+        index = torch.cat([self.index, *(other.index for other in same)], 1)
+        mask = torch.cat([self.weight, *(other.weight for other in same)], 1) > 0
+        return IndexInputs(index, self.width, mask, self.dtype)
+
+    def positions(self) -> Tensor | int:
+        return self.index.numel() if self.mask is None else self.mask.sum()
+
+    def segments(self) -> tuple[Tensor, Tensor]:
+        """Positions of an example that share an index: slots (N, T) in 0..T-1, and slot -> index.
+
+        Slots are assigned by sorting, so that no count has to reach the host.
+        """
+        ordered, order = torch.sort(self.index, dim=1, stable=True)
+        fresh = F.pad(ordered[:, 1:] != ordered[:, :-1], (1, 0)).cumsum(1)
+        slots = torch.empty_like(order).scatter_(1, order, fresh)
+        owner = torch.zeros_like(ordered).scatter_(1, fresh, ordered)
+        return slots, owner
+
+
+@dataclass(frozen=True)
+class PatchInputs(Inputs):
+    """The patches of a convolution's input (N, C, *spatial); `uses` examples share an entry of N.
+
+    The patches, kernel-volume times the data, are made when asked for, a range of examples at a
+    time. The second moment of a stride-1 convolution needs none of them (see `patches`).
+    """
+
+    images: Tensor  # (N * uses, C, *spatial)
+    geometry: Geometry
+    uses: int = 1
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        g = self.geometry
+        width = self.images.shape[1] // g.groups * g.volume
+        positions = g.positions(self.images.shape[2:]) * self.uses
+        return self.images.shape[0] // self.uses, g.groups, positions, width
+
+    def to(self, dtype: torch.dtype) -> PatchInputs:
+        return replace(self, images=self.images.to(dtype))
+
+    def dense(self, start: int = 0, stop: int | None = None) -> Tensor:
+        stop = self.shape[0] if stop is None else stop
+        n, groups, _, width = self.shape
+        u = unfold(self.images[start * self.uses : stop * self.uses], self.geometry)
+        u = u.reshape(min(stop, n) - start, self.uses, groups, width, -1)  # (n, U, G, i, T')
+        if self.uses == 1:
+            return u.squeeze(1).mT
+        return u.permute(0, 2, 1, 4, 3).flatten(2, 3)
+
+    def moment(self, bias: bool) -> Tensor:
+        second = patch_moment(self.images, self.geometry)
+        if not bias:
+            return second
+        groups, width, _ = second.shape
+        count = self.images.shape[0] * self.geometry.positions(self.images.shape[2:])
+        total = self._total()
+        full = second.new_full((groups, width + 1, width + 1), float(count))
+        full[:, :-1, :-1] = second
+        full[:, :-1, -1] = full[:, -1, :-1] = total
+        return full
+
+    def reduced(self) -> DenseInputs:
+        n, _, t, _ = self.shape
+        parts = [self.dense(k, k + 1).sum(2, keepdim=True) for k in range(n)]
+        return DenseInputs(torch.cat(parts) / t)
+
+    def concatenate(self, others: list[Inputs]) -> Inputs:
+        return DenseInputs(self.dense()).concatenate(others)
+
+    def _total(self) -> Tensor:
+        """Sum of the patches over examples and positions, (G, i)."""
+        g = self.geometry
+        summed = unfold(self.images.sum(0, keepdim=True), g).sum(-1)  # linear in the images
+        return summed.reshape(g.groups, -1)

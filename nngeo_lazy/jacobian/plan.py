@@ -1,0 +1,332 @@
+"""Which form each parameter has in one model, found and proved on a few examples.
+
+The self-check takes a cotangent that is supported on one example. The gradient at a layer's output
+must vanish outside that example's positions, which finds the example axis (also where positions are
+folded into it), and the rows made from it must equal what autograd gives for the parameters. What
+disagrees is demoted to the general way and reported. Comparing whole gradients is not enough: it
+cannot see which example a row belongs to.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..layout import Layout, Piece
+from ..space import ParamSpace
+from .forms import Form, Outer, Rows
+from .inputs import Inputs
+from .record import Call
+
+__all__ = ["Fold", "Part", "make_parts", "probe_folds", "probe_rows"]
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Where the examples are among the leading dimensions of a layer's output.
+
+    `kind` is "whole" (the axis is the examples), "outer" or "inner" (positions are folded into it,
+    behind or before the examples).
+    """
+
+    axis: int
+    kind: str
+
+    def apply(self, tensor: Tensor, leading: int, n: int, offset: int = 0) -> Tensor:
+        """(*offset, *leading, *features) -> (*offset, N, T, *features)."""
+        axis = offset + self.axis
+        if self.kind == "outer":
+            tensor, leading = tensor.unflatten(axis, (n, -1)), leading + 1
+        elif self.kind == "inner":
+            tensor, leading = tensor.unflatten(axis, (-1, n)), leading + 1
+            axis += 1
+        tensor = tensor.movedim(axis, offset)
+        if leading == 1:
+            return tensor.unsqueeze(offset + 1)
+        return tensor.flatten(offset + 1, offset + leading - 1)
+
+    def fits(self, shape: torch.Size, n: int) -> bool:
+        size = shape[self.axis] if self.axis < len(shape) else 0
+        return size == n if self.kind == "whole" else size > 0 and size % n == 0
+
+
+def _candidates(call: Call, n: int) -> Iterator[Fold]:
+    for axis, size in enumerate(call.shape[: call.use.leading]):
+        if size == n:
+            yield Fold(axis, "whole")
+        elif size % n == 0:
+            yield Fold(axis, "outer")
+            yield Fold(axis, "inner")
+
+
+def probe_folds(
+    calls: Sequence[Call], gradients: Sequence[tuple[int, Sequence[Tensor | None]]], n: int
+) -> list[Fold | None]:
+    """The example axis of each call, or None where no axis confines the gradients.
+
+    Args:
+        calls: the recorded calls.
+        gradients: for each probed example, its index and the gradient at each call's output.
+        n: how many examples there are.
+    """
+    folds: list[Fold | None] = []
+    for position, call in enumerate(calls):
+        fold = None
+        for candidate in _candidates(call, n):
+            if all(
+                g[position] is None or _confined(candidate, call, g[position], example, n)
+                for example, g in gradients
+            ):
+                fold = candidate
+                break
+        folds.append(fold)
+    return folds
+
+
+def _confined(fold: Fold, call: Call, gradient: Tensor | None, example: int, n: int) -> bool:
+    if gradient is None:
+        return True
+    by_example = fold.apply(gradient, call.use.leading, n).flatten(1)
+    others = [k for k in range(n) if k != example]
+    return not bool(by_example[others].any())
+
+
+@dataclass(frozen=True)
+class Part:
+    """Parameters that share one form.
+
+    Attributes:
+        names: the parameters, in the order of the layout's pieces.
+        layout: where the form's coordinates lie in the flat vector.
+        kind: "outer", "rows" (a norm layer), "summed" (uses with different grids), "general" (rows
+            by the general way) or "unused" (the outputs do not depend on it).
+        members: the calls, each with its own layout.
+        function: what was called.
+        note: why there is no form of its own.
+    """
+
+    names: tuple[str, ...]
+    layout: Layout
+    kind: str
+    members: tuple[tuple[int, Layout], ...] = ()
+    function: str = ""
+    note: str = ""
+
+    def inputs(self, calls: Sequence[Call], folds: Sequence[Fold | None], n: int) -> list[Inputs]:
+        """The input factor of each member call."""
+        factors = []
+        for k, _ in self.members:
+            use, fold = calls[k].use, folds[k]
+            if use.inputs is not None and fold is not None:
+                factors.append(use.inputs(fold.apply(use.x, use.leading, n)))
+        return factors
+
+    def form(
+        self,
+        calls: Sequence[Call],
+        folds: Sequence[Fold | None],
+        inputs: Sequence[Inputs],
+        gradients: Mapping[int, Tensor],
+    ) -> Form:
+        """The form for one chunk of directions.
+
+        Args:
+            calls: the recorded calls.
+            folds: their example axes.
+            inputs: this part's input factors, as `inputs` makes them.
+            gradients: the output gradients of each member call as (R, N, T, *features).
+        """
+        if self.kind == "rows":
+            return Rows.stored(self._norm_rows(calls, folds, gradients))
+        outers = []
+        for (k, layout), x in zip(self.members, inputs, strict=True):
+            g = calls[k].use.gradients
+            if g is None:
+                raise TypeError(f"{calls[k].function} has no outer form")
+            weighted = len(layout.pieces) > 1 or calls[k].weight in self.names
+            biased = calls[k].bias in self.names
+            canonical = x.masked(g(gradients[k])) if weighted else g(gradients[k])
+            outers.append(Outer(canonical, x if weighted else None, biased))
+        if len(outers) == 1 and self.kind == "outer":
+            return outers[0]
+        if self.kind == "outer":
+            return _concatenated(outers)
+        return _summed(outers, [layout for _, layout in self.members])
+
+    def _norm_rows(
+        self, calls: Sequence[Call], folds: Sequence[Fold | None], gradients: Mapping[int, Tensor]
+    ) -> Tensor:
+        total: Tensor | None = None
+        for k, _ in self.members:
+            call, fold, g = calls[k], folds[k], gradients[k]
+            if call.use.rows is None or fold is None:
+                raise TypeError(f"{call.function} has no rows")
+            x = fold.apply(call.use.x, call.use.leading, g.shape[1]).to(g.dtype)
+            by_role = call.use.rows(x, g)
+            roles = {call.weight: "weight", call.bias: "bias"}
+            rows = torch.cat([by_role[roles[name]] for name in self.names], -1)
+            total = rows if total is None else total + rows
+        if total is None:
+            raise TypeError("a part without calls")
+        return total
+
+
+def _concatenated(outers: Sequence[Outer]) -> Outer:
+    """Several uses of one weight as one form: positions one after the other."""
+    first, *others = outers
+    g = torch.cat([outer.g for outer in outers], 3)
+    if first.inputs is None:
+        return Outer(g, None, first.bias)
+    more = [outer.inputs for outer in others if outer.inputs is not None]
+    return Outer(g, first.inputs.concatenate(more), first.bias)
+
+
+def _summed(outers: Sequence[Outer], layouts: Sequence[Layout]) -> Rows:
+    """Uses of one weight in different grids: the rows of each, in flat order, added."""
+    orders = [layout.positions().argsort().to(outers[0].g.device) for layout in layouts]
+
+    def compute(start: int, stop: int) -> Tensor:
+        parts = [
+            outer.rows(start, stop)[..., order]
+            for outer, order in zip(outers, orders, strict=True)
+        ]
+        return torch.stack(parts).sum(0)
+
+    return Rows(compute, outers[0].shape, outers[0].dtype)
+
+
+def make_parts(
+    space: ParamSpace, calls: Sequence[Call], general: Mapping[str, str], unused: set[str]
+) -> list[Part]:
+    """Group the parameters by form, in parameter order.
+
+    Args:
+        space: the selected parameters.
+        calls: the recorded calls.
+        general: parameters that take the general way, and why.
+        unused: parameters that the outputs do not depend on.
+    """
+    parts: list[Part] = []
+    formed: dict[str, str] = {}
+    for (weight, bias), members in _pairings(space, calls, {*general, *unused}).items():
+        names = tuple(name for name in (weight, bias) if name is not None)
+        part = _make_part(space, calls, names, weight, members)
+        if part is None:
+            kinds = sorted({calls[k].function for k in members})
+            formed.update(dict.fromkeys(names, f"its uses differ in form ({', '.join(kinds)})"))
+        else:
+            parts.append(part)
+    done = {name for part in parts for name in part.names}
+    rest: dict[str, list[str]] = {}
+    for name in (name for name in space.names if name not in done):
+        if name in unused:
+            note = "the outputs do not depend on it: zero block"
+            parts.append(Part((name,), Layout.flat([space.slices[name]]), "unused", note=note))
+        else:
+            rest.setdefault(space.owner(name), []).append(name)
+    for names in rest.values():  # one module's together: they cost one pass
+        why = [general.get(n) or formed.get(n) or "no layer with a form receives it" for n in names]
+        layout = Layout.flat([space.slices[name] for name in names])
+        note = "; ".join(dict.fromkeys(why))
+        parts.append(Part(tuple(names), layout, "general", function="per example", note=note))
+    return sorted(parts, key=lambda part: min(space.names.index(name) for name in part.names))
+
+
+def _pairings(
+    space: ParamSpace, calls: Sequence[Call], without: set[str]
+) -> dict[tuple[str | None, str | None], list[int]]:
+    """Calls by their (weight, bias); the two stand alone where they do not always go together."""
+    pairs: dict[tuple[str | None, str | None], list[int]] = {}
+    for k, call in enumerate(calls):
+        weight = None if call.weight in without else call.weight
+        bias = None if call.bias in without else call.bias
+        if weight or bias:
+            pairs.setdefault((weight, bias), []).append(k)
+    count = Counter(name for pair in pairs for name in pair if name)
+    groups: dict[tuple[str | None, str | None], list[int]] = {}
+    for (weight, bias), members in pairs.items():
+        if weight and bias:
+            apart = count[weight] > 1 or count[bias] > 1
+            if apart or space.owner(weight) != space.owner(bias):
+                groups.setdefault((weight, None), []).extend(members)
+                groups.setdefault((None, bias), []).extend(members)
+                continue
+        groups.setdefault((weight, bias), []).extend(members)
+    return groups
+
+
+def _make_part(
+    space: ParamSpace,
+    calls: Sequence[Call],
+    names: tuple[str, ...],
+    weight: str | None,
+    members: Sequence[int],
+) -> Part | None:
+    function = ", ".join(dict.fromkeys(calls[k].function for k in members))
+    if all(calls[k].use.rows is not None for k in members):
+        layout = Layout.flat([space.slices[name] for name in names])
+        return Part(names, layout, "rows", tuple((k, layout) for k in members), function)
+    layouts = []
+    for k in members:
+        grid = calls[k].use.grid
+        if grid is None:
+            return None
+        pieces = [
+            Piece(space.slices[name].start, grid.inputs, grid.transposed)
+            if name == weight
+            else Piece(space.slices[name].start, 1)
+            for name in names
+        ]
+        layouts.append(Layout(grid.groups, grid.outputs, tuple(pieces)))
+    placed = tuple(zip(members, layouts, strict=True))
+    if len(set(layouts)) == 1:
+        return Part(names, layouts[0], "outer", placed, function)
+    if len(names) > 1:
+        return None
+    flat = Layout.flat([space.slices[names[0]]])
+    return Part(names, flat, "summed", placed, function, "used in different layouts")
+
+
+def by_example(
+    call: Call, fold: Fold | None, gradients: Sequence[Tensor | None], n: int
+) -> Tensor:
+    """Gradients at a call's output, one for each direction, as (R, N, T, *features)."""
+    if fold is None:
+        raise TypeError(f"{call.function} has no example axis")
+    given = [g for g in gradients if g is not None]
+    if not given:
+        zero = torch.zeros((), dtype=call.use.dtype, device=call.use.x.device)
+        stacked = zero.expand(len(gradients), *call.shape)
+    elif len(gradients) == 1:
+        stacked = given[0].unsqueeze(0)
+    else:
+        stacked = torch.stack([torch.zeros_like(given[0]) if g is None else g for g in gradients])
+    return fold.apply(stacked, call.use.leading, n, offset=1)
+
+
+def probe_rows(
+    part: Part,
+    calls: Sequence[Call],
+    folds: Sequence[Fold | None],
+    probes: Sequence[tuple[int, Sequence[Tensor | None], Tensor]],
+    n: int,
+) -> bool:
+    """Whether a part's rows equal autograd's, for each probe (example, gradients, flat gradient)."""
+    dtype = torch.promote_types(probes[0][2].dtype, torch.float32)
+    inputs = [x.to(dtype) for x in part.inputs(calls, folds, n)]
+    for example, gradients, flat in probes:
+        canonical = {
+            k: by_example(calls[k], folds[k], [gradients[k]], n).to(dtype)
+            for k, _ in part.members
+        }
+        rows = part.form(calls, folds, inputs, canonical).rows(example, example + 1)[0, 0]
+        expected = part.layout.gather(flat.unsqueeze(-1)).squeeze(-1)
+        # Rounding alone: the same sums in another order.
+        tolerance = torch.finfo(flat.dtype).eps ** 0.5
+        if not bool((rows.to(flat) - expected).norm() <= tolerance * expected.norm()):
+            return False
+    return True

@@ -1,0 +1,98 @@
+"""Where the coordinates of a block lie in the flat parameter vector."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Layout", "Piece", "assemble"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One parameter inside a block: `width` columns of every row, at `start` of the flat vector."""
+
+    start: int
+    width: int
+    transposed: bool = False  # the parameter is stored (width, rows) instead of (rows, width)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A block's coordinates (group, row, column), row-major, and its pieces' flat positions.
+
+    A weight (out, in) with its bias is the grid (1, out, in + 1) whose last column is the bias; a
+    grouped convolution has several groups; a weight stored (in, out) is a transposed piece (of one
+    group). Parameters that merely follow each other are pieces of a grid with a single row.
+
+    The block's vector has length p = groups * rows * width. The map from flat to block coordinates
+    is a permutation, applied by slicing, so that no index is stored.
+    """
+
+    groups: int
+    rows: int
+    pieces: tuple[Piece, ...]
+
+    @classmethod
+    def flat(cls, slices: Sequence[slice]) -> Layout:
+        """Parameters one after the other."""
+        return cls(1, 1, tuple(Piece(s.start, s.stop - s.start) for s in slices))
+
+    @property
+    def width(self) -> int:
+        return sum(piece.width for piece in self.pieces)
+
+    @property
+    def size(self) -> int:
+        return self.groups * self.rows * self.width
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """The flat positions of each piece."""
+        count = self.groups * self.rows
+        return tuple(slice(p.start, p.start + p.width * count) for p in self.pieces)
+
+    def gather(self, vectors: Tensor) -> Tensor:
+        """Flat (..., P, k) to this block's (..., p, k)."""
+        lead, k = vectors.shape[:-2], vectors.shape[-1]
+        parts = []
+        for piece, where in zip(self.pieces, self.slices, strict=True):
+            part = vectors[..., where, :]
+            if piece.transposed:
+                part = part.reshape(*lead, piece.width, self.rows, k).transpose(-3, -2)
+            parts.append(part.reshape(*lead, self.groups * self.rows, piece.width, k))
+        joint = parts[0] if len(parts) == 1 else torch.cat(parts, -2)
+        return joint.reshape(*lead, self.size, k)
+
+    def scatter(self, vectors: Tensor) -> list[tuple[int, Tensor]]:
+        """This block's (..., p, k) to the pieces (flat start, (..., n, k)); see `assemble`."""
+        lead, k = vectors.shape[:-2], vectors.shape[-1]
+        grid = vectors.reshape(*lead, self.groups * self.rows, self.width, k)
+        parts = grid.split([piece.width for piece in self.pieces], -2)
+        placed = []
+        for piece, part in zip(self.pieces, parts, strict=True):
+            if piece.transposed:
+                part = part.transpose(-3, -2)
+            placed.append((piece.start, part.reshape(*lead, -1, k)))
+        return placed
+
+    def positions(self) -> Tensor:
+        """The flat position of each block coordinate, as an index (p,)."""
+        stop = max(where.stop for where in self.slices)
+        return self.gather(torch.arange(stop).unsqueeze(-1)).squeeze(-1)
+
+    def shifted(self, starts: dict[int, int]) -> Layout:
+        """The same block in another flat vector: `starts` maps old to new piece starts."""
+        moved = tuple(Piece(starts[p.start], p.width, p.transposed) for p in self.pieces)
+        return Layout(self.groups, self.rows, moved)
+
+
+def assemble(placed: Sequence[tuple[int, Tensor]]) -> Tensor:
+    """Pieces (flat start, (..., n, k)) that partition the flat vector, to (..., P, k).
+
+    A concatenation rather than writes into an empty vector: it has a gradient, and `vmap`.
+    """
+    return torch.cat([part for _, part in sorted(placed, key=lambda pair: pair[0])], -2)

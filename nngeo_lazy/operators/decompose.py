@@ -1,0 +1,117 @@
+"""Eigendecompositions of symmetric matrices: accurate, named when they fail, never stale."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..errors import NonFiniteError
+
+__all__ = ["Cache", "eigh", "eigvalsh", "eps", "matrix_power"]
+
+T = TypeVar("T")
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def eps(tensor: Tensor) -> float:
+    """The relative rounding error of a tensor's dtype."""
+    return float(torch.finfo(tensor.dtype).eps)
+
+
+class Cache:
+    """Results that are forgotten when one of the tensors they came from is modified in place."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, tuple[tuple[tuple[int, int], ...], Any]] = {}
+
+    def get(self, key: str, tensors: Sequence[Tensor], compute: Callable[[], T]) -> T:
+        if any(t.is_inference() for t in tensors):
+            return compute()  # they count no modifications
+        stamp = tuple((id(t), t._version) for t in tensors)
+        found = self._entries.get(key)
+        if found is not None and found[0] == stamp:
+            value: T = found[1]
+            return value
+        fresh = compute()
+        self._entries[key] = stamp, fresh
+        return fresh
+
+    def __reduce__(self) -> tuple[type[Cache], tuple[()]]:
+        return Cache, ()  # a pickle holds no derived numbers
+
+
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (..., n), ascending, and eigenvectors (..., n, n), without a graph.
+
+    Half precision is decomposed in float32, and what fails there in float64. Eigenvalues of a
+    matrix that is positive semidefinite up to rounding are not negative.
+
+    Raises:
+        NonFiniteError: NaN or infinity in the matrix.
+    """
+    work = _prepared(matrix.detach())
+    with torch.no_grad():
+        try:
+            values, vectors = torch.linalg.eigh(work)
+        except torch.linalg.LinAlgError:
+            values, vectors = torch.linalg.eigh(work.double())
+    return _cleaned(values).to(matrix.dtype), vectors.to(matrix.dtype)
+
+
+def eigvalsh(matrix: Tensor) -> Tensor:
+    """The eigenvalues of `eigh`, with a gradient, also where eigenvalues repeat."""
+    work = _prepared(matrix)
+    try:
+        values = torch.linalg.eigvalsh(work)
+    except torch.linalg.LinAlgError:
+        values = torch.linalg.eigvalsh(work.double())
+    return _cleaned(values).to(matrix.dtype)
+
+
+def matrix_power(matrix: Tensor, values: Tensor, vectors: Tensor, p: float) -> Tensor:
+    """M^p from M's eigendecomposition, differentiable once in M, also where eigenvalues repeat.
+
+    The derivative is the one of Daleckii and Krein (Higham 2008, Functions of Matrices, thm 3.11).
+    """
+    power: Tensor = _MatrixPower.apply(matrix, values, vectors, p)  # type: ignore[no-untyped-call]
+    return power
+
+
+class _MatrixPower(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor, values: Tensor, vectors: Tensor, p: float) -> Tensor:
+        ctx.save_for_backward(values, vectors)
+        ctx.p = p
+        return (vectors * values.pow(p).unsqueeze(-2)) @ vectors.mT
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        values, vectors = ctx.saved_tensors
+        p = ctx.p
+        a, b = values.unsqueeze(-1), values.unsqueeze(-2)
+        # divided differences of x^p, the derivative at the midpoint where the difference cancels
+        close = (a - b).abs() <= eps(values) ** 0.5 * torch.maximum(a.abs(), b.abs())
+        slope = p * ((a + b) / 2).pow(p - 1)
+        gap = torch.where(close, torch.ones_like(slope), a - b)
+        divided = torch.where(close, slope, (a.pow(p) - b.pow(p)) / gap)
+        inner = vectors.mT @ ((grad + grad.mT) / 2) @ vectors
+        return vectors @ (divided * inner) @ vectors.mT, None, None, None
+
+
+def _prepared(matrix: Tensor) -> Tensor:
+    if not bool(matrix.detach().isfinite().all()):
+        raise NonFiniteError("NaN or infinity in a matrix that is to be decomposed")
+    return matrix.float() if matrix.dtype in _HALF else matrix
+
+
+def _cleaned(values: Tensor) -> Tensor:
+    """Negative eigenvalues set to 0 where all of them are rounding: at least -n eps max."""
+    if values.shape[-1] == 0:
+        return values
+    noise = values.shape[-1] * eps(values) * values.abs().amax(-1, keepdim=True)
+    semidefinite = values.amin(-1, keepdim=True) >= -noise
+    return torch.where(semidefinite, values.clamp_min(0), values)

@@ -1,0 +1,123 @@
+"""What an operator knows besides its numbers: the parameter space and where the numbers came from.
+
+It is the one keyword argument that every operator carries. linear_operator converts a keyword that
+has `to`, `clone`, `cpu` or `detach`: these classes have none of them, on purpose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from ..errors import SpaceMismatchError
+from ..layout import Layout
+from ..space import ParamSpace
+
+__all__ = ["BatchInfo", "BlockInfo", "Info", "Origin", "joint"]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a parameter's block comes from.
+
+    Attributes:
+        layer: the path of the module that owns the parameter.
+        form: how its Jacobian was computed, such as "linear: outer".
+        note: why a fallback was taken; empty where none was.
+    """
+
+    layer: str
+    form: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Info:
+    """What an operator knows besides its numbers.
+
+    Attributes:
+        space: the parameters, or None for a bare matrix.
+        num_examples: how many examples the matrix is a mean over.
+        num_terms: how many unmasked terms of the loss.
+        origins: for each parameter, where its block comes from.
+    """
+
+    space: ParamSpace | None = None
+    num_examples: int | None = None
+    num_terms: int | None = None
+    origins: Mapping[str, Origin] = field(default_factory=dict)
+
+    def restrict(self, names: Iterable[str]) -> Info:
+        """The same for some of the parameters; which blocks they lie in is forgotten."""
+        if self.space is None:
+            raise SpaceMismatchError("this operator has no parameter space to choose from")
+        space = self.space.subspace(names)
+        origins = {name: self.origins[name] for name in space.names if name in self.origins}
+        return Info(space, self.num_examples, self.num_terms, origins)
+
+    def plain(self) -> Info:
+        """The same without a block structure."""
+        return Info(self.space, self.num_examples, self.num_terms, self.origins)
+
+    def moved(self, dtype: torch.dtype | None, device: Any) -> Info:
+        """The same for an operator of another dtype or device."""
+        if self.space is None:
+            return self
+        return replace(self, space=self.space.to(dtype=dtype, device=device))
+
+
+@dataclass(frozen=True)
+class BlockInfo(Info):
+    """Info of a block-diagonal operator.
+
+    Attributes:
+        names: of the blocks.
+        layouts: where each block lies in the flat vector; together they partition it.
+    """
+
+    names: tuple[str, ...] = ()
+    layouts: tuple[Layout, ...] = ()
+
+
+@dataclass(frozen=True)
+class BatchInfo(Info):
+    """Info of a matrix repeated over leading batch dimensions."""
+
+    batch_shape: torch.Size = field(default_factory=torch.Size)
+
+
+def joint(first: Info, second: Info) -> Info:
+    """What is known of a sum or a product of two operators.
+
+    Raises:
+        SpaceMismatchError: they are over different parameters.
+    """
+    if first.space is not None and second.space is not None and first.space != second.space:
+        raise SpaceMismatchError(
+            "expected two operators over the same parameters, got "
+            f"{_listed(first.space)} and {_listed(second.space)}: take block(...) of the larger one"
+        )
+    if first.space is None:
+        return second.plain() if second.space is not None else Info()
+    if second.space is None:
+        return first.plain()
+    return Info(
+        first.space,
+        _agreed(first.num_examples, second.num_examples),
+        _agreed(first.num_terms, second.num_terms),
+        first.origins or second.origins,
+    )
+
+
+def _agreed(first: int | None, second: int | None) -> int | None:
+    if first is None or second is None:
+        return second if first is None else first
+    return first if first == second else None
+
+
+def _listed(space: ParamSpace) -> str:
+    names = list(space.names)
+    return f"{names}" if len(names) <= 6 else f"{len(names)} parameters from {names[0]}"

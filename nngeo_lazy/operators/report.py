@@ -1,0 +1,110 @@
+"""A table of how each parameter is represented, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, overload
+
+if TYPE_CHECKING:
+    from .base import BaseLinearOperator
+
+__all__ = ["Report", "Row", "make_report"]
+
+_HEADER = ("parameter", "layer", "form", "block", "size", "bytes", "note")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter.
+
+    Attributes:
+        parameter: its name.
+        layer: the path of the module that owns it.
+        form: how its Jacobian was computed.
+        block: the kind of block it lies in, with the sizes of what is stored.
+        size: how many numbers the parameter has.
+        bytes: what its block takes; 0 where an earlier row already counts that block.
+        note: why a fallback was taken; empty where none was.
+    """
+
+    parameter: str
+    layer: str
+    form: str
+    block: str
+    size: int
+    bytes: int
+    note: str
+
+
+class Report(Sequence[Row]):
+    """Rows that print as a table.
+
+    Attributes:
+        bytes: what the whole operator takes.
+    """
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self._rows = tuple(rows)
+        self.bytes = sum(row.bytes for row in rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Row, ...]: ...
+    def __getitem__(self, index: int | slice) -> Row | tuple[Row, ...]:
+        return self._rows[index]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __repr__(self) -> str:
+        lines = [_HEADER] + [
+            (r.parameter, r.layer, r.form, r.block, f"{r.size:,}", f"{r.bytes:,}", r.note)
+            for r in self._rows
+        ]
+        if not any(r.note for r in self._rows):
+            lines = [line[:-1] for line in lines]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(
+            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        )
+
+
+def nbytes(operator: BaseLinearOperator) -> int:
+    """What the tensors of an operator take."""
+    return sum(t.numel() * t.element_size() for t in operator.representation())
+
+
+def make_report(operator: BaseLinearOperator) -> Report:
+    """The rows of an operator; a bare matrix has one for each block."""
+    parts = list(getattr(operator, "parts", None) or [("", None, operator)])
+    space = operator.space
+    if space is None:
+        return Report(
+            [
+                Row(name, name, "", part._kind(), part.shape[-1], nbytes(part), "")
+                for name, _, part in parts
+            ]
+        )
+    found: dict[str, Row] = {}
+    for _, layout, part in parts:
+        starts = None if layout is None else {piece.start for piece in layout.pieces}
+        counted = False
+        for name in space.names:
+            where = space.slices[name]
+            if starts is not None and where.start not in starts:
+                continue
+            origin = operator.info.origins.get(name)
+            found[name] = Row(
+                name,
+                origin.layer if origin else space.owner(name),
+                origin.form if origin else "",
+                part._kind(),
+                where.stop - where.start,
+                0 if counted else nbytes(part),
+                origin.note if origin else "",
+            )
+            counted = True
+    return Report([found[name] for name in space.names])

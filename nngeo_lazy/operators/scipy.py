@@ -1,0 +1,50 @@
+"""A view of an operator for scipy's Krylov methods."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import scipy.sparse.linalg
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .base import BaseLinearOperator
+
+__all__ = ["ScipyOperator"]
+
+
+class ScipyOperator(scipy.sparse.linalg.LinearOperator):  # type: ignore[misc]
+    """A symmetric operator as scipy sees it: numpy arrays in and out, no gradient.
+
+    Args:
+        operator: the operator; it keeps its own dtype and device.
+        dtype: the numpy dtype of vectors and results; by default the operator's (half: float32).
+    """
+
+    def __init__(self, operator: BaseLinearOperator, dtype: Any = None) -> None:
+        self.operator = operator
+        native = np.float64 if operator.dtype == torch.float64 else np.float32
+        super().__init__(np.dtype(native if dtype is None else dtype), tuple(operator.shape))
+
+    def _product(self, x: np.ndarray[Any, Any], transposed: bool) -> np.ndarray[Any, Any]:
+        work = np.array(x, dtype=self.dtype, order="C")  # torch shares no memory with scipy
+        v: Tensor = torch.from_numpy(work).to(self.operator.device, self.operator.dtype)
+        with torch.no_grad():
+            y = self.operator._t_matmul(v) if transposed else self.operator._matmul(v)
+        if y.dtype in (torch.float16, torch.bfloat16):
+            y = y.float()
+        return np.asarray(y.cpu().numpy(), dtype=self.dtype)
+
+    def _matvec(self, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return self._product(x.reshape(-1), False)
+
+    def _matmat(self, X: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return self._product(X, False)
+
+    def _rmatvec(self, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return self._product(x.reshape(-1), True)
+
+    def _rmatmat(self, X: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return self._product(X, True)

@@ -1,0 +1,55 @@
+"""Torch functions on our operators, beyond those that linear_operator registers.
+
+A registry of our own: linear_operator's is global and maps to method names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["TORCH_FUNCTIONS"]
+
+
+def _solve(A: Any, b: Any, *, left: bool = True) -> Any:
+    return A.solve(b) if left else A.mT.solve(b.mT).mT
+
+
+def _slogdet(A: Any) -> Any:
+    value = A.logdet()
+    return torch.return_types.linalg_slogdet((torch.ones_like(value), value))
+
+
+def _norm(A: Any, ord: Any = None, dim: Any = None, keepdim: bool = False) -> Tensor:  # noqa: A002
+    if dim not in (None, (-2, -1), (0, 1), [-2, -1], [0, 1]) or keepdim:
+        raise NotImplementedError("norms of an operator are over the whole matrix")
+    value: Tensor = A.norm("fro" if ord is None else ord)
+    return value
+
+
+def _pinv(A: Any, *, rtol: float | None = None, hermitian: bool = True) -> Any:
+    return A.pinv(rtol)
+
+
+TORCH_FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.linalg.solve: _solve,
+    torch.trace: lambda A: A.trace(),
+    torch.mv: lambda A, v: A.matmul(v),
+    torch.mm: lambda A, B: A.matmul(B),
+    torch.linalg.slogdet: _slogdet,
+    torch.slogdet: _slogdet,
+    torch.det: lambda A: A.logdet().exp(),
+    torch.linalg.det: lambda A: A.logdet().exp(),
+    torch.linalg.norm: _norm,
+    torch.linalg.matrix_norm: _norm,
+    torch.linalg.inv: lambda A: A.inverse(),
+    torch.linalg.pinv: _pinv,
+    torch.pinverse: lambda A, rcond=None: A.pinv(rcond),
+    torch.linalg.matrix_power: lambda A, n: A.power(n),
+    torch.matrix_power: lambda A, n: A.power(n),
+    torch.neg: lambda A: -A,
+    torch.numel: lambda A: A.shape.numel(),
+}

@@ -1,0 +1,68 @@
+"""What can stand to the right of an operator: flat, with columns, or a dict by parameter name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, TypeAlias, Union
+
+import torch
+from torch import Tensor
+
+from ..errors import SpaceMismatchError
+
+if TYPE_CHECKING:
+    from .base import BaseLinearOperator
+
+__all__ = ["VectorLike", "columns", "require_vector"]
+
+VectorLike: TypeAlias = Union[Tensor, Mapping[str, Tensor]]
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def columns(
+    operator: BaseLinearOperator, v: VectorLike
+) -> tuple[Tensor, Callable[[Tensor], VectorLike]]:
+    """A vector as columns (..., n, k), and the way back for a result of the same kind.
+
+    Raises:
+        SpaceMismatchError: a wrong length, dtype or device, or unknown or missing names.
+    """
+    if isinstance(v, Mapping):
+        space = operator.space
+        if space is None:
+            raise SpaceMismatchError(
+                "expected a tensor: this operator has no parameter space to read a dict by name"
+            )
+        flat = require_vector(operator, space.ravel(v), vector=True)  # (..., P)
+        lead = flat.shape[:-1]
+        joint = flat.reshape(-1, flat.shape[-1]).mT  # (P, K)
+        return joint, lambda x: space.unravel(x.mT.reshape(*lead, -1))
+    v = require_vector(operator, v, vector=v.dim() == 1)
+    if v.dim() == 1:
+        return v.unsqueeze(-1), lambda x: x.squeeze(-1)
+    return v, lambda x: x
+
+
+def require_vector(operator: BaseLinearOperator, v: Tensor, *, vector: bool) -> Tensor:
+    """The tensor in the operator's dtype; half precision is promoted, other things refused."""
+    n = operator.shape[-1]
+    length = v.shape[-1 if vector else -2] if v.dim() else None
+    if length != n:
+        expected = f"({n},) or ({n}, k)" if not vector or v.dim() < 2 else f"(..., {n})"
+        raise SpaceMismatchError(
+            f"expected a vector of shape {expected}, got {tuple(v.shape)}"
+            + ("" if operator.space is None else f": the space has {n} parameters")
+        )
+    if v.device != operator.device:
+        raise SpaceMismatchError(
+            f"expected a vector on {operator.device}, got one on {v.device}: move it with "
+            ".to(operator.device), or the operator with .to(device)"
+        )
+    if v.dtype in _HALF and operator.dtype != v.dtype:
+        return v.to(operator.dtype)
+    if v.dtype != operator.dtype:
+        raise SpaceMismatchError(
+            f"expected a vector of {operator.dtype}, got {v.dtype}: convert it with "
+            ".to(operator.dtype), or the operator with .to(dtype)"
+        )
+    return v

@@ -1,0 +1,300 @@
+"""The space of parameter vectors: names, shapes, and the one order that every operator uses."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import DataError, SpaceMismatchError
+
+__all__ = ["Lineage", "ParamSpace", "canonical_name"]
+
+_WRAPPERS = frozenset({"module", "_orig_mod"})  # DataParallel and torch.compile
+
+
+def canonical_name(name: str) -> str:
+    """The parameter's name without the path components that wrappers add.
+
+    >>> canonical_name("_orig_mod.module.fc.weight")
+    'fc.weight'
+    """
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Where a parameter sits in its model: the modules from the root down to its owner.
+
+    Modules and the parameter are held weakly: a space never keeps a model alive.
+    """
+
+    modules: tuple[tuple[str, type[nn.Module], weakref.ref[nn.Module] | None], ...]
+    parameter: weakref.ref[Tensor] | None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Weak references do not pickle: names and types do.
+        return Lineage, (tuple((name, kind, None) for name, kind, _ in self.modules), None)
+
+
+class ParamSpace:
+    """Names and shapes of parameters, in the order of the flat vector.
+
+    The flat vector of length P is the concatenation of the parameters in the order of
+    `model.named_parameters()`, each row-major. Two spaces are equal when names and shapes are,
+    ignoring the prefixes `module.` and `_orig_mod.` of wrapped models.
+
+    Args:
+        shapes: the shape of each parameter by name, in order.
+        dtype: of the vectors that `zeros`, `randn` and `eye` make.
+        device: likewise.
+        lineages: where each parameter sits in its model; selectors by module need it.
+
+    Example:
+        >>> space = ParamSpace({"fc.weight": (2, 3), "fc.bias": (2,)})
+        >>> len(space), space.slices["fc.bias"]
+        (8, slice(6, 8, None))
+        >>> {name: tuple(v.shape) for name, v in space.unravel(space.zeros()).items()}
+        {'fc.weight': (2, 3), 'fc.bias': (2,)}
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, Sequence[int]],
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        lineages: Mapping[str, Lineage] | None = None,
+    ) -> None:
+        self.names: tuple[str, ...] = tuple(shapes)
+        self.shapes: tuple[torch.Size, ...] = tuple(torch.Size(s) for s in shapes.values())
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.lineages: dict[str, Lineage] = dict(lineages or {})
+        self.slices: dict[str, slice] = {}
+        start = 0
+        for name, shape in zip(self.names, self.shapes, strict=True):
+            self.slices[name] = slice(start, start + math.prod(shape))
+            start += math.prod(shape)
+        self._size = start
+        self._by_canonical = {canonical_name(name): name for name in self.names}
+
+    @classmethod
+    def of(cls, model: nn.Module, names: Iterable[str] | None = None) -> ParamSpace:
+        """The space of a model's parameters, by default of those that require a gradient.
+
+        Args:
+            model: the network.
+            names: which parameters; their order is the model's in any case.
+
+        Raises:
+            DataError: no parameter is left, or devices or dtypes are mixed.
+            SpaceMismatchError: a name that the model does not have.
+        """
+        parameters = dict(model.named_parameters())
+        if names is None:
+            chosen = {name for name, p in parameters.items() if p.requires_grad}
+        else:
+            chosen = set(names)
+            if unknown := chosen - parameters.keys():
+                raise SpaceMismatchError(
+                    f"the model has no parameter {sorted(unknown)}; it has {list(parameters)}"
+                )
+        picked = {name: p for name, p in parameters.items() if name in chosen}
+        if not picked:
+            raise DataError(
+                "expected at least one trainable parameter, but none of the model's "
+                f"{len(parameters)} parameters requires a gradient: call requires_grad_() on "
+                "some, or select them with params="
+            )
+        if integer := [name for name, p in picked.items() if not p.is_floating_point()]:
+            raise DataError(f"expected floating-point parameters, but {integer} are not")
+        for what in ("dtype", "device"):
+            kinds: dict[Any, str] = {}
+            for name, p in picked.items():
+                kinds.setdefault(getattr(p, what), name)
+            if len(kinds) > 1:
+                listed = ", ".join(f"{name} on {kind}" for kind, name in kinds.items())
+                raise DataError(
+                    f"expected parameters of one {what}, but got {listed}: convert the model "
+                    "with .to(...), or select parameters of one kind with params="
+                )
+        first = next(iter(picked.values()))
+        return cls(
+            {name: p.shape for name, p in picked.items()},
+            dtype=first.dtype,
+            device=first.device,
+            lineages=_lineages(model, picked),
+        )
+
+    @classmethod
+    def everything(cls, model: nn.Module) -> ParamSpace:
+        """All parameters of a model, whatever their kind: what selectors choose from."""
+        named = dict(model.named_parameters())
+        return cls({n: p.shape for n, p in named.items()}, lineages=_lineages(model, named))
+
+    def subspace(self, names: Iterable[str]) -> ParamSpace:
+        """The space of some of the parameters, in this space's order."""
+        chosen = {self.resolve(name) for name in names}
+        return ParamSpace(
+            {n: s for n, s in zip(self.names, self.shapes, strict=True) if n in chosen},
+            dtype=self.dtype,
+            device=self.device,
+            lineages={n: line for n, line in self.lineages.items() if n in chosen},
+        )
+
+    def to(self, dtype: torch.dtype | None = None, device: Any = None) -> ParamSpace:
+        """The same space for vectors of another dtype or device."""
+        return ParamSpace(
+            dict(zip(self.names, self.shapes, strict=True)),
+            dtype=dtype or self.dtype,
+            device=device or self.device,
+            lineages=self.lineages,
+        )
+
+    def resolve(self, name: str) -> str:
+        """This space's spelling of a parameter name (wrapper prefixes are ignored)."""
+        if name in self.slices:
+            return name
+        try:
+            return self._by_canonical[canonical_name(name)]
+        except KeyError:
+            raise SpaceMismatchError(
+                f"no parameter {name!r} in this space, which has {list(self.names)}"
+            ) from None
+
+    def owner(self, name: str) -> str:
+        """The path of the module that owns a parameter; a raw root parameter owns itself."""
+        return name.rpartition(".")[0] or name
+
+    def ravel(self, vectors: Mapping[str, Tensor]) -> Tensor:
+        """{name: (..., *shape)} to (..., P). Every name must be there, and no other.
+
+        Raises:
+            SpaceMismatchError: missing or unknown names, or a wrong shape.
+        """
+        given = {self._by_canonical.get(canonical_name(n), n): v for n, v in vectors.items()}
+        missing = [n for n in self.names if n not in given]
+        unknown = [n for n in given if n not in self.slices]
+        if missing or unknown:
+            raise SpaceMismatchError(
+                f"expected one tensor for each of the {len(self.names)} parameters; "
+                f"missing: {missing}; unknown: {unknown}"
+            )
+        flat = []
+        for name, shape in zip(self.names, self.shapes, strict=True):
+            v = given[name]
+            lead = v.shape[: v.dim() - len(shape)]
+            if v.shape != (*lead, *shape):
+                raise SpaceMismatchError(
+                    f"expected {name} of shape (..., {', '.join(map(str, shape))}), "
+                    f"got {tuple(v.shape)}"
+                )
+            flat.append(v.reshape(*lead, -1))
+        lead = torch.broadcast_shapes(*(v.shape[:-1] for v in flat))
+        return torch.cat([v.expand(*lead, v.shape[-1]) for v in flat], -1)
+
+    def unravel(self, vector: Tensor) -> dict[str, Tensor]:
+        """(..., P) to {name: (..., *shape)}."""
+        if vector.dim() == 0 or vector.shape[-1] != len(self):
+            raise SpaceMismatchError(
+                f"expected a last dimension of {len(self)} parameters, got shape "
+                f"{tuple(vector.shape)}"
+            )
+        lead = vector.shape[:-1]
+        return {
+            name: vector[..., self.slices[name]].reshape(*lead, *shape)
+            for name, shape in zip(self.names, self.shapes, strict=True)
+        }
+
+    def values(self, model: nn.Module) -> Tensor:
+        """The model's parameters as one flat vector (P,), attached to the graph."""
+        return self.ravel(self.parameters(model))
+
+    def grad(self, model: nn.Module) -> Tensor:
+        """The model's `.grad` as one flat vector (P,); zeros where it is None."""
+        parameters = self.parameters(model)
+        return self.ravel(
+            {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()}
+        )
+
+    @torch.no_grad()
+    def assign_(self, model: nn.Module, vector: Tensor | Mapping[str, Tensor]) -> None:
+        """Write a vector (flat, or a dict by name) into the model's parameters."""
+        for p, v in self._pairs(model, vector):
+            p.copy_(v)
+
+    @torch.no_grad()
+    def add_(
+        self, model: nn.Module, vector: Tensor | Mapping[str, Tensor], alpha: float = 1.0
+    ) -> None:
+        """Add `alpha` times a vector to the model's parameters."""
+        for p, v in self._pairs(model, vector):
+            p.add_(v.to(p), alpha=alpha)
+
+    @torch.no_grad()
+    def assign_grad_(self, model: nn.Module, vector: Tensor | Mapping[str, Tensor]) -> None:
+        """Write a vector into the `.grad` of the model's parameters."""
+        for p, v in self._pairs(model, vector):
+            p.grad = v.detach().to(p, copy=True)
+
+    def zeros(self) -> Tensor:
+        """The zero vector (P,)."""
+        return torch.zeros(len(self), dtype=self.dtype, device=self.device)
+
+    def randn(self, n: int | None = None) -> Tensor:
+        """A standard normal vector (P,), or n of them as columns (P, n)."""
+        shape = (len(self),) if n is None else (len(self), n)
+        return torch.randn(shape, dtype=self.dtype, device=self.device)
+
+    def eye(self) -> Tensor:
+        """The identity (P, P)."""
+        return torch.eye(len(self), dtype=self.dtype, device=self.device)
+
+    def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The model's parameters of this space, by this space's names, in order."""
+        own = {canonical_name(n): p for n, p in model.named_parameters()}
+        found = {name: own.get(canonical_name(name)) for name in self.names}
+        if missing := [name for name, p in found.items() if p is None]:
+            raise SpaceMismatchError(f"the model has no parameter {missing}; it has {list(own)}")
+        return {name: p for name, p in found.items() if p is not None}
+
+    def _pairs(
+        self, model: nn.Module, vector: Tensor | Mapping[str, Tensor]
+    ) -> list[tuple[nn.Parameter, Tensor]]:
+        flat = vector if isinstance(vector, Tensor) else self.ravel(vector)
+        if flat.dim() != 1:
+            raise SpaceMismatchError(f"expected one vector ({len(self)},), got {tuple(flat.shape)}")
+        parts = self.unravel(flat)
+        return [(p, parts[name]) for name, p in self.parameters(model).items()]
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ParamSpace) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __repr__(self) -> str:
+        return f"ParamSpace({len(self.names)} parameters, P={len(self)})"
+
+    def _key(self) -> tuple[Any, ...]:
+        return tuple(canonical_name(n) for n in self.names), self.shapes
+
+
+def _lineages(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, Lineage]:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    lines = {}
+    for name, parameter in parameters.items():
+        parts = name.split(".")[:-1]
+        paths = [".".join(parts[:depth]) for depth in range(len(parts) + 1)]
+        chain = tuple((path, type(modules[path]), weakref.ref(modules[path])) for path in paths)
+        lines[name] = Lineage(chain, weakref.ref(parameter))
+    return lines

@@ -1,0 +1,311 @@
+"""FIM against the dense oracle: networks x likelihoods x estimators x representations, float64."""
+
+import pytest
+import torch
+from torch import nn
+
+import nngeo_lazy as ng
+import oracle
+import zoo
+from nngeo_lazy.likelihoods import Bernoulli, Categorical, Gaussian
+
+LIKELIHOODS = {
+    "categorical": lambda outputs: Categorical(class_dim=outputs.dim() - 1),
+    "gaussian": lambda outputs: Gaussian(oracle.VARIANCE),
+    "bernoulli": lambda outputs: Bernoulli(),
+}
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def close(a, b, tolerance=1e-10):
+    assert a.shape == b.shape
+    assert (a - b).norm() <= tolerance * b.norm().clamp_min(1e-12), (a - b).norm() / b.norm()
+
+
+class Case:
+    """A network with labels, the package's Fisher and the oracle's."""
+
+    def __init__(self, net: zoo.Net, likelihood: str, estimator: str):
+        self.net, self.likelihood, self.estimator = net, likelihood, estimator
+        with torch.no_grad():
+            out = torch.cat([oracle.outputs(net.model, net.call, e) for e in net.examples])
+        self.labels = oracle.targets(likelihood, out)
+        self.object = LIKELIHOODS[likelihood](out)
+
+    def build(self, representation, **options):
+        return ng.FIM(
+            self.net.model,
+            self.net.batch,
+            representation,
+            likelihood=self.object,
+            estimator=self.estimator,
+            target=lambda batch: self.labels,
+            forward=self.net.forward,
+            **options,
+        )
+
+    def expected(self):
+        return oracle.fisher(
+            self.net.model,
+            self.net.call,
+            self.net.examples,
+            self.likelihood,
+            self.estimator,
+            self.labels,
+        )
+
+
+CASES = [
+    pytest.param(net, likelihood, estimator, id=f"{net.__name__}-{likelihood}-{estimator}")
+    for net in zoo.NETS
+    for likelihood in LIKELIHOODS
+    for estimator in ("exact", "empirical")
+]
+
+
+@pytest.mark.parametrize(("net", "likelihood", "estimator"), CASES)
+def test_every_representation_agrees_with_the_oracle(net, likelihood, estimator):
+    case = Case(net(), likelihood, estimator)
+    expected = case.expected()
+
+    dense = case.build("dense")
+    close(dense.to_dense(), expected)
+    assert dense.space == ng.ParamSpace.of(case.net.model)
+    assert dense.num_examples == len(case.net.examples)
+
+    close(case.build("diagonal").diagonal(), expected.diagonal())
+
+    blocks = case.build("block_diagonal")
+    close(blocks.to_dense(), masked(expected, blocks.space))
+
+    ekfac = case.build("ekfac")
+    check_ekfac(ekfac, expected)
+    fallback = {
+        row.parameter for row in case.build("kfac").report() if "general" in row.form
+    }
+    assert fallback == set(case.net.general)
+
+
+def masked(matrix, space):
+    """The blocks of modules that own parameters, zero elsewhere."""
+    owner = [space.owner(n) for n in space.names for _ in range(space.slices[n].stop - space.slices[n].start)]
+    same = torch.tensor([[a == b for b in owner] for a in owner])
+    return torch.where(same, matrix, torch.zeros(()))
+
+
+def check_ekfac(ekfac, expected):
+    """Yardstick 6: the orthogonal projection of each block onto its eigenbasis."""
+    info = ekfac.info
+    for block, layout in zip(ekfac.operands, info.layouts, strict=True):
+        where = layout.positions()
+        exact = expected[where][:, where]
+        p = len(where)
+        if not hasattr(block, "bases"):
+            close(block.diagonal(), exact.diagonal())
+            continue
+        Q = block.unrotate(torch.eye(p))
+        close(Q.mT @ Q, torch.eye(p))
+        close(block.eigenvalues.flatten(), (Q.mT @ exact @ Q).diagonal())
+        close(block.trace(), exact.trace())
+        E = block.to_dense()
+        close(E.square().sum() + (exact - E).square().sum(), exact.square().sum())
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("estimator", ["exact", "empirical"])
+@pytest.mark.parametrize("kind", ["mlp", "sequence", "convolutions", "conv1d"])
+def test_kfac_factors(kind, estimator, sharing):
+    """The factors by their definition, from hooks on a network without in-place operations."""
+    net = getattr(zoo, kind)()
+    for module in net.model.modules():
+        if hasattr(module, "inplace"):
+            module.inplace = False
+    case = Case(net, "categorical", estimator)
+    F = case.build(ng.representations.KFAC(sharing=sharing))
+    modules = dict(net.model.named_modules())
+    checked = 0
+    for name, block in zip(F.info.names, F.operands, strict=True):
+        left, right = reference_factors(case, modules[name], sharing)
+        close(block.left, left)
+        close(block.right, right)
+        checked += 1
+    assert checked == len({n.rpartition(".")[0] for n, _ in net.model.named_parameters()})
+
+
+def reference_factors(case, module, sharing):
+    seen = {}
+    handle = module.register_forward_hook(lambda m, a, out: seen.update(x=a[0], y=out))
+    out = case.net.model(case.net.batch)
+    handle.remove()
+    x, n = seen["x"].detach(), out.shape[0]
+    groups = getattr(module, "groups", 1)
+    if isinstance(module, nn.Linear):
+        x = x.reshape(n, 1, -1, x.shape[-1])  # (N,1,T,i)
+    else:
+        x = patches(module, x)
+    if module.bias is not None:
+        x = torch.cat([x, torch.ones(*x.shape[:-1], 1)], -1)
+    total, positions = 0.0, x.shape[2]
+    nll = oracle.NLL["categorical"]
+    flat = out.reshape(n, -1)
+    for k in range(n):
+        f = out[k].detach()
+        if case.estimator == "empirical":
+            S = torch.func.grad(nll)(f, case.labels[k]).reshape(-1, 1)
+        else:
+            H = torch.func.hessian(nll)(f, case.labels[k]).reshape(f.numel(), -1)
+            values, vectors = torch.linalg.eigh(H)
+            S = vectors * values.clamp_min(0).sqrt()
+        for s in S.mT:
+            (g,) = torch.autograd.grad(flat[k] @ s, seen["y"], retain_graph=True)
+            g = g[k]
+            if isinstance(module, nn.Linear):
+                g = g.reshape(1, -1, g.shape[-1])
+            else:
+                g = g.reshape(groups, g.shape[0] // groups, -1).mT  # (G,T,o)
+            g = g.sum(1, keepdim=True) if sharing == "reduce" else g
+            total = total + g.mT @ g
+    if sharing == "reduce":
+        x, positions = x.mean(2, keepdim=True), 1
+    return total / n, torch.einsum("ngti,ngtj->gij", x, x) / (n * positions)
+
+
+def patches(module, x):
+    """(N, G, T, i) by convolving with one-hot kernels."""
+    nd = x.dim() - 2
+    shape = (module.in_channels // module.groups, *module.kernel_size)
+    width = torch.Size(shape).numel()
+    kernel = torch.eye(width).reshape(width, *shape).repeat(module.groups, *[1] * (nd + 1))
+    copy = type(module)(
+        module.in_channels,
+        width * module.groups,
+        module.kernel_size,
+        module.stride,
+        module.padding,
+        module.dilation,
+        module.groups,
+        bias=False,
+        padding_mode=module.padding_mode,
+    )
+    copy.weight.data = kernel
+    u = copy(x).detach()
+    return u.reshape(len(x), module.groups, width, -1).mT
+
+
+@pytest.mark.parametrize("likelihood", list(LIKELIHOODS))
+def test_monte_carlo(likelihood):
+    """Seeded, the same draws in every representation and pass, and unbiased."""
+    case = Case(zoo.mlp(), likelihood, "mc")
+    dense = case.build("dense", seed=3, samples=2)
+    assert torch.equal(dense.to_dense(), case.build("dense", seed=3, samples=2).to_dense())
+    assert not torch.allclose(dense.to_dense(), case.build("dense", seed=4, samples=2).to_dense())
+    close(case.build("diagonal", seed=3, samples=2).diagonal(), dense.diagonal())
+    check_ekfac(case.build("ekfac", seed=3, samples=2), dense.to_dense())
+    many = case.build("dense", seed=0, samples=4000).to_dense()
+    case.estimator = "exact"
+    exact = case.expected()
+    assert (many - exact).norm() < 0.1 * exact.norm()
+
+
+def test_unequal_batches_are_one_mean():
+    net = zoo.mlp()
+    x, y = net.batch, torch.randint(3, (6,))
+    whole = ng.FIM(net.model, (x, y), "dense")
+    batches = [(x[:1], y[:1]), (x[1:5], y[1:5]), (x[5:], y[5:])]
+    for representation in ("dense", "kfac", "ekfac", "diagonal"):
+        F = ng.FIM(net.model, batches, representation)
+        close(F.to_dense(), ng.FIM(net.model, (x, y), representation).to_dense())
+        assert F.num_examples == F.num_terms == 6
+    close(whole.to_dense(), ng.FIM(net.model, batches, "dense").to_dense())
+
+
+def test_masked_terms_count_as_zero_of_n_examples():
+    net = zoo.gpt()
+    x = net.batch
+    y = torch.randint(7, x.shape)
+    y[0], y[1, 1:] = -100, -100
+    F = ng.FIM(net.model, (x, y), "dense", likelihood="categorical", estimator="empirical")
+    keep = [1, 2]
+    J = oracle.jacobian(net.model, net.call, [x[k] for k in keep])
+    total = 0.0
+    for j, k in zip(J, keep, strict=True):
+        f = net.model(x[k : k + 1]).detach()[0]
+        used = y[k] != -100
+        s = torch.zeros_like(f)
+        s[used] = torch.func.grad(oracle.nll_categorical)(f[used], y[k][used])
+        total = total + torch.outer(j.T @ s.flatten(), j.T @ s.flatten())
+    close(F.to_dense(), total / 3)
+    assert (F.num_examples, F.num_terms) == (3, 4)
+
+
+def test_compiled_model_is_the_plain_one():
+    net = zoo.mlp()
+    compiled = torch.compile(net.model, backend="eager")
+    compiled(net.batch)
+    data = (net.batch, torch.randint(3, (6,)))
+    F, G = ng.FIM(compiled, data), ng.FIM(net.model, data)
+    assert F.space == G.space
+    close(F.to_dense(), G.to_dense())
+
+
+def test_a_chosen_part_of_the_parameters():
+    net = zoo.convolutions()
+    data = (net.batch, torch.randint(3, (4,)))
+    whole = ng.FIM(net.model, data, "dense")
+    for selector in ("9", "*.bias", nn.Conv2d, net.model[2], lambda name, p: p.dim() == 1, ["0", "9"]):
+        F = ng.FIM(net.model, data, "dense", params=selector)
+        where = torch.cat([torch.arange(len(whole.space))[whole.space.slices[n]] for n in F.space.names])
+        close(F.to_dense(), whole.to_dense()[where][:, where])
+        E = ng.FIM(net.model, data, "ekfac", params=selector)
+        check_ekfac(E, F.to_dense())
+    frozen = net.model.requires_grad_(False)
+    close(ng.FIM(frozen, data, "dense", params="*").to_dense(), whole.to_dense())
+    assert not any(p.requires_grad for p in frozen.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("representation", ["dense", "block_diagonal", "diagonal", "kfac", "ekfac"])
+def test_low_precision_models(dtype, representation):
+    net = zoo.norms() if dtype == torch.float32 else zoo.mlp()
+    data = (net.batch, torch.randint(3, (len(net.batch),)))
+    expected = ng.FIM(net.model, data, representation).to_dense()
+    F = ng.FIM(net.model.to(dtype), (data[0].to(dtype), data[1]), representation)
+    assert F.dtype == torch.float32
+    error = (F.to_dense().double() - expected).norm() / expected.norm()
+    assert error < (1e-4 if dtype == torch.float32 else 0.1)
+    grad = F.space.randn().to(dtype)
+    assert F.solve(grad, damping=1e-2).isfinite().all()
+
+
+def test_large_factors_are_kept_diagonal(monkeypatch):
+    monkeypatch.setattr(ng.representations, "MAX_FACTOR", 4)
+    case = Case(zoo.mlp(), "categorical", "exact")
+    F = case.build("kfac")
+    assert [(b.left.dim(), b.right.dim()) for b in F.operands] == [(2, 2), (3, 2)]
+    monkeypatch.undo()
+    full = case.build("kfac")
+    close(F.operands[0].right, full.operands[0].right.diagonal(dim1=-2, dim2=-1))
+    close(F.operands[0].left, full.operands[0].left.diagonal(dim1=-2, dim2=-1))
+
+
+def test_progress_bar(capsys):
+    net = zoo.mlp()
+    ng.FIM(net.model, (net.batch, torch.randint(3, (6,))), progress=True)
+    assert "1/1" in capsys.readouterr().err
+
+
+def test_shuffling_loader_reuses_draws_in_both_passes():
+    net = zoo.mlp()
+    data = torch.utils.data.TensorDataset(net.batch, torch.randint(3, (6,)))
+    loader = torch.utils.data.DataLoader(data, batch_size=2, shuffle=True)
+    state = torch.get_rng_state()
+    E = ng.FIM(net.model, loader, "ekfac", estimator="mc", seed=1)
+    assert torch.equal(state, torch.get_rng_state())
+    D = ng.FIM(net.model, loader, "dense", estimator="mc", seed=1)
+    check_ekfac(E, D.to_dense())
