@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .data import Batch, Batches
 from .errors import DataError, NonFiniteError, TooLargeError
 from .jacobian.capture import Capture
+from .jacobian.forms import Form, Outer
 from .jacobian.plan import Part
 from .jacobian.record import recording, refuse_training_mode
 from .likelihoods import Likelihood, check_estimator, resolve as resolve_likelihood
@@ -106,6 +107,10 @@ def FIM(  # noqa: N802 - the field writes it in capitals
     return wanted.build(sweep)
 
 
+Chunk = tuple[list[Form | None], bool, bool]
+KEPT_BYTES = 2**27  # the forms of a whole pass are kept for a second one up to this size
+
+
 class _FisherSweep:
     """Passes over the data that feed the Fisher's directions to statistics."""
 
@@ -130,6 +135,7 @@ class _FisherSweep:
         self._max_directions = max_directions
         self._capture = Capture(model, space, batches.forward)
         self.dtype = torch.promote_types(space.dtype, torch.float32)
+        self._kept: list[Chunk] | None = None
         self.num_examples = 0
         self.num_terms = 0
 
@@ -137,9 +143,11 @@ class _FisherSweep:
     def parts(self) -> Sequence[Part]:
         return self._capture.parts
 
-    def __call__(self, make: Make) -> Sequence[Statistic]:
-        """One pass; `num_examples` and `num_terms` are those of the last one."""
+    def __call__(self, make: Make, keep: bool = False) -> Sequence[Statistic]:
+        if self._kept is not None:
+            return self._replay(make, self._kept)
         statistics: Sequence[Statistic] | None = None
+        kept: list[Chunk] | None = [] if keep else None
         examples, terms = 0, torch.zeros((), dtype=torch.int64, device=self.space.device)
         flags: dict[str, Tensor] = {}
         with (
@@ -160,12 +168,19 @@ class _FisherSweep:
                 directions = likelihood.directions(
                     outputs, target, self._estimator, samples=self._samples, generator=generator
                 )
-                for forms, first, last in recorded.chunks(directions, count):
-                    for each in statistics:
-                        each.update([forms[k] for k in each.indices], first, last)
+                for chunk in recorded.chunks(directions, count):
+                    _update(statistics, chunk)
+                    kept = _keep(kept, chunk)
         _raise_flags(flags)
-        self.num_examples, self.num_terms = examples, int(terms)
+        self.num_examples, self.num_terms, self._kept = examples, int(terms), kept
         return statistics or ()
+
+    def _replay(self, make: Make, kept: list[Chunk]) -> Sequence[Statistic]:
+        statistics = make(self.parts)
+        for chunk in kept:
+            _update(statistics, chunk)
+        self._kept = None
+        return statistics
 
     def _fit(self, outputs: Tensor, target: Tensor | None) -> Likelihood:
         if not isinstance(self._likelihood, Likelihood):
@@ -183,6 +198,25 @@ class _FisherSweep:
                 "or raise max_directions"
             )
         return count
+
+
+def _update(statistics: Sequence[Statistic], chunk: Chunk) -> None:
+    forms, first, last = chunk
+    for each in statistics:
+        each.update([forms[k] for k in each.indices], first, last)
+
+
+def _keep(kept: list[Chunk] | None, chunk: Chunk) -> list[Chunk] | None:
+    """All chunks so far, or None once they are too large: the next pass then sees the data again.
+
+    Rows are not kept: what they hold may be a whole batch with its graph.
+    """
+    if kept is None:
+        return None
+    forms = [form if isinstance(form, Outer) else None for form in chunk[0]]
+    kept.append((list(forms), *chunk[1:]))
+    size = sum(form.bytes for held, _, _ in kept for form in held if isinstance(form, Outer))
+    return kept if size <= KEPT_BYTES else None
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .errors import DataError, NonFiniteError, TooLargeError
 from .jacobian.forms import Form, Outer, second_moment
+from .jacobian.inputs import Inputs
 from .jacobian.plan import Part
 from .layout import Layout, assemble
 from .operators import (
@@ -74,8 +75,11 @@ class Sweep(Protocol):
     num_terms: int
     dtype: torch.dtype
 
-    def __call__(self, make: Make) -> Sequence[Statistic]:
-        """Make the statistics, then update them over all batches."""
+    def __call__(self, make: Make, keep: bool = False) -> Sequence[Statistic]:
+        """Make the statistics, then update them over all batches.
+
+        With `keep` the forms are kept for the next call where they fit into memory.
+        """
 
 
 S = TypeVar("S", bound=Statistic)
@@ -132,27 +136,35 @@ class SquareSum(Statistic):
     ) -> None:
         super().__init__(index)
         self._size = part.layout.size
-        self._left, self._right = left, right
+        self._left = left if left is not None and left.dim() == 3 else None
+        self._right = right if right is not None and right.dim() == 3 else None
+        self._inputs: Inputs | None = None  # of the current batch, prepared for all its directions
         self._squares: Tensor | None = None  # of the current batch, summed over its directions
         self._total: Tensor | None = None
 
     def update(self, forms: Sequence[Form | None], first: bool, last: bool) -> None:
         for form in forms:
             if isinstance(form, Outer):
-                self._outer(form, last)
+                self._outer(form, first, last)
             elif form is not None:
                 self._add(form.sqsum())
 
-    def _outer(self, form: Outer, last: bool) -> None:
-        form = form if self._left is None else form.rotated(self._left)
+    def _outer(self, form: Outer, first: bool, last: bool) -> None:
+        if form.inputs is None:  # a bias alone: the basis of its one input is a sign
+            form = form.prepared(None, False, self._left)
+        else:
+            if first:
+                self._inputs = form.inputs.prepared(self._right, form.bias)
+            form = form.prepared(self._inputs, self._right is not None, self._left)
         squares = form.squares()
         if squares is None:
-            self._add(form.sqsum() if self._right is None else form.sqsum_rotated(self._right))
-            return
-        self._squares = squares if self._squares is None else self._squares.add_(squares)
+            self._add(form.sqsum())
+        else:
+            self._squares = squares if self._squares is None else self._squares.add_(squares)
+            if last:
+                self._add(form.sqsum_from(self._squares))
         if last:
-            self._add(form.sqsum_from(self._squares, self._right))
-            self._squares = None
+            self._inputs = self._squares = None
 
     def _add(self, sums: Tensor) -> None:
         self._total = sums if self._total is None else self._total.add_(sums)
@@ -300,7 +312,7 @@ class EKFAC(Representation):
         _check_sharing(self.sharing)
 
     def build(self, sweep: Sweep) -> BaseLinearOperator:
-        first = _kronecker_statistics(sweep, self.sharing)
+        first = _kronecker_statistics(sweep, self.sharing, keep=True)
         bases: dict[int, tuple[Tensor, Tensor]] = {}
         for k, (part, each) in enumerate(zip(sweep.parts, first, strict=True)):
             if isinstance(each, KroneckerFactors):
@@ -351,12 +363,13 @@ def _check_sharing(sharing: str) -> None:
         raise DataError(f"expected sharing='expand' or 'reduce', got {sharing!r}")
 
 
-def _kronecker_statistics(sweep: Sweep, sharing: str) -> Sequence[Statistic]:
+def _kronecker_statistics(sweep: Sweep, sharing: str, keep: bool = False) -> Sequence[Statistic]:
     return sweep(
         lambda parts: [
             KroneckerFactors(k, part, sharing) if part.kind == "outer" else SquareSum(k, part)
             for k, part in enumerate(parts)
-        ]
+        ],
+        keep=keep,
     )
 
 

@@ -102,7 +102,7 @@ def masked(matrix, space):
 def check_ekfac(ekfac, expected):
     """Yardstick 6: the orthogonal projection of each block onto its eigenbasis."""
     info = ekfac.info
-    for block, layout in zip(ekfac.operands, info.layouts, strict=True):
+    for block, layout in zip(ekfac.members, info.layouts, strict=True):
         where = layout.positions()
         exact = expected[where][:, where]
         p = len(where)
@@ -130,7 +130,7 @@ def test_kfac_factors(kind, estimator, sharing):
     F = case.build(ng.representations.KFAC(sharing=sharing))
     modules = dict(net.model.named_modules())
     checked = 0
-    for name, block in zip(F.info.names, F.operands, strict=True):
+    for name, block in zip(F.info.names, F.members, strict=True):
         left, right = reference_factors(case, modules[name], sharing)
         close(block.left, left)
         close(block.right, right)
@@ -287,11 +287,11 @@ def test_large_factors_are_kept_diagonal(monkeypatch):
     monkeypatch.setattr(ng.representations, "MAX_FACTOR", 4)
     case = Case(zoo.mlp(), "categorical", "exact")
     F = case.build("kfac")
-    assert [(b.left.dim(), b.right.dim()) for b in F.operands] == [(2, 2), (3, 2)]
+    assert [(b.left.dim(), b.right.dim()) for b in F.members] == [(2, 2), (3, 2)]
     monkeypatch.undo()
     full = case.build("kfac")
-    close(F.operands[0].right, full.operands[0].right.diagonal(dim1=-2, dim2=-1))
-    close(F.operands[0].left, full.operands[0].left.diagonal(dim1=-2, dim2=-1))
+    close(F.members[0].right, full.members[0].right.diagonal(dim1=-2, dim2=-1))
+    close(F.members[0].left, full.members[0].left.diagonal(dim1=-2, dim2=-1))
 
 
 def test_progress_bar(capsys):

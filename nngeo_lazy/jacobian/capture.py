@@ -19,7 +19,7 @@ from ..space import ParamSpace
 from .forms import Form, Rows
 from .general import Forward, GeneralRows, cut
 from .inputs import Inputs
-from .plan import Fold, Part, by_example, make_parts, probe_folds, probe_rows
+from .plan import Fold, Part, Probe, agree, by_example, make_parts, probe_folds, probe_rows
 from .record import Call, Recorder
 
 __all__ = ["Capture", "Recorded"]
@@ -140,16 +140,16 @@ class Capture:
             kept = index if n > PROBED else index[:1]
             alone = self._try(cut(record.raw, n, kept), record, len(kept))
         same = self._record(record.raw) if alone is None or n <= PROBED else None
-        if same is not None and not _close(same.outputs, outputs):
+        if same is not None and not agree(same.outputs, outputs):
             raise StochasticModelError(
                 "expected one fixed function, but two forward passes of the same batch differ: "
                 "call model.eval(), and remove sampling from the forward pass"
             )
         if alone is None:
             return same
-        if not _close(alone.outputs, outputs[kept.to(outputs.device)]):
+        if not agree(alone.outputs, outputs[kept.to(outputs.device)]):
             again = self._record(alone.raw)
-            if not _close(again.outputs, alone.outputs):
+            if not agree(again.outputs, alone.outputs):
                 raise StochasticModelError(
                     "expected one fixed function, but two forward passes of the same examples "
                     "differ: call model.eval(), and remove sampling from the forward pass"
@@ -176,59 +176,49 @@ class Capture:
         parameters = list(self._parameters.values())
         edges = [call.edge for call in calls]
         probes = []
-        touched = dict.fromkeys(self._space.names, False)
         for example in sorted({0, n - 1}):
             cotangent = torch.zeros_like(outputs)
             shape = outputs.shape[1:]
             noise = torch.randn(shape, generator=generator, device=outputs.device)
             cotangent[example] = noise.to(outputs.dtype)
-            grads = torch.autograd.grad(
-                outputs, [*edges, *parameters], cotangent, retain_graph=True, allow_unused=True
-            )
-            of_parameters = dict(zip(self._space.names, grads[len(edges) :], strict=True))
-            touched.update((k, True) for k, g in of_parameters.items() if g is not None)
-            flat = self._space.ravel(
-                {
-                    name: torch.zeros_like(self._parameters[name]) if g is None else g
-                    for name, g in of_parameters.items()
-                }
-            )
-            probes.append((example, cotangent, grads[: len(edges)], flat))
-        unused = {name for name, seen in touched.items() if not seen}
-        if len(unused) == len(touched):
+            at_calls = _gradients(outputs, edges, cotangent)
+            probes.append(Probe(example, cotangent, at_calls))
+        # Confined to its example each, the probes can be compared with autograd in one sum.
+        both = torch.stack([probe.cotangent for probe in probes]).sum(0)
+        found = _gradients(outputs, list(self._parameters.values()), both)
+        gradients = dict(zip(self._parameters, found, strict=True))
+        if all(g is None for g in found):
             raise DataError("the outputs do not depend on any selected parameter")
-        folds = probe_folds(calls, [(e, grads) for e, _, grads, _ in probes], n)
-        parts = self._demote(record, folds, probes, unused)
+        folds = probe_folds(calls, probes, n)
+        parts = self._demote(record, folds, probes, gradients)
         general = {}
         for k, part in enumerate(parts):
             if part.kind == "general":
                 chosen = {name: self._parameters[name] for name in part.names}
                 general[k] = GeneralRows(self._model, chosen, self._forward)
-                general[k].probe(
-                    record.raw,
-                    outputs,
-                    [(e, c) for e, c, _, _ in probes],
-                    [part.layout.gather(flat.unsqueeze(-1)).squeeze(-1) for *_, flat in probes],
-                )
+                examples = [(probe.example, probe.cotangent) for probe in probes]
+                general[k].probe(record.raw, outputs, examples)
         return _Plan(record.keys, parts, folds, general, n)
 
     def _demote(
         self,
         record: _Pass,
         folds: list[Fold | None],
-        probes: Sequence[tuple[int, Tensor, Sequence[Tensor | None], Tensor]],
-        unused: set[str],
+        probes: Sequence[Probe],
+        gradients: Mapping[str, Tensor | None],
     ) -> list[Part]:
         """The parts, with all whose rows are not autograd's on the general way."""
         general = dict(record.formless)
+        unused = {name for name, gradient in gradients.items() if gradient is None}
         for call, fold in zip(record.calls, folds, strict=True):
             if fold is None:
                 note = f"the output of {call.function} {tuple(call.shape)} has no example axis"
                 general.update({name: note for name in (call.weight, call.bias) if name})
-        checks = [(e, grads, flat) for e, _, grads, flat in probes]
         for part in make_parts(self._space, record.calls, general, unused):
             formed = part.kind in ("outer", "rows", "summed")
-            if formed and not probe_rows(part, record.calls, folds, checks, record.n):
+            if formed and not probe_rows(
+                part, record.calls, folds, probes, gradients, record.n
+            ):
                 note = f"its rows from {part.function} are not autograd's: it is used elsewhere too"
                 general.update(dict.fromkeys(part.names, note))
         return make_parts(self._space, record.calls, general, unused)
@@ -271,16 +261,8 @@ class Recorded:
             collected = []
             for direction in chunk:
                 done += 1
-                if edges:
-                    collected.append(
-                        torch.autograd.grad(
-                            self.record.outputs,
-                            edges,
-                            direction,
-                            retain_graph=keep or done < count,
-                            allow_unused=True,
-                        )
-                    )
+                retain = keep or done < count
+                collected.append(_gradients(self.record.outputs, edges, direction, retain))
             by_call = {k: [grads[j] for grads in collected] for j, k in enumerate(used)}
             yield self._forms(by_call, chunk), done == len(chunk), done == count
 
@@ -315,10 +297,14 @@ class Recorded:
         return Rows(compute, shape, self.dtype, GENERAL_TILE_BYTES)
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
-    a, b = a.detach().flatten(), b.detach().flatten()
-    tolerance = torch.finfo(a.dtype).eps ** 0.5
-    return bool((a - b).norm() <= tolerance * b.norm())
+def _gradients(
+    outputs: Tensor, inputs: Sequence[Any], cotangent: Tensor, retain: bool = True
+) -> Sequence[Tensor | None]:
+    if not inputs:
+        return ()
+    return torch.autograd.grad(
+        outputs, inputs, cotangent, retain_graph=retain, allow_unused=True
+    )
 
 
 def _differing(

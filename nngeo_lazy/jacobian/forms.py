@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .inputs import IndexInputs, Inputs, moment, with_bias
+from .inputs import IndexInputs, Inputs, moment, rotate
 
 __all__ = ["Form", "Outer", "Rows", "gram", "second_moment"]
 
@@ -34,6 +34,11 @@ class Form(ABC):
     @abstractmethod
     def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
         """The rows themselves, (R, n, p), of a range of examples."""
+
+    def total(self, widths: Sequence[int]) -> list[Tensor]:
+        """The sum of all rows by the pieces of a layout, each (rows of the grid, width)."""
+        rows = torch.stack([self.rows(a, b).sum((0, 1)) for a, b in self.tiles()]).sum(0)
+        return list(rows.unflatten(0, (-1, sum(widths))).split(list(widths), 1))
 
     @abstractmethod
     def sqsum(self) -> Tensor:
@@ -101,6 +106,11 @@ class Outer(Form):
         return r, n, groups * o * self.width
 
     @property
+    def bytes(self) -> int:
+        """What keeping the output gradients takes; inputs are the same for all directions."""
+        return self.g.numel() * self.g.element_size()
+
+    @property
     def width(self) -> int:
         return (0 if self.inputs is None else self.inputs.shape[3]) + int(self.bias)
 
@@ -118,6 +128,16 @@ class Outer(Form):
         joint = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         return joint.flatten(2)  # (R,n,G,o,w) -> (R,n,p)
 
+    def total(self, widths: Sequence[int]) -> list[Tensor]:
+        g = self.g.sum(0).transpose(0, 1).flatten(1, 2)  # (G,N T,o)
+        parts = []
+        if self.inputs is not None:
+            x = self.inputs.dense().transpose(0, 1).flatten(1, 2)  # (G,N T,i)
+            parts.append((g.mT @ x).flatten(0, 1))
+        if self.bias:
+            parts.append(g.sum(1).flatten().unsqueeze(-1))
+        return parts
+
     def sqsum(self) -> Tensor:
         squares = self.squares()
         if squares is not None:
@@ -126,7 +146,9 @@ class Outer(Form):
         if isinstance(self.inputs, IndexInputs):
             parts.append(self._sqsum_indexed(self.inputs))
         elif self.inputs is not None:
-            parts.append(self._sqsum_dense(self.inputs.dense))
+            x = self.inputs
+            tiles = [_outer(self.g[:, a:b], x.dense(a, b)) for a, b in self.tiles()]
+            parts.append(torch.stack([tile.square_().sum((0, 1)) for tile in tiles]).sum(0))
         if self.bias:
             parts.append(self.g.sum(3).square().sum((0, 1)).unsqueeze(-1))  # (G,o,1)
         return torch.cat(parts, -1).flatten()
@@ -141,38 +163,24 @@ class Outer(Form):
             return None
         return self.g.square().sum(0).squeeze(2)
 
-    def sqsum_from(self, squares: Tensor, right: Tensor | None = None) -> Tensor:
-        """`sqsum` from the sum of `squares` over all directions, in the right basis where given."""
-        n, w = squares.shape[0], self.width
-        if self.inputs is None:
-            return squares.sum(0).flatten()
-        if right is None or right.dim() == 2:
-            x = self.inputs.dense()
-            x = with_bias(x) if self.bias else x
-        else:
-            x = self.inputs.rotated(right, self.bias, 0, n)
-        xx = x.squeeze(2).square()  # (N,G,w)
-        return (squares.permute(1, 2, 0) @ xx.transpose(0, 1)).view(-1, w).flatten()
+    def sqsum_from(self, squares: Tensor) -> Tensor:
+        """`sqsum` from the sum of `squares` over all directions."""
+        parts = []
+        if self.inputs is not None:
+            xx = self.inputs.dense().squeeze(2).square()  # (N,G,i)
+            parts.append(squares.permute(1, 2, 0) @ xx.transpose(0, 1))  # (G,o,N),(G,N,i)
+        if self.bias:
+            parts.append(squares.sum(0).unsqueeze(-1))
+        return torch.cat(parts, -1).flatten()
 
-    def rotated(self, left: Tensor) -> Outer:
-        """The output gradients in the basis left (G, o, o); a 2-d basis is the identity."""
-        if left.dim() == 2:
-            return self
-        return Outer(self.g @ left, self.inputs, self.bias)  # (R,N,G,T,o)(G,o,o)
+    def prepared(self, inputs: Inputs | None, rotated: bool, left: Tensor | None) -> Outer:
+        """This form with prepared inputs (`Inputs.prepared`), g in the basis left (G, o, o).
 
-    def sqsum_rotated(self, right: Tensor) -> Tensor:
-        """`sqsum` with the inputs in the basis right (G, w, w); a 2-d basis is the identity.
-
-        Behind `rotated`: the squared projections on the eigenvectors left[:, a] kron right[:, b],
-        (p,), EKFAC's eigenvalues (George et al. 2018, eq. 10).
+        With both rotated, `sqsum` is the squared projections on left[:, a] kron right[:, b]: EKFAC's
+        eigenvalues (George et al. 2018, eq. 10).
         """
-        squares = self.squares()
-        if squares is not None:
-            return self.sqsum_from(squares, right)
-        if self.inputs is None or right.dim() == 2:
-            return self.sqsum()  # a single input needs no rotation: its basis is a sign
-        inputs, bias = self.inputs, self.bias
-        return self._sqsum_dense(lambda start, stop: inputs.rotated(right, bias, start, stop)).flatten()
+        g = self.g if left is None else rotate(self.g, left)
+        return Outer(g, inputs, self.bias and not rotated)
 
     def output_moment(self, diagonal: bool = False) -> Tensor:
         """Sum over r, n, t of g g^T, (G, o, o), or its diagonal (G, o): KFAC's output factor."""
@@ -227,15 +235,6 @@ class Outer(Form):
             raise ValueError("bias_cross needs a weight and a bias")
         c = self.g.sum(3)  # (R,N,G,o)
         return torch.einsum("rngo,rngto,ngti->goi", c, self.g, self.inputs.dense())
-
-    def _sqsum_dense(self, x: Callable[[int, int], Tensor]) -> Tensor:
-        total: Tensor | None = None
-        for a, b in self.tiles():
-            tile = _outer(self.g[:, a:b], x(a, b)).square_().sum((0, 1))
-            total = tile if total is None else total.add_(tile)
-        if total is None:
-            raise ValueError("a form without examples")
-        return total
 
     def _sqsum_indexed(self, inputs: IndexInputs) -> Tensor:
         r, n, _, t, o = self.g.shape

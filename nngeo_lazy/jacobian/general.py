@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from ..errors import UnsupportedLayerError
+from .plan import agree
 
 __all__ = ["GeneralRows", "cut"]
 
@@ -59,10 +60,16 @@ class GeneralRows:
         raw: Any,
         outputs: Tensor,
         cotangents: Sequence[tuple[int, Tensor]],
-        expected: Sequence[Tensor],
     ) -> None:
-        """Keep the first way whose rows equal the expected gradients of the probed examples."""
+        """Keep the first way whose rows of the probed examples equal autograd's gradients.
+
+        Args:
+            raw: the batch.
+            outputs: the model's, with their graph.
+            cotangents: examples, each with a cotangent that is supported on it alone.
+        """
         reasons = []
+        expected = [self._flat(outputs, cotangent) for _, cotangent in cotangents]
         for way in WAYS:
             self.way = way
             try:
@@ -70,7 +77,7 @@ class GeneralRows:
                     # Without a batching rule vmap loops inside, slower than one forward each.
                     warnings.filterwarnings("error", message=".*performance drop.*")
                     agrees = all(
-                        self._agrees(self(raw, outputs, c[None], e, e + 1)[0, 0], flat)
+                        agree(self(raw, outputs, c[None], e, e + 1)[0, 0], flat)
                         for (e, c), flat in zip(cotangents, expected, strict=True)
                     )
             except Exception as error:  # any failure of a foreign model rules this way out
@@ -83,11 +90,6 @@ class GeneralRows:
             f"found no way to the per-example gradients of {list(self.parameters)}; tried "
             + "; ".join(reasons)
         )
-
-    @staticmethod
-    def _agrees(rows: Tensor, flat: Tensor) -> bool:
-        tolerance = torch.finfo(flat.dtype).eps ** 0.5
-        return bool((rows - flat).norm() <= tolerance * flat.norm())
 
     def __call__(
         self, raw: Any, outputs: Tensor, directions: Tensor, start: int, stop: int

@@ -22,7 +22,7 @@ from .forms import Form, Outer, Rows
 from .inputs import Inputs
 from .record import Call
 
-__all__ = ["Fold", "Part", "make_parts", "probe_folds", "probe_rows"]
+__all__ = ["Fold", "Part", "Probe", "agree", "by_example", "make_parts", "probe_folds", "probe_rows"]
 
 
 @dataclass(frozen=True)
@@ -63,27 +63,25 @@ def _candidates(call: Call, n: int) -> Iterator[Fold]:
             yield Fold(axis, "inner")
 
 
-def probe_folds(
-    calls: Sequence[Call], gradients: Sequence[tuple[int, Sequence[Tensor | None]]], n: int
-) -> list[Fold | None]:
-    """The example axis of each call, or None where no axis confines the gradients.
+@dataclass(frozen=True)
+class Probe:
+    """A cotangent supported on one example, and the gradients at the calls' outputs."""
 
-    Args:
-        calls: the recorded calls.
-        gradients: for each probed example, its index and the gradient at each call's output.
-        n: how many examples there are.
-    """
+    example: int
+    cotangent: Tensor
+    at_calls: Sequence[Tensor | None]
+
+
+def probe_folds(calls: Sequence[Call], probes: Sequence[Probe], n: int) -> list[Fold | None]:
+    """The example axis of each of n examples' calls, or None where no axis confines gradients."""
     folds: list[Fold | None] = []
-    for position, call in enumerate(calls):
-        fold = None
-        for candidate in _candidates(call, n):
-            if all(
-                g[position] is None or _confined(candidate, call, g[position], example, n)
-                for example, g in gradients
-            ):
-                fold = candidate
-                break
-        folds.append(fold)
+    for k, call in enumerate(calls):
+        fitting = (
+            fold
+            for fold in _candidates(call, n)
+            if all(_confined(fold, call, probe.at_calls[k], probe.example, n) for probe in probes)
+        )
+        folds.append(next(fitting, None))
     return folds
 
 
@@ -312,21 +310,40 @@ def probe_rows(
     part: Part,
     calls: Sequence[Call],
     folds: Sequence[Fold | None],
-    probes: Sequence[tuple[int, Sequence[Tensor | None], Tensor]],
+    probes: Sequence[Probe],
+    gradients: Mapping[str, Tensor | None],
     n: int,
 ) -> bool:
-    """Whether a part's rows equal autograd's, for each probe (example, gradients, flat gradient)."""
-    dtype = torch.promote_types(probes[0][2].dtype, torch.float32)
+    """Whether a part's rows add up to autograd's gradients.
+
+    Args:
+        part: the part.
+        calls: the recorded calls.
+        folds: their example axes, which confine each probe to its example.
+        probes: cotangents of different examples.
+        gradients: of the parameters, for the sum of the probes' cotangents.
+        n: how many examples there are.
+    """
+    dtype = torch.promote_types(probes[0].cotangent.dtype, torch.float32)
     inputs = [x.to(dtype) for x in part.inputs(calls, folds, n)]
-    for example, gradients, flat in probes:
-        canonical = {
-            k: by_example(calls[k], folds[k], [gradients[k]], n).to(dtype)
-            for k, _ in part.members
-        }
-        rows = part.form(calls, folds, inputs, canonical).rows(example, example + 1)[0, 0]
-        expected = part.layout.gather(flat.unsqueeze(-1)).squeeze(-1)
-        # Rounding alone: the same sums in another order.
-        tolerance = torch.finfo(flat.dtype).eps ** 0.5
-        if not bool((rows.to(flat) - expected).norm() <= tolerance * expected.norm()):
+    canonical = {
+        k: by_example(calls[k], folds[k], [probe.at_calls[k] for probe in probes], n).to(dtype)
+        for k, _ in part.members
+    }
+    form = part.form(calls, folds, inputs, canonical)
+    widths = [piece.width for piece in part.layout.pieces]
+    for name, piece, mine in zip(part.names, part.layout.pieces, form.total(widths), strict=True):
+        gradient = gradients[name]
+        expected = torch.zeros_like(mine) if gradient is None else gradient
+        if piece.transposed:
+            expected = expected.reshape(piece.width, -1).mT
+        if not agree(mine, expected.reshape(-1, piece.width)):
             return False
     return True
+
+
+def agree(a: Tensor, b: Tensor) -> bool:
+    """Equal up to rounding: the same sums in another order."""
+    a, b = a.detach().flatten(), b.detach().flatten()
+    tolerance = torch.finfo(b.dtype).eps ** 0.5
+    return bool((a - b).norm() <= tolerance * b.norm())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,9 +26,17 @@ def implicit_solve(operator: BaseLinearOperator, v: Tensor, krylov: Krylov) -> T
         krylov: options of an iterative solve.
     """
     x: Tensor = _ImplicitSolve.apply(  # type: ignore[no-untyped-call]
-        operator, krylov, v, *operator.representation()
+        _Problem(operator, krylov), v, *operator.representation()
     )
     return x
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """An operator to be solved: hidden, for torch would dispatch on an operator among arguments."""
+
+    operator: BaseLinearOperator
+    krylov: Krylov
 
 
 def _same_or_rebuilt(operator: BaseLinearOperator, args: tuple[Tensor, ...]) -> BaseLinearOperator:
@@ -41,25 +50,25 @@ def _same_or_rebuilt(operator: BaseLinearOperator, args: tuple[Tensor, ...]) -> 
 
 class _ImplicitSolve(torch.autograd.Function):
     @staticmethod
-    def forward(
-        operator: BaseLinearOperator, krylov: Krylov, v: Tensor, *args: Tensor
-    ) -> Tensor:
+    def forward(problem: _Problem, v: Tensor, *args: Tensor) -> Tensor:
         with torch.no_grad():
-            return _same_or_rebuilt(operator, args)._solve_columns(v, krylov).clone()
+            operator = _same_or_rebuilt(problem.operator, args)
+            return operator._solve_columns(v, problem.krylov).clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        operator, krylov, _, *args = inputs
-        ctx.operator, ctx.krylov = operator, krylov.restarted()
+        problem, _, *args = inputs
+        ctx.problem = _Problem(problem.operator, problem.krylov.restarted())
         ctx.save_for_backward(output, *args)
+        ctx.save_for_forward(output, *args)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (g,) = grads
         x, *args = ctx.saved_tensors
-        operator, krylov = ctx.operator, ctx.krylov
-        y = _ImplicitSolve.apply(operator, krylov, g, *args)  # type: ignore[no-untyped-call]
-        need = [i for i, wanted in enumerate(ctx.needs_input_grad[3:]) if wanted]
+        problem = ctx.problem
+        y = _ImplicitSolve.apply(problem, g, *args)  # type: ignore[no-untyped-call]
+        need = [i for i, wanted in enumerate(ctx.needs_input_grad[2:]) if wanted]
         arg_grads: list[Tensor | None] = [None] * len(args)
         if need:
             pair_shape = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
@@ -69,30 +78,49 @@ class _ImplicitSolve(torch.autograd.Function):
                 full = list(args)
                 for i, t in zip(need, chosen, strict=True):
                     full[i] = t
-                rebuilt: BaseLinearOperator = operator.representation_tree()(*full)
+                rebuilt: BaseLinearOperator = problem.operator.representation_tree()(*full)
                 return rebuilt._apply(torch.cat([x_, y_], -1))
 
             _, vjp = torch.func.vjp(product, *(args[i] for i in need))
             # A is symmetric, so half of each order: the gradient is then symmetric, too
             for i, t in zip(need, vjp(torch.cat([y_, x_], -1) / -2), strict=True):
                 arg_grads[i] = t
-        return (None, None, y, *arg_grads)
+        return (None, y, *arg_grads)
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, dv: Tensor | None, *dargs: Tensor | None) -> Tensor:
+        x, *args = ctx.saved_tensors
+        problem = ctx.problem
+        rhs = torch.zeros_like(x) if dv is None else dv
+        moved = [i for i, d in enumerate(dargs) if d is not None]
+        if moved:  # A dx = dv - dA x
+
+            def product(*chosen: Tensor) -> Tensor:
+                full = list(args)
+                for i, t in zip(moved, chosen, strict=True):
+                    full[i] = t
+                rebuilt: BaseLinearOperator = problem.operator.representation_tree()(*full)
+                return rebuilt._apply(x)
+
+            tangents = tuple(d for d in dargs if d is not None)
+            rhs = rhs - torch.func.jvp(product, tuple(args[i] for i in moved), tangents)[1]
+        dx: Tensor = _ImplicitSolve.apply(problem, rhs, *args)  # type: ignore[no-untyped-call]
+        return dx
 
     @staticmethod
     def vmap(
         info: Any,
         in_dims: tuple[int | None, ...],
-        operator: BaseLinearOperator,
-        krylov: Krylov,
+        problem: _Problem,
         v: Tensor,
         *args: Tensor,
     ) -> tuple[Tensor, int]:
-        _, _, v_dim, *arg_dims = in_dims
+        _, v_dim, *arg_dims = in_dims
         solve = _ImplicitSolve.apply
         if all(dim is None for dim in arg_dims):  # a batch of vectors is more columns
             axis = 0 if v_dim is None else v_dim
             wide = v.movedim(axis, -1)  # (..., n, k, B)
-            x = solve(operator, krylov, wide.flatten(-2), *args)  # type: ignore[no-untyped-call]
+            x = solve(problem, wide.flatten(-2), *args)  # type: ignore[no-untyped-call]
             x = x.unflatten(-1, wide.shape[-2:])
             return x, x.dim() - 1
 
@@ -101,8 +129,7 @@ class _ImplicitSolve(torch.autograd.Function):
 
         each = [
             solve(  # type: ignore[no-untyped-call]
-                operator,
-                krylov,
+                problem,
                 pick(v, v_dim, b),
                 *(pick(t, dim, b) for t, dim in zip(args, arg_dims, strict=True)),
             )

@@ -9,13 +9,21 @@ from numbers import Number
 from typing import Any, cast
 
 import torch
-from linear_operator.operators import LinearOperator, RootLinearOperator, TriangularLinearOperator
-from linear_operator.operators import ZeroLinearOperator
+from linear_operator.operators import (
+    LinearOperator,
+    RootLinearOperator,
+    TriangularLinearOperator,
+    ZeroLinearOperator,
+)
 from linear_operator.utils.getitem import _is_noop_index
 from torch import Tensor
 
-from ..errors import NotPositiveDefiniteError, SpaceMismatchError, TooLargeError
-from ..errors import UnsupportedLayerError
+from ..errors import (
+    NotPositiveDefiniteError,
+    SpaceMismatchError,
+    TooLargeError,
+    UnsupportedLayerError,
+)
 from ..selectors import Selector, select
 from ..space import ParamSpace
 from ._autograd import implicit_solve
@@ -308,7 +316,7 @@ class BaseLinearOperator(LinearOperator):
         self._require_square("logdet")
         return self._logdet()
 
-    def norm(self, ord: Any = "fro") -> Tensor:  # noqa: A002 - torch calls it so
+    def norm(self, ord: Any = "fro") -> Tensor:
         """A norm of the matrix: "fro", 2 (spectral), -2 (smallest singular value) or "nuc"."""
         if ord not in ("fro", 2, -2, "nuc"):
             raise ValueError(f"expected ord 'fro', 2, -2 or 'nuc', got {ord!r}")
@@ -542,9 +550,7 @@ class BaseLinearOperator(LinearOperator):
     # --- torch functions ------------------------------------------------------------------------
 
     @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in TORCH_FUNCTIONS and args and isinstance(args[0], BaseLinearOperator):
             return TORCH_FUNCTIONS[func](*args, **(kwargs or {}))
         return super().__torch_function__(func, types, args, kwargs)
@@ -600,7 +606,7 @@ class BaseLinearOperator(LinearOperator):
     def _logdet(self) -> Tensor: ...
 
     @abstractmethod
-    def _norm(self, ord: Any) -> Tensor:  # noqa: A002
+    def _norm(self, ord: Any) -> Tensor:
         ...
 
     @abstractmethod

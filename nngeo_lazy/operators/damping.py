@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias, Union
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Damping", "DampingLike", "is_zero", "resolve_damping"]
 
-DampingLike: TypeAlias = Union[float, Tensor, Mapping[Selector, Union[float, Tensor]]]
+DampingLike: TypeAlias = float | Tensor | Mapping[Selector, float | Tensor]
 
 
 @dataclass(frozen=True)

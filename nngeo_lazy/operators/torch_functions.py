@@ -23,7 +23,7 @@ def _slogdet(A: Any) -> Any:
     return torch.return_types.linalg_slogdet((torch.ones_like(value), value))
 
 
-def _norm(A: Any, ord: Any = None, dim: Any = None, keepdim: bool = False) -> Tensor:  # noqa: A002
+def _norm(A: Any, ord: Any = None, dim: Any = None, keepdim: bool = False) -> Tensor:
     if dim not in (None, (-2, -1), (0, 1), [-2, -1], [0, 1]) or keepdim:
         raise NotImplementedError("norms of an operator are over the whole matrix")
     value: Tensor = A.norm("fro" if ord is None else ord)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, TypeAlias, Union
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["VectorLike", "columns", "require_vector"]
 
-VectorLike: TypeAlias = Union[Tensor, Mapping[str, Tensor]]
+VectorLike: TypeAlias = Tensor | Mapping[str, Tensor]
 _HALF = (torch.float16, torch.bfloat16)
 
 

@@ -1,0 +1,128 @@
+"""Sums and products of operators: structured where the structures fit, lazy otherwise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from linear_operator.operators import DenseLinearOperator as TheirDenseLinearOperator
+from linear_operator.operators import DiagLinearOperator, LinearOperator
+from torch import Tensor
+
+from ..errors import SpaceMismatchError
+from .base import BaseLinearOperator
+from .block_diagonal import BlockDiagonalLinearOperator
+from .dense import DenseLinearOperator
+from .diagonal import DiagonalLinearOperator
+from .eigen_kronecker import EigenKroneckerLinearOperator
+from .info import Info, joint
+from .kronecker import KroneckerLinearOperator
+from .lazy import ProductLinearOperator, SumLinearOperator
+from .views import ForeignLinearOperator
+
+__all__ = ["add", "multiply", "ours"]
+
+_CLOSED = (
+    DenseLinearOperator,
+    DiagonalLinearOperator,
+    KroneckerLinearOperator,
+    EigenKroneckerLinearOperator,
+)
+
+
+def ours(A: Any) -> BaseLinearOperator:
+    """A tensor or any linear_operator operator as one of ours."""
+    if isinstance(A, BaseLinearOperator):
+        return A
+    if isinstance(A, Tensor):
+        if A.dim() == 2 and A.shape[0] == A.shape[1]:
+            return DenseLinearOperator(A)
+        return ForeignLinearOperator(TheirDenseLinearOperator(A))
+    if not isinstance(A, LinearOperator):
+        raise TypeError(f"expected a tensor or a linear operator, got {type(A).__name__}")
+    if isinstance(A, DiagLinearOperator) and A.dim() == 2:
+        return DiagonalLinearOperator(A._diag)
+    if type(A) is TheirDenseLinearOperator:
+        return ours(A.tensor)
+    return ForeignLinearOperator(A)
+
+
+def add(A: BaseLinearOperator, B: BaseLinearOperator) -> BaseLinearOperator:
+    """A + B."""
+    if A.shape[-2:] != B.shape[-2:]:
+        raise SpaceMismatchError(
+            f"expected two matrices of one shape, got {tuple(A.shape)} + {tuple(B.shape)}"
+        )
+    info = joint(A.info, B.info)
+    if isinstance(A, DiagonalLinearOperator) and isinstance(B, DiagonalLinearOperator):
+        return DiagonalLinearOperator(A.diag + B.diag, info=info)
+    for one, other in ((A, B), (B, A)):
+        if isinstance(one, DiagonalLinearOperator):
+            return _informed(other.add_diagonal(one.diag), info)
+        if isinstance(one, DenseLinearOperator) and _closed(other):
+            # as much memory again as the dense one takes already
+            return DenseLinearOperator(one.tensor + other._dense(), info=info)
+    if isinstance(A, BlockDiagonalLinearOperator) and isinstance(B, BlockDiagonalLinearOperator):
+        if A.same_blocks(B):
+            blocks = [add(a, b) for a, b in zip(A.members, B.members, strict=True)]
+            return BlockDiagonalLinearOperator(*blocks, info=_richer(A, B))
+    elif _same_bases(A, B):
+        return A._with_values(A.values + B.values)._with_info(info)  # type: ignore[attr-defined]
+    return SumLinearOperator.of(A, B, info=info)
+
+
+def multiply(A: BaseLinearOperator, B: Any) -> BaseLinearOperator:
+    """A @ B."""
+    B = ours(B)
+    if A.shape[-1] != B.shape[-2]:
+        raise SpaceMismatchError(
+            f"expected matrices that fit, got {tuple(A.shape)} @ {tuple(B.shape)}"
+        )
+    info = joint(A.info, B.info)
+    if isinstance(A, DiagonalLinearOperator) and isinstance(B, DiagonalLinearOperator):
+        return DiagonalLinearOperator(A.diag * B.diag, info=info)
+    if isinstance(A, BlockDiagonalLinearOperator) and isinstance(B, BlockDiagonalLinearOperator):
+        if A.same_blocks(B):
+            blocks = [multiply(a, b) for a, b in zip(A.members, B.members, strict=True)]
+            return BlockDiagonalLinearOperator(*blocks, info=_richer(A, B))
+    elif _same_bases(A, B):
+        return A._with_values(A.values * B.values)._with_info(info)  # type: ignore[attr-defined]
+    return ProductLinearOperator(A, B, info=info)
+
+
+def _closed(A: BaseLinearOperator) -> bool:
+    """Whether forming A costs no products with vectors."""
+    if isinstance(A, BlockDiagonalLinearOperator):
+        return all(_closed(member) for member in A.members)
+    return isinstance(A, _CLOSED)
+
+
+def _same_bases(A: BaseLinearOperator, B: BaseLinearOperator) -> bool:
+    if not isinstance(A, EigenKroneckerLinearOperator):
+        return False
+    if not isinstance(B, EigenKroneckerLinearOperator):
+        return False
+    return A.left_basis is B.left_basis and A.right_basis is B.right_basis
+
+
+def _richer(A: BlockDiagonalLinearOperator, B: BlockDiagonalLinearOperator) -> Info:
+    """The info of block-diagonal operators over the same blocks."""
+    from dataclasses import replace
+
+    known = joint(A.info, B.info)
+    return replace(
+        A.info,
+        space=known.space,
+        num_examples=known.num_examples,
+        num_terms=known.num_terms,
+        origins=known.origins,
+    )
+
+
+def _informed(A: BaseLinearOperator, info: Info) -> BaseLinearOperator:
+    """A sum with a diagonal knows the space of either."""
+    if A.info.space is not None or info.space is None:
+        return A
+    if isinstance(A, BlockDiagonalLinearOperator):
+        return A
+    known: BaseLinearOperator = A._with_info(info)
+    return known

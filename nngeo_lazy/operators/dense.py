@@ -1,0 +1,105 @@
+"""A symmetric matrix that is held as it is."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .base import BaseLinearOperator
+from .decompose import Cache, eigh, eigvalsh, eps, matrix_power
+from .info import Info
+from .spectral import SpectralLinearOperator
+
+__all__ = ["DenseLinearOperator"]
+
+
+class DenseLinearOperator(SpectralLinearOperator):
+    """A symmetric matrix.
+
+    Its eigendecomposition is made once, when something first needs it, and again after the tensor
+    is modified in place.
+
+    Args:
+        tensor: (n, n), symmetric; positive semidefinite or not.
+        info: what is known besides the numbers.
+
+    Example:
+        >>> F = DenseLinearOperator(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
+        >>> F.eigenvalues, F.logdet()
+        (tensor([1., 3.]), tensor(1.0986))
+    """
+
+    _implicit_in_tensors = True
+
+    def __init__(self, tensor: Tensor, *, info: Info | None = None) -> None:
+        if tensor.dim() != 2 or tensor.shape[0] != tensor.shape[1]:
+            raise ValueError(f"expected a square matrix, got shape {tuple(tensor.shape)}")
+        super().__init__(tensor, info=info)
+        self.tensor = tensor
+        self._cache = Cache()
+
+    def _size(self) -> torch.Size:
+        return self.tensor.shape
+
+    def _transpose_nonbatch(self) -> BaseLinearOperator:
+        return DenseLinearOperator(self.tensor.mT, info=self.info)
+
+    def _apply(self, v: Tensor) -> Tensor:
+        return self.tensor @ v
+
+    def _decomposition(self) -> tuple[Tensor, Tensor]:
+        return self._cache.get("eigh", [self.tensor], lambda: eigh(self.tensor))
+
+    def rotate(self, v: Tensor) -> Tensor:
+        return self._decomposition()[1].mT @ v
+
+    def unrotate(self, v: Tensor) -> Tensor:
+        return self._decomposition()[1] @ v
+
+    @property
+    def eigenvalues(self) -> Tensor:
+        if self.tensor.requires_grad and torch.is_grad_enabled():
+            return eigvalsh(self.tensor)
+        return self._decomposition()[0]
+
+    def basis(self) -> BaseLinearOperator:
+        return DenseLinearOperator(self._decomposition()[1])
+
+    def _function(self, values: Tensor, p: float | None) -> BaseLinearOperator:
+        own, vectors = self._decomposition()
+        if p is None:
+            matrix = (vectors * values.unsqueeze(-2)) @ vectors.mT
+        else:
+            matrix = matrix_power(self.tensor, own, vectors, p)
+        return DenseLinearOperator(matrix, info=self.info)
+
+    def _null(self, rcond: float | None) -> Tensor:
+        sizes = self._decomposition()[0].abs()
+        if sizes.numel() == 0:
+            return sizes == 0
+        return sizes <= (sizes.numel() * eps(sizes) if rcond is None else rcond) * sizes.max()
+
+    def _frobenius(self) -> Tensor:
+        return torch.linalg.vector_norm(self.tensor)
+
+    def _shifted(self, d: Tensor) -> BaseLinearOperator | None:
+        added = self.tensor + d.expand(self.tensor.shape[0]).diag_embed()
+        return DenseLinearOperator(added, info=self.info)
+
+    def _damp_factors(self, d: Tensor) -> BaseLinearOperator | None:
+        return None
+
+    def _scale(self, c: float | Tensor) -> BaseLinearOperator:
+        return DenseLinearOperator(self.tensor * c, info=self.info)
+
+    def _diagonal(self) -> Tensor:
+        return self.tensor.diagonal()
+
+    def _dense(self) -> Tensor:
+        return self.tensor
+
+    def _principal(self, index: Tensor, columns: Tensor | None, info: Info) -> BaseLinearOperator:
+        return DenseLinearOperator(self.tensor[index[:, None], index[None, :]], info=info)
+
+    def _kind(self) -> str:
+        return f"dense {self.tensor.shape[0]}x{self.tensor.shape[0]}"

@@ -1,0 +1,87 @@
+"""A diagonal matrix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .base import BaseLinearOperator
+from .info import Info
+from .spectral import SpectralLinearOperator
+
+__all__ = ["DiagonalLinearOperator"]
+
+
+class DiagonalLinearOperator(SpectralLinearOperator):
+    """diag(d), entries of any sign.
+
+    Args:
+        diag: d (n,).
+        info: what is known besides the numbers.
+
+    Example:
+        >>> F = DiagonalLinearOperator(torch.tensor([1.0, 3.0]))
+        >>> F.solve(torch.ones(2), damping=1.0)
+        tensor([0.5000, 0.2500])
+    """
+
+    def __init__(self, diag: Tensor, *, info: Info | None = None) -> None:
+        if diag.dim() != 1:
+            raise ValueError(f"expected a diagonal of shape (n,), got {tuple(diag.shape)}")
+        super().__init__(diag, info=info)
+        self.diag = diag
+
+    def _size(self) -> torch.Size:
+        return torch.Size((self.diag.shape[0], self.diag.shape[0]))
+
+    def _transpose_nonbatch(self) -> BaseLinearOperator:
+        return self
+
+    def _apply(self, v: Tensor) -> Tensor:
+        return self.diag.unsqueeze(-1) * v
+
+    def rotate(self, v: Tensor) -> Tensor:
+        return v
+
+    def unrotate(self, v: Tensor) -> Tensor:
+        return v
+
+    @property
+    def eigenvalues(self) -> Tensor:
+        return self.diag
+
+    def basis(self) -> BaseLinearOperator:
+        return DiagonalLinearOperator(torch.ones_like(self.diag))
+
+    def _function(self, values: Tensor, p: float | None) -> BaseLinearOperator:
+        return DiagonalLinearOperator(values, info=self.info)
+
+    def _null(self, rcond: float | None) -> Tensor:
+        sizes = self.diag.detach().abs()
+        if rcond is None or sizes.numel() == 0:
+            return sizes == 0  # each entry is exact on its own: small is not zero
+        return sizes <= rcond * sizes.max()
+
+    def _frobenius(self) -> Tensor:
+        return self.diag.norm()
+
+    def _shifted(self, d: Tensor) -> BaseLinearOperator | None:
+        return DiagonalLinearOperator(self.diag + d, info=self.info)
+
+    def _damp_factors(self, d: Tensor) -> BaseLinearOperator | None:
+        return None
+
+    def _scale(self, c: float | Tensor) -> BaseLinearOperator:
+        return DiagonalLinearOperator(self.diag * c, info=self.info)
+
+    def _diagonal(self) -> Tensor:
+        return self.diag
+
+    def _dense(self) -> Tensor:
+        return self.diag.diag_embed()
+
+    def _principal(self, index: Tensor, columns: Tensor | None, info: Info) -> BaseLinearOperator:
+        return DiagonalLinearOperator(self.diag[index], info=info)
+
+    def _kind(self) -> str:
+        return f"diagonal {self.diag.shape[0]}"

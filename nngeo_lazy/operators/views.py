@@ -1,0 +1,258 @@
+"""Parts, batches and inverses of operators, and operators of other packages, all lazy."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from linear_operator.operators import LinearOperator
+from linear_operator.utils.getitem import _is_noop_index
+from torch import Tensor
+
+from .base import BaseLinearOperator, Krylov, _positions
+from .info import BatchInfo, Info
+from .lazy import LazyLinearOperator
+
+__all__ = [
+    "BroadcastLinearOperator",
+    "ForeignLinearOperator",
+    "InverseLinearOperator",
+    "RestrictedLinearOperator",
+    "entries",
+]
+
+
+class RestrictedLinearOperator(LazyLinearOperator):
+    """A[rows, columns], or the principal block A[rows, rows].
+
+    Args:
+        base: A.
+        rows: positions (m,).
+        cols: positions (l,); None for a principal block, which is symmetric as A is.
+        info: what is known besides the numbers.
+    """
+
+    def __init__(
+        self,
+        base: BaseLinearOperator,
+        rows: Tensor,
+        cols: Tensor | None = None,
+        *,
+        info: Info | None = None,
+    ) -> None:
+        super().__init__(base, rows, *(() if cols is None else (cols,)), info=info)
+        self.base, self.rows = base, rows
+        self.cols = rows if cols is None else cols
+        self.is_principal = cols is None
+
+    def _size(self) -> torch.Size:
+        return torch.Size((*self.base.batch_shape, self.rows.shape[0], self.cols.shape[0]))
+
+    def _transpose_nonbatch(self) -> BaseLinearOperator:
+        cols = () if self.is_principal else (self.rows,)
+        transposed = self.base._transpose_nonbatch()
+        return RestrictedLinearOperator(transposed, self.cols, *cols, info=self.info)
+
+    def _apply(self, v: Tensor) -> Tensor:
+        shape = (*v.shape[:-2], self.base.shape[-1], v.shape[-1])
+        full = torch.zeros(shape, dtype=v.dtype, device=v.device).index_add(-2, self.cols, v)
+        return self.base._apply(full).index_select(-2, self.rows)
+
+    def _diagonal(self) -> Tensor:
+        if self.is_principal:
+            return self.base._diagonal()[..., self.rows]
+        return entries(self.base, self.rows, self.cols)
+
+    def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
+        if not self.is_principal:
+            raise self._unsupported("sample")
+        return self.base._draw(n, generator)[self.rows]
+
+    def _dense(self) -> Tensor:
+        if self.rows.shape[0] < self.cols.shape[0]:  # fewer products from the other side
+            transposed = self._transpose_nonbatch()
+            return LazyLinearOperator._dense(cast(LazyLinearOperator, transposed)).mT
+        return super()._dense()
+
+    def _principal(self, index: Tensor, columns: Tensor | None, info: Info) -> BaseLinearOperator:
+        cols = () if self.is_principal else (self.cols[index],)
+        return RestrictedLinearOperator(self.base, self.rows[index], *cols, info=info)
+
+
+class InverseLinearOperator(LazyLinearOperator):
+    """A^-1, applied by solving with A.
+
+    Args:
+        base: A.
+        info: what is known besides the numbers.
+    """
+
+    def __init__(self, base: BaseLinearOperator, *, info: Info | None = None) -> None:
+        super().__init__(base, info=info)
+        self.base = base
+
+    _implicit_in_tensors = False
+    _implicit_in_vector = False
+
+    def _size(self) -> torch.Size:
+        return self.base.shape
+
+    def _transpose_nonbatch(self) -> BaseLinearOperator:
+        return InverseLinearOperator(self.base._transpose_nonbatch(), info=self.info)
+
+    def _apply(self, v: Tensor) -> Tensor:
+        return self.base._solve_any(v, Krylov())
+
+    def _solve_columns(self, v: Tensor, krylov: Krylov) -> Tensor:
+        return self.base._apply(v)
+
+    def _logdet(self) -> Tensor:
+        return -self.base._logdet()
+
+    def _inverse(self) -> BaseLinearOperator:
+        return self.base
+
+    def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
+        # perturb and solve: A^-1 of a draw from N(0, A)
+        return self._apply(self.base._draw(n, generator))
+
+
+class ForeignLinearOperator(LazyLinearOperator):
+    """Any operator of linear_operator, with our members and an accurate solve.
+
+    Args:
+        base: their operator.
+        info: what is known besides the numbers.
+    """
+
+    def __init__(self, base: LinearOperator, *, info: Info | None = None) -> None:
+        super().__init__(base, info=info)
+        self.base = base
+
+    def _size(self) -> torch.Size:
+        return cast(torch.Size, self.base.shape)
+
+    def _transpose_nonbatch(self) -> BaseLinearOperator:
+        return ForeignLinearOperator(self.base._transpose_nonbatch(), info=self.info)
+
+    def _apply(self, v: Tensor) -> Tensor:
+        return cast(Tensor, self.base._matmul(v))
+
+    def _dense(self) -> Tensor:
+        return cast(Tensor, self.base.to_dense())
+
+    def _kind(self) -> str:
+        return type(self.base).__name__
+
+
+class BroadcastLinearOperator(LazyLinearOperator):
+    """One matrix repeated over leading batch dimensions, without copies.
+
+    Args:
+        base: a matrix without batch dimensions.
+        info: with the batch shape.
+    """
+
+    def __init__(self, base: BaseLinearOperator, *, info: BatchInfo) -> None:
+        super().__init__(base, info=info)
+        self.base, self.repeats = base, info.batch_shape
+
+    @classmethod
+    def of(cls, base: BaseLinearOperator, batch_shape: torch.Size) -> BroadcastLinearOperator:
+        """The matrix with a batch shape."""
+        known = base.info
+        return cls(
+            base,
+            info=BatchInfo(
+                known.space,
+                known.num_examples,
+                known.num_terms,
+                known.origins,
+                batch_shape=batch_shape,
+            ),
+        )
+
+    # the matrix has its own way of solving
+    _implicit_in_tensors = False
+    _implicit_in_vector = False
+
+    def _size(self) -> torch.Size:
+        return torch.Size((*self.repeats, *self.base.shape[-2:]))
+
+    def _transpose_nonbatch(self) -> BaseLinearOperator:
+        return BroadcastLinearOperator.of(self.base._transpose_nonbatch(), self.repeats)
+
+    def _spread(self, x: Tensor) -> Tensor:
+        lead = torch.broadcast_shapes(self.repeats, x.shape[:-2])
+        return x.expand(*lead, *x.shape[-2:])
+
+    def _apply(self, v: Tensor) -> Tensor:
+        return self._spread(self.base._apply(v))
+
+    def _solve_columns(self, v: Tensor, krylov: Krylov) -> Tensor:
+        return self._spread(self.base._solve_any(v, krylov))
+
+    def _diagonal(self) -> Tensor:
+        diagonal = self.base._diagonal()
+        return diagonal.expand(*self.repeats, diagonal.shape[-1])
+
+    def _trace(self) -> Tensor:
+        return self.base._trace().expand(self.repeats)
+
+    def _logdet(self) -> Tensor:
+        return self.base._logdet().expand(self.repeats)
+
+    def _norm(self, ord: Any) -> Tensor:
+        return self.base._norm(ord).expand(self.repeats)
+
+    def _inverse(self) -> BaseLinearOperator:
+        return BroadcastLinearOperator.of(self.base._inverse(), self.repeats)
+
+    def _power(self, p: float) -> BaseLinearOperator:
+        return BroadcastLinearOperator.of(self.base._power(p), self.repeats)
+
+    def _pinv(self, rcond: float | None) -> BaseLinearOperator:
+        return BroadcastLinearOperator.of(self.base._pinv(rcond), self.repeats)
+
+    def _dense(self) -> Tensor:
+        return self._spread(self.base._dense())
+
+    def _eigensystem(self) -> tuple[Tensor, BaseLinearOperator]:
+        values, basis = self.base._eigensystem()
+        spread = values.expand(*self.repeats, values.shape[-1])
+        return spread, BroadcastLinearOperator.of(basis, self.repeats)
+
+    def _expand_batch(self, batch_shape: Any) -> Any:
+        return BroadcastLinearOperator.of(self.base, torch.Size(batch_shape))
+
+    def _unsqueeze_batch(self, dim: int) -> Any:
+        return self._expand_batch((*self.repeats[:dim], 1, *self.repeats[dim:]))
+
+    def _permute_batch(self, *dims: int) -> Any:
+        return self._expand_batch([self.repeats[d] for d in dims])
+
+    def _getitem(self, row_index: Any, col_index: Any, *batch_indices: Any) -> Any:
+        # an empty tensor of the batch shape knows how its indices change it
+        probe = torch.empty(*self.repeats, 0)
+        shape = probe[batch_indices].shape[:-1] if batch_indices else self.repeats
+        base = self.base
+        if not (_is_noop_index(row_index) and _is_noop_index(col_index)):
+            base = base._getitem(row_index, col_index)
+        return base._expand_batch(shape)
+
+    def _get_indices(self, row_index: Any, col_index: Any, *batch_indices: Any) -> Tensor:
+        shapes = [index.shape for index in (row_index, col_index, *batch_indices)]
+        return entries(self.base, row_index, col_index).expand(torch.broadcast_shapes(*shapes))
+
+
+def entries(operator: BaseLinearOperator, rows: Tensor, cols: Tensor) -> Tensor:
+    """Single entries A[rows, cols], from one product for each distinct column."""
+    rows, cols = torch.broadcast_tensors(rows, cols)
+    shape = rows.shape
+    rows = _positions(rows.reshape(-1), operator.shape[-2], operator.device)
+    cols = _positions(cols.reshape(-1), operator.shape[-1], operator.device)
+    distinct, which = cols.unique(return_inverse=True)
+    columns = RestrictedLinearOperator(
+        operator, torch.arange(operator.shape[-2], device=operator.device), distinct
+    )
+    return columns._dense()[rows, which].reshape(shape)

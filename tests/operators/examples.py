@@ -1,0 +1,183 @@
+"""One operator of every class, with the matrix that it stands for."""
+
+import torch
+
+from nngeo_lazy.layout import Layout, Piece
+from nngeo_lazy.operators import (
+    BlockDiagonalLinearOperator,
+    BlockInfo,
+    DenseLinearOperator,
+    DiagonalLinearOperator,
+    EigenKroneckerLinearOperator,
+    Info,
+    InverseLinearOperator,
+    KroneckerLinearOperator,
+    Origin,
+    ProductLinearOperator,
+    RestrictedLinearOperator,
+    ScaledLinearOperator,
+    SumLinearOperator,
+)
+from nngeo_lazy.space import ParamSpace
+
+
+def spd(n, g, cond=5.0, dtype=torch.float64):
+    q = orthogonal(n, g, dtype)
+    return (q * torch.linspace(1.0, cond, n, dtype=dtype)) @ q.mT
+
+
+def orthogonal(n, g, dtype=torch.float64):
+    return torch.linalg.qr(torch.randn(n, n, generator=g, dtype=torch.float64))[0].to(dtype)
+
+
+def stacked(count, make):
+    return torch.stack([make() for _ in range(count)])
+
+
+def kron(left, right):
+    """The dense matrix of grouped factors, dense or diagonal."""
+    left, right = (f.diag_embed() if f.dim() == 2 else f for f in (left, right))
+    return torch.block_diag(*(torch.kron(a, b) for a, b in zip(left, right, strict=True)))
+
+
+# a linear layer (2, 3) with bias whose block is joint; a transposed weight; and a vector
+SPACE = ParamSpace(
+    {"fc.weight": (2, 3), "fc.bias": (2,), "conv1d.weight": (3, 2), "norm.scale": (4,)},
+    dtype=torch.float64,
+)
+LAYOUTS = (
+    Layout.flat([slice(14, 18)]),
+    Layout(1, 2, (Piece(0, 3), Piece(6, 1))),
+    Layout(1, 2, (Piece(8, 3, transposed=True),)),
+)
+
+
+def info(dtype=torch.float64):
+    origins = {name: Origin(SPACE.owner(name), "linear: outer") for name in SPACE.names}
+    origins["norm.scale"] = Origin("norm", "norm: rows", "no Kronecker form")
+    return Info(SPACE.to(dtype), 10, 20, origins)
+
+
+def block_info(dtype=torch.float64):
+    known = info(dtype)
+    return BlockInfo(
+        known.space,
+        known.num_examples,
+        known.num_terms,
+        known.origins,
+        names=("norm", "fc", "conv1d"),
+        layouts=LAYOUTS,
+    )
+
+
+def permuted(blocks):
+    """The dense matrix of blocks in the layouts."""
+    where = torch.cat([layout.positions() for layout in LAYOUTS])
+    out = torch.zeros(18, 18, dtype=blocks[0].dtype)
+    out[where[:, None], where[None, :]] = torch.block_diag(*blocks)
+    return out
+
+
+def dense(dtype=torch.float64):
+    g = torch.Generator().manual_seed(3)
+    return DenseLinearOperator(spd(18, g, dtype=dtype), info=info(dtype))
+
+
+def diagonal(dtype=torch.float64):
+    g = torch.Generator().manual_seed(3)
+    d = torch.rand(18, generator=g, dtype=torch.float64).to(dtype) + 0.5
+    return DiagonalLinearOperator(d, info=info(dtype))
+
+
+def kronecker(dtype=torch.float64):
+    g = torch.Generator().manual_seed(3)
+    return KroneckerLinearOperator(spd(3, g, 4.0, dtype)[None], spd(2, g, 3.0, dtype)[None])
+
+
+def grouped(dtype=torch.float64):
+    """Two groups, a diagonal right factor, and a shift."""
+    g = torch.Generator().manual_seed(3)
+    left = stacked(2, lambda: spd(3, g, 5.0, dtype))
+    right = torch.rand(2, 4, generator=g, dtype=torch.float64).to(dtype) + 0.5
+    return KroneckerLinearOperator(left, right, torch.tensor(0.3, dtype=dtype))
+
+
+def eigen(dtype=torch.float64):
+    g = torch.Generator().manual_seed(3)
+    bases = stacked(2, lambda: orthogonal(3, g, dtype)), stacked(2, lambda: orthogonal(2, g, dtype))
+    values = torch.rand(2, 3, 2, generator=g, dtype=torch.float64).to(dtype) + 0.5
+    return EigenKroneckerLinearOperator(values, *bases)
+
+
+def blocks(dtype=torch.float64):
+    g = torch.Generator().manual_seed(3)
+    values = torch.rand(1, 2, 3, generator=g, dtype=torch.float64).to(dtype) + 0.5
+    return BlockDiagonalLinearOperator(
+        DenseLinearOperator(1.1 * spd(4, g, 5.0, dtype)),
+        KroneckerLinearOperator(spd(2, g, 5.0, dtype)[None], spd(4, g, 3.0, dtype)[None]),
+        EigenKroneckerLinearOperator(
+            values, orthogonal(2, g, dtype)[None], orthogonal(3, g, dtype)[None]
+        ),
+        info=block_info(dtype),
+    )
+
+
+def anonymous(dtype=torch.float64):
+    return BlockDiagonalLinearOperator(kronecker(dtype), diagonal(dtype), grouped(dtype))
+
+
+def lazy_sum(dtype=torch.float64):
+    return SumLinearOperator(blocks(dtype), diagonal(dtype), info=info(dtype))
+
+
+def scaled(dtype=torch.float64):
+    c = torch.tensor(2.5, dtype=dtype)
+    return ScaledLinearOperator(lazy_sum(dtype), c, info=info(dtype))
+
+
+def inverse(dtype=torch.float64):
+    # of terms that are symmetric whatever their numbers are, so that gradients are unambiguous
+    g = torch.Generator().manual_seed(4)
+    d = torch.rand(12, generator=g, dtype=torch.float64).to(dtype)
+    return InverseLinearOperator(SumLinearOperator(eigen(dtype), DiagonalLinearOperator(d)))
+
+
+def restricted(dtype=torch.float64):
+    return RestrictedLinearOperator(lazy_sum(dtype), torch.tensor([3, 0, 7, 12, 17]))
+
+
+def product(dtype=torch.float64):
+    return ProductLinearOperator(dense(dtype), blocks(dtype), info=info(dtype))
+
+
+def matrix(op):
+    """The dense matrix, written independently of the operators' own code."""
+    if isinstance(op, DenseLinearOperator):
+        return op.tensor
+    if isinstance(op, DiagonalLinearOperator):
+        return op.diag.diag_embed()
+    if isinstance(op, KroneckerLinearOperator):
+        out = kron(op.left, op.right)
+        return out if op.shift is None else out + op.shift * torch.eye(len(out)).to(out)
+    if isinstance(op, EigenKroneckerLinearOperator):
+        q = kron(op.left_basis.detach(), op.right_basis.detach())
+        return (q * op.values.reshape(-1)) @ q.mT
+    if isinstance(op, BlockDiagonalLinearOperator):
+        members = [matrix(b) for b in op.members]
+        return permuted(members) if op.layouts == LAYOUTS else torch.block_diag(*members)
+    if isinstance(op, SumLinearOperator):
+        return sum(matrix(t) for t in op.terms)
+    if isinstance(op, ScaledLinearOperator):
+        return op.constant * matrix(op.base)
+    if isinstance(op, InverseLinearOperator):
+        return torch.linalg.inv(matrix(op.base))
+    if isinstance(op, RestrictedLinearOperator):
+        return matrix(op.base)[op.rows][:, op.cols]
+    if isinstance(op, ProductLinearOperator):
+        return matrix(op.left) @ matrix(op.right)
+    raise TypeError(type(op))
+
+
+CLOSED = {f.__name__: f for f in (dense, diagonal, kronecker, grouped, eigen, blocks, anonymous)}
+LAZY = {f.__name__: f for f in (lazy_sum, scaled, inverse, restricted)}
+EVERY = {**CLOSED, **LAZY, "product": product}
