@@ -9,6 +9,9 @@ import oracle
 import zoo
 from nngeo_lazy.likelihoods import Bernoulli, Categorical, Gaussian
 
+# torch's own, on padding="same" with an even kernel
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+
 LIKELIHOODS = {
     "categorical": lambda outputs: Categorical(class_dim=outputs.dim() - 1),
     "gaussian": lambda outputs: Gaussian(oracle.VARIANCE),

@@ -220,10 +220,12 @@ def residual() -> Net:
 
         def forward(self, x):
             h = self.act(self.a(input=x))
-            h = h + 0
-            h += self.act(self.b(h))
-            h += self.a(torch.tanh(h))
-            return self.out(h)
+            r = self.b(h)
+            r += h
+            r = self.act(r)
+            s = self.a(torch.tanh(r))
+            s += r
+            return self.out(s)
 
     return simple(M(), torch.randn(5, 4))
 

@@ -1,71 +1,34 @@
-"""The base of every operator: linear_operator's contract and ours, from a handful of primitives."""
+"""The base of every operator: our members, from a handful of primitives."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from numbers import Number
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from linear_operator.operators import (
-    LinearOperator,
-    RootLinearOperator,
-    TriangularLinearOperator,
-    ZeroLinearOperator,
-)
-from linear_operator.utils.getitem import _is_noop_index
+from linear_operator.operators import LinearOperator
 from torch import Tensor
 
-from ..errors import (
-    NotPositiveDefiniteError,
-    SpaceMismatchError,
-    TooLargeError,
-    UnsupportedLayerError,
-)
+from ..errors import SpaceMismatchError, TooLargeError
 from ..selectors import Selector, select
 from ..space import ParamSpace
-from ._autograd import implicit_solve
+from .contract import ContractLinearOperator
 from .damping import Damping, DampingLike, is_zero, resolve_damping
-from .info import Info
+from .primitives import Krylov, flat_positions
 from .report import Report, make_report
 from .scipy import ScipyOperator
-from .torch_functions import TORCH_FUNCTIONS
 from .vectors import VectorLike, columns, require_vector
 
-__all__ = ["DENSE_LIMIT", "BaseLinearOperator", "Krylov"]
+__all__ = ["DENSE_LIMIT", "BaseLinearOperator", "Krylov", "flat_positions"]
 
 DENSE_LIMIT = 2**33  # bytes; `to_dense` refuses more unless told otherwise
 
 
-@dataclass(frozen=True)
-class Krylov:
-    """Options of an iterative solve; closed forms read only `check`.
-
-    Attributes:
-        tol: relative residual to reach.
-        max_iter: at most so many products.
-        preconditioner: an operator that approximates the one to be solved.
-        x0: where to start (..., n, k).
-        check: whether to test a closed form for singularity, which reads from the device.
-    """
-
-    tol: float | None = None
-    max_iter: int | None = None
-    preconditioner: BaseLinearOperator | None = None
-    x0: Tensor | None = None
-    check: bool = True
-
-    def restarted(self) -> Krylov:
-        """The same from zero: for another right-hand side."""
-        return replace(self, x0=None)
-
-
-class BaseLinearOperator(LinearOperator):
+class BaseLinearOperator(ContractLinearOperator):
     """A symmetric matrix over parameters (or a bare one), never formed unless asked for.
 
-    Everything public here is final and derived from the primitives at the end of the class, which
+    Everything public here is final and derived from the primitives of `PrimitiveLinearOperator`, which
     each family (spectral, blockwise, lazy) implements. Members inherited from linear_operator keep
     their argument names and order; ours are keyword-only.
 
@@ -74,25 +37,7 @@ class BaseLinearOperator(LinearOperator):
         info: what is known besides the numbers.
     """
 
-    # Whether the tensors it is made of get their gradient of a solve by implicit differentiation,
-    # and whether the gradient in the vector needs it as well (an iteration must not be taped).
-    _implicit_in_tensors = False
-    _implicit_in_vector = False
-
-    def __init__(self, *args: Any, info: Info | None = None) -> None:
-        super().__init__(*args, info=Info() if info is None else info)
-
-    # --- what it knows --------------------------------------------------------------------------
-
-    @property
-    def info(self) -> Info:
-        """What is known besides the numbers."""
-        return cast(Info, self._nondifferentiable_kwargs["info"])
-
-    @property
-    def space(self) -> ParamSpace | None:
-        """The parameters and their order; None for a bare matrix."""
-        return self.info.space
+    # --- what it knows ---------------------------------------------------------------------------
 
     @property
     def num_examples(self) -> int | None:
@@ -112,7 +57,7 @@ class BaseLinearOperator(LinearOperator):
         """
         return make_report(self)
 
-    # --- products -------------------------------------------------------------------------------
+    # --- products and solves ---------------------------------------------------------------------
 
     def matmul(self, other: Any) -> Any:
         """The product with a vector, columns, a dict by parameter name, or another operator.
@@ -133,25 +78,6 @@ class BaseLinearOperator(LinearOperator):
         v, restore = columns(self, other)
         return restore(self._apply(v))
 
-    def rmatmul(self, other: Any) -> Any:
-        """The product with something on the left."""
-        if isinstance(other, LinearOperator):
-            from .algebra import multiply, ours
-
-            return multiply(ours(other), self)
-        transposed = self._transpose_nonbatch()
-        if other.ndim == 1:
-            return transposed.matmul(other)
-        return transposed.matmul(other.mT).mT
-
-    def _matmul(self, rhs: Tensor) -> Tensor:
-        if rhs.dim() == 1:
-            return self._apply(rhs.unsqueeze(-1)).squeeze(-1)
-        return self._apply(rhs)
-
-    def _t_matmul(self, rhs: Tensor) -> Tensor:
-        return cast(Tensor, self._transpose_nonbatch()._matmul(rhs))
-
     def vTMv(self, v: VectorLike) -> Tensor:
         """The quadratic form v.Fv, differentiable in v.
 
@@ -165,8 +91,6 @@ class BaseLinearOperator(LinearOperator):
             first, shape = next(iter(v.values())), cast(ParamSpace, self.space).shapes[0]
             return form.reshape(first.shape[: first.dim() - len(shape)])
         return form.squeeze(-1) if v.dim() == 1 else form
-
-    # --- solves ---------------------------------------------------------------------------------
 
     def solve(
         self,
@@ -219,39 +143,6 @@ class BaseLinearOperator(LinearOperator):
             return product.squeeze(-1) if is_vector else product
         return restore(x)
 
-    def _solve(
-        self, rhs: Tensor, preconditioner: Any = None, num_tridiag: int | None = 0
-    ) -> Tensor:
-        return self._solve_any(rhs, Krylov())
-
-    def _solve_any(self, v: Tensor, krylov: Krylov) -> Tensor:
-        taped = torch.is_grad_enabled()
-        if self._implicit_in_vector or (
-            taped and self._implicit_in_tensors and any(t.requires_grad for t in _tensors(self))
-        ):
-            return implicit_solve(self, v, krylov)
-        return self._solve_columns(v, krylov)
-
-    def inv_quad(self, inv_quad_rhs: Tensor, reduce_inv_quad: bool = True) -> Tensor:
-        return cast(Tensor, self.inv_quad_logdet(inv_quad_rhs, False, reduce_inv_quad)[0])
-
-    def inv_quad_logdet(
-        self,
-        inv_quad_rhs: Tensor | None = None,
-        logdet: bool | None = False,
-        reduce_inv_quad: bool | None = True,
-    ) -> tuple[Tensor, Tensor]:
-        zero = torch.zeros(self.batch_shape, dtype=self.dtype, device=self.device)
-        quadratic, determinant = zero, zero
-        if inv_quad_rhs is not None:
-            v, _ = columns(self, inv_quad_rhs)
-            quadratic = (v * self._solve_any(v, Krylov())).sum(-2)
-            if reduce_inv_quad or inv_quad_rhs.dim() == 1:
-                quadratic = quadratic.sum(-1)
-        if logdet:
-            determinant = self._logdet()
-        return quadratic, determinant
-
     def inverse(self, *, damping: DampingLike = 0.0) -> BaseLinearOperator:
         """(F + damping)^-1 as an operator, structure kept.
 
@@ -261,7 +152,7 @@ class BaseLinearOperator(LinearOperator):
         operator = self if is_zero(damping) else self.damped(damping)
         return operator._inverse()
 
-    # --- damping --------------------------------------------------------------------------------
+    # --- damping ---------------------------------------------------------------------------------
 
     def damped(self, damping: DampingLike, method: str = "exact") -> BaseLinearOperator:
         """F + diag(damping), structure kept; differentiable in the damping.
@@ -296,10 +187,7 @@ class BaseLinearOperator(LinearOperator):
             value = require_vector(self, value, vector=True)
         return self._damp(Damping(value.to(self.dtype)), "exact")
 
-    def add_jitter(self, jitter_val: float = 1e-3) -> Any:
-        return self.add_diagonal(jitter_val)
-
-    # --- numbers --------------------------------------------------------------------------------
+    # --- numbers ---------------------------------------------------------------------------------
 
     def trace(self) -> Tensor:
         """The sum of the diagonal."""
@@ -322,7 +210,7 @@ class BaseLinearOperator(LinearOperator):
             raise ValueError(f"expected ord 'fro', 2, -2 or 'nuc', got {ord!r}")
         return self._norm(ord)
 
-    # --- functions of the matrix ----------------------------------------------------------------
+    # --- functions of the matrix -----------------------------------------------------------------
 
     def power(self, p: float) -> BaseLinearOperator:
         """F^p, structure kept.
@@ -359,85 +247,7 @@ class BaseLinearOperator(LinearOperator):
             generator = torch.Generator(device=self.device).manual_seed(seed)
         return self._draw(n, generator).mT
 
-    def zero_mean_mvn_samples(self, num_samples: int) -> Tensor:
-        return self.sample(num_samples)
-
-    def root_decomposition(self, method: str | None = None) -> Any:
-        return RootLinearOperator(self.power(0.5))
-
-    def root_inv_decomposition(
-        self, initial_vectors: Any = None, test_vectors: Any = None, method: str | None = None
-    ) -> Any:
-        return RootLinearOperator(self.power(-0.5))
-
-    def sqrt_inv_matmul(self, rhs: Tensor, lhs: Tensor | None = None) -> Any:
-        root = self.power(-0.5)
-        x = root @ rhs
-        if lhs is None:
-            return x
-        return lhs @ x, (root @ lhs.mT).square().sum(-2)
-
-    def diagonalization(self, method: str | None = None) -> tuple[Tensor, Any]:
-        return self._symeig(eigenvectors=True)
-
-    def _symeig(
-        self, eigenvectors: bool = False, return_evals_as_lazy: bool | None = False
-    ) -> tuple[Tensor, Any]:
-        values, basis = self._eigensystem()
-        return values, basis if eigenvectors else None
-
-    def _svd(self) -> tuple[Any, Tensor, Any]:
-        from .diagonal import DiagonalLinearOperator
-
-        values, basis = self._eigensystem()
-        return basis, values.abs(), basis @ DiagonalLinearOperator(values.sign())
-
-    def _cholesky(self, upper: bool | None = False) -> Any:
-        factor, failed = torch.linalg.cholesky_ex(self.to_dense())
-        if bool(failed.any()):
-            raise NotPositiveDefiniteError(
-                "no Cholesky factor: the matrix is not positive definite; add damping="
-            )
-        return TriangularLinearOperator(factor.mT if upper else factor, upper=bool(upper))
-
-    # --- algebra --------------------------------------------------------------------------------
-
-    def __add__(self, other: Any) -> Any:
-        if isinstance(other, ZeroLinearOperator) or (isinstance(other, Number) and other == 0):
-            return self
-        if isinstance(other, (Tensor, LinearOperator)):
-            if other.dim() == 2 and self.dim() == 2:
-                from .algebra import add, ours
-
-                return add(self, ours(other))
-            return super().__add__(other)
-        if isinstance(other, Number):
-            raise TypeError(
-                f"cannot add the number {other} to a matrix: write F.add_diagonal({other}) to add "
-                "it to the diagonal"
-            )
-        return NotImplemented
-
-    def __radd__(self, other: Any) -> Any:
-        return self + other
-
-    def __neg__(self) -> BaseLinearOperator:
-        return self._scale(-1.0)
-
-    def __sub__(self, other: Any) -> Any:
-        if isinstance(other, Number):
-            return self + (-other)  # type: ignore[operator]
-        return self + other * -1.0
-
-    def __rsub__(self, other: Any) -> Any:
-        return -self + other
-
-    def _mul_constant(self, other: Any) -> Any:
-        if isinstance(other, Tensor) and other.dim() > 0:
-            return super()._mul_constant(other)
-        return self._scale(other)
-
-    # --- parts ----------------------------------------------------------------------------------
+    # --- parts -----------------------------------------------------------------------------------
 
     def block(self, selector: Selector) -> BaseLinearOperator:
         """The principal block of the selected parameters, in flat order.
@@ -485,177 +295,3 @@ class BaseLinearOperator(LinearOperator):
             dtype: the numpy dtype that scipy sees; by default this one's (half: float32).
         """
         return ScipyOperator(self, dtype)
-
-    def _getitem(self, row_index: Any, col_index: Any, *batch_indices: Any) -> Any:
-        if _is_noop_index(row_index) and _is_noop_index(col_index):
-            return self
-        from .views import RestrictedLinearOperator
-
-        return RestrictedLinearOperator(
-            self,
-            _positions(row_index, self.shape[-2], self.device),
-            _positions(col_index, self.shape[-1], self.device),
-        )
-
-    def _get_indices(self, row_index: Any, col_index: Any, *batch_indices: Any) -> Tensor:
-        from .views import entries
-
-        return entries(self, row_index, col_index)
-
-    # --- batches --------------------------------------------------------------------------------
-
-    def _expand_batch(self, batch_shape: Any) -> Any:
-        from .views import BroadcastLinearOperator
-
-        if len(batch_shape) == 0:
-            return self
-        return BroadcastLinearOperator.of(self, torch.Size(batch_shape))
-
-    def _unsqueeze_batch(self, dim: int) -> Any:
-        return self._expand_batch(torch.Size([1]))
-
-    # --- dtype and device -----------------------------------------------------------------------
-
-    def to(self, *args: Any, **kwargs: Any) -> BaseLinearOperator:
-        """The same operator in another dtype or on another device; arguments as `Tensor.to`."""
-        probe = torch.empty(0, dtype=self.dtype, device=self.device).to(*args, **kwargs)
-        return self._moved(probe.dtype, probe.device)
-
-    def type(self, dtype: torch.dtype) -> BaseLinearOperator:
-        return self._moved(dtype, self.device)
-
-    def cpu(self) -> BaseLinearOperator:
-        return self.to("cpu")
-
-    def cuda(self, device_id: Any = None) -> BaseLinearOperator:
-        return self.to("cuda" if device_id is None else torch.device("cuda", device_id))
-
-    def bfloat16(self) -> BaseLinearOperator:
-        return self.type(torch.bfloat16)
-
-    def _moved(self, dtype: torch.dtype, device: torch.device) -> BaseLinearOperator:
-        args = [
-            arg.to(device=device, dtype=dtype)
-            if isinstance(arg, LinearOperator) or arg.is_floating_point()
-            else arg.to(device=device)  # indices stay integers
-            for arg in self._args
-        ]
-        return self.__class__(*args, info=self.info.moved(dtype, device))
-
-    def _set_requires_grad(self, val: bool) -> None:
-        for tensor in _tensors(self):
-            if tensor.is_floating_point():
-                tensor.requires_grad_(val)
-
-    # --- torch functions ------------------------------------------------------------------------
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in TORCH_FUNCTIONS and args and isinstance(args[0], BaseLinearOperator):
-            return TORCH_FUNCTIONS[func](*args, **(kwargs or {}))
-        return super().__torch_function__(func, types, args, kwargs)
-
-    def __repr__(self) -> str:
-        known = "" if self.space is None else f", {len(self.space.names)} parameters"
-        shape = " x ".join(map(str, self.shape))
-        return f"{type(self).__name__}({shape}, {self.dtype}{known})"
-
-    # --- helpers --------------------------------------------------------------------------------
-
-    def _with_info(self, info: Info) -> Any:
-        """The same numbers with other knowledge about them."""
-        return self.__class__(*self._args, info=info)
-
-    def _require_square(self, what: str) -> None:
-        if not self.is_square:
-            raise RuntimeError(f"{what} needs a square operator, got {tuple(self.shape)}")
-
-    def _unsupported(self, what: str) -> UnsupportedLayerError:
-        return UnsupportedLayerError(
-            f"{what} has no closed form for {type(self).__name__}: dense, diagonal, Kronecker and "
-            "block-diagonal operators have one. Where it fits, take "
-            f"DenseLinearOperator(F.to_dense()).{what}"
-        )
-
-    # --- the primitives that a family implements --------------------------------------------------
-
-    @abstractmethod
-    def _apply(self, v: Tensor) -> Tensor:
-        """The product with columns (..., n, k)."""
-
-    @abstractmethod
-    def _solve_columns(self, v: Tensor, krylov: Krylov) -> Tensor:
-        """The solution for columns (..., n, k)."""
-
-    @abstractmethod
-    def _damp(self, damping: Damping, method: str) -> BaseLinearOperator:
-        """The sum with a diagonal of any sign."""
-
-    @abstractmethod
-    def _scale(self, c: float | Tensor) -> BaseLinearOperator:
-        """The multiple by a number or a 0-d tensor."""
-
-    @abstractmethod
-    def _diagonal(self) -> Tensor:
-        """The diagonal (n,)."""
-
-    @abstractmethod
-    def _trace(self) -> Tensor: ...
-
-    @abstractmethod
-    def _logdet(self) -> Tensor: ...
-
-    @abstractmethod
-    def _norm(self, ord: Any) -> Tensor:
-        ...
-
-    @abstractmethod
-    def _inverse(self) -> BaseLinearOperator: ...
-
-    @abstractmethod
-    def _power(self, p: float) -> BaseLinearOperator: ...
-
-    @abstractmethod
-    def _pinv(self, rcond: float | None) -> BaseLinearOperator: ...
-
-    @abstractmethod
-    def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
-        """Samples of N(0, F) as columns (n, k)."""
-
-    @abstractmethod
-    def _eigensystem(self) -> tuple[Tensor, BaseLinearOperator]:
-        """Eigenvalues (n,), signed, in any order, and the orthogonal matrix of eigenvectors."""
-
-    @abstractmethod
-    def _dense(self) -> Tensor:
-        """The matrix."""
-
-    @abstractmethod
-    def _restrict(self, names: tuple[str, ...]) -> BaseLinearOperator:
-        """The principal block of some parameters."""
-
-    @abstractmethod
-    def _principal(self, index: Tensor, columns: Tensor | None, info: Info) -> BaseLinearOperator:
-        """The principal block at an index; `columns` are those of a Kronecker grid, if it is so."""
-
-    @abstractmethod
-    def _kind(self) -> str:
-        """How a report names this representation."""
-
-
-def _tensors(operator: LinearOperator) -> tuple[Tensor, ...]:
-    return cast("tuple[Tensor, ...]", operator.representation())
-
-
-def _positions(index: Any, size: int, device: torch.device) -> Tensor:
-    """A slice or a tensor index, as positions."""
-    if isinstance(index, slice):
-        return torch.arange(*index.indices(size), device=device)
-    positions = torch.as_tensor(index, device=device)
-    return torch.where(positions < 0, positions + size, positions)
-
-
-def flat_positions(space: ParamSpace, names: tuple[str, ...], device: Any) -> Tensor:
-    """Where some parameters lie in the flat vector."""
-    chosen = [space.slices[name] for name in names]
-    return torch.cat([torch.arange(s.start, s.stop, device=device) for s in chosen])

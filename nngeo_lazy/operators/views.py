@@ -9,9 +9,10 @@ from linear_operator.operators import LinearOperator
 from linear_operator.utils.getitem import _is_noop_index
 from torch import Tensor
 
-from .base import BaseLinearOperator, Krylov, _positions
+from .base import BaseLinearOperator, Krylov
 from .info import BatchInfo, Info
 from .lazy import LazyLinearOperator
+from .primitives import positions
 
 __all__ = [
     "BroadcastLinearOperator",
@@ -249,8 +250,8 @@ def entries(operator: BaseLinearOperator, rows: Tensor, cols: Tensor) -> Tensor:
     """Single entries A[rows, cols], from one product for each distinct column."""
     rows, cols = torch.broadcast_tensors(rows, cols)
     shape = rows.shape
-    rows = _positions(rows.reshape(-1), operator.shape[-2], operator.device)
-    cols = _positions(cols.reshape(-1), operator.shape[-1], operator.device)
+    rows = positions(rows.reshape(-1), operator.shape[-2], operator.device)
+    cols = positions(cols.reshape(-1), operator.shape[-1], operator.device)
     distinct, which = cols.unique(return_inverse=True)
     columns = RestrictedLinearOperator(
         operator, torch.arange(operator.shape[-2], device=operator.device), distinct

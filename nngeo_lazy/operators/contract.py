@@ -1,0 +1,234 @@
+"""The contract of linear_operator, dealt with once.
+
+What linear_operator inherits to a subclass is often inaccurate (its solve stops at a tolerance of 1,
+its eigenvalues are clamped at 0) or forms the matrix. Everything that it may call is therefore
+derived here from the primitives.
+"""
+
+from __future__ import annotations
+
+from numbers import Number
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from linear_operator.operators import (
+    LinearOperator,
+    RootLinearOperator,
+    TriangularLinearOperator,
+    ZeroLinearOperator,
+)
+from linear_operator.utils.getitem import _is_noop_index
+from torch import Tensor
+
+from ..errors import NotPositiveDefiniteError
+from .primitives import Krylov, PrimitiveLinearOperator, positions, tensors_of
+from .torch_functions import TORCH_FUNCTIONS
+from .vectors import columns
+
+if TYPE_CHECKING:
+    from .base import BaseLinearOperator
+
+__all__ = ["ContractLinearOperator"]
+
+
+class ContractLinearOperator(PrimitiveLinearOperator):
+    """Every member that linear_operator has or calls; final."""
+
+    # --- products, solves, decompositions --------------------------------------------------------
+
+    def rmatmul(self, other: Any) -> Any:
+        """The product with something on the left."""
+        if isinstance(other, LinearOperator):
+            from .algebra import multiply, ours
+
+            return multiply(ours(other), self._this())
+        transposed = self._transpose_nonbatch()
+        if other.ndim == 1:
+            return transposed.matmul(other)
+        return transposed.matmul(other.mT).mT
+
+    def _matmul(self, rhs: Tensor) -> Tensor:
+        if rhs.dim() == 1:
+            return self._apply(rhs.unsqueeze(-1)).squeeze(-1)
+        return self._apply(rhs)
+
+    def _t_matmul(self, rhs: Tensor) -> Tensor:
+        return cast(Tensor, self._transpose_nonbatch()._matmul(rhs))
+
+    def _solve(
+        self, rhs: Tensor, preconditioner: Any = None, num_tridiag: int | None = 0
+    ) -> Tensor:
+        return self._solve_any(rhs, Krylov())
+
+    def inv_quad(self, inv_quad_rhs: Tensor, reduce_inv_quad: bool = True) -> Tensor:
+        return cast(Tensor, self.inv_quad_logdet(inv_quad_rhs, False, reduce_inv_quad)[0])
+
+    def inv_quad_logdet(
+        self,
+        inv_quad_rhs: Tensor | None = None,
+        logdet: bool | None = False,
+        reduce_inv_quad: bool | None = True,
+    ) -> tuple[Tensor, Tensor]:
+        zero = torch.zeros(self.batch_shape, dtype=self.dtype, device=self.device)
+        quadratic, determinant = zero, zero
+        if inv_quad_rhs is not None:
+            v, _ = columns(self._this(), inv_quad_rhs)
+            quadratic = (v * self._solve_any(v, Krylov())).sum(-2)
+            if reduce_inv_quad or inv_quad_rhs.dim() == 1:
+                quadratic = quadratic.sum(-1)
+        if logdet:
+            determinant = self._logdet()
+        return quadratic, determinant
+
+    def add_jitter(self, jitter_val: float = 1e-3) -> Any:
+        return self.add_diagonal(jitter_val)
+
+    def zero_mean_mvn_samples(self, num_samples: int) -> Tensor:
+        return self._draw(num_samples, None).mT
+
+    def root_decomposition(self, method: str | None = None) -> Any:
+        return RootLinearOperator(self._power(0.5))
+
+    def root_inv_decomposition(
+        self, initial_vectors: Any = None, test_vectors: Any = None, method: str | None = None
+    ) -> Any:
+        return RootLinearOperator(self._power(-0.5))
+
+    def sqrt_inv_matmul(self, rhs: Tensor, lhs: Tensor | None = None) -> Any:
+        root = self._power(-0.5)
+        x = root @ rhs
+        if lhs is None:
+            return x
+        return lhs @ x, (root @ lhs.mT).square().sum(-2)
+
+    def diagonalization(self, method: str | None = None) -> tuple[Tensor, Any]:
+        return self._symeig(eigenvectors=True)
+
+    def _symeig(
+        self, eigenvectors: bool = False, return_evals_as_lazy: bool | None = False
+    ) -> tuple[Tensor, Any]:
+        values, basis = self._eigensystem()
+        return values, basis if eigenvectors else None
+
+    def _svd(self) -> tuple[Any, Tensor, Any]:
+        from .diagonal import DiagonalLinearOperator
+
+        values, basis = self._eigensystem()
+        return basis, values.abs(), basis @ DiagonalLinearOperator(values.sign())
+
+    def _cholesky(self, upper: bool | None = False) -> Any:
+        factor, failed = torch.linalg.cholesky_ex(self.to_dense())
+        if bool(failed.any()):
+            raise NotPositiveDefiniteError(
+                "no Cholesky factor: the matrix is not positive definite; add damping="
+            )
+        return TriangularLinearOperator(factor.mT if upper else factor, upper=bool(upper))
+
+    # --- algebra ---------------------------------------------------------------------------------
+
+    def __add__(self, other: Any) -> Any:
+        if isinstance(other, ZeroLinearOperator) or (isinstance(other, Number) and other == 0):
+            return self
+        if isinstance(other, (Tensor, LinearOperator)):
+            if other.dim() == 2 and self.dim() == 2:
+                from .algebra import add, ours
+
+                return add(self._this(), ours(other))
+            return super().__add__(other)
+        if isinstance(other, Number):
+            raise TypeError(
+                f"cannot add the number {other} to a matrix: write F.add_diagonal({other}) to add "
+                "it to the diagonal"
+            )
+        return NotImplemented
+
+    def __radd__(self, other: Any) -> Any:
+        return self + other
+
+    def __neg__(self) -> BaseLinearOperator:
+        return self._scale(-1.0)
+
+    def __sub__(self, other: Any) -> Any:
+        if isinstance(other, Number):
+            return self + (-other)  # type: ignore[operator]
+        return self + other * -1.0
+
+    def __rsub__(self, other: Any) -> Any:
+        return -self + other
+
+    def _mul_constant(self, other: Any) -> Any:
+        if isinstance(other, Tensor) and other.dim() > 0:
+            return super()._mul_constant(other)
+        return self._scale(other)
+
+    # --- indices and batches ---------------------------------------------------------------------
+
+    def _getitem(self, row_index: Any, col_index: Any, *batch_indices: Any) -> Any:
+        if _is_noop_index(row_index) and _is_noop_index(col_index):
+            return self
+        from .views import RestrictedLinearOperator
+
+        return RestrictedLinearOperator(
+            self._this(),
+            positions(row_index, self.shape[-2], self.device),
+            positions(col_index, self.shape[-1], self.device),
+        )
+
+    def _get_indices(self, row_index: Any, col_index: Any, *batch_indices: Any) -> Tensor:
+        from .views import entries
+
+        return entries(self._this(), row_index, col_index)
+
+    def _expand_batch(self, batch_shape: Any) -> Any:
+        from .views import BroadcastLinearOperator
+
+        if len(batch_shape) == 0:
+            return self
+        return BroadcastLinearOperator.of(self._this(), torch.Size(batch_shape))
+
+    def _unsqueeze_batch(self, dim: int) -> Any:
+        return self._expand_batch(torch.Size([1]))
+
+    # --- dtype, device, torch functions ----------------------------------------------------------
+
+    def to(self, *args: Any, **kwargs: Any) -> BaseLinearOperator:
+        """The same operator in another dtype or on another device; arguments as `Tensor.to`."""
+        probe = torch.empty(0, dtype=self.dtype, device=self.device).to(*args, **kwargs)
+        return self._moved(probe.dtype, probe.device)
+
+    def type(self, dtype: torch.dtype) -> BaseLinearOperator:
+        return self._moved(dtype, self.device)
+
+    def cpu(self) -> BaseLinearOperator:
+        return self.to("cpu")
+
+    def cuda(self, device_id: Any = None) -> BaseLinearOperator:
+        return self.to("cuda" if device_id is None else torch.device("cuda", device_id))
+
+    def bfloat16(self) -> BaseLinearOperator:
+        return self.type(torch.bfloat16)
+
+    def _moved(self, dtype: torch.dtype, device: torch.device) -> BaseLinearOperator:
+        args = [
+            arg.to(device=device, dtype=dtype)
+            if isinstance(arg, LinearOperator) or arg.is_floating_point()
+            else arg.to(device=device)  # indices stay integers
+            for arg in self._args
+        ]
+        return self.__class__(*args, info=self.info.moved(dtype, device))
+
+    def _set_requires_grad(self, val: bool) -> None:
+        for tensor in tensors_of(self):
+            if tensor.is_floating_point():
+                tensor.requires_grad_(val)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in TORCH_FUNCTIONS and args and isinstance(args[0], ContractLinearOperator):
+            return TORCH_FUNCTIONS[func](*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def __repr__(self) -> str:
+        known = "" if self.space is None else f", {len(self.space.names)} parameters"
+        shape = " x ".join(map(str, self.shape))
+        return f"{type(self).__name__}({shape}, {self.dtype}{known})"

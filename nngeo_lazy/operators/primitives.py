@@ -1,0 +1,179 @@
+"""What a family of operators implements, and what every operator carries."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from linear_operator.operators import LinearOperator
+from torch import Tensor
+
+from ..errors import UnsupportedLayerError
+from ..space import ParamSpace
+from ._autograd import implicit_solve
+from .damping import Damping
+from .info import Info
+
+if TYPE_CHECKING:
+    from .base import BaseLinearOperator
+
+__all__ = ["Krylov", "PrimitiveLinearOperator", "flat_positions", "positions", "tensors_of"]
+
+
+@dataclass(frozen=True)
+class Krylov:
+    """Options of an iterative solve; closed forms read only `check`.
+
+    Attributes:
+        tol: relative residual to reach.
+        max_iter: at most so many products.
+        preconditioner: an operator that approximates the one to be solved.
+        x0: where to start (..., n, k).
+        check: whether to test a closed form for singularity, which reads from the device.
+    """
+
+    tol: float | None = None
+    max_iter: int | None = None
+    preconditioner: BaseLinearOperator | None = None
+    x0: Tensor | None = None
+    check: bool = True
+
+    def restarted(self) -> Krylov:
+        """The same from zero: for another right-hand side."""
+        return replace(self, x0=None)
+
+
+class PrimitiveLinearOperator(LinearOperator):
+    """The primitives of which every member is made, abstract; a family implements them.
+
+    Args:
+        *args: the tensors and operators that it is made of; the first gives dtype and device.
+        info: what is known besides the numbers: the one keyword that every operator has.
+    """
+
+    # Whether the tensors it is made of get their gradient of a solve by implicit differentiation,
+    # and whether the gradient in the vector needs it as well (an iteration must not be taped).
+    _implicit_in_tensors = False
+    _implicit_in_vector = False
+
+    def __init__(self, *args: Any, info: Info | None = None) -> None:
+        super().__init__(*args, info=Info() if info is None else info)
+
+    @property
+    def info(self) -> Info:
+        """What is known besides the numbers."""
+        return cast(Info, self._nondifferentiable_kwargs["info"])
+
+    @property
+    def space(self) -> ParamSpace | None:
+        """The parameters and their order; None for a bare matrix."""
+        return self.info.space
+
+    @abstractmethod
+    def _apply(self, v: Tensor) -> Tensor:
+        """The product with columns (..., n, k)."""
+
+    @abstractmethod
+    def _solve_columns(self, v: Tensor, krylov: Krylov) -> Tensor:
+        """The solution for columns (..., n, k)."""
+
+    @abstractmethod
+    def _damp(self, damping: Damping, method: str) -> BaseLinearOperator:
+        """The sum with a diagonal of any sign."""
+
+    @abstractmethod
+    def _scale(self, c: float | Tensor) -> BaseLinearOperator:
+        """The multiple by a number or a 0-d tensor."""
+
+    @abstractmethod
+    def _diagonal(self) -> Tensor:
+        """The diagonal (n,)."""
+
+    @abstractmethod
+    def _trace(self) -> Tensor: ...
+
+    @abstractmethod
+    def _logdet(self) -> Tensor: ...
+
+    @abstractmethod
+    def _norm(self, ord: Any) -> Tensor: ...
+
+    @abstractmethod
+    def _inverse(self) -> BaseLinearOperator: ...
+
+    @abstractmethod
+    def _power(self, p: float) -> BaseLinearOperator: ...
+
+    @abstractmethod
+    def _pinv(self, rcond: float | None) -> BaseLinearOperator: ...
+
+    @abstractmethod
+    def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
+        """Samples of N(0, F) as columns (n, k)."""
+
+    @abstractmethod
+    def _eigensystem(self) -> tuple[Tensor, BaseLinearOperator]:
+        """Eigenvalues (n,), signed, in any order, and the orthogonal matrix of eigenvectors."""
+
+    @abstractmethod
+    def _dense(self) -> Tensor:
+        """The matrix."""
+
+    @abstractmethod
+    def _restrict(self, names: tuple[str, ...]) -> BaseLinearOperator:
+        """The principal block of some parameters."""
+
+    @abstractmethod
+    def _principal(self, index: Tensor, columns: Tensor | None, info: Info) -> BaseLinearOperator:
+        """The principal block at an index; `columns` are those of a Kronecker grid, if it is so."""
+
+    @abstractmethod
+    def _kind(self) -> str:
+        """How a report names this representation."""
+
+    def _solve_any(self, v: Tensor, krylov: Krylov) -> Tensor:
+        taped = torch.is_grad_enabled()
+        if self._implicit_in_vector or (
+            taped and self._implicit_in_tensors and any(t.requires_grad for t in tensors_of(self))
+        ):
+            return implicit_solve(self._this(), v, krylov)
+        return self._solve_columns(v, krylov)
+
+    def _with_info(self, info: Info) -> Any:
+        """The same numbers with other knowledge about them."""
+        return self.__class__(*self._args, info=info)
+
+    def _require_square(self, what: str) -> None:
+        if not self.is_square:
+            raise RuntimeError(f"{what} needs a square operator, got {tuple(self.shape)}")
+
+    def _unsupported(self, what: str) -> UnsupportedLayerError:
+        return UnsupportedLayerError(
+            f"{what} has no closed form for {type(self).__name__}: dense, diagonal, Kronecker and "
+            "block-diagonal operators have one. Where it fits, take "
+            f"DenseLinearOperator(F.to_dense()).{what}"
+        )
+
+    def _this(self) -> BaseLinearOperator:
+        """Itself, typed as what every operator is."""
+        return cast("BaseLinearOperator", self)
+
+
+def tensors_of(operator: LinearOperator) -> tuple[Tensor, ...]:
+    return cast("tuple[Tensor, ...]", operator.representation())
+
+
+def positions(index: Any, size: int, device: torch.device) -> Tensor:
+    """A slice or a tensor index, as positions."""
+    if isinstance(index, slice):
+        return torch.arange(*index.indices(size), device=device)
+    where = torch.as_tensor(index, device=device)
+    return torch.where(where < 0, where + size, where)
+
+
+def flat_positions(space: ParamSpace, names: tuple[str, ...], device: Any) -> Tensor:
+    """Where some parameters lie in the flat vector."""
+    chosen = [space.slices[name] for name in names]
+    return torch.cat([torch.arange(s.start, s.stop, device=device) for s in chosen])
