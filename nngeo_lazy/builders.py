@@ -17,7 +17,8 @@ from .jacobian.plan import Part
 from .jacobian.record import recording, refuse_training_mode
 from .likelihoods import Likelihood, check_estimator, resolve as resolve_likelihood
 from .operators import BaseLinearOperator
-from .representations import Make, Representation, Statistic, resolve as resolve_representation
+from .representations import Make, Representation, Statistic, all_finite
+from .representations import resolve as resolve_representation
 from .selectors import Selector, space_of
 from .space import ParamSpace
 
@@ -233,7 +234,7 @@ def _seeded(seed: int | None, device: torch.device) -> Iterator[torch.Generator 
 
 def _require_finite_parameters(model: nn.Module, space: ParamSpace) -> None:
     parameters = space.parameters(model)
-    finite = torch.stack([p.detach().isfinite().all() for p in parameters.values()]).tolist()
+    finite = torch.stack([all_finite(p.detach()) for p in parameters.values()]).tolist()
     if bad := [name for name, ok in zip(parameters, finite, strict=True) if not ok]:
         raise NonFiniteError(
             f"expected finite parameters, but {bad} hold NaN or infinity: the training that led "

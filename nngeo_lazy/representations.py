@@ -209,7 +209,7 @@ class KroneckerFactors(Statistic):
         """left (G, o, o) and right (G, w, w); (G, o), (G, w) where diagonal."""
         if self._left is None or self._right is None:
             raise TypeError("no batch has been seen")
-        return self._left / sweep.num_examples, self._right / self._positions
+        return self._left.div_(sweep.num_examples), self._right.div_(self._positions)
 
 
 class Representation(ABC):
@@ -413,9 +413,16 @@ def _info(
     )
 
 
+def all_finite(tensor: Tensor) -> Tensor:
+    """Whether all numbers are finite, as a 0-d tensor; in one pass, without a mask in memory."""
+    if tensor.numel() == 0:
+        return torch.ones((), dtype=torch.bool, device=tensor.device)
+    return torch.stack(torch.aminmax(tensor)).isfinite().all()
+
+
 def _require_finite(statistic: Tensor | BaseLinearOperator, layer: str) -> None:
     tensors = [statistic] if isinstance(statistic, Tensor) else statistic.representation()
-    if not all(bool(t.isfinite().all()) for t in tensors):
+    if not all(bool(all_finite(t)) for t in tensors):
         raise NonFiniteError(
             f"the statistics of {layer} contain NaN or infinity: its inputs or output gradients "
             "overflow. Check the parameters and the data, or build in a wider dtype (model.float())"

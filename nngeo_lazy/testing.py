@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -194,12 +195,12 @@ def _check_spectrum(check: _Check, values: Tensor) -> None:
     op = check.op
     check("eigvalsh", lambda: op.eigvalsh().sort().values, values, optional=True)
 
-    def rebuilt() -> Tensor:
+    def rebuilt() -> Any:
         own, basis = op.eigh()
         q = basis.to_dense()
         return q @ own.diag_embed() @ q.mT
 
-    def rebuilt_svd() -> Tensor:
+    def rebuilt_svd() -> Any:
         u, s, v = op.svd()
         return u.to_dense() @ s.diag_embed() @ v.to_dense().mT
 
@@ -226,13 +227,13 @@ def _check_parts(check: _Check, v: Tensor) -> None:
         where = space.slices[name]
         index = torch.arange(where.start, where.stop, device=dense.device)
         owners.setdefault(space.owner(name), []).append(index)
-        check(f"block({name!r})", lambda n=name: op.block(n), dense[index][:, index])
+        check(f"block({name!r})", partial(op.block, name), dense[index][:, index])
     blocks = op.blocks
     if list(blocks) != list(owners):
         raise AssertionError(f"blocks are {list(blocks)}, not {list(owners)}")
     for owner, indices in owners.items():
         joint = torch.cat(indices)
-        check(f"blocks[{owner!r}]", lambda o=owner: blocks[o], dense[joint][:, joint])
+        check(f"blocks[{owner!r}]", partial(blocks.get, owner), dense[joint][:, joint])
     if [row.parameter for row in op.report()] != list(space.names):
         raise AssertionError("report() does not have one row for each parameter, in order")
 

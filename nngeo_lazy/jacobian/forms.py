@@ -35,10 +35,12 @@ class Form(ABC):
     def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
         """The rows themselves, (R, n, p), of a range of examples."""
 
-    def total(self, widths: Sequence[int]) -> list[Tensor]:
-        """The sum of all rows by the pieces of a layout, each (rows of the grid, width)."""
+    def projected(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """The sum of all rows, each piece of a layout (grid rows, width) times a vector (width,)."""
         rows = torch.stack([self.rows(a, b).sum((0, 1)) for a, b in self.tiles()]).sum(0)
-        return list(rows.unflatten(0, (-1, sum(widths))).split(list(widths), 1))
+        widths = [v.shape[0] for v in vectors]
+        pieces = rows.unflatten(0, (-1, sum(widths))).split(widths, 1)
+        return [piece @ v for piece, v in zip(pieces, vectors, strict=True)]
 
     @abstractmethod
     def sqsum(self) -> Tensor:
@@ -128,15 +130,15 @@ class Outer(Form):
         joint = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         return joint.flatten(2)  # (R,n,G,o,w) -> (R,n,p)
 
-    def total(self, widths: Sequence[int]) -> list[Tensor]:
-        g = self.g.sum(0).transpose(0, 1).flatten(1, 2)  # (G,N T,o)
-        parts = []
+    def projected(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        g = self.g.sum(0)  # (N,G,T,o)
+        out = []
         if self.inputs is not None:
-            x = self.inputs.dense().transpose(0, 1).flatten(1, 2)  # (G,N T,i)
-            parts.append((g.mT @ x).flatten(0, 1))
+            along = self.inputs.along(vectors[0]).unsqueeze(-1)  # (N,G,T,1)
+            out.append((g * along).sum((0, 2)).flatten())
         if self.bias:
-            parts.append(g.sum(1).flatten().unsqueeze(-1))
-        return parts
+            out.append(g.sum((0, 2)).flatten() * vectors[-1])
+        return out
 
     def sqsum(self) -> Tensor:
         squares = self.squares()

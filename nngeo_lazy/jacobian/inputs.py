@@ -23,32 +23,46 @@ SPLIT_WIDTH = 256  # below it a product is too small to be worth halving
 SUMMED_BYTES = 2**24  # products for each example are stored up to this size, then summed
 
 
-def moment(x: Tensor) -> Tensor:
-    """Sum over examples and positions of x x^T: (N, G, T, i) -> (G, i, i)."""
+def moment(x: Tensor, bias: bool = False) -> Tensor:
+    """Sum over examples and positions of x x^T: (N, G, T, i) -> (G, w, w)."""
     n, groups, t, width = x.shape
+    full, second = _empty_moment(x, groups, width, bias)
     if groups == 1 and (t == 1 or x.stride(-1) == 1):
-        return _symmetric(x.reshape(n * t, width)).unsqueeze(0)
-    # Channels-first data: a product for each example beats copying to (N T, i).
-    if n * groups * width * width * x.element_size() <= SUMMED_BYTES:
-        return (x.mT @ x).sum(0)  # (N,G,i,T)(N,G,T,i)
-    each = [x.new_zeros(width, width).addbmm_(x[:, g].mT, x[:, g]) for g in range(groups)]
-    return torch.stack(each)
+        _symmetric(x.reshape(n * t, width), second[0])
+    elif n * groups * width * width * x.element_size() <= SUMMED_BYTES:
+        torch.sum(x.mT @ x, 0, out=second)  # (N,G,i,T)(N,G,T,i)
+    else:  # channels-first data: a product for each example beats copying to (N T, i)
+        for g in range(groups):
+            torch.addbmm(second[g], x[:, g].mT, x[:, g], beta=0, out=second[g])
+    if bias:
+        _border(full, x.sum((0, 2)), n * t)
+    return full
 
 
-def _symmetric(x: Tensor) -> Tensor:
+def _empty_moment(like: Tensor, groups: int, width: int, bias: bool) -> tuple[Tensor, Tensor]:
+    """(G, w, w) to be filled, and its part without the homogeneous coordinate."""
+    full = like.new_empty(groups, width + bias, width + bias)
+    return full, full[:, :width, :width]
+
+
+def _border(full: Tensor, total: Tensor, count: int) -> None:
+    """Write the homogeneous coordinate: total (G, i) is the sum of x, count its own square's sum."""
+    full[:, :-1, -1] = full[:, -1, :-1] = total
+    full[:, -1, -1] = count
+
+
+def _symmetric(x: Tensor, out: Tensor) -> None:
     """x^T x for (M, w), each product of column blocks once: 5/8 of the work in two halvings."""
     width = x.shape[1]
     if width < SPLIT_WIDTH:
-        return x.mT @ x
+        torch.mm(x.mT, x, out=out)
+        return
     half = width // 2
     left, right = x[:, :half], x[:, half:]
-    out = x.new_empty(width, width)
-    out[:half, :half] = _symmetric(left)
-    out[half:, half:] = _symmetric(right)
-    cross = left.mT @ right
-    out[:half, half:] = cross
-    out[half:, :half] = cross.mT
-    return out
+    _symmetric(left, out[:half, :half])
+    _symmetric(right, out[half:, half:])
+    torch.mm(left.mT, right, out=out[:half, half:])
+    out[half:, :half] = out[:half, half:].mT
 
 
 def with_bias(x: Tensor) -> Tensor:
@@ -102,6 +116,10 @@ class Inputs(ABC):
         n, _, t, _ = self.shape
         return n * t
 
+    def along(self, vector: Tensor) -> Tensor:
+        """x . vector at every position: (i,) -> (N, G, T)."""
+        return self.dense() @ vector
+
     def masked(self, g: Tensor) -> Tensor:
         """Output gradients (R, N, G, T, o), zero where x is zero by the layer's definition."""
         return g
@@ -134,7 +152,7 @@ class DenseInputs(Inputs):
         return DenseInputs(self.x.to(dtype))
 
     def moment(self, bias: bool) -> Tensor:
-        return moment(with_bias(self.x) if bias else self.x)
+        return moment(self.x, bias)
 
     def square_sum(self, bias: bool) -> Tensor:
         return (with_bias(self.x) if bias else self.x).square().sum((0, 2))
@@ -162,6 +180,9 @@ class IndexInputs(Inputs):
 
     def to(self, dtype: torch.dtype) -> IndexInputs:
         return replace(self, dtype=dtype)
+
+    def along(self, vector: Tensor) -> Tensor:
+        return (vector[self.index] * self.weight).unsqueeze(1)
 
     def masked(self, g: Tensor) -> Tensor:
         return g if self.mask is None else g * self.weight[:, None, :, None]
@@ -249,15 +270,12 @@ class PatchInputs(Inputs):
         return u.permute(0, 2, 1, 4, 3).flatten(2, 3)
 
     def moment(self, bias: bool) -> Tensor:
-        second = patch_moment(self.images, self.geometry)
-        if not bias:
-            return second
-        groups, width, _ = second.shape
-        count = self.images.shape[0] * self.geometry.positions(self.images.shape[2:])
-        total = self._total()
-        full = second.new_full((groups, width + 1, width + 1), float(count))
-        full[:, :-1, :-1] = second
-        full[:, :-1, -1] = full[:, -1, :-1] = total
+        _, groups, _, width = self.shape
+        full, second = _empty_moment(self.images, groups, width, bias)
+        second.copy_(patch_moment(self.images, self.geometry))
+        if bias:
+            count = self.images.shape[0] * self.geometry.positions(self.images.shape[2:])
+            _border(full, self._total(), count)
         return full
 
     def reduced(self) -> DenseInputs:

@@ -314,7 +314,7 @@ def probe_rows(
     gradients: Mapping[str, Tensor | None],
     n: int,
 ) -> bool:
-    """Whether a part's rows add up to autograd's gradients.
+    """Whether a part's rows add up to autograd's gradients, both along random vectors.
 
     Args:
         part: the part.
@@ -331,19 +331,28 @@ def probe_rows(
         for k, _ in part.members
     }
     form = part.form(calls, folds, inputs, canonical)
-    widths = [piece.width for piece in part.layout.pieces]
-    for name, piece, mine in zip(part.names, part.layout.pieces, form.total(widths), strict=True):
+    given = probes[0].cotangent
+    generator = torch.Generator(device=given.device).manual_seed(0)
+    vectors = [
+        torch.randn(piece.width, generator=generator, dtype=dtype, device=given.device)
+        for piece in part.layout.pieces
+    ]
+    mine = form.projected(vectors)
+    for name, piece, v, along in zip(part.names, part.layout.pieces, vectors, mine, strict=True):
         gradient = gradients[name]
-        expected = torch.zeros_like(mine) if gradient is None else gradient
-        if piece.transposed:
-            expected = expected.reshape(piece.width, -1).mT
-        if not agree(mine, expected.reshape(-1, piece.width)):
+        if gradient is None:
+            expected = torch.zeros_like(along)
+        elif piece.transposed:
+            expected = v @ gradient.to(dtype).reshape(piece.width, -1)
+        else:
+            expected = gradient.to(dtype).reshape(-1, piece.width) @ v
+        if not agree(along, expected, given.dtype):
             return False
     return True
 
 
-def agree(a: Tensor, b: Tensor) -> bool:
-    """Equal up to rounding: the same sums in another order."""
+def agree(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Equal up to rounding in `dtype`: the same sums in another order."""
     a, b = a.detach().flatten(), b.detach().flatten()
-    tolerance = torch.finfo(b.dtype).eps ** 0.5
+    tolerance = torch.finfo(dtype or b.dtype).eps ** 0.5
     return bool((a - b).norm() <= tolerance * b.norm())

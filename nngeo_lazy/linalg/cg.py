@@ -133,7 +133,8 @@ def _norms(v: Tensor) -> Tensor:
     """Column norms (1, k) that neither overflow nor underflow."""
     scale = v.abs().amax(0, keepdim=True)
     safe = torch.where((scale > 0) & scale.isfinite(), scale, 1.0)
-    return (v / safe).norm(dim=0, keepdim=True) * safe
+    norms: Tensor = torch.linalg.vector_norm(v / safe, dim=0, keepdim=True)
+    return norms * safe
 
 
 def _require_finite(norms: Tensor, what: str) -> None:
@@ -147,6 +148,6 @@ def _require_positive(curvature: Tensor, live: Tensor, what: str) -> None:
         raise NonFiniteError(f"conjugate gradients: NaN or infinity in a product with {what}")
     if bool((inside <= 0).any()):
         raise NotPositiveDefiniteError(
-            f"conjugate gradients: {what} is not positive definite (v.Av = {float(inside.min()):.3g} "
-            "for a v met on the way): add damping=, larger than its most negative eigenvalue"
+            f"conjugate gradients: {what} is not positive definite (a vector met on the way has "
+            f"v.Av = {float(inside.min()):.3g}): add damping= above its most negative eigenvalue"
         )

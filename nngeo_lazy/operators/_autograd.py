@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -25,9 +25,7 @@ def implicit_solve(operator: BaseLinearOperator, v: Tensor, krylov: Krylov) -> T
         v: (..., n, k).
         krylov: options of an iterative solve.
     """
-    x: Tensor = _ImplicitSolve.apply(  # type: ignore[no-untyped-call]
-        _Problem(operator, krylov), v, *operator.representation()
-    )
+    x: Tensor = _apply_solve(_Problem(operator, krylov), v, *operator.representation())
     return x
 
 
@@ -67,7 +65,7 @@ class _ImplicitSolve(torch.autograd.Function):
         (g,) = grads
         x, *args = ctx.saved_tensors
         problem = ctx.problem
-        y = _ImplicitSolve.apply(problem, g, *args)  # type: ignore[no-untyped-call]
+        y = _apply_solve(problem, g, *args)
         need = [i for i, wanted in enumerate(ctx.needs_input_grad[2:]) if wanted]
         arg_grads: list[Tensor | None] = [None] * len(args)
         if need:
@@ -81,7 +79,7 @@ class _ImplicitSolve(torch.autograd.Function):
                 rebuilt: BaseLinearOperator = problem.operator.representation_tree()(*full)
                 return rebuilt._apply(torch.cat([x_, y_], -1))
 
-            _, vjp = torch.func.vjp(product, *(args[i] for i in need))
+            vjp = torch.func.vjp(product, *(args[i] for i in need))[1]
             # A is symmetric, so half of each order: the gradient is then symmetric, too
             for i, t in zip(need, vjp(torch.cat([y_, x_], -1) / -2), strict=True):
                 arg_grads[i] = t
@@ -104,7 +102,7 @@ class _ImplicitSolve(torch.autograd.Function):
 
             tangents = tuple(d for d in dargs if d is not None)
             rhs = rhs - torch.func.jvp(product, tuple(args[i] for i in moved), tangents)[1]
-        dx: Tensor = _ImplicitSolve.apply(problem, rhs, *args)  # type: ignore[no-untyped-call]
+        dx: Tensor = _apply_solve(problem, rhs, *args)
         return dx
 
     @staticmethod
@@ -116,11 +114,11 @@ class _ImplicitSolve(torch.autograd.Function):
         *args: Tensor,
     ) -> tuple[Tensor, int]:
         _, v_dim, *arg_dims = in_dims
-        solve = _ImplicitSolve.apply
+        solve = _apply_solve
         if all(dim is None for dim in arg_dims):  # a batch of vectors is more columns
             axis = 0 if v_dim is None else v_dim
             wide = v.movedim(axis, -1)  # (..., n, k, B)
-            x = solve(problem, wide.flatten(-2), *args)  # type: ignore[no-untyped-call]
+            x = solve(problem, wide.flatten(-2), *args)
             x = x.unflatten(-1, wide.shape[-2:])
             return x, x.dim() - 1
 
@@ -128,7 +126,7 @@ class _ImplicitSolve(torch.autograd.Function):
             return t if dim is None else t.select(dim, b)
 
         each = [
-            solve(  # type: ignore[no-untyped-call]
+            solve(
                 problem,
                 pick(v, v_dim, b),
                 *(pick(t, dim, b) for t, dim in zip(args, arg_dims, strict=True)),
@@ -136,3 +134,7 @@ class _ImplicitSolve(torch.autograd.Function):
             for b in range(info.batch_size)
         ]
         return torch.stack(each), 0
+
+
+def _apply_solve(problem: _Problem, v: Tensor, *args: Tensor) -> Tensor:
+    return cast(Tensor, cast(Any, _ImplicitSolve).apply(problem, v, *args))

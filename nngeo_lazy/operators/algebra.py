@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from linear_operator.operators import DenseLinearOperator as TheirDenseLinearOperator
@@ -61,12 +62,11 @@ def add(A: BaseLinearOperator, B: BaseLinearOperator) -> BaseLinearOperator:
         if isinstance(one, DenseLinearOperator) and _closed(other):
             # as much memory again as the dense one takes already
             return DenseLinearOperator(one.tensor + other._dense(), info=info)
-    if isinstance(A, BlockDiagonalLinearOperator) and isinstance(B, BlockDiagonalLinearOperator):
-        if A.same_blocks(B):
-            blocks = [add(a, b) for a, b in zip(A.members, B.members, strict=True)]
-            return BlockDiagonalLinearOperator(*blocks, info=_richer(A, B))
-    elif _same_bases(A, B):
-        return A._with_values(A.values + B.values)._with_info(info)  # type: ignore[attr-defined]
+    if isinstance(A, BlockDiagonalLinearOperator) and A.same_blocks(B):
+        blocks = [add(a, b) for a, b in zip(A.members, B.members, strict=True)]
+        return BlockDiagonalLinearOperator(*blocks, info=_richer(A, B))
+    if isinstance(A, EigenKroneckerLinearOperator) and A.same_basis(B):
+        return A._with_values(A.values + B.values, info)
     return SumLinearOperator.of(A, B, info=info)
 
 
@@ -80,12 +80,11 @@ def multiply(A: BaseLinearOperator, B: Any) -> BaseLinearOperator:
     info = joint(A.info, B.info)
     if isinstance(A, DiagonalLinearOperator) and isinstance(B, DiagonalLinearOperator):
         return DiagonalLinearOperator(A.diag * B.diag, info=info)
-    if isinstance(A, BlockDiagonalLinearOperator) and isinstance(B, BlockDiagonalLinearOperator):
-        if A.same_blocks(B):
-            blocks = [multiply(a, b) for a, b in zip(A.members, B.members, strict=True)]
-            return BlockDiagonalLinearOperator(*blocks, info=_richer(A, B))
-    elif _same_bases(A, B):
-        return A._with_values(A.values * B.values)._with_info(info)  # type: ignore[attr-defined]
+    if isinstance(A, BlockDiagonalLinearOperator) and A.same_blocks(B):
+        blocks = [multiply(a, b) for a, b in zip(A.members, B.members, strict=True)]
+        return BlockDiagonalLinearOperator(*blocks, info=_richer(A, B))
+    if isinstance(A, EigenKroneckerLinearOperator) and A.same_basis(B):
+        return A._with_values(A.values * B.values, info)
     return ProductLinearOperator(A, B, info=info)
 
 
@@ -96,18 +95,8 @@ def _closed(A: BaseLinearOperator) -> bool:
     return isinstance(A, _CLOSED)
 
 
-def _same_bases(A: BaseLinearOperator, B: BaseLinearOperator) -> bool:
-    if not isinstance(A, EigenKroneckerLinearOperator):
-        return False
-    if not isinstance(B, EigenKroneckerLinearOperator):
-        return False
-    return A.left_basis is B.left_basis and A.right_basis is B.right_basis
-
-
 def _richer(A: BlockDiagonalLinearOperator, B: BlockDiagonalLinearOperator) -> Info:
     """The info of block-diagonal operators over the same blocks."""
-    from dataclasses import replace
-
     known = joint(A.info, B.info)
     return replace(
         A.info,

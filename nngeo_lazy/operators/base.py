@@ -28,9 +28,9 @@ DENSE_LIMIT = 2**33  # bytes; `to_dense` refuses more unless told otherwise
 class BaseLinearOperator(ContractLinearOperator):
     """A symmetric matrix over parameters (or a bare one), never formed unless asked for.
 
-    Everything public here is final and derived from the primitives of `PrimitiveLinearOperator`, which
-    each family (spectral, blockwise, lazy) implements. Members inherited from linear_operator keep
-    their argument names and order; ours are keyword-only.
+    Everything public here is final and derived from the primitives of `PrimitiveLinearOperator`,
+    which each family (spectral, blockwise, lazy) implements. Members inherited from linear_operator
+    keep their argument names and order; ours are keyword-only.
 
     Args:
         *args: the tensors and operators that it is made of; the first gives dtype and device.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -75,7 +75,7 @@ class BlockDiagonalLinearOperator(BaseLinearOperator):
         """Name, layout and operator of each block."""
         return list(zip(self.names, self.layouts, self.members, strict=True))
 
-    def same_blocks(self, other: BaseLinearOperator) -> bool:
+    def same_blocks(self, other: BaseLinearOperator) -> TypeGuard[BlockDiagonalLinearOperator]:
         """Whether another operator is block diagonal over the same coordinates."""
         return isinstance(other, BlockDiagonalLinearOperator) and self.layouts == other.layouts
 
@@ -172,7 +172,7 @@ class BlockDiagonalLinearOperator(BaseLinearOperator):
     def _norm(self, ord: Any) -> Tensor:
         norms = self._numbers(lambda b: b._norm(ord))
         if ord == "fro":
-            return norms.norm()
+            return cast(Tensor, torch.linalg.vector_norm(norms))
         if ord == "nuc":
             return norms.sum()
         return norms.max() if ord == 2 else norms.min()
@@ -207,7 +207,7 @@ class BlockDiagonalLinearOperator(BaseLinearOperator):
         )
 
     def _dense(self) -> Tensor:
-        dense = torch.block_diag(*(b._dense() for b in self.members))
+        dense: Tensor = torch.block_diag(*(b._dense() for b in self.members))
         where = torch.cat([layout.positions() for layout in self.layouts]).to(self.device)
         back = where.argsort()
         return dense[back[:, None], back[None, :]]

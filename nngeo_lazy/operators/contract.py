@@ -1,14 +1,14 @@
 """The contract of linear_operator, dealt with once.
 
-What linear_operator inherits to a subclass is often inaccurate (its solve stops at a tolerance of 1,
-its eigenvalues are clamped at 0) or forms the matrix. Everything that it may call is therefore
-derived here from the primitives.
+What a subclass inherits is often inaccurate (the solve stops at a tolerance of 1, eigenvalues are
+clamped at 0) or forms the matrix. Everything that may be called is therefore derived here from the
+primitives.
 """
 
 from __future__ import annotations
 
 from numbers import Number
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from linear_operator.operators import (
@@ -53,7 +53,8 @@ class ContractLinearOperator(PrimitiveLinearOperator):
         return self._apply(rhs)
 
     def _t_matmul(self, rhs: Tensor) -> Tensor:
-        return cast(Tensor, self._transpose_nonbatch()._matmul(rhs))
+        product: Tensor = self._transpose_nonbatch()._matmul(rhs)
+        return product
 
     def _solve(
         self, rhs: Tensor, preconditioner: Any = None, num_tridiag: int | None = 0
@@ -61,7 +62,7 @@ class ContractLinearOperator(PrimitiveLinearOperator):
         return self._solve_any(rhs, Krylov())
 
     def inv_quad(self, inv_quad_rhs: Tensor, reduce_inv_quad: bool = True) -> Tensor:
-        return cast(Tensor, self.inv_quad_logdet(inv_quad_rhs, False, reduce_inv_quad)[0])
+        return self.inv_quad_logdet(inv_quad_rhs, False, reduce_inv_quad)[0]
 
     def inv_quad_logdet(
         self,
@@ -127,7 +128,9 @@ class ContractLinearOperator(PrimitiveLinearOperator):
     # --- algebra ---------------------------------------------------------------------------------
 
     def __add__(self, other: Any) -> Any:
-        if isinstance(other, ZeroLinearOperator) or (isinstance(other, Number) and other == 0):
+        if isinstance(other, ZeroLinearOperator) or (
+            isinstance(other, (int, float)) and other == 0
+        ):
             return self
         if isinstance(other, (Tensor, LinearOperator)):
             if other.dim() == 2 and self.dim() == 2:

@@ -11,14 +11,15 @@ from torch import Tensor
 
 from ..errors import NotPositiveDefiniteError, SpaceMismatchError
 from ..layout import Layout
-from ..selectors import Selector, select
+from ..selectors import select
 
 if TYPE_CHECKING:
     from .base import BaseLinearOperator
 
 __all__ = ["Damping", "DampingLike", "is_zero", "resolve_damping"]
 
-DampingLike: TypeAlias = float | Tensor | Mapping[Selector, float | Tensor]
+# keys are selectors; Mapping is invariant in them, so that no narrower type is accepted
+DampingLike: TypeAlias = float | Tensor | Mapping[Any, float | Tensor]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         try:
             values, vectors = torch.linalg.eigh(work)
-        except torch.linalg.LinAlgError:
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             values, vectors = torch.linalg.eigh(work.double())
     return _cleaned(values).to(matrix.dtype), vectors.to(matrix.dtype)
 
@@ -66,7 +66,7 @@ def eigvalsh(matrix: Tensor) -> Tensor:
     work = _prepared(matrix)
     try:
         values = torch.linalg.eigvalsh(work)
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         values = torch.linalg.eigvalsh(work.double())
     return _cleaned(values).to(matrix.dtype)
 
@@ -76,8 +76,7 @@ def matrix_power(matrix: Tensor, values: Tensor, vectors: Tensor, p: float) -> T
 
     The derivative is the one of Daleckii and Krein (Higham 2008, Functions of Matrices, thm 3.11).
     """
-    power: Tensor = _MatrixPower.apply(matrix, values, vectors, p)  # type: ignore[no-untyped-call]
-    return power
+    return cast(Tensor, cast(Any, _MatrixPower).apply(matrix, values, vectors, p))
 
 
 class _MatrixPower(torch.autograd.Function):
@@ -88,7 +87,7 @@ class _MatrixPower(torch.autograd.Function):
         return (vectors * values.pow(p).unsqueeze(-2)) @ vectors.mT
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         values, vectors = ctx.saved_tensors
         p = ctx.p

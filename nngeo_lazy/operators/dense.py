@@ -80,7 +80,8 @@ class DenseLinearOperator(SpectralLinearOperator):
         return sizes <= (sizes.numel() * eps(sizes) if rcond is None else rcond) * sizes.max()
 
     def _frobenius(self) -> Tensor:
-        return torch.linalg.vector_norm(self.tensor)
+        norm: Tensor = torch.linalg.vector_norm(self.tensor)
+        return norm
 
     def _shifted(self, d: Tensor) -> BaseLinearOperator | None:
         added = self.tensor + d.expand(self.tensor.shape[0]).diag_embed()

@@ -63,7 +63,8 @@ class DiagonalLinearOperator(SpectralLinearOperator):
         return sizes <= rcond * sizes.max()
 
     def _frobenius(self) -> Tensor:
-        return self.diag.norm()
+        norm: Tensor = torch.linalg.vector_norm(self.diag)
+        return norm
 
     def _shifted(self, d: Tensor) -> BaseLinearOperator | None:
         return DiagonalLinearOperator(self.diag + d, info=self.info)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor
 
@@ -86,9 +88,19 @@ class EigenKroneckerLinearOperator(SpectralLinearOperator):
     def _function(self, values: Tensor, p: float | None) -> BaseLinearOperator:
         return self._with_values(values.reshape(self.values.shape))
 
-    def _with_values(self, values: Tensor) -> EigenKroneckerLinearOperator:
+    def same_basis(self, other: BaseLinearOperator) -> TypeGuard[EigenKroneckerLinearOperator]:
+        """Whether another operator has the same two basis tensors."""
+        return (
+            isinstance(other, EigenKroneckerLinearOperator)
+            and self.left_basis is other.left_basis
+            and self.right_basis is other.right_basis
+        )
+
+    def _with_values(
+        self, values: Tensor, info: Info | None = None
+    ) -> EigenKroneckerLinearOperator:
         return EigenKroneckerLinearOperator(
-            values, self.left_basis, self.right_basis, info=self.info
+            values, self.left_basis, self.right_basis, info=self.info if info is None else info
         )
 
     def _null(self, rcond: float | None) -> Tensor:
@@ -100,7 +112,8 @@ class EigenKroneckerLinearOperator(SpectralLinearOperator):
         return sizes <= tol * sizes.max()
 
     def _frobenius(self) -> Tensor:
-        return torch.linalg.vector_norm(self.values)
+        norm: Tensor = torch.linalg.vector_norm(self.values)
+        return norm
 
     def _shifted(self, d: Tensor) -> BaseLinearOperator | None:
         return None if d.dim() > 0 else self._with_values(self.values + d)

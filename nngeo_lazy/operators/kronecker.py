@@ -158,12 +158,13 @@ class KroneckerLinearOperator(SpectralLinearOperator):
             torch.linalg.vector_norm(f, dim=axis)
             for f, axis in zip((self.left, self.right), axes, strict=True)
         ]
-        product = torch.linalg.vector_norm(norms[0] * norms[1])
+        product: Tensor = torch.linalg.vector_norm(norms[0] * norms[1])
         if self.shift is None:
             return product
         trace = (factor_trace(self.left) * factor_trace(self.right)).sum()
         s = self.shift
-        return (product.square() + 2 * s * trace + s.square() * self.shape[-1]).sqrt()
+        squared: Tensor = product.square() + 2 * s * trace + s.square() * self.shape[-1]
+        return squared.sqrt()
 
     def _shifted(self, d: Tensor) -> BaseLinearOperator | None:
         if d.dim() > 0:
@@ -203,7 +204,7 @@ class KroneckerLinearOperator(SpectralLinearOperator):
         groups, o, i = self._grid()  # torch.kron fails on some transposed factors
         products = left[:, :, None, :, None] * right[:, None, :, None, :]  # (G,o,i,o,i)
         blocks = products.reshape(groups, o * i, o * i)
-        matrix = torch.block_diag(*blocks)
+        matrix: Tensor = torch.block_diag(*blocks)
         if self.shift is None:
             return matrix
         return matrix + self.shift.expand(matrix.shape[0]).diag_embed()

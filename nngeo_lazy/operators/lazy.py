@@ -211,7 +211,7 @@ class ScaledLinearOperator(LazyLinearOperator):
         self.base, self.constant = base, constant
 
     def _size(self) -> torch.Size:
-        return self.base.shape
+        return cast(torch.Size, self.base.shape)
 
     def _transpose_nonbatch(self) -> BaseLinearOperator:
         return ScaledLinearOperator(self.base._transpose_nonbatch(), self.constant, info=self.info)

@@ -162,6 +162,7 @@ class PrimitiveLinearOperator(LinearOperator):
 
 
 def tensors_of(operator: LinearOperator) -> tuple[Tensor, ...]:
+    """The tensors that an operator is made of, flat."""
     return cast("tuple[Tensor, ...]", operator.representation())
 
 

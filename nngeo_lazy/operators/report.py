@@ -59,7 +59,8 @@ class Report(Sequence[Row]):
         return len(self._rows)
 
     def __repr__(self) -> str:
-        lines = [_HEADER] + [
+        lines: list[tuple[str, ...]] = [_HEADER]
+        lines += [
             (r.parameter, r.layer, r.form, r.block, f"{r.size:,}", f"{r.bytes:,}", r.note)
             for r in self._rows
         ]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["ScipyOperator"]
 
 
-class ScipyOperator(scipy.sparse.linalg.LinearOperator):  # type: ignore[misc]
+class ScipyOperator(scipy.sparse.linalg.LinearOperator):
     """A symmetric operator as scipy sees it: numpy arrays in and out, no gradient.
 
     Args:

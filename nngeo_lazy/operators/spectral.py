@@ -45,7 +45,7 @@ class SpectralLinearOperator(BaseLinearOperator):
 
     @abstractmethod
     def _null(self, rcond: float | None) -> Tensor:
-        """Which eigenvalues (p,) count as zero: up to rounding, or up to rcond times the largest."""
+        """Which eigenvalues (p,) count as zero: up to rounding, or to rcond times the largest."""
 
     @abstractmethod
     def _frobenius(self) -> Tensor: ...

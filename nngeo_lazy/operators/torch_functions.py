@@ -6,7 +6,7 @@ A registry of our own: linear_operator's is global and maps to method names.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,9 +18,21 @@ def _solve(A: Any, b: Any, *, left: bool = True) -> Any:
     return A.solve(b) if left else A.mT.solve(b.mT).mT
 
 
-def _slogdet(A: Any) -> Any:
-    value = A.logdet()
-    return torch.return_types.linalg_slogdet((torch.ones_like(value), value))
+class Slogdet(NamedTuple):
+    """As `torch.linalg.slogdet` returns it."""
+
+    sign: Tensor
+    logabsdet: Tensor
+
+
+def _slogdet(A: Any) -> Slogdet:
+    values, _ = A._symeig()
+    return Slogdet(values.sign().prod(-1), values.abs().log().sum(-1))
+
+
+def _det(A: Any) -> Tensor:
+    sign, logabsdet = _slogdet(A)
+    return sign * logabsdet.exp()
 
 
 def _norm(A: Any, ord: Any = None, dim: Any = None, keepdim: bool = False) -> Tensor:
@@ -41,8 +53,8 @@ TORCH_FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.mm: lambda A, B: A.matmul(B),
     torch.linalg.slogdet: _slogdet,
     torch.slogdet: _slogdet,
-    torch.det: lambda A: A.logdet().exp(),
-    torch.linalg.det: lambda A: A.logdet().exp(),
+    torch.det: _det,
+    torch.linalg.det: _det,
     torch.linalg.norm: _norm,
     torch.linalg.matrix_norm: _norm,
     torch.linalg.inv: lambda A: A.inverse(),

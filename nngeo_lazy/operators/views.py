@@ -96,7 +96,7 @@ class InverseLinearOperator(LazyLinearOperator):
     _implicit_in_vector = False
 
     def _size(self) -> torch.Size:
-        return self.base.shape
+        return cast(torch.Size, self.base.shape)
 
     def _transpose_nonbatch(self) -> BaseLinearOperator:
         return InverseLinearOperator(self.base._transpose_nonbatch(), info=self.info)
