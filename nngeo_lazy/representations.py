@@ -156,13 +156,11 @@ class SquareSum(Statistic):
             if first:
                 self._inputs = form.inputs.prepared(self._right, form.bias)
             form = form.prepared(self._inputs, self._right is not None, self._left)
-        squares = form.squares()
-        if squares is None:
+        self._squares = form.squares(self._squares)
+        if self._squares is None:
             self._add(form.sqsum())
-        else:
-            self._squares = squares if self._squares is None else self._squares.add_(squares)
-            if last:
-                self._add(form.sqsum_from(self._squares))
+        elif last:
+            self._add(form.sqsum_from(self._squares))
         if last:
             self._inputs = self._squares = None
 
@@ -198,11 +196,9 @@ class KroneckerFactors(Statistic):
             raise TypeError("Kronecker factors need an outer form")
         if self._reduce:  # the reduced inputs are needed once
             form = form.reduced() if first else Outer(form.g.sum(3, keepdim=True), None, form.bias)
-        left = form.output_moment(diagonal=self._diagonal_left)
-        self._left = left if self._left is None else self._left.add_(left)
+        self._left = form.output_moment(self._diagonal_left, self._left)
         if first:
-            right = form.input_moment(diagonal=self._diagonal_right)
-            self._right = right if self._right is None else self._right.add_(right)
+            self._right = form.input_moment(self._diagonal_right, self._right)
             self._positions = self._positions + form.positions
 
     def factors(self, sweep: Sweep) -> tuple[Tensor, Tensor]:

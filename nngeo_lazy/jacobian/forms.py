@@ -155,15 +155,17 @@ class Outer(Form):
             parts.append(self.g.sum(3).square().sum((0, 1)).unsqueeze(-1))  # (G,o,1)
         return torch.cat(parts, -1).flatten()
 
-    def squares(self) -> Tensor | None:
+    def squares(self, into: Tensor | None = None) -> Tensor | None:
         """Sum over r of g^2, (N, G, o), where the squared rows need no more of g; else None.
 
         With a single position the square of an outer product is the outer product of squares, so that
-        directions can be summed first.
+        directions can be summed first: added to `into` where given.
         """
         if self.g.shape[3] > 1 or isinstance(self.inputs, IndexInputs):
             return None
-        return self.g.square().sum(0).squeeze(2)
+        for g in self.g.squeeze(3):
+            into = g.square() if into is None else into.addcmul_(g, g)
+        return into
 
     def sqsum_from(self, squares: Tensor) -> Tensor:
         """`sqsum` from the sum of `squares` over all directions."""
@@ -184,20 +186,23 @@ class Outer(Form):
         g = self.g if left is None else rotate(self.g, left)
         return Outer(g, inputs, self.bias and not rotated)
 
-    def output_moment(self, diagonal: bool = False) -> Tensor:
-        """Sum over r, n, t of g g^T, (G, o, o), or its diagonal (G, o): KFAC's output factor."""
-        if diagonal:
-            return self.g.square().sum((0, 1, 3))
-        return moment(self.g.flatten(0, 1))
+    def output_moment(self, diagonal: bool = False, into: Tensor | None = None) -> Tensor:
+        """Sum over r, n, t of g g^T, (G, o, o), or its diagonal (G, o): KFAC's output factor.
 
-    def input_moment(self, diagonal: bool = False) -> Tensor:
+        Added to `into` where given.
+        """
+        if diagonal:
+            return _added(self.g.square().sum((0, 1, 3)), into)
+        return moment(self.g.flatten(0, 1), into=into)
+
+    def input_moment(self, diagonal: bool = False, into: Tensor | None = None) -> Tensor:
         """Sum over n, t of x x^T, (G, w, w), or its diagonal (G, w): KFAC's input factor."""
         if self.inputs is None:
             count = self.g.shape[1] * self.g.shape[3]
-            return self.g.new_full((self.g.shape[2], 1, 1), float(count))
+            return _added(self.g.new_full((self.g.shape[2], 1, 1), float(count)), into)
         if diagonal:
-            return self.inputs.square_sum(self.bias)
-        return self.inputs.moment(self.bias)
+            return _added(self.inputs.square_sum(self.bias), into)
+        return self.inputs.moment(self.bias, into)
 
     @property
     def positions(self) -> Tensor | int:
@@ -247,6 +252,10 @@ class Outer(Form):
         squared = summed.square_().sum(0).flatten(0, 1)  # (N T,o)
         out = g.new_zeros(inputs.width, o).index_add_(0, owner.flatten(), squared)
         return out.mT.unsqueeze(0)  # (1,o,V)
+
+
+def _added(value: Tensor, into: Tensor | None) -> Tensor:
+    return value if into is None else into.add_(value)
 
 
 def _outer(g: Tensor, x: Tensor) -> Tensor:

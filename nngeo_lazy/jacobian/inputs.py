@@ -23,46 +23,43 @@ SPLIT_WIDTH = 256  # below it a product is too small to be worth halving
 SUMMED_BYTES = 2**24  # products for each example are stored up to this size, then summed
 
 
-def moment(x: Tensor, bias: bool = False) -> Tensor:
-    """Sum over examples and positions of x x^T: (N, G, T, i) -> (G, w, w)."""
+def moment(x: Tensor, bias: bool = False, into: Tensor | None = None) -> Tensor:
+    """Sum over examples and positions of x x^T: (N, G, T, i) -> (G, w, w), or added to `into`."""
     n, groups, t, width = x.shape
-    full, second = _empty_moment(x, groups, width, bias)
+    full = x.new_zeros(groups, width + bias, width + bias) if into is None else into
+    second = full[:, :width, :width]
     if groups == 1 and (t == 1 or x.stride(-1) == 1):
-        _symmetric(x.reshape(n * t, width), second[0])
+        _add_symmetric(x.reshape(n * t, width), second[0])
     elif n * groups * width * width * x.element_size() <= SUMMED_BYTES:
-        torch.sum(x.mT @ x, 0, out=second)  # (N,G,i,T)(N,G,T,i)
+        second += (x.mT @ x).sum(0)  # (N,G,i,T)(N,G,T,i)
     else:  # channels-first data: a product for each example beats copying to (N T, i)
         for g in range(groups):
-            torch.addbmm(second[g], x[:, g].mT, x[:, g], beta=0, out=second[g])
+            second[g].addbmm_(x[:, g].mT, x[:, g])
     if bias:
-        _border(full, x.sum((0, 2)), n * t)
+        _add_border(full, x.sum((0, 2)), n * t)
     return full
 
 
-def _empty_moment(like: Tensor, groups: int, width: int, bias: bool) -> tuple[Tensor, Tensor]:
-    """(G, w, w) to be filled, and its part without the homogeneous coordinate."""
-    full = like.new_empty(groups, width + bias, width + bias)
-    return full, full[:, :width, :width]
+def _add_border(full: Tensor, total: Tensor, count: int) -> None:
+    """The homogeneous coordinate: total (G, i) is the sum of x, count that of its own square."""
+    full[:, :-1, -1] += total
+    full[:, -1, :-1] += total
+    full[:, -1, -1] += count
 
 
-def _border(full: Tensor, total: Tensor, count: int) -> None:
-    """Write the homogeneous coordinate: total (G, i) is the sum of x, count its own square's sum."""
-    full[:, :-1, -1] = full[:, -1, :-1] = total
-    full[:, -1, -1] = count
-
-
-def _symmetric(x: Tensor, out: Tensor) -> None:
+def _add_symmetric(x: Tensor, out: Tensor) -> None:
     """x^T x for (M, w), each product of column blocks once: 5/8 of the work in two halvings."""
     width = x.shape[1]
     if width < SPLIT_WIDTH:
-        torch.mm(x.mT, x, out=out)
+        out.addmm_(x.mT, x)
         return
     half = width // 2
     left, right = x[:, :half], x[:, half:]
-    _symmetric(left, out[:half, :half])
-    _symmetric(right, out[half:, half:])
-    torch.mm(left.mT, right, out=out[:half, half:])
-    out[half:, :half] = out[:half, half:].mT
+    _add_symmetric(left, out[:half, :half])
+    _add_symmetric(right, out[half:, half:])
+    cross = out[:half, half:]
+    cross.addmm_(left.mT, right)
+    out[half:, :half] = cross.mT
 
 
 def with_bias(x: Tensor) -> Tensor:
@@ -90,8 +87,11 @@ class Inputs(ABC):
         """The dense tensor (n, G, T, i) of a range of examples."""
 
     @abstractmethod
-    def moment(self, bias: bool) -> Tensor:
-        """Sum over n, t of x x^T: (G, w, w), or its diagonal (G, w) where that is all there is."""
+    def moment(self, bias: bool, into: Tensor | None = None) -> Tensor:
+        """Sum over n, t of x x^T: (G, w, w), or its diagonal (G, w) where that is all there is.
+
+        Added to `into` where given.
+        """
 
     def square_sum(self, bias: bool) -> Tensor:
         """The diagonal of `moment`, (G, w)."""
@@ -151,8 +151,8 @@ class DenseInputs(Inputs):
     def to(self, dtype: torch.dtype) -> DenseInputs:
         return DenseInputs(self.x.to(dtype))
 
-    def moment(self, bias: bool) -> Tensor:
-        return moment(self.x, bias)
+    def moment(self, bias: bool, into: Tensor | None = None) -> Tensor:
+        return moment(self.x, bias, into)
 
     def square_sum(self, bias: bool) -> Tensor:
         return (with_bias(self.x) if bias else self.x).square().sum((0, 2))
@@ -199,12 +199,14 @@ class IndexInputs(Inputs):
         x.scatter_(-1, index.unsqueeze(-1), self.weight[start:stop].unsqueeze(-1))
         return x.unsqueeze(1)
 
-    def moment(self, bias: bool) -> Tensor:
-        histogram = torch.zeros(self.width, dtype=self.dtype, device=self.index.device)
-        return histogram.index_add_(0, self.index.flatten(), self.weight.flatten()).unsqueeze(0)
+    def moment(self, bias: bool, into: Tensor | None = None) -> Tensor:
+        weight = self.weight
+        histogram = weight.new_zeros(1, self.width) if into is None else into
+        histogram[0].index_add_(0, self.index.flatten(), weight.flatten())
+        return histogram
 
     def square_sum(self, bias: bool) -> Tensor:
-        return self.moment(bias)
+        return self.moment(bias)  # diagonal as it is
 
     def reduced(self) -> DenseInputs:
         n, t = self.index.shape
@@ -269,13 +271,14 @@ class PatchInputs(Inputs):
             return u.squeeze(1).mT
         return u.permute(0, 2, 1, 4, 3).flatten(2, 3)
 
-    def moment(self, bias: bool) -> Tensor:
+    def moment(self, bias: bool, into: Tensor | None = None) -> Tensor:
         _, groups, _, width = self.shape
-        full, second = _empty_moment(self.images, groups, width, bias)
-        second.copy_(patch_moment(self.images, self.geometry))
+        size = width + bias
+        full = self.images.new_zeros(groups, size, size) if into is None else into
+        full[:, :width, :width] += patch_moment(self.images, self.geometry)
         if bias:
             count = self.images.shape[0] * self.geometry.positions(self.images.shape[2:])
-            _border(full, self._total(), count)
+            _add_border(full, self._total(), count)
         return full
 
     def reduced(self) -> DenseInputs:
@@ -315,8 +318,8 @@ class RotatedInputs(Inputs):
             return rotate(x, self.basis)
         return rotate(x, self.basis[:, :-1]) + self.basis[:, -1:]
 
-    def moment(self, bias: bool) -> Tensor:
-        return DenseInputs(self.dense()).moment(bias)
+    def moment(self, bias: bool, into: Tensor | None = None) -> Tensor:
+        return DenseInputs(self.dense()).moment(bias, into)
 
     def reduced(self) -> DenseInputs:
         return DenseInputs(self.dense()).reduced()
