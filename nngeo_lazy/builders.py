@@ -94,18 +94,19 @@ def FIM(  # noqa: N802 - the field writes it in capitals
     if not isinstance(samples, int) or samples < 1:
         raise DataError(f"expected samples to be a positive integer, got {samples!r}")
     wanted = resolve_representation(representation)
-    space = space_of(model, params)
-    _require_finite_parameters(model, space)
-    refuse_training_mode(model)
-    batches = Batches(
-        loader, device=space.device, forward=forward, target=target, progress=progress
-    )
-    if seed is None and estimator == "mc":
-        seed = int(torch.randint(2**62, ()))
-    sweep = _FisherSweep(
-        model, space, batches, likelihood, estimator, samples, seed, max_directions
-    )
-    return wanted.build(sweep)
+    with torch.inference_mode(False):  # tensors made in inference mode could not be used outside
+        space = space_of(model, params)
+        _require_finite_parameters(model, space)
+        refuse_training_mode(model)
+        batches = Batches(
+            loader, device=space.device, forward=forward, target=target, progress=progress
+        )
+        if seed is None and estimator == "mc":
+            seed = int(torch.randint(2**62, ()))
+        sweep = _FisherSweep(
+            model, space, batches, likelihood, estimator, samples, seed, max_directions
+        )
+        return wanted.build(sweep)
 
 
 Chunk = tuple[list[Form | None], bool, bool]

@@ -481,10 +481,15 @@ def check_estimator(estimator: str) -> None:
 
 
 def _check_outputs(outputs: Tensor) -> None:
-    if outputs.dim() < 1 or not outputs.is_floating_point() or outputs.shape[0] < 1:
+    if outputs.dim() < 1 or not outputs.is_floating_point():
         raise DataError(
             "expected floating-point outputs (N, ...) with the examples in dimension 0, got "
             f"{outputs.dtype} of shape {tuple(outputs.shape)}"
+        )
+    if outputs.shape[0] < 1:
+        raise DataError(
+            f"expected at least one example in each batch, got outputs {tuple(outputs.shape)}: drop "
+            "empty batches from the loader"
         )
 
 

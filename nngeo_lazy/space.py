@@ -32,14 +32,20 @@ class Lineage:
     """Where a parameter sits in its model: the modules from the root down to its owner.
 
     Modules and the parameter are held weakly: a space never keeps a model alive.
+
+    Attributes:
+        modules: (path, class, module) of each.
+        parameter: the parameter.
+        raw: whether its owner has modules of its own, so that it is no layer's parameter.
     """
 
     modules: tuple[tuple[str, type[nn.Module], weakref.ref[nn.Module] | None], ...]
     parameter: weakref.ref[Tensor] | None
+    raw: bool = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Weak references do not pickle: names and types do.
-        return Lineage, (tuple((name, kind, None) for name, kind, _ in self.modules), None)
+        return Lineage, (tuple((name, kind, None) for name, kind, _ in self.modules), None, self.raw)
 
 
 class ParamSpace:
@@ -169,8 +175,9 @@ class ParamSpace:
             ) from None
 
     def owner(self, name: str) -> str:
-        """The path of the module that owns a parameter; a raw root parameter owns itself."""
-        return name.rpartition(".")[0] or name
+        """The path of the module that owns a parameter; a raw parameter owns itself."""
+        raw = self.lineages[name].raw if name in self.lineages else "." not in name
+        return name if raw else name.rpartition(".")[0]
 
     def ravel(self, vectors: Mapping[str, Tensor]) -> Tensor:
         """{name: (..., *shape)} to (..., P). Every name must be there, and no other.
@@ -296,5 +303,6 @@ def _lineages(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, L
         parts = name.split(".")[:-1]
         paths = [".".join(parts[:depth]) for depth in range(len(parts) + 1)]
         chain = tuple((path, type(modules[path]), weakref.ref(modules[path])) for path in paths)
-        lines[name] = Lineage(chain, weakref.ref(parameter))
+        raw = next(modules[paths[-1]].children(), None) is not None
+        lines[name] = Lineage(chain, weakref.ref(parameter), raw)
     return lines

@@ -130,6 +130,6 @@ def _tensor(operator: BaseLinearOperator, damping: Any, size: int, what: str) ->
     if not lowest >= 0:
         raise NotPositiveDefiniteError(
             f"expected {what} >= 0, got {lowest:.6g}: to subtract a multiple of the identity, "
-            "write F - c * ng.identity(F.space, 1.0)"
+            "write F.add_diagonal(-c)"
         )
     return value

@@ -1,0 +1,322 @@
+"""Every user error is a named one that says what was expected, what came, and what to do."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import nngeo_lazy as ng
+from nngeo_lazy.errors import (
+    DataError,
+    NonFiniteError,
+    NotPositiveDefiniteError,
+    SpaceMismatchError,
+    StochasticModelError,
+    TooLargeError,
+    UnsupportedLayerError,
+)
+
+X, Y = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+
+
+def net(*more):
+    return nn.Sequential(nn.Linear(4, 5), *more, nn.Tanh(), nn.Linear(5, 3))
+
+
+def refused(error, *words, model=None, data=None, **options):
+    """Building raises `error`, its message holds the words, and the model is as it was."""
+    model = net() if model is None else model
+    before = copy.deepcopy(model.state_dict())
+    flags = [(p.requires_grad, p.grad) for p in model.parameters()]
+    with pytest.raises(error) as caught:
+        ng.FIM(model, (X, Y) if data is None else data, **options)
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value.nan_to_num(7.0), before[name].nan_to_num(7.0)), name
+    assert [(p.requires_grad, p.grad) for p in model.parameters()] == flags
+    assert not any(m._forward_hooks or m._backward_hooks for m in model.modules())
+
+
+# --- data -------------------------------------------------------------------------------------------
+
+
+def test_one_shot_iterator():
+    batches = (b for b in [(X, Y)])
+    refused(DataError, "one-shot iterator", "pass the DataLoader itself", data=batches)
+
+
+def test_bare_dataset():
+    refused(DataError, "bare Dataset", "DataLoader", data=TensorDataset(X, Y))
+
+
+@pytest.mark.parametrize("data", [[], DataLoader(TensorDataset(X[:0], Y[:0]))])
+def test_empty_loader(data):
+    refused(DataError, "no batch", "empty", data=data)
+
+
+def test_no_examples():
+    refused(DataError, "at least one example", data=[(X, Y), (X[:0], Y[:0])])
+
+
+def test_unequal_keys():
+    data = [{"input": X, "labels": Y}, {"input": X, "labels": Y, "mask": Y}]
+    refused(DataError, "batches of one structure", "mask", data=data)
+
+
+def test_no_data():
+    refused(DataError, "expected a DataLoader", "got int", data=3)
+
+
+def test_loader_that_is_empty_the_second_time():
+    class Once:
+        def __init__(self):
+            self.batches = iter([(X, Y)])
+
+        def __iter__(self):
+            return self.batches
+
+    class Large(nn.Module):  # too large to be kept for the second pass
+        pass
+
+    import nngeo_lazy.builders as builders
+
+    kept, builders.KEPT_BYTES = builders.KEPT_BYTES, 0
+    try:
+        refused(DataError, "no batch", "second time", data=Once(), representation="ekfac")
+    finally:
+        builders.KEPT_BYTES = kept
+
+
+# --- outputs and labels -------------------------------------------------------------------------------
+
+
+def test_outputs_that_do_not_fit():
+    refused(DataError, "(6,)", "(6, 1)", data=(X, Y[:, None]), likelihood="categorical")
+    refused(DataError, "integer class labels", data=(X, Y.float()), likelihood="categorical")
+    refused(DataError, "shaped like the outputs", "(6, 3)", data=(X, X), likelihood="gaussian")
+    one = nn.Linear(4, 1)
+    refused(DataError, "two classes", "bernoulli", model=one, likelihood="categorical")
+
+
+def test_likelihood_that_is_not_proved():
+    words = "cannot tell the likelihood", "bernoulli", "gaussian"
+    refused(DataError, *words, data=X)
+    refused(DataError, *words, data=(X, torch.randn(6, 3)))
+
+
+def test_labels_out_of_range():
+    bad = torch.tensor([0, 1, 2, 3, 1, 2])
+    for estimator in ("exact", "empirical"):
+        refused(DataError, "from 0 to 2", "-100", data=(X, bad), estimator=estimator)
+
+
+def test_empirical_without_labels():
+    refused(DataError, "observed labels", data=X, likelihood="gaussian", estimator="empirical")
+
+
+def test_outputs_that_are_no_tensor():
+    class M(nn.Linear):
+        def forward(self, x):
+            return [super().forward(x)]
+
+    refused(DataError, "to be a tensor", "got list", "forward=", model=M(4, 3))
+
+
+@pytest.mark.parametrize("where", [0, 1])
+def test_outputs_that_are_not_finite(where):
+    batches = [(X, Y), (X.clone(), Y)]
+    batches[where][0][0, 0] = float("nan") if where else float("inf")
+    if not where:
+        batches[0] = (X.clone().fill_(float("inf")), Y)
+    refused(NonFiniteError, "finite outputs", data=batches)
+    X[0, 0] = 0.5
+
+
+def test_parameters_that_are_not_finite():
+    model = net()
+    model[0].weight.data[0, 0] = float("nan")
+    refused(NonFiniteError, "finite parameters", "0.weight", model=model)
+
+
+def test_statistics_that_are_not_finite():
+    class Huge(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 3), nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.b(self.a(x * 1e30) * 1e-30)
+
+    refused(NonFiniteError, "statistics of a ", "overflow", model=Huge(), representation="kfac")
+
+
+# --- parameters and models --------------------------------------------------------------------------------
+
+
+def test_no_trainable_parameter():
+    model = net().requires_grad_(False)
+    refused(DataError, "at least one trainable parameter", "requires_grad_()", model=model)
+
+
+def test_parameters_that_nothing_depends_on():
+    class M(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.a(x).detach()
+
+    refused(DataError, "do not depend on any selected parameter", model=M())
+
+
+def test_a_parameter_that_the_outputs_do_not_depend_on_is_a_zero_block():
+    class M(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 3), nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.a(x)
+
+    for representation in ("dense", "block_diagonal", "diagonal", "kfac", "ekfac"):
+        F = ng.FIM(M(), (X, Y), representation)
+        assert F.block("b").norm() == 0
+        assert F.block("a").norm() > 0
+        assert "do not depend on it" in str(F.report())
+
+
+def test_mixed_dtypes():
+    model = net()
+    model[2].double()
+    refused(DataError, "one dtype", "0.weight on torch.float32", "2.weight", ".to(", model=model)
+
+
+def test_mixed_devices():
+    model = net()
+    model[2] = nn.Linear(5, 3, device="meta")
+    with pytest.raises(DataError, match=r"one device.*0\.weight on cpu.*2\.weight on meta"):
+        ng.FIM(model, (X, Y))
+
+
+def test_dropout():
+    refused(StochasticModelError, "1 (Dropout)", "model.eval()", model=net(nn.Dropout(0.5)))
+    model = net(nn.Dropout(0.5)).eval()
+    assert ng.FIM(model, (X, Y)).trace() > 0
+
+
+def test_sampling_in_the_forward_pass():
+    class M(nn.Linear):
+        def forward(self, x):
+            return super().forward(x + torch.rand_like(x))
+
+    for data in ((X, Y), (X[:1], Y[:1]), (X[:3], Y[:3])):
+        refused(StochasticModelError, "one fixed function", "differ", model=M(4, 3), data=data)
+
+
+def test_batch_norm_in_training_mode():
+    model = net(nn.BatchNorm1d(5))
+    refused(StochasticModelError, "1 (BatchNorm1d)", "statistics of the batch", model=model)
+
+
+def test_functional_batch_norm():
+    class M(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return nn.functional.batch_norm(self.a(x), None, None, training=True)
+
+    refused(StochasticModelError, "statistics of the batch", "model.eval()", model=M())
+
+
+def test_a_model_that_mixes_examples():
+    class M(nn.Linear):
+        def forward(self, x):
+            y = super().forward(x)
+            return y - y.mean(0)
+
+    refused(StochasticModelError, "each example on its own", "left out", model=M(4, 3))
+
+
+def test_layers_whose_gradient_is_no_derivative():
+    tokens = torch.randint(0, 5, (6, 2))
+    for option in ({"max_norm": 1.0}, {"scale_grad_by_freq": True}):
+        model = nn.Sequential(nn.Embedding(5, 3, **option), nn.Flatten(), nn.Linear(6, 3))
+        name = next(iter(option))
+        if name == "max_norm":  # the forward pass itself changes the weight
+            with pytest.raises(UnsupportedLayerError, match="max_norm"):
+                ng.FIM(model, (tokens, Y))
+        refused(UnsupportedLayerError, name, model=model, data=(tokens, Y))
+
+
+def test_batches_that_use_other_layers():
+    class M(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.a(x) if len(x) > 3 else self.b(x)
+
+    data = [(X, Y), (X[:3], Y[:3])]
+    refused(UnsupportedLayerError, "in the same way", "linear", model=M(), data=data)
+
+
+# --- options ------------------------------------------------------------------------------------------------
+
+
+def test_unknown_names():
+    refused(DataError, "unknown representation 'kfca'", "'kfac'", representation="kfca")
+    refused(DataError, "unknown likelihood 'softmax'", "'categorical'", likelihood="softmax")
+    refused(DataError, "unknown estimator 'sampled'", "'mc'", estimator="sampled")
+    refused(DataError, "samples", "0", estimator="mc", samples=0)
+    refused(SpaceMismatchError, "'fc' matches no parameter", "0.weight", params="fc")
+    with pytest.raises(DataError, match="expected sharing='expand' or 'reduce', got 'both'"):
+        ng.representations.KFAC(sharing="both")
+
+
+def test_too_many_directions():
+    refused(TooLargeError, "2 backward passes", "max_directions=1", "'mc'", max_directions=1)
+    assert ng.FIM(net(), (X, Y), estimator="mc", max_directions=1).trace() > 0
+
+
+def test_too_large_a_dense_matrix():
+    model = nn.Linear(4, 50_000)
+    for representation in ("dense", "block_diagonal"):
+        options = {"representation": representation, "estimator": "mc"}
+        refused(TooLargeError, "GiB", "'kfac'", model=model, likelihood="gaussian", data=X, **options)
+
+
+# --- the matrix ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("representation", ["dense", "block_diagonal", "diagonal", "kfac", "ekfac"])
+def test_vectors_and_damping(representation):
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3), nn.Linear(3, 3))
+    F = ng.FIM(model, (X, Y), representation)
+    P = len(F.space)
+    for call in (F.matmul, lambda v: F.solve(v, damping=1.0), F.vTMv):
+        with pytest.raises(SpaceMismatchError, match=f"{P}"):
+            call(torch.zeros(P + 1))
+        good = F.space.unravel(F.space.zeros())
+        with pytest.raises(SpaceMismatchError, match=r"missing: \['0.weight'\]; unknown: \['w'\]"):
+            call({"w": good["0.weight"], **{k: v for k, v in good.items() if k != "0.weight"}})
+    with pytest.raises(NotPositiveDefiniteError, match=r"expected damping >= 0, got -0.001"):
+        F.solve(F.space.zeros(), damping=-1e-3)
+    with pytest.raises(SpaceMismatchError, match="matches no parameter"):
+        F.block("missing")
+
+
+def test_singular_without_damping():
+    model = nn.Sequential(nn.Linear(4, 9), nn.ReLU(), nn.Linear(9, 3))
+    model[0].weight.data[0], model[0].bias.data[0] = 0, -1.0  # a dead unit
+    for representation in ("dense", "block_diagonal", "diagonal", "kfac"):
+        F = ng.FIM(model, (X[:2], Y[:2]), representation)
+        with pytest.raises(NotPositiveDefiniteError, match=r"singular.*damping"):
+            F.solve(F.space.randn())
+        assert F.solve(F.space.randn(), damping=1e-3).isfinite().all()

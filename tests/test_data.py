@@ -1,0 +1,119 @@
+"""What a loader may be."""
+
+from collections import namedtuple
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from nngeo_lazy.data import Batches
+from nngeo_lazy.errors import DataError
+
+X, Y = torch.arange(8.0).view(4, 2), torch.arange(4)
+Pair = namedtuple("Pair", "inputs target")
+
+
+class Sum(nn.Module):
+    """Adds up whatever it is called with."""
+
+    def forward(self, *args, **kwargs):
+        return sum((*args, *kwargs.values()))
+
+
+def read(loader, **options):
+    batches = Batches(loader, device="cpu", **options)
+    first = [(batches.forward(Sum(), b.raw), b.target) for b in batches]
+    again = [(batches.forward(Sum(), b.raw), b.target) for b in batches]
+    assert len(first) == len(again)
+    return first
+
+
+ONE = [
+    ("tensor", X, X, None),
+    ("pair", (X, Y), X, Y),
+    ("list", [X, Y], X, Y),
+    ("named tuple", Pair(X, Y), X, Y),
+    ("inputs and more", (X, Y, torch.ones(3)), X, Y),
+    ("inputs alone", (X,), X, None),
+    ("labels", {"a": X, "labels": Y}, X, Y),
+    ("label", {"a": X, "b": X, "label": Y}, 2 * X, Y),
+    ("no labels", {"a": X}, X, None),
+    ("several inputs", ((X, X), Y), 2 * X, Y),
+    ("inputs by name", ({"a": X, "b": X}, Y), 2 * X, Y),
+]
+
+
+@pytest.mark.parametrize(("batch", "outputs", "target"), [c[1:] for c in ONE], ids=[c[0] for c in ONE])
+def test_one_batch(batch, outputs, target):
+    for loader, count in ((batch, 1), ([batch, batch], 2), (DataLoaderLike(batch), 3)):
+        if isinstance(batch, torch.Tensor) and count == 2:
+            continue  # a sequence of tensors is one batch
+        if isinstance(batch, tuple) and isinstance(batch[0], (tuple, dict)) and count == 2:
+            loader = DataLoaderLike(batch, 2)
+        got = read(loader)
+        assert len(got) == count
+        for f, y in got:
+            assert torch.equal(f, outputs)
+            assert (y is None) if target is None else torch.equal(y, target)
+
+
+class DataLoaderLike:
+    """A re-iterable that is neither a sequence nor a DataLoader."""
+
+    def __init__(self, batch, count=3):
+        self.batch, self.count = batch, count
+
+    def __iter__(self):
+        return iter([self.batch] * self.count)
+
+
+def test_data_loader():
+    got = read(DataLoader(TensorDataset(X, Y), batch_size=3))
+    assert [y.tolist() for _, y in got] == [[0, 1, 2], [3]]
+
+
+def test_forward_and_target():
+    batches = {"x": X, "weights": Y}
+    got = read(batches, forward=lambda model, b: model(b["x"]), target=lambda b: b["weights"])
+    assert torch.equal(got[0][0], X)
+    assert torch.equal(got[0][1], Y)
+
+
+def test_outputs_with_logits():
+    batches = Batches(X, device="cpu")
+    for wrap in (lambda x: SimpleNamespace(logits=x), lambda x: {"logits": x}):
+        assert torch.equal(batches.forward(wrap, X), X)
+
+
+def test_tensors_are_moved():
+    (batch,) = Batches({"a": [X, {"b": X}], "labels": Y}, device="meta")
+    leaves = [batch.raw["a"][0], batch.raw["a"][1]["b"], batch.target]
+    assert all(leaf.device.type == "meta" for leaf in leaves)
+
+
+@pytest.mark.parametrize("size", [0, 1])
+def test_integer_and_0d_outputs(size):
+    batches = Batches(X, device="cpu")
+    wrong = (lambda x: x.sum()) if size == 0 else (lambda x: x.long())
+    with pytest.raises(DataError, match=r"floating-point outputs \(N, ...\)"):
+        batches.forward(wrong, X)
+
+
+@pytest.mark.parametrize("batch", [3, "text", None, (X, "label")])
+def test_a_batch_that_is_none(batch):
+    with pytest.raises(DataError, match="expected"):
+        list(Batches(DataLoaderLike(batch), device="cpu"))
+
+
+def test_a_mixed_sequence():
+    with pytest.raises(DataError, match=r"expected a DataLoader.*got a sequence of \['int', 'tensor'\]"):
+        Batches([X, 3], device="cpu")
+
+
+def test_progress(capsys):
+    list(Batches([(X, Y)] * 3, device="cpu", progress=True))
+    assert "3/3" in capsys.readouterr().err
+    list(Batches([(X, Y)] * 3, device="cpu"))
+    assert not capsys.readouterr().err
