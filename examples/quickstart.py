@@ -1,7 +1,7 @@
 """Every representation of one Fisher information matrix, on a small CNN trained on real images.
 
-Trains on scikit-learn's digits, builds each representation from the training data, prints one table, and
-draws the matrices side by side. Runs in well under a minute on two cores.
+Trains on scikit-learn's digits, builds each representation from the training data, prints one
+table, and draws the matrices side by side. Runs in well under a minute on two cores.
 """
 
 import time
@@ -53,7 +53,7 @@ with torch.no_grad():
 print(f"A CNN of {sum(p.numel() for p in model.parameters())} parameters on digits, ", end="")
 print(f"{accuracy:.1%} of {len(test)} test images right\n")
 
-# --- a second task moves the weights: what elastic weight consolidation has to measure ---------------
+# --- a second task moves the weights: what elastic weight consolidation has to measure ------------
 
 space = ng.ParamSpace.of(model)
 w_a = space.values(model).detach()
@@ -67,14 +67,18 @@ after = model(images[train]).log_softmax(1).detach()
 divergence = (before.exp() * (before - after)).sum(1).mean()  # KL between the predictions
 space.assign_(model, w_a)
 
-# --- every representation, the same calls ---------------------------------------------------------------
+# --- every representation, the same calls ---------------------------------------------------------
 
 model.zero_grad()
 F.cross_entropy(model(images[train]), labels[train]).backward()
 grad = space.grad(model)
 matrices = {}
-print("                     build      bytes  error   trace      solve      elastic weight consolidation")
-print("representation     seconds            to dense         residual   (w - w_a)^T F (w - w_a) / 2")
+print(
+    "                     build      bytes  error   trace      solve  elastic weight consolidation"
+)
+print(
+    "representation     seconds            to dense         residual  (w - w_a)^T F (w - w_a) / 2"
+)
 for name in NAMES:
     start = time.perf_counter()
     fisher = ng.FIM(model, loader, name, likelihood="categorical")
@@ -94,7 +98,7 @@ print(f"\nKL divergence between the predictions at w_a and w: {divergence:.5f}")
 print("\nWhat KFAC holds:")
 print(ng.FIM(model, loader, "kfac", likelihood="categorical").report())
 
-# --- the matrices side by side ----------------------------------------------------------------------------
+# --- the matrices side by side --------------------------------------------------------------------
 
 figure, axes = plt.subplots(1, len(NAMES), figsize=(3.2 * len(NAMES), 3.7), layout="constrained")
 top = matrices["dense"].abs().max().item()

@@ -1,7 +1,7 @@
 """Lazy linear operators for the geometry of neural networks.
 
-Fisher information matrices of any PyTorch network as `linear_operator.LinearOperator`s, regardless of
-their approximation: swap "diagonal" for "kfac" and the code stays the same.
+Fisher information matrices of any PyTorch network as `linear_operator.LinearOperator`s, regardless
+of their approximation: swap "diagonal" for "kfac" and the code stays the same.
 """
 
 from . import errors, likelihoods, representations

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .data import Batch, Batches
+from .data import Batches
 from .errors import DataError, NonFiniteError, TooLargeError
 from .jacobian.capture import Capture
 from .jacobian.forms import Form, Outer
 from .jacobian.plan import Part
 from .jacobian.record import recording, refuse_training_mode
-from .likelihoods import Likelihood, check_estimator, resolve as resolve_likelihood
+from .likelihoods import Likelihood, check_estimator
+from .likelihoods import resolve as resolve_likelihood
 from .operators import BaseLinearOperator
 from .representations import Make, Representation, Statistic, all_finite
 from .representations import resolve as resolve_representation
@@ -25,7 +26,7 @@ from .space import ParamSpace
 __all__ = ["FIM"]
 
 
-def FIM(  # noqa: N802 - the field writes it in capitals
+def FIM(
     model: nn.Module,
     loader: Any,
     representation: str | Representation = "kfac",
@@ -196,8 +197,8 @@ class _FisherSweep:
             raise TooLargeError(
                 f"an exact Fisher of outputs {tuple(outputs.shape)} takes {count} backward passes "
                 f"for each batch, one for each output direction of an example, more than "
-                f"max_directions={self._max_directions}: take estimator='mc' (one for each sample), "
-                "or raise max_directions"
+                f"max_directions={self._max_directions}: take estimator='mc' (one for each "
+                "sample), or raise max_directions"
             )
         return count
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,8 @@ __all__ = ["Batch", "Batches"]
 
 LABELS = ("labels", "label")
 FORMS = (
-    "a DataLoader or another re-iterable of batches, a tensor of inputs, one batch (inputs, target), or "
-    "a mapping with 'labels'"
+    "a DataLoader or another re-iterable of batches, a tensor of inputs, one batch (inputs, "
+    "target), or a mapping with 'labels'"
 )
 
 
@@ -71,7 +71,7 @@ class Batches:
         self._passes = 0
 
     def __iter__(self) -> Iterator[Batch]:
-        total = len(self._loader) if hasattr(self._loader, "__len__") else None
+        total = len(self._loader) if isinstance(self._loader, Sized) else None
         structure: Any = None
         with tqdm(total=total, disable=not self._progress, unit="batch") as bar:
             for raw in self._loader:
@@ -87,9 +87,7 @@ class Batches:
                 bar.update()
         if structure is None:
             again = " the second time: it must give the same batches on every pass"
-            raise DataError(
-                f"the loader gave no batch{again if self._passes else ': it is empty'}"
-            )
+            raise DataError(f"the loader gave no batch{again if self._passes else ': it is empty'}")
         self._passes += 1
 
     def read(self, raw: Any) -> Batch:
@@ -103,6 +101,7 @@ class Batches:
 
     def forward(self, model: nn.Module, raw: Any) -> Tensor:
         """The model's outputs for one batch, dimension 0 its examples."""
+        outputs: Any
         if self._forward is not None:
             outputs = self._forward(model, raw)
         else:

@@ -1,8 +1,8 @@
-"""The quantity axis: likelihoods, as the output directions and loss-Hessian products that they imply.
+"""The quantity axis: likelihoods, as output directions and loss-Hessian products.
 
-The outputs of N examples are a tensor (N, ...). A *direction* is a cotangent shaped like it whose n-th
-row is a column of S_n, with S_n S_n^T the Fisher information of example n's outputs; the loss of an
-example sums over its positions. Exact roots have as few columns as possible.
+The outputs of N examples are a tensor (N, ...). A *direction* is a cotangent shaped like it whose
+n-th row is a column of S_n, with S_n S_n^T the Fisher information of example n's outputs; the loss
+of an example sums over its positions. Exact roots have as few columns as possible.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ __all__ = [
 
 ESTIMATORS = ("exact", "mc", "empirical")
 NOT_FINITE = (
-    "expected finite outputs, but the model gives NaN or infinity on some batch: check the inputs, and "
-    "the training that led to these parameters"
+    "expected finite outputs, but the model gives NaN or infinity on some batch: check the inputs, "
+    "and the training that led to these parameters"
 )
 
 
@@ -138,12 +138,12 @@ class Categorical(Likelihood):
     """Softmax over classes: the loss is cross-entropy, outputs are logits.
 
     Args:
-        class_dim: the dimension of the classes. None: the only one of 2-d outputs, otherwise the one
-            whose removal gives the target's shape.
-        shift: 1 scores outputs[:, :-1] against target[:, 1:], as for the next token.
-        ignore_index: a label that masks its position.
+        class_dim: the dimension of the classes. None: the only one of 2-d outputs, otherwise the
+        one whose removal gives the target's shape. shift: 1 scores outputs[:, :-1] against
+        target[:, 1:], as for the next token. ignore_index: a label that masks its position.
 
-    Over T positions an exact quantity has T (C - 1) directions: each position and class needs its own.
+    Over T positions an exact quantity has T (C - 1) directions: each position and class needs its
+    own.
     """
 
     class_dim: int | None = None
@@ -257,8 +257,8 @@ class Categorical(Likelihood):
             dim = self.class_dim + outputs.dim() if self.class_dim < 0 else self.class_dim
             if not 0 < dim < outputs.dim():
                 raise DataError(
-                    f"class_dim={self.class_dim} is not a dimension of outputs {tuple(shape)} behind "
-                    "the examples"
+                    f"class_dim={self.class_dim} is not a dimension of outputs {tuple(shape)} "
+                    "behind the examples"
                 )
             return dim
         if outputs.dim() == 2:
@@ -268,17 +268,21 @@ class Categorical(Likelihood):
                 f"expected outputs with a dimension of classes, got shape {tuple(shape)}: for one "
                 "logit take 'bernoulli', for a real number 'gaussian'"
             )
-        fitting = [] if target is None else [
-            k
-            for k in range(1, outputs.dim())
-            if (*shape[:k], *shape[k + 1 :]) == tuple(target.shape)
-        ]
+        fitting = (
+            []
+            if target is None
+            else [
+                k
+                for k in range(1, outputs.dim())
+                if (*shape[:k], *shape[k + 1 :]) == tuple(target.shape)
+            ]
+        )
         if len(fitting) != 1:
             got = "no target" if target is None else f"a target of shape {tuple(target.shape)}"
             why = "more than one dimension fits" if fitting else "no dimension fits"
             raise DataError(
-                f"cannot tell which dimension of outputs {tuple(shape)} holds the classes from {got} "
-                f"({why}): pass likelihoods.Categorical(class_dim=...)"
+                f"cannot tell which dimension of outputs {tuple(shape)} holds the classes from "
+                f"{got} ({why}): pass likelihoods.Categorical(class_dim=...)"
             )
         return fitting[0]
 
@@ -291,9 +295,7 @@ class Categorical(Likelihood):
             return moved.unsqueeze(-2)
         return moved.flatten(lead + 1, -2)
 
-    def _canonical(
-        self, outputs: Tensor, target: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _canonical(self, outputs: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Logits (N, T, C), labels (N, T) that are safe to gather with, and the mask (N, T)."""
         dim = self._class_dim(outputs, target)
         logits = self._positions(outputs, dim - outputs.dim(), 0)
@@ -350,7 +352,12 @@ class _Elementwise(Likelihood):
         return math.prod(outputs.shape[1:])
 
     def _exact(self, outputs: Tensor, target: Tensor | None) -> Iterator[Tensor]:
-        root = self._curvature(outputs).sqrt().expand_as(outputs).flatten(1 if outputs.dim() > 1 else 0)
+        root = (
+            self._curvature(outputs)
+            .sqrt()
+            .expand_as(outputs)
+            .flatten(1 if outputs.dim() > 1 else 0)
+        )
         root = root.reshape(outputs.shape[0], -1)
         for j in range(root.shape[1]):
             column = torch.zeros_like(root)
@@ -381,9 +388,7 @@ class Bernoulli(_Elementwise):
         self, outputs: Tensor, target: Tensor | None, generator: torch.Generator | None
     ) -> Tensor:
         p = outputs.sigmoid()
-        uniform = torch.rand(
-            p.shape, dtype=p.dtype, device=p.device, generator=generator
-        )
+        uniform = torch.rand(p.shape, dtype=p.dtype, device=p.device, generator=generator)
         return p - (uniform < p).to(p)
 
     def _observed(self, outputs: Tensor, target: Tensor) -> Tensor:
@@ -458,8 +463,8 @@ def resolve(
         return NAMES[likelihood]()
     if likelihood is not None:
         raise DataError(
-            f"unknown likelihood {likelihood!r}: expected one of {sorted(NAMES)}, or an object from "
-            "nngeo_lazy.likelihoods"
+            f"unknown likelihood {likelihood!r}: expected one of {sorted(NAMES)}, or an object "
+            "from nngeo_lazy.likelihoods"
         )
     guess = Categorical()
     try:
@@ -488,8 +493,8 @@ def _check_outputs(outputs: Tensor) -> None:
         )
     if outputs.shape[0] < 1:
         raise DataError(
-            f"expected at least one example in each batch, got outputs {tuple(outputs.shape)}: drop "
-            "empty batches from the loader"
+            f"expected at least one example in each batch, got outputs {tuple(outputs.shape)}: "
+            "drop empty batches from the loader"
         )
 
 

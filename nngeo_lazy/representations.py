@@ -1,8 +1,8 @@
 """The representation axis: how a matrix is stored, and how it is built from forms.
 
-An options object says what to build; its `build` runs one pass over the data (two for EKFAC) that adds
-plain sums to statistics, and makes the operator from them at the end. Statistics know forms, operators
-know algebra, and neither knows a layer.
+An options object says what to build; its `build` runs one pass over the data (two for EKFAC) that
+adds plain sums to statistics, and makes the operator from them at the end. Statistics know forms,
+operators know algebra, and neither knows a layer.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Statistic(ABC):
 
     @abstractmethod
     def update(self, forms: Sequence[Form | None], first: bool, last: bool) -> None:
-        """Add a chunk of directions, the first or last of its batch or not. None is a zero block."""
+        """Add a chunk of directions, first or last of its batch or not. None is a zero block."""
 
 
 Make = Callable[[Sequence[Part]], Sequence[Statistic]]
@@ -70,10 +70,13 @@ class Sweep(Protocol):
     """A pass over the data on demand, and what is known behind the first one."""
 
     space: ParamSpace
-    parts: Sequence[Part]
     num_examples: int
     num_terms: int
     dtype: torch.dtype
+
+    @property
+    def parts(self) -> Sequence[Part]:
+        """The parameters by form."""
 
     def __call__(self, make: Make, keep: bool = False) -> Sequence[Statistic]:
         """Make the statistics, then update them over all batches.
@@ -349,8 +352,8 @@ def resolve(representation: str | Representation) -> Representation:
     if isinstance(representation, str) and representation in NAMES:
         return NAMES[representation]()
     raise DataError(
-        f"unknown representation {representation!r}: expected one of {sorted(NAMES)}, or an options "
-        "object such as nngeo_lazy.representations.KFAC(sharing='reduce')"
+        f"unknown representation {representation!r}: expected one of {sorted(NAMES)}, or an "
+        "options object such as nngeo_lazy.representations.KFAC(sharing='reduce')"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
-from typing import TypeAlias, Union
+from typing import TypeAlias
 
 from torch import Tensor, nn
 
@@ -14,9 +14,9 @@ from .space import Lineage, ParamSpace, canonical_name
 
 __all__ = ["Selector", "select", "space_of"]
 
-Selector: TypeAlias = Union[
-    str, nn.Module, type[nn.Module], Callable[[str, Tensor], bool], Sequence["Selector"]
-]
+Selector: TypeAlias = (
+    "str | nn.Module | type[nn.Module] | Callable[[str, Tensor], bool] | Sequence[Selector]"
+)
 
 
 def select(space: ParamSpace, selector: Selector) -> tuple[str, ...]:

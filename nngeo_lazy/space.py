@@ -45,7 +45,11 @@ class Lineage:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Weak references do not pickle: names and types do.
-        return Lineage, (tuple((name, kind, None) for name, kind, _ in self.modules), None, self.raw)
+        return Lineage, (
+            tuple((name, kind, None) for name, kind, _ in self.modules),
+            None,
+            self.raw,
+        )
 
 
 class ParamSpace:

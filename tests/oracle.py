@@ -61,8 +61,9 @@ def jacobian(model: nn.Module, call, examples: list) -> Tensor:
 def fisher(model, call, examples, likelihood: str, estimator: str, labels: Tensor) -> Tensor:
     """(P, P): the mean over examples of J^T H J; H is the Hessian of the negative log-density.
 
-    For the likelihoods here, in these parameters, the Hessian does not depend on the label and is the
-    expectation of the outer product of scores. The empirical one has the observed score's product.
+    For the likelihoods here, in these parameters, the Hessian does not depend on the label and is
+    the expectation of the outer product of scores. The empirical one has the observed score's
+    product.
     """
     nll = NLL[likelihood]
     J = jacobian(model, call, examples)

@@ -40,7 +40,7 @@ def refused(error, *words, model=None, data=None, **options):
     assert not any(m._forward_hooks or m._backward_hooks for m in model.modules())
 
 
-# --- data -------------------------------------------------------------------------------------------
+# --- data -----------------------------------------------------------------------------------------
 
 
 def test_one_shot_iterator():
@@ -90,7 +90,7 @@ def test_loader_that_is_empty_the_second_time():
         builders.KEPT_BYTES = kept
 
 
-# --- outputs and labels -------------------------------------------------------------------------------
+# --- outputs and labels ---------------------------------------------------------------------------
 
 
 def test_outputs_that_do_not_fit():
@@ -153,7 +153,7 @@ def test_statistics_that_are_not_finite():
     refused(NonFiniteError, "statistics of a ", "overflow", model=Huge(), representation="kfac")
 
 
-# --- parameters and models --------------------------------------------------------------------------------
+# --- parameters and models ------------------------------------------------------------------------
 
 
 def test_no_trainable_parameter():
@@ -267,7 +267,7 @@ def test_batches_that_use_other_layers():
     refused(UnsupportedLayerError, "in the same way", "linear", model=M(), data=data)
 
 
-# --- options ------------------------------------------------------------------------------------------------
+# --- options --------------------------------------------------------------------------------------
 
 
 def test_unknown_names():
@@ -289,10 +289,12 @@ def test_too_large_a_dense_matrix():
     model = nn.Linear(4, 50_000)
     for representation in ("dense", "block_diagonal"):
         options = {"representation": representation, "estimator": "mc"}
-        refused(TooLargeError, "GiB", "'kfac'", model=model, likelihood="gaussian", data=X, **options)
+        refused(
+            TooLargeError, "GiB", "'kfac'", model=model, likelihood="gaussian", data=X, **options
+        )
 
 
-# --- the matrix ---------------------------------------------------------------------------------------------
+# --- the matrix -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("representation", ["dense", "block_diagonal", "diagonal", "kfac", "ekfac"])

@@ -45,7 +45,9 @@ ONE = [
 ]
 
 
-@pytest.mark.parametrize(("batch", "outputs", "target"), [c[1:] for c in ONE], ids=[c[0] for c in ONE])
+@pytest.mark.parametrize(
+    ("batch", "outputs", "target"), [c[1:] for c in ONE], ids=[c[0] for c in ONE]
+)
 def test_one_batch(batch, outputs, target):
     for loader, count in ((batch, 1), ([batch, batch], 2), (DataLoaderLike(batch), 3)):
         if isinstance(batch, torch.Tensor) and count == 2:
@@ -108,7 +110,9 @@ def test_a_batch_that_is_none(batch):
 
 
 def test_a_mixed_sequence():
-    with pytest.raises(DataError, match=r"expected a DataLoader.*got a sequence of \['int', 'tensor'\]"):
+    with pytest.raises(
+        DataError, match=r"expected a DataLoader.*got a sequence of \['int', 'tensor'\]"
+    ):
         Batches([X, 3], device="cpu")
 
 

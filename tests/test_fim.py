@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 import nngeo_lazy as ng
+from nngeo_lazy.likelihoods import Bernoulli, Categorical, Gaussian
+
 import oracle
 import zoo
-from nngeo_lazy.likelihoods import Bernoulli, Categorical, Gaussian
 
 # torch's own, on padding="same" with an even kernel
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
@@ -89,15 +90,17 @@ def test_every_representation_agrees_with_the_oracle(net, likelihood, estimator)
 
     ekfac = case.build("ekfac")
     check_ekfac(ekfac, expected)
-    fallback = {
-        row.parameter for row in case.build("kfac").report() if "general" in row.form
-    }
+    fallback = {row.parameter for row in case.build("kfac").report() if "general" in row.form}
     assert fallback == set(case.net.general)
 
 
 def masked(matrix, space):
     """The blocks of modules that own parameters, zero elsewhere."""
-    owner = [space.owner(n) for n in space.names for _ in range(space.slices[n].stop - space.slices[n].start)]
+    owner = [
+        space.owner(n)
+        for n in space.names
+        for _ in range(space.slices[n].stop - space.slices[n].start)
+    ]
     same = torch.tensor([[a == b for b in owner] for a in owner])
     return torch.where(same, matrix, torch.zeros(()))
 
@@ -148,10 +151,8 @@ def reference_factors(case, module, sharing):
     handle.remove()
     x, n = seen["x"].detach(), out.shape[0]
     groups = getattr(module, "groups", 1)
-    if isinstance(module, nn.Linear):
-        x = x.reshape(n, 1, -1, x.shape[-1])  # (N,1,T,i)
-    else:
-        x = patches(module, x)
+    linear = isinstance(module, nn.Linear)
+    x = x.reshape(n, 1, -1, x.shape[-1]) if linear else patches(module, x)  # (N,G,T,i)
     if module.bias is not None:
         x = torch.cat([x, torch.ones(*x.shape[:-1], 1)], -1)
     total, positions = 0.0, x.shape[2]
@@ -261,9 +262,18 @@ def test_a_chosen_part_of_the_parameters():
     net = zoo.convolutions()
     data = (net.batch, torch.randint(3, (4,)))
     whole = ng.FIM(net.model, data, "dense")
-    for selector in ("9", "*.bias", nn.Conv2d, net.model[2], lambda name, p: p.dim() == 1, ["0", "9"]):
+    for selector in (
+        "9",
+        "*.bias",
+        nn.Conv2d,
+        net.model[2],
+        lambda name, p: p.dim() == 1,
+        ["0", "9"],
+    ):
         F = ng.FIM(net.model, data, "dense", params=selector)
-        where = torch.cat([torch.arange(len(whole.space))[whole.space.slices[n]] for n in F.space.names])
+        where = torch.cat(
+            [torch.arange(len(whole.space))[whole.space.slices[n]] for n in F.space.names]
+        )
         close(F.to_dense(), whole.to_dense()[where][:, where])
         E = ng.FIM(net.model, data, "ekfac", params=selector)
         check_ekfac(E, F.to_dense())

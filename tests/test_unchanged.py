@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import nngeo_lazy as ng
+
 import zoo
 
 

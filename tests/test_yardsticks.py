@@ -1,4 +1,4 @@
-"""Theorems that KFAC and EKFAC must satisfy, to 1e-10 in float64 (1 to 5; the sixth is in test_fim).
+"""Theorems that KFAC must satisfy, to 1e-10 in float64 (those of EKFAC are in test_fim).
 
 Eschenhagen et al. (2023), arXiv:2311.00636; George et al. (2018); Martens and Grosse (2015).
 """
@@ -60,7 +60,9 @@ class ByPosition(nn.Module):
 def test_3_and_4_weight_sharing(pool):
     model, x = ByPosition(pool), torch.randn(6, 5, 3)
     errors = {
-        sharing: error(ng.FIM(model, x, KFAC(sharing), likelihood="gaussian"), model, x, likelihood="gaussian")
+        sharing: error(
+            ng.FIM(model, x, KFAC(sharing), likelihood="gaussian"), model, x, likelihood="gaussian"
+        )
         for sharing in ("expand", "reduce")
     }
     exact, other = ("reduce", "expand") if pool else ("expand", "reduce")

@@ -275,7 +275,9 @@ def shared_bias() -> Net:
             self.b = nn.Parameter(torch.randn(3))
 
         def forward(self, x):
-            return F.linear(torch.tanh(F.linear(F.linear(x, self.w, self.b), self.v, self.b)), self.w)
+            return F.linear(
+                torch.tanh(F.linear(F.linear(x, self.w, self.b), self.v, self.b)), self.w
+            )
 
     return simple(M(), torch.randn(4, 3))
 

@@ -164,7 +164,7 @@ class Capture:
     def _try(self, raw: Any, record: _Pass, n: int) -> _Pass | None:
         try:
             alone = self._record(raw)
-        except Exception:  # a batch that cannot be cut: the whole batch is probed instead
+        except Exception:  # noqa: BLE001 - a batch that cannot be cut is probed whole
             return None
         same = alone.outputs.shape == (n, *record.outputs.shape[1:]) and alone.keys == record.keys
         return alone if same else None
@@ -173,7 +173,6 @@ class Capture:
         """The self-check (see `plan`) on a recorded pass."""
         outputs, calls, n = record.outputs, record.calls, record.n
         generator = torch.Generator(device=outputs.device).manual_seed(0)
-        parameters = list(self._parameters.values())
         edges = [call.edge for call in calls]
         probes = []
         for example in sorted({0, n - 1}):
@@ -216,9 +215,7 @@ class Capture:
                 general.update({name: note for name in (call.weight, call.bias) if name})
         for part in make_parts(self._space, record.calls, general, unused):
             formed = part.kind in ("outer", "rows", "summed")
-            if formed and not probe_rows(
-                part, record.calls, folds, probes, gradients, record.n
-            ):
+            if formed and not probe_rows(part, record.calls, folds, probes, gradients, record.n):
                 note = f"its rows from {part.function} are not autograd's: it is used elsewhere too"
                 general.update(dict.fromkeys(part.names, note))
         return make_parts(self._space, record.calls, general, unused)
@@ -302,9 +299,7 @@ def _gradients(
 ) -> Sequence[Tensor | None]:
     if not inputs:
         return ()
-    return torch.autograd.grad(
-        outputs, inputs, cotangent, retain_graph=retain, allow_unused=True
-    )
+    return torch.autograd.grad(outputs, inputs, cotangent, retain_graph=retain, allow_unused=True)
 
 
 def _differing(

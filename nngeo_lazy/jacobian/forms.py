@@ -1,9 +1,10 @@
 """The two canonical forms of a layer's per-example Jacobian, and what can be done with them.
 
 `Outer`: J_n[r] = sum_t g[r,n,t] x[n,t]^T, for every layer that multiplies by a weight. `Rows`: the
-rows themselves, for all else. Shapes, here and below: R directions, N examples, G groups, T positions
-that share the weight, o outputs, i inputs, w = i (+ 1 with a bias, the homogeneous coordinate last).
-A form's coordinates are (G, o, w), row-major, p = G o w of them: `layout.Layout` knows where they lie.
+rows themselves, for all else. Shapes, here and below: R directions, N examples, G groups, T
+positions that share the weight, o outputs, i inputs, w = i (+ 1 with a bias, the homogeneous
+coordinate last). A form's coordinates are (G, o, w), row-major, p = G o w of them: `layout.Layout`
+knows where they lie.
 
 Every operation is a plain sum over directions and examples; scales are the caller's.
 """
@@ -17,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .inputs import IndexInputs, Inputs, moment, rotate
+from .inputs import IndexInputs, Inputs, rotate
+from .moments import moment
 
 __all__ = ["Form", "Outer", "Rows", "gram", "second_moment"]
 
@@ -36,7 +38,7 @@ class Form(ABC):
         """The rows themselves, (R, n, p), of a range of examples."""
 
     def projected(self, vectors: Sequence[Tensor]) -> list[Tensor]:
-        """The sum of all rows, each piece of a layout (grid rows, width) times a vector (width,)."""
+        """The sum of all rows, each piece (grid rows, width) of a layout times a (width,)."""
         rows = torch.stack([self.rows(a, b).sum((0, 1)) for a, b in self.tiles()]).sum(0)
         widths = [v.shape[0] for v in vectors]
         pieces = rows.unflatten(0, (-1, sum(widths))).split(widths, 1)
@@ -158,8 +160,8 @@ class Outer(Form):
     def squares(self, into: Tensor | None = None) -> Tensor | None:
         """Sum over r of g^2, (N, G, o), where the squared rows need no more of g; else None.
 
-        With a single position the square of an outer product is the outer product of squares, so that
-        directions can be summed first: added to `into` where given.
+        With a single position the square of an outer product is the outer product of squares, so
+        that directions can be summed first: added to `into` where given.
         """
         if self.g.shape[3] > 1 or isinstance(self.inputs, IndexInputs):
             return None
@@ -180,8 +182,8 @@ class Outer(Form):
     def prepared(self, inputs: Inputs | None, rotated: bool, left: Tensor | None) -> Outer:
         """This form with prepared inputs (`Inputs.prepared`), g in the basis left (G, o, o).
 
-        With both rotated, `sqsum` is the squared projections on left[:, a] kron right[:, b]: EKFAC's
-        eigenvalues (George et al. 2018, eq. 10).
+        With both rotated, `sqsum` is the squared projections on left[:, a] kron right[:, b]:
+        EKFAC's eigenvalues (George et al. 2018, eq. 10).
         """
         g = self.g if left is None else rotate(self.g, left)
         return Outer(g, inputs, self.bias and not rotated)
@@ -219,13 +221,13 @@ class Outer(Form):
     def jvp(self, vectors: Tensor) -> Tensor:
         groups, o = self.g.shape[2], self.g.shape[4]
         v = vectors.reshape(groups, o, self.width, -1)  # (G,o,w,k)
-        out = 0.0
+        out = self.g.new_zeros(())
         if self.inputs is not None:
             x = self.inputs.dense()
             out = torch.einsum("rngto,ngti,goik->rnk", self.g, x, v[:, :, : x.shape[-1]])
         if self.bias:
             out = out + torch.einsum("rngto,gok->rnk", self.g, v[:, :, -1])
-        return torch.as_tensor(out)
+        return out
 
     def vjp(self, weights: Tensor) -> Tensor:
         parts = []
@@ -265,7 +267,8 @@ def _outer(g: Tensor, x: Tensor) -> Tensor:
         return (g.squeeze(0).mT @ x).unsqueeze(0)
     # All directions of an example against its x at once: one (R o, T) product.
     stacked = g.permute(1, 2, 0, 4, 3).reshape(n, groups, r * o, t)
-    return (stacked @ x).unflatten(2, (r, o)).permute(2, 0, 1, 3, 4)
+    product = (stacked @ x).view(n, groups, r, o, x.shape[-1])
+    return product.permute(2, 0, 1, 3, 4)
 
 
 def second_moment(forms: Sequence[Form]) -> Tensor:

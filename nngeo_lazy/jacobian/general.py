@@ -80,7 +80,7 @@ class GeneralRows:
                         agree(self(raw, outputs, c[None], e, e + 1)[0, 0], flat)
                         for (e, c), flat in zip(cotangents, expected, strict=True)
                     )
-            except Exception as error:  # any failure of a foreign model rules this way out
+            except Exception as error:  # noqa: BLE001 - whatever a foreign model raises
                 reasons.append(f"{way}: {type(error).__name__}: {error}")
                 continue
             if agrees:
@@ -98,9 +98,7 @@ class GeneralRows:
         make = {"vmap": self._vmap, "slices": self._slices, "masked": self._masked}[self.way]
         return make(raw, outputs, directions, start, stop)
 
-    def _vmap(
-        self, raw: Any, outputs: Tensor, directions: Tensor, start: int, stop: int
-    ) -> Tensor:
+    def _vmap(self, raw: Any, outputs: Tensor, directions: Tensor, start: int, stop: int) -> Tensor:
         n = outputs.shape[0]
         leaves, spec = pytree.tree_flatten(raw)
         moving = [k for k, leaf in enumerate(leaves) if _by_example(leaf, n)]

@@ -1,8 +1,9 @@
 """The input factor of an `Outer` form: dense vectors, indices, or patches of an image.
 
-Each holds x[n, g, t, i] (example, group, position, input) without necessarily storing it, and answers
-the three questions that the forms ask: the dense tensor, its second moment, and its coordinates in
-another basis. A homogeneous coordinate (the bias) is appended by the caller's `bias` flag.
+Each holds x[n, g, t, i] (example, group, position, input) without necessarily storing it, and
+answers the three questions that the forms ask: the dense tensor, its second moment, and its
+coordinates in another basis. A homogeneous coordinate (the bias) is appended by the caller's
+`bias` flag.
 """
 
 from __future__ import annotations
@@ -14,52 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .moments import add_border, moment
 from .patches import Geometry, patch_moment, unfold
 
-__all__ = ["DenseInputs", "IndexInputs", "Inputs", "PatchInputs", "moment", "rotate"]
+__all__ = ["DenseInputs", "IndexInputs", "Inputs", "PatchInputs", "rotate"]
 
 CACHED_BYTES = 2**27  # a layer's dense inputs are kept for all directions up to this size
-SPLIT_WIDTH = 256  # below it a product is too small to be worth halving
-SUMMED_BYTES = 2**24  # products for each example are stored up to this size, then summed
-
-
-def moment(x: Tensor, bias: bool = False, into: Tensor | None = None) -> Tensor:
-    """Sum over examples and positions of x x^T: (N, G, T, i) -> (G, w, w), or added to `into`."""
-    n, groups, t, width = x.shape
-    full = x.new_zeros(groups, width + bias, width + bias) if into is None else into
-    second = full[:, :width, :width]
-    if groups == 1 and (t == 1 or x.stride(-1) == 1):
-        _add_symmetric(x.reshape(n * t, width), second[0])
-    elif n * groups * width * width * x.element_size() <= SUMMED_BYTES:
-        second += (x.mT @ x).sum(0)  # (N,G,i,T)(N,G,T,i)
-    else:  # channels-first data: a product for each example beats copying to (N T, i)
-        for g in range(groups):
-            second[g].addbmm_(x[:, g].mT, x[:, g])
-    if bias:
-        _add_border(full, x.sum((0, 2)), n * t)
-    return full
-
-
-def _add_border(full: Tensor, total: Tensor, count: int) -> None:
-    """The homogeneous coordinate: total (G, i) is the sum of x, count that of its own square."""
-    full[:, :-1, -1] += total
-    full[:, -1, :-1] += total
-    full[:, -1, -1] += count
-
-
-def _add_symmetric(x: Tensor, out: Tensor) -> None:
-    """x^T x for (M, w), each product of column blocks once: 5/8 of the work in two halvings."""
-    width = x.shape[1]
-    if width < SPLIT_WIDTH:
-        out.addmm_(x.mT, x)
-        return
-    half = width // 2
-    left, right = x[:, :half], x[:, half:]
-    _add_symmetric(left, out[:half, :half])
-    _add_symmetric(right, out[half:, half:])
-    cross = out[:half, half:]
-    cross.addmm_(left.mT, right)
-    out[half:, :half] = cross.mT
 
 
 def with_bias(x: Tensor) -> Tensor:
@@ -278,7 +239,7 @@ class PatchInputs(Inputs):
         full[:, :width, :width] += patch_moment(self.images, self.geometry)
         if bias:
             count = self.images.shape[0] * self.geometry.positions(self.images.shape[2:])
-            _add_border(full, self._total(), count)
+            add_border(full, self._total(), count)
         return full
 
     def reduced(self) -> DenseInputs:

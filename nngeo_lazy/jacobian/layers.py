@@ -1,8 +1,9 @@
 """Torch function -> form: how each layer's per-example Jacobian is read off its call.
 
-One function for each layer. It receives the call's arguments and output and answers with a `Use`, or
-with the reason (a string) why this call has no form, so that its parameters take the general way. The
-registry is keyed by *function*, which also covers subclasses, functional code and keyword calls.
+One function for each layer. It receives the call's arguments and output and answers with a `Use`,
+or with the reason (a string) why this call has no form, so that its parameters take the general
+way. The registry is keyed by *function*, which also covers subclasses, functional code and keyword
+calls.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ __all__ = ["LAYERS", "Grid", "Use"]
 
 @dataclass(frozen=True)
 class Grid:
-    """The shape of an `Outer`'s weight: groups, outputs and inputs for each, and how it is stored."""
+    """The shape of an `Outer`'s weight: groups, outputs and inputs of each, how it is stored."""
 
     groups: int
     outputs: int
@@ -160,8 +161,8 @@ def embedding(call: Mapping[str, Any], output: Tensor) -> Use | str:
     """weight[index]: a one-hot input, so the input factor is a histogram."""
     if call.get("max_norm") is not None:
         raise UnsupportedLayerError(
-            "embedding with max_norm rescales its weight in the forward pass, so the outputs are no "
-            "function of the parameters: set max_norm=None (renormalise once, before)"
+            "embedding with max_norm rescales its weight in the forward pass, so the outputs are "
+            "no function of the parameters: set max_norm=None (renormalise once, before)"
         )
     if call.get("scale_grad_by_freq"):
         raise UnsupportedLayerError(
@@ -221,8 +222,8 @@ def batch_norm(call: Mapping[str, Any], output: Tensor) -> Use | str:
 
 
 BATCH_STATISTICS = (
-    "expected a model that treats each example on its own, but batch_norm uses the statistics of the "
-    "batch: call model.eval() (and give it running statistics)"
+    "expected a model that treats each example on its own, but batch_norm uses the statistics of "
+    "the batch: call model.eval() (and give it running statistics)"
 )
 
 

@@ -1,8 +1,8 @@
 """Strided patches of images, and the second moment of patches from correlations.
 
-The second moment of the patches of a stride-1 convolution depends on a pair of kernel taps (a, b) only
-through their offset b - a, up to thin strips at the border: 13 correlations replace the 81 blocks of
-a 3x3 kernel's moment, and no patch is ever stored.
+The second moment of the patches of a stride-1 convolution depends on a pair of kernel taps (a, b)
+only through their offset b - a, up to thin strips at the border: 13 correlations replace the 81
+blocks of a 3x3 kernel's moment, and no patch is ever stored.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .moments import moment
 
 __all__ = ["Geometry", "patch_moment", "unfold"]
 
@@ -82,12 +84,8 @@ def patch_moment(images: Tensor, geometry: Geometry) -> Tensor:
     # Below this size one product of all patches is cheaper than many thin ones.
     if set(geometry.stride) == {1} and geometry.volume > 1 and channels >= 8:
         return _moment_by_correlation(images, geometry)
-    u = unfold(images, geometry).unflatten(1, (geometry.groups, -1))  # (N, G, i, T)
-    if geometry.groups == 1:
-        u = u.squeeze(1)
-        out = u.new_zeros(u.shape[1], u.shape[1])
-        return out.addbmm_(u, u.mT).unsqueeze(0)
-    return torch.einsum("ngit,ngjt->gij", u, u)
+    u: Tensor = unfold(images, geometry).unflatten(1, (geometry.groups, -1))  # (N,G,i,T)
+    return moment(u.mT)
 
 
 def _moment_by_correlation(images: Tensor, geometry: Geometry) -> Tensor:
@@ -162,8 +160,10 @@ def _difference(outer: Box, inner: Box) -> Iterator[Box]:
 def _correlate(y: Tensor, box: Box, shift: tuple[int, ...]) -> Tensor:
     """Sum over examples and u in the box of y[u] y[u + shift]^T: (G, C/G, C/G)."""
     groups, channels = y.shape[:2]
-    here = tuple(slice(lo, hi) for lo, hi in box)
-    there = tuple(slice(lo + s, hi + s) for (lo, hi), s in zip(box, shift, strict=True))
+    here: tuple[Any, ...] = tuple(slice(lo, hi) for lo, hi in box)
+    there: tuple[Any, ...] = tuple(
+        slice(lo + s, hi + s) for (lo, hi), s in zip(box, shift, strict=True)
+    )
     left = y[(..., *here)].reshape(groups, channels, -1)
     right = y[(..., *there)].reshape(groups, channels, -1)
     return left @ right.mT

@@ -22,7 +22,16 @@ from .forms import Form, Outer, Rows
 from .inputs import Inputs
 from .record import Call
 
-__all__ = ["Fold", "Part", "Probe", "agree", "by_example", "make_parts", "probe_folds", "probe_rows"]
+__all__ = [
+    "Fold",
+    "Part",
+    "Probe",
+    "agree",
+    "by_example",
+    "make_parts",
+    "probe_folds",
+    "probe_rows",
+]
 
 
 @dataclass(frozen=True)
@@ -189,8 +198,7 @@ def _summed(outers: Sequence[Outer], layouts: Sequence[Layout]) -> Rows:
 
     def compute(start: int, stop: int) -> Tensor:
         parts = [
-            outer.rows(start, stop)[..., order]
-            for outer, order in zip(outers, orders, strict=True)
+            outer.rows(start, stop)[..., order] for outer, order in zip(outers, orders, strict=True)
         ]
         return torch.stack(parts).sum(0)
 
@@ -226,11 +234,14 @@ def make_parts(
             parts.append(Part((name,), Layout.flat([space.slices[name]]), "unused", note=note))
         else:
             rest.setdefault(space.owner(name), []).append(name)
-    for names in rest.values():  # one module's together: they cost one pass
-        why = [general.get(n) or formed.get(n) or "no layer with a form receives it" for n in names]
-        layout = Layout.flat([space.slices[name] for name in names])
+    for together in rest.values():  # one module's together: they cost one pass
+        why = [
+            general.get(name) or formed.get(name) or "no layer with a form receives it"
+            for name in together
+        ]
+        layout = Layout.flat([space.slices[name] for name in together])
         note = "; ".join(dict.fromkeys(why))
-        parts.append(Part(tuple(names), layout, "general", function="per example", note=note))
+        parts.append(Part(tuple(together), layout, "general", function="per example", note=note))
     return sorted(parts, key=lambda part: min(space.names.index(name) for name in part.names))
 
 
@@ -289,9 +300,7 @@ def _make_part(
     return Part(names, flat, "summed", placed, function, "used in different layouts")
 
 
-def by_example(
-    call: Call, fold: Fold | None, gradients: Sequence[Tensor | None], n: int
-) -> Tensor:
+def by_example(call: Call, fold: Fold | None, gradients: Sequence[Tensor | None], n: int) -> Tensor:
     """Gradients at a call's output, one for each direction, as (R, N, T, *features)."""
     if fold is None:
         raise TypeError(f"{call.function} has no example axis")

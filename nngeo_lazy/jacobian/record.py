@@ -1,7 +1,8 @@
-"""One recorded forward: every torch function that receives a parameter, and where its gradient lives.
+"""One recorded forward: every torch function that receives a parameter, and its gradient edge.
 
-Module hooks are the wrong tool: they are wrong after in-place operations, miss modules whose function
-is never called through them, and do not fire in compiled models. A torch function mode sees them all.
+Module hooks are the wrong tool: they are wrong after in-place operations, miss modules whose
+function is never called through them, and do not fire in compiled models. A torch function mode
+sees them all.
 """
 
 from __future__ import annotations
@@ -65,9 +66,9 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         signature, layer = LAYERS.get(func, ((), None))
-        if func is F.batch_norm:  # refused before it changes the running statistics
-            if {**dict(zip(signature, args, strict=False)), **kwargs}.get("training"):
-                raise StochasticModelError(BATCH_STATISTICS)
+        call = {**dict(zip(signature, args, strict=False)), **kwargs}
+        if func is F.batch_norm and call.get("training"):  # before it changes running statistics
+            raise StochasticModelError(BATCH_STATISTICS)
         output = func(*args, **kwargs)
         names = list(self._selected((*args, *kwargs.values())))
         if not names or not _depends(output):
@@ -75,7 +76,7 @@ class Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", str(func))
         use: Use | str = f"{name} has no form"
         if layer is not None and isinstance(output, Tensor):
-            use = layer({**dict(zip(signature, args, strict=False)), **kwargs}, output)
+            use = layer(call, output)
         if isinstance(use, str):
             self.formless.update(dict.fromkeys(names, use))
             return output

@@ -18,9 +18,10 @@ import warnings
 from collections.abc import Callable
 
 import torch
-from models import TITLES, setup
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from models import TITLES, setup
 
 COLUMNS = ("KFAC exact", "KFAC mc", "diagonal exact", "EKFAC exact")
 GOALS = {"mlp": (4.5, 1.6, 2.6, 12), "cnn": (7, 2.5, 8, 17)}
