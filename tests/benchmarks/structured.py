@@ -135,10 +135,10 @@ def times(name: str, rounds: int) -> tuple[float, dict[tuple[str, str], float | 
     results = {key: math.inf if callable(build) else build for key, build in builds.items()}
     gradient = math.inf
     for _ in range(rounds):
+        gradient = min(gradient, seconds(lambda: gradient_pass(model, x, y)))
+        model.zero_grad()
         for key, build in builds.items():
             if not isinstance(build, str):
-                gradient = min(gradient, seconds(lambda: gradient_pass(model, x, y)))
-                model.zero_grad()
                 results[key] = min(results[key], seconds(build))
     return gradient, results
 

@@ -1,0 +1,229 @@
+"""Every operation of the canonical forms against plain rows, in float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from nngeo_lazy.jacobian import forms, inputs
+from nngeo_lazy.jacobian.forms import Outer, Rows, gram, second_moment
+from nngeo_lazy.jacobian.inputs import DenseInputs, IndexInputs, PatchInputs
+from nngeo_lazy.jacobian.moments import moment
+from nngeo_lazy.jacobian.patches import Geometry, patch_moment, unfold
+
+R, N, T, O = 3, 4, 5, 2  # noqa: E741
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def dense(groups=1, t=T, bias=True):
+    return Outer(torch.randn(R, N, groups, t, O), DenseInputs(torch.randn(N, groups, t, 3)), bias)
+
+
+def indexed():
+    index = torch.tensor([[0, 1, 1, 0, 4], [2, 2, 2, 2, 2], [3, 0, 1, 2, 4], [4, 4, 0, 0, 1]])
+    x = IndexInputs(index, 6, index != 4, torch.float64)
+    return Outer(x.masked(torch.randn(R, N, 1, T, O)), x, False)
+
+
+def patches(uses=1):
+    geometry = Geometry((2, 3), (2, 1), ((1, 0), (1, 1)), (1, 2), 2)
+    images = torch.randn(N * uses, 4, 5, 6)
+    t = geometry.positions((5, 6)) * uses
+    return Outer(torch.randn(R, N, 2, t, O), PatchInputs(images, geometry, uses), True)
+
+
+def bias_alone():
+    return Outer(torch.randn(R, N, 1, T, O), None, True)
+
+
+def rows_alone():
+    return Rows.stored(torch.randn(R, N, 7))
+
+
+FORMS = {
+    "dense": dense,
+    "no bias": lambda: dense(bias=False),
+    "one position": lambda: dense(t=1),
+    "groups": lambda: dense(groups=3),
+    "groups, one position": lambda: dense(groups=3, t=1),
+    "one direction": lambda: Outer(
+        torch.randn(1, N, 1, T, O), DenseInputs(torch.randn(N, 1, T, 3)), True
+    ),
+    "indexed": indexed,
+    "patches": patches,
+    "patches, three uses": lambda: patches(3),
+    "bias alone": bias_alone,
+    "rows": rows_alone,
+}
+
+
+def reference(form):
+    """The rows by their definition."""
+    if isinstance(form, Rows):
+        return form.rows()
+    x = [] if form.inputs is None else [form.inputs.dense()]
+    if form.bias:
+        x.append(torch.ones(form.g.shape[1:4] + (1,)))
+    return torch.einsum("rngto,ngti->rngoi", form.g, torch.cat(x, -1)).flatten(2)
+
+
+@pytest.fixture(params=list(FORMS))
+def form(request):
+    return FORMS[request.param]()
+
+
+@pytest.fixture(params=[2**23, 1])
+def _tiles(request, monkeypatch):
+    """All examples in one tile, and one example a tile."""
+    for kind in (forms.Form, Rows, Outer):
+        monkeypatch.setattr(kind, "tile_bytes", request.param, raising=False)
+
+
+@pytest.mark.usefixtures("_tiles")
+def test_operations(form):
+    J = reference(form)
+    r, n, p = J.shape
+    assert form.shape == (r, n, p)
+    torch.testing.assert_close(form.rows(), J)
+    torch.testing.assert_close(form.rows(1, 3), J[:, 1:3])
+    torch.testing.assert_close(form.sqsum(), J.square().sum((0, 1)))
+    v, w = torch.randn(p, 2), torch.randn(r, n, 2)
+    torch.testing.assert_close(form.jvp(v), J @ v)
+    torch.testing.assert_close(form.vjp(w), torch.einsum("rnk,rnp->pk", w, J))
+    torch.testing.assert_close(second_moment([form]), torch.einsum("rnp,rnq->pq", J, J))
+    torch.testing.assert_close(gram(form, form), torch.einsum("rnp,smp->rnsm", J, J))
+
+
+@pytest.mark.usefixtures("_tiles")
+def test_joint_second_moment():
+    a, b = dense(), rows_alone()
+    J = torch.cat([reference(a), reference(b)], -1)
+    torch.testing.assert_close(second_moment([a, b]), torch.einsum("rnp,rnq->pq", J, J))
+
+
+def test_sum_along_vectors(form):
+    J = reference(form).sum((0, 1))
+    if isinstance(form, Rows):
+        widths, grid = [3, 4], J.view(1, 7)
+    else:
+        i = 0 if form.inputs is None else form.inputs.shape[3]
+        widths = [width for width in (i, int(form.bias)) if width]
+        grid = J.view(-1, sum(widths))
+    vectors = [torch.randn(width) for width in widths]
+    for mine, piece, v in zip(form.projected(vectors), grid.split(widths, 1), vectors, strict=True):
+        torch.testing.assert_close(mine, piece @ v)
+
+
+def test_kronecker_factors(form):
+    if isinstance(form, Rows):
+        return
+    x = (
+        torch.ones(form.g.shape[1:4] + (1,))[..., :0]
+        if form.inputs is None
+        else form.inputs.dense()
+    )
+    if form.bias:
+        x = torch.cat([x, torch.ones(x.shape[:-1] + (1,))], -1)
+    right = torch.einsum("ngti,ngtj->gij", x, x)
+    left = torch.einsum("rngto,rngtq->goq", form.g, form.g)
+    diagonal = isinstance(form.inputs, IndexInputs)
+    torch.testing.assert_close(
+        form.input_moment(), right.diagonal(dim1=-2, dim2=-1) if diagonal else right
+    )
+    torch.testing.assert_close(form.output_moment(), left)
+    torch.testing.assert_close(form.output_moment(into=left.clone()), 2 * left)
+    torch.testing.assert_close(form.output_moment(diagonal=True), left.diagonal(dim1=-2, dim2=-1))
+    if form.inputs is not None:
+        torch.testing.assert_close(
+            form.input_moment(diagonal=True), right.diagonal(dim1=-2, dim2=-1)
+        )
+    reduced = form.reduced()
+    torch.testing.assert_close(reduced.g, form.g.sum(3, keepdim=True))
+    if form.inputs is not None:
+        torch.testing.assert_close(
+            reduced.inputs.dense(), form.inputs.dense().mean(2, keepdim=True)
+        )
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_rotated_square_sums(form, cached, monkeypatch):
+    if isinstance(form, Rows) or form.inputs is None:
+        return
+    if not cached:
+        monkeypatch.setattr(inputs, "CACHED_BYTES", 0)
+    _, _, groups, _, o = form.g.shape
+    Q = torch.linalg.qr(torch.randn(groups, o, o))[0]
+    w = form.width
+    P = torch.linalg.qr(torch.randn(groups, w, w))[0]
+    J = reference(form).unflatten(-1, (groups, o, w))
+    if isinstance(form.inputs, IndexInputs):
+        expected = torch.einsum("rngoi,goa->rngai", J, Q)
+        rotated = form.prepared(form.inputs.prepared(None, False), False, Q)
+    else:
+        expected = torch.einsum("rngoi,goa,gib->rngab", J, Q, P)
+        rotated = form.prepared(form.inputs.prepared(P, form.bias), True, Q)
+    torch.testing.assert_close(rotated.sqsum(), expected.square().sum((0, 1)).flatten())
+
+
+def test_bias_cross():
+    for groups in (1, 2):
+        form = dense(groups=groups)
+        J = reference(form).unflatten(-1, (groups, O, 4))
+        expected = torch.einsum("rngoi,rngo->goi", J[..., :3], J[..., 3])
+        torch.testing.assert_close(form.bias_cross(), expected)
+    with pytest.raises(ValueError, match="a weight and a bias"):
+        bias_alone().bias_cross()
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    padding=st.tuples(*[st.tuples(st.integers(0, 3), st.integers(0, 3))] * 2),
+    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    stride=st.sampled_from([1, 1, 2]),
+    groups=st.sampled_from([1, 2]),
+    size=st.tuples(st.integers(5, 7), st.integers(5, 7)),
+)
+def test_patch_moments(kernel, padding, dilation, stride, groups, size):
+    """By correlations or by patches, whichever is taken, the same moment."""
+    geometry = Geometry(kernel, (stride, stride), padding, dilation, groups)
+    for channels in (2, 16):
+        images = torch.randn(2, channels * groups, *size, dtype=torch.float64)
+        pad = [p for pair in reversed(padding) for p in pair]
+        u = F.unfold(F.pad(images, pad), kernel, dilation=dilation, stride=stride)
+        torch.testing.assert_close(unfold(images, geometry), u)
+        u = u.unflatten(1, (groups, -1))
+        expected = torch.einsum("ngit,ngjt->gij", u, u)
+        torch.testing.assert_close(patch_moment(images, geometry), expected)
+
+
+def test_three_dimensional_patches():
+    geometry = Geometry((2, 1, 3), (1, 1, 1), ((1, 1), (0, 0), (2, 1)), (1, 1, 2), 1)
+    images = torch.randn(2, 8, 3, 4, 6)
+    u = unfold(images, geometry)
+    weight = torch.eye(8 * 6).reshape(48, 8, 2, 1, 3)
+    padded = F.pad(images, (2, 1, 0, 0, 1, 1))
+    expected = F.conv3d(padded, weight, dilation=(1, 1, 2)).flatten(2)
+    torch.testing.assert_close(u, expected)
+    torch.testing.assert_close(
+        patch_moment(images, geometry)[0], torch.einsum("nit,njt->ij", expected, expected)
+    )
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 1, 700), (2, 1, 5, 300), (3, 2, 4, 5), (3, 2, 40, 90)])
+def test_moments_of_any_shape(shape, monkeypatch):
+    for layout in (torch.randn(shape), torch.randn(*shape[:2], shape[3], shape[2]).mT):
+        for limit in (2**24, 0):
+            monkeypatch.setattr("nngeo_lazy.jacobian.moments.SUMMED_BYTES", limit)
+            x = torch.cat([layout, torch.ones(*layout.shape[:-1], 1)], -1)
+            expected = torch.einsum("ngti,ngtj->gij", x, x)
+            torch.testing.assert_close(moment(layout, True), expected)
+            torch.testing.assert_close(moment(layout), expected[:, :-1, :-1])
+            torch.testing.assert_close(moment(layout, True, expected.clone()), 2 * expected)
