@@ -70,7 +70,7 @@ def reference(form):
         return form.rows()
     x = [] if form.inputs is None else [form.inputs.dense()]
     if form.bias:
-        x.append(torch.ones(form.g.shape[1:4] + (1,)))
+        x.append(torch.ones((*form.g.shape[1:4], 1)))
     return torch.einsum("rngto,ngti->rngoi", form.g, torch.cat(x, -1)).flatten(2)
 
 
@@ -125,12 +125,12 @@ def test_kronecker_factors(form):
     if isinstance(form, Rows):
         return
     x = (
-        torch.ones(form.g.shape[1:4] + (1,))[..., :0]
+        torch.ones((*form.g.shape[1:4], 1))[..., :0]
         if form.inputs is None
         else form.inputs.dense()
     )
     if form.bias:
-        x = torch.cat([x, torch.ones(x.shape[:-1] + (1,))], -1)
+        x = torch.cat([x, torch.ones((*x.shape[:-1], 1))], -1)
     right = torch.einsum("ngti,ngtj->gij", x, x)
     left = torch.einsum("rngto,rngtq->goq", form.g, form.g)
     diagonal = isinstance(form.inputs, IndexInputs)

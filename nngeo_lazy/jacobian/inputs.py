@@ -277,7 +277,7 @@ class RotatedInputs(Inputs):
         x = self.base.dense(start, stop)
         if not self.bias:
             return rotate(x, self.basis)
-        return rotate(x, self.basis[:, :-1]) + self.basis[:, -1:]
+        return rotate(x, self.basis[:, :-1]).add_(self.basis[:, -1:])
 
     def moment(self, bias: bool, into: Tensor | None = None) -> Tensor:
         return DenseInputs(self.dense()).moment(bias, into)
