@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .data import Batches
 from .errors import DataError, NonFiniteError, TooLargeError
-from .jacobian.capture import Capture
+from .jacobian.capture import Capture, Recorded
 from .jacobian.forms import Form, Outer
 from .jacobian.plan import Part
 from .jacobian.record import recording, refuse_training_mode
@@ -158,22 +158,18 @@ class _FisherSweep:
             recording(self._model, self.space.parameters(self._model)),
         ):
             for batch in self._batches:
-                recorded = self._capture(batch.raw)
-                outputs, target = recorded.outputs, batch.target
-                likelihood = self._fit(outputs, target)
-                for message, wrong in likelihood.flags(outputs, target).items():
-                    flags[message] = flags[message] | wrong if message in flags else wrong
-                examples += outputs.shape[0]
-                terms += likelihood.num_terms(outputs, target)
-                if statistics is None:
-                    statistics = make(self._capture.parts)
-                count = self._count(likelihood, outputs, target)
-                directions = likelihood.directions(
-                    outputs, target, self._estimator, samples=self._samples, generator=generator
-                )
-                for chunk in recorded.chunks(directions, count):
-                    _update(statistics, chunk)
-                    kept = _keep(kept, chunk)
+                for recorded, target in self._capture(batch.raw, batch.target):
+                    outputs = recorded.outputs
+                    likelihood = self._fit(outputs, target)
+                    for message, wrong in likelihood.flags(outputs, target).items():
+                        flags[message] = flags[message] | wrong if message in flags else wrong
+                    examples += outputs.shape[0]
+                    terms += likelihood.num_terms(outputs, target)
+                    if statistics is None:
+                        statistics = make(self._capture.parts)
+                    for chunk in self._chunks(recorded, likelihood, target, generator):
+                        _update(statistics, chunk)
+                        kept = _keep(kept, chunk)
         _raise_flags(flags)
         self.num_examples, self.num_terms, self._kept = examples, int(terms), kept
         return statistics or ()
@@ -184,6 +180,20 @@ class _FisherSweep:
             _update(statistics, chunk)
         self._kept = None
         return statistics
+
+    def _chunks(
+        self,
+        recorded: Recorded,
+        likelihood: Likelihood,
+        target: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> Iterator[Chunk]:
+        outputs = recorded.outputs
+        count = self._count(likelihood, outputs, target)
+        directions = likelihood.directions(
+            outputs, target, self._estimator, samples=self._samples, generator=generator
+        )
+        return recorded.chunks(directions, count)
 
     def _fit(self, outputs: Tensor, target: Tensor | None) -> Likelihood:
         if not isinstance(self._likelihood, Likelihood):

@@ -124,11 +124,7 @@ def test_sum_along_vectors(form):
 def test_kronecker_factors(form):
     if isinstance(form, Rows):
         return
-    x = (
-        torch.ones((*form.g.shape[1:4], 1))[..., :0]
-        if form.inputs is None
-        else form.inputs.dense()
-    )
+    x = torch.ones((*form.g.shape[1:4], 1))[..., :0] if form.inputs is None else form.inputs.dense()
     if form.bias:
         x = torch.cat([x, torch.ones((*x.shape[:-1], 1))], -1)
     right = torch.einsum("ngti,ngtj->gij", x, x)

@@ -7,25 +7,29 @@ their number nor the number of examples in the loader.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ..errors import DataError, NonFiniteError, StochasticModelError, UnsupportedLayerError
 from ..space import ParamSpace
 from .forms import Form, Rows
-from .general import Forward, GeneralRows, cut
+from .general import Forward, GeneralRows, by_example, cut
 from .inputs import Inputs
-from .plan import Fold, Part, Probe, agree, by_example, make_parts, probe_folds, probe_rows
+from .plan import Fold, Part, Probe, agree, canonical, make_parts, probe_folds, probe_rows
 from .record import Call, Recorder
 
 __all__ = ["Capture", "Recorded"]
 
 CHUNK_BYTES = 2**22  # gradients of several directions are stacked up to this size
 GENERAL_TILE_BYTES = 2**27  # rows of the general way; a tile costs a pass, so tiles are large
+PIECE_BYTES = {"cpu": 2**24}  # layer outputs of a piece of a batch: small memory is fast memory
+PIECE_BYTES_ELSEWHERE = 2**30
+PIECE_EXAMPLES = 16  # but no fewer: small products are slow
 PROBED = 3  # examples in the self-check
 
 
@@ -56,6 +60,7 @@ class _Plan:
     folds: list[Fold | None]
     general: dict[int, GeneralRows]
     examples: int
+    cutter: Cutter | None = None
 
     def fits(self, record: _Pass) -> bool:
         if self.examples == 1 and record.n > 1:  # one example shows no example axis
@@ -65,6 +70,45 @@ class _Plan:
             for part in self.parts
             for k, _ in part.members
         )
+
+    def bytes(self, record: _Pass) -> int:
+        """What the gradients at the layers' outputs take, for one direction."""
+        used = {k for part in self.parts for k, _ in part.members}
+        return sum(record.calls[k].shape.numel() for k in used) * record.outputs.element_size()
+
+
+@dataclass(frozen=True)
+class Cutter:
+    """Cuts batches into pieces of so many examples; `leaf` is a tensor that has them in front."""
+
+    leaf: int
+    size: int
+
+    @classmethod
+    def of(cls, raw: Any, n: int, total: int) -> Cutter | None:
+        """For batches like this one, whose layer outputs take `total` bytes."""
+        leaves = pytree.tree_leaves(raw)
+        fitting = [k for k, leaf in enumerate(leaves) if by_example(leaf, n)]
+        if not fitting:
+            return None
+        limit = PIECE_BYTES.get(leaves[fitting[0]].device.type, PIECE_BYTES_ELSEWHERE)
+        return cls(fitting[0], max(PIECE_EXAMPLES, limit * n // max(1, total)))
+
+    def pieces(self, raw: Any) -> int:
+        """Into how many pieces a batch is cut."""
+        return -(-self._examples(raw) // self.size)
+
+    def __call__(self, raw: Any, target: Tensor | None) -> Iterator[tuple[Any, Tensor | None]]:
+        n, count = self._examples(raw), self.pieces(raw)
+        if count <= 1:
+            yield raw, target
+            return
+        for k in range(count):
+            where = slice(n * k // count, n * (k + 1) // count)
+            yield cut(raw, n, where), None if target is None else cut(target, n, where)
+
+    def _examples(self, raw: Any) -> int:
+        return int(pytree.tree_leaves(raw)[self.leaf].shape[0])
 
 
 class Capture:
@@ -90,12 +134,25 @@ class Capture:
             raise RuntimeError("no batch has been captured")
         return self._plan.parts
 
-    def __call__(self, raw: Any) -> Recorded:
-        """Record one forward; on the first batch, also plan and prove."""
-        record = self._record(raw)
-        if self._plan is None or not self._plan.fits(record):
+    def __call__(self, raw: Any, target: Tensor | None) -> Iterator[tuple[Recorded, Tensor | None]]:
+        """Record a batch with its target, in pieces where it is large; the first time, also plan.
+
+        The pieces are small enough to stay in fast memory. A batch is cut only where the self-check
+        found that examples on their own give the outputs that they give in the batch.
+        """
+        if self._plan is None:
+            record = self._record(raw)
             self._plan = self._replan(record)
-        return Recorded(record, self._plan)
+            if self._plan.cutter is None or self._plan.cutter.pieces(raw) == 1:
+                yield Recorded(record, self._plan), target
+                return
+            del record
+        cutter = self._plan.cutter
+        for piece, labels in [(raw, target)] if cutter is None else cutter(raw, target):
+            record = self._record(piece)
+            if not self._plan.fits(record):
+                self._plan = self._replan(record)
+            yield Recorded(record, self._plan), labels
 
     def _record(self, raw: Any) -> _Pass:
         recorder = Recorder(self._parameters)
@@ -126,6 +183,8 @@ class Capture:
                 "expected every batch to use the parameters in the same way, but a later batch "
                 f"calls {_differing(before.keys, record.keys)}: use batches of one kind"
             )
+        if few is not None and few.raw is not record.raw:
+            return replace(plan, cutter=Cutter.of(record.raw, record.n, plan.bytes(record)))
         return plan
 
     def _few(self, record: _Pass) -> _Pass | None:
@@ -268,7 +327,7 @@ class Recorded:
     ) -> list[Form | None]:
         calls, folds, n = self.record.calls, self.plan.folds, self.record.n
         gradients = {
-            k: by_example(calls[k], folds[k], grads, n).to(self.dtype)
+            k: canonical(calls[k], folds[k], grads, n).to(self.dtype)
             for k, grads in by_call.items()
         }
         forms: list[Form | None] = []

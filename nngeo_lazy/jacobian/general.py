@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from ..errors import UnsupportedLayerError
 from .plan import agree
 
-__all__ = ["GeneralRows", "cut"]
+__all__ = ["Forward", "GeneralRows", "by_example", "cut"]
 
 Forward = Callable[[nn.Module, Any], Tensor]
 WAYS = ("vmap", "slices", "masked")
@@ -29,12 +29,13 @@ def cut(raw: Any, n: int, index: slice | Tensor) -> Any:
     """Some examples of a batch: every tensor whose first dimension is n is indexed."""
 
     def one(leaf: Any) -> Any:
-        return leaf[index] if isinstance(leaf, Tensor) and _by_example(leaf, n) else leaf
+        return leaf[index] if isinstance(leaf, Tensor) and by_example(leaf, n) else leaf
 
     return pytree.tree_map(one, raw)
 
 
-def _by_example(leaf: Any, n: int) -> bool:
+def by_example(leaf: Any, n: int) -> bool:
+    """Whether a leaf of a batch is a tensor with the n examples in front."""
     return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == n
 
 
@@ -101,7 +102,7 @@ class GeneralRows:
     def _vmap(self, raw: Any, outputs: Tensor, directions: Tensor, start: int, stop: int) -> Tensor:
         n = outputs.shape[0]
         leaves, spec = pytree.tree_flatten(raw)
-        moving = [k for k, leaf in enumerate(leaves) if _by_example(leaf, n)]
+        moving = [k for k, leaf in enumerate(leaves) if by_example(leaf, n)]
         whole = _Whole(self.model, self.forward)
 
         def score(

@@ -27,7 +27,7 @@ __all__ = [
     "Part",
     "Probe",
     "agree",
-    "by_example",
+    "canonical",
     "make_parts",
     "probe_folds",
     "probe_rows",
@@ -300,7 +300,7 @@ def _make_part(
     return Part(names, flat, "summed", placed, function, "used in different layouts")
 
 
-def by_example(call: Call, fold: Fold | None, gradients: Sequence[Tensor | None], n: int) -> Tensor:
+def canonical(call: Call, fold: Fold | None, gradients: Sequence[Tensor | None], n: int) -> Tensor:
     """Gradients at a call's output, one for each direction, as (R, N, T, *features)."""
     if fold is None:
         raise TypeError(f"{call.function} has no example axis")
@@ -335,11 +335,11 @@ def probe_rows(
     """
     dtype = torch.promote_types(probes[0].cotangent.dtype, torch.float32)
     inputs = [x.to(dtype) for x in part.inputs(calls, folds, n)]
-    canonical = {
-        k: by_example(calls[k], folds[k], [probe.at_calls[k] for probe in probes], n).to(dtype)
+    gradients_by_call = {
+        k: canonical(calls[k], folds[k], [probe.at_calls[k] for probe in probes], n).to(dtype)
         for k, _ in part.members
     }
-    form = part.form(calls, folds, inputs, canonical)
+    form = part.form(calls, folds, inputs, gradients_by_call)
     given = probes[0].cotangent
     generator = torch.Generator(device=given.device).manual_seed(0)
     vectors = [
