@@ -100,16 +100,18 @@ print(ng.FIM(model, loader, "kfac", likelihood="categorical").report())
 
 # --- the matrices side by side --------------------------------------------------------------------
 
+CELL = 5  # parameters a pixel, which shows the largest of its entries
 figure, axes = plt.subplots(1, len(NAMES), figsize=(3.2 * len(NAMES), 3.7), layout="constrained")
 top = matrices["dense"].abs().max().item()
+starts = {name: space.slices[f"{name}.weight"].start / CELL for name in ("0", "2", "6")}
 for axis, name in zip(axes, NAMES, strict=True):
-    values = matrices[name].abs().clamp_min(1e-6 * top).numpy()
-    picture = axis.imshow(values, norm=LogNorm(1e-6 * top, top), cmap="magma")
+    values = F.max_pool2d(matrices[name].abs()[None], CELL, ceil_mode=True)[0]
+    picture = axis.imshow(values.clamp_min(1e-6 * top), norm=LogNorm(1e-6 * top, top), cmap="magma")
     axis.set_title(name)
-    bounds = [space.slices[n].start for n in space.names if n.endswith("weight")]
-    axis.set_xticks(bounds, [n.removesuffix(".weight") for n in space.names if "weight" in n])
-    axis.set_yticks(bounds, [])
-axes[0].set_ylabel("parameter, by layer")
+    axis.set_xticks(list(starts.values()), list(starts))
+    axis.set_yticks(list(starts.values()), list(starts) if name == NAMES[0] else [])
+    axis.set_xlabel("layer")
+axes[0].set_ylabel("layer")
 figure.colorbar(picture, ax=axes, shrink=0.8, label="absolute value")
 path = Path(__file__).with_name("quickstart.png")
 figure.savefig(path, dpi=110)

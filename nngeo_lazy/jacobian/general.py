@@ -19,24 +19,27 @@ from torch.utils import _pytree as pytree
 from ..errors import UnsupportedLayerError
 from .plan import agree
 
-__all__ = ["Forward", "GeneralRows", "by_example", "cut"]
+__all__ = ["Forward", "GeneralRows", "cut", "example_leaves"]
 
 Forward = Callable[[nn.Module, Any], Tensor]
 WAYS = ("vmap", "slices", "masked")
 
 
-def cut(raw: Any, n: int, index: slice | Tensor) -> Any:
-    """Some examples of a batch: every tensor whose first dimension is n is indexed."""
+def example_leaves(raw: Any, n: int) -> tuple[int, ...]:
+    """Which leaves of a batch of n examples are tensors with the examples in front."""
+    return tuple(
+        k
+        for k, leaf in enumerate(pytree.tree_leaves(raw))
+        if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == n
+    )
 
-    def one(leaf: Any) -> Any:
-        return leaf[index] if isinstance(leaf, Tensor) and by_example(leaf, n) else leaf
 
-    return pytree.tree_map(one, raw)
-
-
-def by_example(leaf: Any, n: int) -> bool:
-    """Whether a leaf of a batch is a tensor with the n examples in front."""
-    return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == n
+def cut(raw: Any, leaves: Sequence[int], index: slice | Tensor) -> Any:
+    """Some examples of a batch, whose `leaves` hold the examples in front."""
+    values, spec = pytree.tree_flatten(raw)
+    for k in leaves:
+        values[k] = values[k][index]
+    return pytree.tree_unflatten(values, spec)
 
 
 class GeneralRows:
@@ -55,6 +58,7 @@ class GeneralRows:
         self.parameters = dict(parameters)
         self.forward = forward
         self.way = WAYS[0]
+        self._leaves: tuple[int, ...] = ()
 
     def probe(
         self,
@@ -70,6 +74,7 @@ class GeneralRows:
             cotangents: examples, each with a cotangent that is supported on it alone.
         """
         reasons = []
+        self._leaves = example_leaves(raw, outputs.shape[0])
         expected = [self._flat(outputs, cotangent) for _, cotangent in cotangents]
         for way in WAYS:
             self.way = way
@@ -100,23 +105,21 @@ class GeneralRows:
         return make(raw, outputs, directions, start, stop)
 
     def _vmap(self, raw: Any, outputs: Tensor, directions: Tensor, start: int, stop: int) -> Tensor:
-        n = outputs.shape[0]
         leaves, spec = pytree.tree_flatten(raw)
-        moving = [k for k, leaf in enumerate(leaves) if by_example(leaf, n)]
         whole = _Whole(self.model, self.forward)
 
         def score(
             parameters: dict[str, Tensor], direction: Tensor, examples: list[Tensor]
         ) -> Tensor:
             here = list(leaves)
-            for k, example in zip(moving, examples, strict=True):
+            for k, example in zip(self._leaves, examples, strict=True):
                 here[k] = example.unsqueeze(0)
             batch = pytree.tree_unflatten(here, spec)
             out: Tensor = torch.func.functional_call(whole, parameters, (batch,))
             return (out * direction.unsqueeze(0)).sum()
 
         named = {f"model.{name}": p.detach() for name, p in self.parameters.items()}
-        examples = [leaves[k][start:stop] for k in moving]
+        examples = [leaves[k][start:stop] for k in self._leaves]
         rows = []
         for direction in directions:
             # Only the math backend of attention has batching rules.
@@ -130,10 +133,9 @@ class GeneralRows:
     def _slices(
         self, raw: Any, outputs: Tensor, directions: Tensor, start: int, stop: int
     ) -> Tensor:
-        n = outputs.shape[0]
         rows = []
         for k in range(start, stop):
-            out = self.forward(self.model, cut(raw, n, slice(k, k + 1)))
+            out = self.forward(self.model, cut(raw, self._leaves, slice(k, k + 1)))
             rows.append(torch.stack([self._flat(out, d[k : k + 1]) for d in directions]))
         return torch.stack(rows, 1)
 

@@ -175,7 +175,7 @@ def embedding(call: Mapping[str, Any], output: Tensor) -> Use | str:
 
     def inputs(index: Tensor) -> Inputs:  # (N,T)
         mask = None if padding is None else index != padding
-        return IndexInputs(index, weight.shape[0], mask)
+        return IndexInputs(index.long(), weight.shape[0], mask)
 
     return Use(
         weight,

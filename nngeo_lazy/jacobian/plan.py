@@ -150,11 +150,11 @@ class Part:
         if self.kind == "rows":
             return Rows.stored(self._norm_rows(calls, folds, gradients))
         outers = []
-        for (k, layout), x in zip(self.members, inputs, strict=True):
+        for (k, _), x in zip(self.members, inputs, strict=True):
             g = calls[k].use.gradients
             if g is None:
                 raise TypeError(f"{calls[k].function} has no outer form")
-            weighted = len(layout.pieces) > 1 or calls[k].weight in self.names
+            weighted = calls[k].weight in self.names
             biased = calls[k].bias in self.names
             canonical = x.masked(g(gradients[k])) if weighted else g(gradients[k])
             outers.append(Outer(canonical, x if weighted else None, biased))
@@ -355,13 +355,13 @@ def probe_rows(
             expected = v @ gradient.to(dtype).reshape(piece.width, -1)
         else:
             expected = gradient.to(dtype).reshape(-1, piece.width) @ v
-        if not agree(along, expected, given.dtype):
+        if not agree(along, expected, dtype=given.dtype):
             return False
     return True
 
 
-def agree(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> bool:
-    """Equal up to rounding in `dtype`: the same sums in another order."""
+def agree(a: Tensor, b: Tensor, power: float = 0.5, dtype: torch.dtype | None = None) -> bool:
+    """Equal up to eps^power, relative to b: the same sums in another order."""
     a, b = a.detach().flatten(), b.detach().flatten()
-    tolerance = torch.finfo(dtype or b.dtype).eps ** 0.5
+    tolerance = torch.finfo(dtype or b.dtype).eps ** power
     return bool((a - b).norm() <= tolerance * b.norm())

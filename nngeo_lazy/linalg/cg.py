@@ -24,12 +24,14 @@ class CGResult:
         iterations: how many products with A were made inside the iteration.
         residual: the true relative residual |b - A x| / |b| of each column (k,), 0 where b is 0.
         converged: whether every column has reached the tolerance.
+        stalled: whether it stopped because rounding keeps the residual above the tolerance.
     """
 
     x: Tensor
     iterations: int
     residual: Tensor
     converged: bool
+    stalled: bool = False
 
 
 def default_tolerance(dtype: torch.dtype) -> float:
@@ -84,18 +86,26 @@ def cg(
     else:
         x = x0 / norms
         r = unit - matvec(x)
-    iterations, best = 0, None
+    iterations, best_x = 0, x
+    best: Tensor | None = None
     while True:
         x, done = _descend(matvec, x, r, tol, max_iter - iterations, preconditioner)
         iterations += done
         r = unit - matvec(x)  # the recurrence drifts: only the true residual counts
         residual = _norms(r).squeeze(0)
-        worst = float(residual.max()) if residual.numel() else 0.0
-        converged = worst <= tol
-        stuck = best is not None and worst > best / 2  # rounding, not iterations, is the limit
-        if converged or iterations >= max_iter or done == 0 or stuck:
-            return CGResult(x * norms, iterations, residual, converged)
-        best = worst
+        before = best
+        if best is not None:  # a restart at the limit of rounding may lose a little
+            x = torch.where(residual < best, x, best_x)
+            residual = torch.minimum(residual, best)
+        best, best_x = residual, x
+        converged = not bool((residual > tol).any())
+        stalled = done == 0 or (
+            before is not None and not bool((best <= before / 2)[best > tol].any())
+        )
+        if converged or stalled or iterations >= max_iter:
+            short = not converged and iterations < max_iter
+            return CGResult(x * norms, iterations, residual, converged, short)
+        r = unit - matvec(x)
 
 
 def _descend(
@@ -107,6 +117,7 @@ def _descend(
     preconditioner: Matvec | None,
 ) -> tuple[Tensor, int]:
     """CG from x, whose residual is r, for right-hand sides of norm one."""
+    tol = max(tol, torch.finfo(x.dtype).eps / 100)  # below rounding the recurrence means nothing
     live = _norms(r) > tol
     _require_finite(_norms(r), "a product with the matrix")
     p = torch.zeros_like(x)

@@ -61,11 +61,15 @@ class LazyLinearOperator(BaseLinearOperator):
         if not found.converged:
             worst = float(found.residual.max())
             tol = default_tolerance(v.dtype) if krylov.tol is None else krylov.tol
+            advice = (
+                f"rounding in {v.dtype} is the limit: add damping=, take float64 or raise tol="
+                if found.stalled
+                else "add damping=, pass a preconditioner= or a larger max_iter="
+            )
             warnings.warn(
                 ConvergenceWarning(
                     f"conjugate gradients stopped at a relative residual of {worst:.2e} after "
-                    f"{found.iterations} iterations, short of tol={tol:.0e}: add damping=, pass a "
-                    "preconditioner= or a larger max_iter=",
+                    f"{found.iterations} iterations, short of tol={tol:.0e}: {advice}",
                     worst,
                     found.iterations,
                 ),
