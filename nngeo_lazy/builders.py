@@ -18,10 +18,11 @@ from .jacobian.record import recording, refuse_training_mode
 from .likelihoods import Likelihood, check_estimator
 from .likelihoods import resolve as resolve_likelihood
 from .operators import BaseLinearOperator
-from .representations import Make, Representation, Statistic, all_finite
+from .representations import Representation
 from .representations import resolve as resolve_representation
 from .selectors import Selector, space_of
 from .space import ParamSpace
+from .statistics import Make, Statistic, all_finite
 
 __all__ = ["FIM"]
 

@@ -10,14 +10,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
-import torch
 from torch import Tensor
 
-from .errors import DataError, NonFiniteError, TooLargeError
-from .jacobian.forms import Form, Outer, second_moment
-from .jacobian.inputs import Inputs
+from .errors import DataError, NonFiniteError
 from .jacobian.plan import Part
 from .layout import Layout, assemble
 from .operators import (
@@ -32,6 +29,14 @@ from .operators import (
     Origin,
 )
 from .space import ParamSpace
+from .statistics import (
+    KroneckerFactors,
+    SecondMoment,
+    SquareSum,
+    Statistic,
+    Sweep,
+    all_finite,
+)
 
 __all__ = [
     "EKFAC",
@@ -40,175 +45,10 @@ __all__ = [
     "Dense",
     "Diagonal",
     "Representation",
-    "Sweep",
     "resolve",
 ]
 
-MAX_FACTOR = 16_384  # a Kronecker factor past this size is kept diagonal
-MAX_BLOCK_BYTES = 2**33  # a dense block past this size is refused
-
-
-class Statistic(ABC):
-    """Plain sums over directions and examples of one block.
-
-    Args:
-        indices: which parts of the plan it sums over.
-    """
-
-    def __init__(self, *indices: int) -> None:
-        self.indices = indices
-
-    @abstractmethod
-    def update(self, forms: Sequence[Form | None], first: bool, last: bool) -> None:
-        """Add a chunk of directions, first or last of its batch or not. None is a zero block."""
-
-
-Make = Callable[[Sequence[Part]], Sequence[Statistic]]
-
-
-class Sweep(Protocol):
-    """A pass over the data on demand, and what is known behind the first one."""
-
-    space: ParamSpace
-    num_examples: int
-    num_terms: int
-    dtype: torch.dtype
-
-    @property
-    def parts(self) -> Sequence[Part]:
-        """The parameters by form."""
-
-    def __call__(self, make: Make, keep: bool = False) -> Sequence[Statistic]:
-        """Make the statistics, then update them over all batches.
-
-        With `keep` the forms are kept for the next call where they fit into memory.
-        """
-
-
 S = TypeVar("S", bound=Statistic)
-
-
-class SecondMoment(Statistic):
-    """Sum of the joint rows' outer products: a dense block."""
-
-    def __init__(self, indices: Sequence[int], parts: Sequence[Part]) -> None:
-        super().__init__(*indices)
-        p = sum(part.layout.size for part in parts)
-        if p * p * 8 > MAX_BLOCK_BYTES:
-            raise TooLargeError(
-                f"a dense block of {p} parameters ({', '.join(n for q in parts for n in q.names)}) "
-                f"takes {p * p * 8 / 2**30:.1f} GiB in double precision, more than the limit of "
-                f"{MAX_BLOCK_BYTES / 2**30:.0f} GiB: take 'kfac', 'ekfac' or 'diagonal', or fewer "
-                "parameters with params="
-            )
-        self._parts = parts
-        self._total: Tensor | None = None
-
-    def update(self, forms: Sequence[Form | None], first: bool, last: bool) -> None:
-        present = [form for form in forms if form is not None]
-        if present:
-            added = second_moment(present)
-            self._total = added if self._total is None else self._total.add_(added)
-
-    def matrix(self, sweep: Sweep) -> Tensor:
-        """The block in flat parameter order, as a mean over examples."""
-        p = sum(part.layout.size for part in self._parts)
-        out = torch.zeros(p, p, dtype=sweep.dtype, device=sweep.space.device)
-        used = [part for part in self._parts if part.kind != "unused"]
-        if self._total is None or not used:
-            return out
-        everything = torch.cat([part.layout.positions() for part in self._parts]).sort().values
-        where = torch.cat([part.layout.positions() for part in used])
-        index = torch.searchsorted(everything, where).to(out.device)
-        out[index[:, None], index[None, :]] = self._total / sweep.num_examples
-        return out
-
-
-class SquareSum(Statistic):
-    """Sum of the squared rows, in a Kronecker eigenbasis where one is given.
-
-    Args:
-        index: the part.
-        part: its layout says how many coordinates there are.
-        left, right: the eigenbasis of an outer form, (G, o, o) and (G, w, w), or (G, o) and (G, w)
-            where it is the identity.
-    """
-
-    def __init__(
-        self, index: int, part: Part, left: Tensor | None = None, right: Tensor | None = None
-    ) -> None:
-        super().__init__(index)
-        self._size = part.layout.size
-        self._left = left if left is not None and left.dim() == 3 else None
-        self._right = right if right is not None and right.dim() == 3 else None
-        self._inputs: Inputs | None = None  # of the current batch, prepared for all its directions
-        self._squares: Tensor | None = None  # of the current batch, summed over its directions
-        self._total: Tensor | None = None
-
-    def update(self, forms: Sequence[Form | None], first: bool, last: bool) -> None:
-        for form in forms:
-            if isinstance(form, Outer):
-                self._outer(form, first, last)
-            elif form is not None:
-                self._add(form.sqsum())
-
-    def _outer(self, form: Outer, first: bool, last: bool) -> None:
-        if form.inputs is None:  # a bias alone: the basis of its one input is a sign
-            form = form.prepared(None, False, self._left)
-        else:
-            if first:
-                self._inputs = form.inputs.prepared(self._right, form.bias)
-            form = form.prepared(self._inputs, self._right is not None, self._left)
-        self._squares = form.squares(self._squares)
-        if self._squares is None:
-            self._add(form.sqsum())
-        elif last:
-            self._add(form.sqsum_from(self._squares))
-        if last:
-            self._inputs = self._squares = None
-
-    def _add(self, sums: Tensor) -> None:
-        self._total = sums if self._total is None else self._total.add_(sums)
-
-    def diagonal(self, sweep: Sweep) -> Tensor:
-        """(p,), in the part's own coordinates, as a mean over examples."""
-        if self._total is None:
-            return torch.zeros(self._size, dtype=sweep.dtype, device=sweep.space.device)
-        return self._total / sweep.num_examples
-
-
-class KroneckerFactors(Statistic):
-    """The two factors of KFAC (Martens and Grosse 2015; sharing: Eschenhagen et al. 2023).
-
-    expand: left = sum g g^T / N, right = sum x x^T / (N T), over examples, positions, directions.
-    reduce: the same of sum_t g and mean_t x, right divided by N.
-    """
-
-    def __init__(self, index: int, part: Part, sharing: str) -> None:
-        super().__init__(index)
-        self._reduce = sharing == "reduce"
-        self._diagonal_left = part.layout.rows > MAX_FACTOR
-        self._diagonal_right = part.layout.width > MAX_FACTOR
-        self._left: Tensor | None = None
-        self._right: Tensor | None = None
-        self._positions: Tensor | int = 0
-
-    def update(self, forms: Sequence[Form | None], first: bool, last: bool) -> None:
-        (form,) = forms
-        if not isinstance(form, Outer):
-            raise TypeError("Kronecker factors need an outer form")
-        if self._reduce:  # the reduced inputs are needed once
-            form = form.reduced() if first else Outer(form.g.sum(3, keepdim=True), None, form.bias)
-        self._left = form.output_moment(self._diagonal_left, self._left)
-        if first:
-            self._right = form.input_moment(self._diagonal_right, self._right)
-            self._positions = self._positions + form.positions
-
-    def factors(self, sweep: Sweep) -> tuple[Tensor, Tensor]:
-        """left (G, o, o) and right (G, w, w); (G, o), (G, w) where diagonal."""
-        if self._left is None or self._right is None:
-            raise TypeError("no batch has been seen")
-        return self._left.div_(sweep.num_examples), self._right.div_(self._positions)
 
 
 class Representation(ABC):
@@ -277,9 +117,17 @@ class KFAC(Representation):
     Eschenhagen et al. (2023): `expand` treats positions as examples and is exact for deep linear
     networks with a loss for each position, `reduce` sums over them first and is exact where the
     positions are averaged. What has no Kronecker form gets a diagonal block; the report says so.
+    Memory o^2 + (i + 1)^2 for a weight (o, i).
 
     Args:
         sharing: "expand" or "reduce".
+
+    Raises:
+        DataError: another sharing.
+
+    Example:
+        >>> KFAC(sharing="reduce")
+        KFAC(sharing='reduce')
     """
 
     sharing: str = "expand"
@@ -410,13 +258,6 @@ def _info(
     return BlockInfo(
         space, sweep.num_examples, sweep.num_terms, ordered, names=names, layouts=tuple(layouts)
     )
-
-
-def all_finite(tensor: Tensor) -> Tensor:
-    """Whether all numbers are finite, as a 0-d tensor; in one pass, without a mask in memory."""
-    if tensor.numel() == 0:
-        return torch.ones((), dtype=torch.bool, device=tensor.device)
-    return torch.stack(torch.aminmax(tensor)).isfinite().all()
 
 
 def _require_finite(statistic: Tensor | BaseLinearOperator, layer: str) -> None:

@@ -297,7 +297,7 @@ def test_low_precision_models(dtype, representation):
 
 
 def test_large_factors_are_kept_diagonal(monkeypatch):
-    monkeypatch.setattr(ng.representations, "MAX_FACTOR", 4)
+    monkeypatch.setattr("nngeo_lazy.statistics.MAX_FACTOR", 4)
     case = Case(zoo.mlp(), "categorical", "exact")
     F = case.build("kfac")
     assert [(b.left.dim(), b.right.dim()) for b in F.members] == [(2, 2), (3, 2)]

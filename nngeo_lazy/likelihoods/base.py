@@ -1,0 +1,138 @@
+"""What every likelihood does: output directions, loss-Hessian products, checks."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..errors import DataError
+
+__all__ = ["ESTIMATORS", "NOT_FINITE", "Likelihood", "check_estimator", "check_outputs"]
+
+ESTIMATORS = ("exact", "mc", "empirical")
+NOT_FINITE = (
+    "expected finite outputs, but the model gives NaN or infinity on some batch: check the inputs, "
+    "and the training that led to these parameters"
+)
+
+
+class Likelihood(ABC):
+    """p(y | f) of an example's outputs f, independent over positions and examples."""
+
+    @abstractmethod
+    def check(self, outputs: Tensor, target: Tensor | None) -> None:
+        """Raise DataError where outputs or target cannot be this likelihood's."""
+
+    @abstractmethod
+    def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """-log p(y | f) up to a constant, summed over positions: (N,). Differentiable."""
+
+    @abstractmethod
+    def hessian_product(self, outputs: Tensor, target: Tensor | None, vectors: Tensor) -> Tensor:
+        """H_n v_n with H_n the Hessian of the loss in the outputs, shaped like vectors.
+
+        In closed form, without a C x C matrix; differentiable in outputs and vectors.
+
+        Args:
+            outputs: (N, ...).
+            target: read only for masks.
+            vectors: (..., N, ...) shaped like the outputs, with any leading dimensions.
+        """
+
+    @abstractmethod
+    def num_terms(self, outputs: Tensor, target: Tensor | None) -> Tensor:
+        """How many scalar labels are scored, a 0-d integer tensor."""
+
+    @abstractmethod
+    def flags(self, outputs: Tensor, target: Tensor | None) -> dict[str, Tensor]:
+        """What is wrong in a way that only the device knows: message -> 0-d bool tensor."""
+
+    @abstractmethod
+    def _num_exact(self, outputs: Tensor, target: Tensor | None) -> int: ...
+
+    @abstractmethod
+    def _exact(self, outputs: Tensor, target: Tensor | None) -> Iterator[Tensor]: ...
+
+    @abstractmethod
+    def _sampled(
+        self, outputs: Tensor, target: Tensor | None, generator: torch.Generator | None
+    ) -> Tensor:
+        """The gradient of the loss in the outputs at labels drawn from the model."""
+
+    @abstractmethod
+    def _observed(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """The gradient of the loss in the outputs at the observed labels."""
+
+    def num_directions(
+        self, outputs: Tensor, target: Tensor | None, estimator: str, samples: int = 1
+    ) -> int:
+        """How many directions there are: the columns of S_n."""
+        counts = {"mc": samples, "empirical": 1}
+        return counts[estimator] if estimator in counts else self._num_exact(outputs, target)
+
+    def directions(
+        self,
+        outputs: Tensor,
+        target: Tensor | None,
+        estimator: str,
+        *,
+        samples: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
+        """The directions, one at a time, shaped like the outputs and detached.
+
+        Args:
+            outputs: (N, ...).
+            target: the observed labels; needed by "empirical", otherwise read only for masks.
+            estimator: "exact", "mc" or "empirical".
+            samples: label draws for "mc", each scaled by 1/sqrt(samples).
+            generator: of the draws, on the outputs' device.
+
+        Raises:
+            DataError: an unknown estimator, or "empirical" without a target.
+        """
+        check_estimator(estimator)
+        outputs = outputs.detach()
+        wide = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+        if estimator == "exact":
+            made = self._exact(wide, target)
+        elif estimator == "mc":
+            scale = 1 / math.sqrt(samples)
+            made = (self._sampled(wide, target, generator) * scale for _ in range(samples))
+        elif target is None:
+            raise DataError(
+                "estimator='empirical' needs observed labels, but the batch has no target: pass "
+                "(inputs, target) batches, or target="
+            )
+        else:
+            made = iter([self._observed(wide, target)])
+        while True:
+            with torch.no_grad():
+                direction = next(made, None)
+            if direction is None:
+                return
+            yield direction.to(outputs.dtype)
+
+
+def check_estimator(estimator: str) -> None:
+    """Raise DataError where the estimator is not one of `ESTIMATORS`."""
+    if estimator not in ESTIMATORS:
+        raise DataError(f"unknown estimator {estimator!r}: expected one of {list(ESTIMATORS)}")
+
+
+def check_outputs(outputs: Tensor) -> None:
+    """Raise DataError where these can be no model's outputs."""
+    if outputs.dim() < 1 or not outputs.is_floating_point():
+        raise DataError(
+            "expected floating-point outputs (N, ...) with the examples in dimension 0, got "
+            f"{outputs.dtype} of shape {tuple(outputs.shape)}"
+        )
+    if outputs.shape[0] < 1:
+        raise DataError(
+            f"expected at least one example in each batch, got outputs {tuple(outputs.shape)}: "
+            "drop empty batches from the loader"
+        )
