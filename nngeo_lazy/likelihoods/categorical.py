@@ -26,6 +26,15 @@ class Categorical(Likelihood):
 
     Over T positions an exact quantity has T (C - 1) directions: each position and class needs its
     own.
+
+    Example:
+        >>> (direction,) = Categorical().directions(torch.zeros(1, 2), None, "exact")
+        >>> direction  # its outer product is diag(p) - p p^T
+        tensor([[ 0.5000, -0.5000]])
+
+    Source:
+        Tanabe and Sagae (1992), An exact Cholesky decomposition and the generalized inverse of
+        the variance-covariance matrix of the multinomial distribution.
     """
 
     class_dim: int | None = None
