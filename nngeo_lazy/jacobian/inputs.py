@@ -239,7 +239,7 @@ class PatchInputs(Inputs):
         full[:, :width, :width] += patch_moment(self.images, self.geometry)
         if bias:
             count = self.images.shape[0] * self.geometry.positions(self.images.shape[2:])
-            add_border(full, self._total(), count)
+            add_border(full, self._total(), count, beta=1)
         return full
 
     def reduced(self) -> DenseInputs:

@@ -13,37 +13,43 @@ SUMMED_BYTES = 2**24  # products for each example are stored up to this size, th
 def moment(x: Tensor, bias: bool = False, into: Tensor | None = None) -> Tensor:
     """Sum over examples and positions of x x^T: (N, G, T, i) -> (G, w, w), or added to `into`."""
     n, groups, t, width = x.shape
-    full = x.new_zeros(groups, width + bias, width + bias) if into is None else into
+    size = width + bias
+    full = x.new_empty(groups, size, size) if into is None else into
+    beta = 0 if into is None else 1  # 0 ignores what is there, so that nothing need be cleared
     second = full[:, :width, :width]
     if groups == 1 and (t == 1 or x.stride(-1) == 1):
-        _add_symmetric(x.reshape(n * t, width), second[0])
+        _add_symmetric(x.reshape(n * t, width), second[0], beta)
     elif n * groups * width * width * x.element_size() <= SUMMED_BYTES:
-        second += (x.mT @ x).sum(0)  # (N,G,i,T)(N,G,T,i)
+        total = (x.mT @ x).sum(0)  # (N,G,i,T)(N,G,T,i)
+        second.copy_(total) if into is None else second.add_(total)
     else:  # channels-first data: a product for each example beats copying to (N T, i)
         for g in range(groups):
-            second[g].addbmm_(x[:, g].mT, x[:, g])
+            second[g].addbmm_(x[:, g].mT, x[:, g], beta=beta)
     if bias:
-        add_border(full, x.sum((0, 2)), n * t)
+        add_border(full, x.sum((0, 2)), n * t, beta)
     return full
 
 
-def add_border(full: Tensor, total: Tensor, count: int) -> None:
+def add_border(full: Tensor, total: Tensor, count: int, beta: int) -> None:
     """The homogeneous coordinate: total (G, i) is the sum of x, count that of its own square."""
+    if beta == 0:
+        full[:, -1] = 0
+        full[:, :-1, -1] = 0
     full[:, :-1, -1] += total
     full[:, -1, :-1] += total
     full[:, -1, -1] += count
 
 
-def _add_symmetric(x: Tensor, out: Tensor) -> None:
+def _add_symmetric(x: Tensor, out: Tensor, beta: int) -> None:
     """x^T x for (M, w), each product of column blocks once: 5/8 of the work in two halvings."""
     width = x.shape[1]
     if width < SPLIT_WIDTH:
-        out.addmm_(x.mT, x)
+        out.addmm_(x.mT, x, beta=beta)
         return
     half = width // 2
     left, right = x[:, :half], x[:, half:]
-    _add_symmetric(left, out[:half, :half])
-    _add_symmetric(right, out[half:, half:])
+    _add_symmetric(left, out[:half, :half], beta)
+    _add_symmetric(right, out[half:, half:], beta)
     cross = out[:half, half:]
-    cross.addmm_(left.mT, right)
+    cross.addmm_(left.mT, right, beta=beta)
     out[half:, :half] = cross.mT
