@@ -324,17 +324,21 @@ def test_shuffling_loader_reuses_draws_in_both_passes():
     check_ekfac(E, D.to_dense())
 
 
+@pytest.mark.parametrize("sampled", [3, 32])
 @pytest.mark.parametrize("net", [zoo.mlp, zoo.convolutions, zoo.norms, zoo.mapping, zoo.recurrent])
-def test_large_batches_are_cut_into_pieces(net, monkeypatch):
+def test_large_batches_are_cut_into_pieces(net, sampled, monkeypatch):
     monkeypatch.setattr("nngeo_lazy.jacobian.capture.PIECE_BYTES", {"cpu": 1})
     monkeypatch.setattr("nngeo_lazy.jacobian.capture.PIECE_EXAMPLES", 2)
+    monkeypatch.setattr("nngeo_lazy.jacobian.capture.SAMPLED", sampled)
+    monkeypatch.setattr("nngeo_lazy.jacobian.capture.PROBED", 2)
     sizes = []
     case = Case(net(), "categorical", "exact")
     case.net.model.register_forward_pre_hook(
         lambda m, a, k: sizes.append(len(next(iter((*a, *k.values()))))), with_kwargs=True
     )
     F = case.build("dense")
-    assert max(sizes[3:]) == 2
+    assert sizes[0] == min(sampled, len(case.net.examples))
+    assert max(sizes[1:]) == 2
     close(F.to_dense(), case.expected())
     assert F.num_examples == len(case.net.examples)
     check_ekfac(case.build("ekfac"), case.expected())

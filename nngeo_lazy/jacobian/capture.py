@@ -30,7 +30,8 @@ GENERAL_TILE_BYTES = 2**27  # rows of the general way; a tile costs a pass, so t
 PIECE_BYTES = {"cpu": 2**24}  # layer outputs of a piece of a batch: small memory is fast memory
 PIECE_BYTES_ELSEWHERE = 2**30
 PIECE_EXAMPLES = 16  # but no fewer: small products are slow
-PROBED = 3  # examples in the self-check
+SAMPLED = 32  # examples of the first batch that the plan is made from
+PROBED = 3  # of them, in the self-check
 OUTPUTS_AGREE = 0.25  # a power of eps: outputs that nearly cancel carry few digits
 
 
@@ -140,6 +141,8 @@ class Capture:
         found that examples on their own give the outputs that they give in the batch.
         """
         if self._plan is None:
+            self._plan = self._sampled_plan(raw)
+        if self._plan is None:
             record = self._record(raw)
             self._plan = self._replan(record)
             if self._plan.cutter is None or self._plan.cutter.pieces(raw) == 1:
@@ -152,6 +155,24 @@ class Capture:
             if not self._plan.fits(record):
                 self._plan = self._replan(record)
             yield Recorded(record, self._plan), labels
+
+    def _sampled_plan(self, raw: Any) -> _Plan | None:
+        """The plan from the first examples of a batch, or None where it cannot be cut.
+
+        If dimension 0 were not the examples, cutting it twice would not cut the outputs twice.
+        """
+        tensors = [t for t in pytree.tree_leaves(raw) if isinstance(t, Tensor) and t.dim() > 0]
+        n = tensors[0].shape[0] if tensors else 0
+        if n <= SAMPLED:
+            return None
+        try:
+            record = self._record(cut(raw, example_leaves(raw, n), slice(0, SAMPLED)))
+        except Exception:  # noqa: BLE001 - a batch that cannot be cut is recorded whole
+            return None
+        if record.n != SAMPLED:
+            return None
+        plan = self._replan(record)
+        return plan if plan.cutter is not None else None
 
     def _record(self, raw: Any) -> _Pass:
         recorder = Recorder(self._parameters)
