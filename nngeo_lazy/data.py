@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import data as torch_data
 from tqdm.auto import tqdm
 
@@ -17,8 +19,8 @@ __all__ = ["Batch", "Batches"]
 
 LABELS = ("labels", "label")
 FORMS = (
-    "a DataLoader or another re-iterable of batches, a tensor of inputs, one batch (inputs, "
-    "target), or a mapping with 'labels'"
+    "a DataLoader or another re-iterable of batches, a tensor of inputs, one batch "
+    "(inputs, target), or a mapping with 'labels'"
 )
 
 
@@ -27,7 +29,8 @@ class Batch:
     """One batch: how the model is called, and its labels.
 
     Attributes:
-        args, kwargs: of the default call.
+        args: positional arguments of the default call.
+        kwargs: keyword arguments of the default call.
         target: observed labels, or None.
         raw: the batch as it was given, moved to the device; what `forward` and `target` receive.
     """
@@ -44,14 +47,23 @@ class Batches:
     Args:
         loader: a `DataLoader`, another re-iterable of batches, or one batch. A tensor is a batch of
             inputs; a sequence of tensors one batch (inputs, target, ...); a mapping one batch whose
-            target is "labels" (or "label"); a sequence of sequences or mappings is batches.
-        device: where tensors are moved.
-        forward: `(model, raw batch) -> outputs` in place of the default call.
-        target: `raw batch -> target` in place of the default.
+            target is "labels" (or "label"); a sequence of sequences or mappings is batches. In
+            (inputs, target), inputs may be a sequence (positional arguments) or a mapping (keyword
+            arguments).
+        device: where tensors are moved, also those nested in sequences and mappings.
+        forward: `(model, raw batch) -> outputs` in place of the default call. With it, a batch may
+            be any object.
+        target: `raw batch -> target` in place of the default; it may return None.
         progress: whether to show a progress bar.
 
     Raises:
-        DataError: a one-shot iterator, a bare Dataset, or something that is no data.
+        DataError: a one-shot iterator, a bare Dataset, or something that is no data; while
+            iterating, an empty loader, one that is empty the second time, or unequal batches.
+
+    Example:
+        >>> batches = Batches((torch.zeros(4, 2), torch.ones(4)), device="cpu")
+        >>> [(batch.args[0].shape, batch.target.shape) for batch in batches]
+        [(torch.Size([4, 2]), torch.Size([4]))]
     """
 
     def __init__(
@@ -59,8 +71,8 @@ class Batches:
         loader: Any,
         *,
         device: torch.device | str,
-        forward: Callable[[nn.Module, Any], Tensor] | None = None,
-        target: Callable[[Any], Tensor] | None = None,
+        forward: Callable[[nn.Module, Any], Any] | None = None,
+        target: Callable[[Any], Any] | None = None,
         progress: bool = False,
     ) -> None:
         self._loader = _as_batches(loader)
@@ -68,44 +80,60 @@ class Batches:
         self._forward = forward
         self._target = target
         self._progress = progress
-        self._passes = 0
+        self._gave = False  # a batch, on any pass so far
 
     def __iter__(self) -> Iterator[Batch]:
-        total = len(self._loader) if isinstance(self._loader, Sized) else None
-        structure: Any = None
-        with tqdm(total=total, disable=not self._progress, unit="batch") as bar:
+        first: Any = None
+        empty = True
+        with tqdm(
+            total=_length(self._loader),
+            disable=not self._progress,
+            unit="batch",
+        ) as bar:
             for raw in self._loader:
-                moved = _move(raw, self._device)
-                shape = _structure(moved)
-                if structure is not None and shape != structure:
+                structure = _structure(raw)
+                if empty:
+                    first, empty, self._gave = structure, False, True
+                elif structure != first:
                     raise DataError(
-                        f"expected batches of one structure, but a batch holds {shape} where the "
-                        f"first holds {structure}"
+                        f"expected batches of one structure, but a batch holds {structure} where "
+                        f"the first holds {first}: make the loader collate every batch alike"
                     )
-                structure = shape
-                yield self.read(moved)
+                yield self.read(_move(raw, self._device))
                 bar.update()
-        if structure is None:
-            again = " the second time: it must give the same batches on every pass"
-            raise DataError(f"the loader gave no batch{again if self._passes else ': it is empty'}")
-        self._passes += 1
+        if empty and self._gave:
+            raise DataError(
+                "expected the same batches on every pass, but the loader gave none the second "
+                "time: pass the DataLoader itself, or list(...) of the batches"
+            )
+        if empty:
+            raise DataError(
+                "expected at least one batch, but the loader is empty: check the length of the "
+                "data set, and drop_last"
+            )
 
     def read(self, raw: Any) -> Batch:
-        """How one batch is called."""
-        args, kwargs, target = _parse(raw)
-        if self._target is not None:
-            target = self._target(raw)
-            if target is not None:
-                target = torch.as_tensor(target).to(self._device)
+        """How one batch, already on the device, is called."""
+        args, kwargs = self._call(raw) if self._forward is None else ((), {})
+        if self._target is None:
+            return Batch(args, kwargs, _labels(raw, strict=self._forward is None), raw)
+        target = self._target(raw)
+        if target is not None:
+            target = _move(torch.as_tensor(target), self._device)
         return Batch(args, kwargs, target, raw)
 
     def forward(self, model: nn.Module, raw: Any) -> Tensor:
-        """The model's outputs for one batch, dimension 0 its examples."""
-        outputs: Any
+        """The model's outputs (N, ...) for one batch, dimension 0 its examples.
+
+        Outputs with `.logits`, or a mapping with "logits", give their logits.
+
+        Raises:
+            DataError: the outputs are no floating-point tensor (N, ...).
+        """
         if self._forward is not None:
             outputs = self._forward(model, raw)
         else:
-            args, kwargs, _ = _parse(raw)
+            args, kwargs = self._call(raw)
             outputs = model(*args, **kwargs)
         if isinstance(outputs, Mapping) and "logits" in outputs:
             outputs = outputs["logits"]
@@ -119,9 +147,23 @@ class Batches:
         if outputs.dim() == 0 or not outputs.is_floating_point():
             raise DataError(
                 "expected floating-point outputs (N, ...) with the examples in dimension 0, got "
-                f"{outputs.dtype} of shape {tuple(outputs.shape)}"
+                f"{outputs.dtype} of shape {tuple(outputs.shape)}: pass "
+                "forward=lambda model, batch: ..."
             )
         return outputs
+
+    def _call(self, raw: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments of the default call."""
+        _require_batch(raw)
+        if isinstance(raw, Tensor):
+            return (raw,), {}
+        if isinstance(raw, Mapping):
+            label = _label(raw)
+            return (), {name: value for name, value in raw.items() if name != label}
+        inputs = raw[0]
+        if isinstance(inputs, Mapping):
+            return (), dict(inputs)
+        return (tuple(inputs), {}) if _kind(inputs) == "sequence" else ((inputs,), {})
 
 
 def _as_batches(loader: Any) -> Iterable[Any]:
@@ -138,30 +180,41 @@ def _as_batches(loader: Any) -> Iterable[Any]:
             "pass would find empty: pass the DataLoader itself, or list(...)"
         )
     if isinstance(loader, (str, bytes)) or not hasattr(loader, "__iter__"):
-        raise DataError(f"expected {FORMS}, got {type(loader).__name__}")
-    if isinstance(loader, Sequence):
-        if not len(loader):
-            raise DataError("the loader gave no batch: it is empty")
-        kinds = {_kind(entry) for entry in loader}
-        if "tensor" in kinds and kinds <= {"tensor", "none"}:
-            return [loader]
-        if kinds <= {"sequence", "mapping"}:
-            return loader
-        # (inputs, target) with several inputs: one batch, since a batch is never a bare tensor here
-        if _kind(loader[0]) in ("sequence", "mapping") and kinds <= {
-            "sequence",
-            "mapping",
-            "tensor",
-        }:
-            return [loader]
-        raise DataError(f"expected {FORMS}, got a sequence of {sorted(kinds)}")
-    return loader  # type: ignore[no-any-return]
+        raise DataError(
+            f"expected {FORMS}, got {type(loader).__name__}: convert it to tensors, or wrap it in "
+            "a torch.utils.data.DataLoader"
+        )
+    return _from_sequence(loader) if isinstance(loader, Sequence) else loader
+
+
+def _from_sequence(loader: Sequence[Any]) -> Sequence[Any]:
+    """One batch, or batches."""
+    if not len(loader):
+        raise DataError(f"expected {FORMS}, but the loader is empty: check how it was made")
+    kinds = {_kind(entry) for entry in loader}
+    if "tensor" in kinds and kinds <= {"tensor", "none"}:
+        return [loader]
+    if kinds <= {"sequence", "mapping"}:
+        return loader
+    # (inputs, target) with several inputs: one batch, since a bare tensor here is no batch
+    if _kind(loader[0]) in ("sequence", "mapping") and kinds <= {"sequence", "mapping", "tensor"}:
+        return [loader]
+    raise DataError(
+        f"expected {FORMS}, got a sequence of {sorted(kinds)}: convert its entries to tensors"
+    )
+
+
+def _length(loader: Iterable[Any]) -> int | None:
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except TypeError:  # none, or a DataLoader over an IterableDataset
+        return None
 
 
 def _kind(entry: Any) -> str:
     if entry is None:
         return "none"
-    if isinstance(entry, Tensor):
+    if isinstance(entry, (Tensor, PackedSequence)):
         return "tensor"
     if isinstance(entry, Mapping):
         return "mapping"
@@ -170,48 +223,68 @@ def _kind(entry: Any) -> str:
     return type(entry).__name__
 
 
-def _parse(raw: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | None]:
-    """args, kwargs and target of one batch."""
-    if isinstance(raw, Tensor):
-        return (raw,), {}, None
+def _require_batch(raw: Any) -> None:
+    if _kind(raw) not in ("tensor", "sequence", "mapping") or not _holds_tensor(raw):
+        raise DataError(
+            "expected a batch to be a tensor, a sequence (inputs, target, ...) or a mapping of "
+            f"tensors, got {_structure(raw)}: convert it, or pass forward=lambda model, batch: ..."
+        )
+
+
+def _holds_tensor(value: Any) -> bool:
+    kind = _kind(value)
+    if kind in ("sequence", "mapping"):
+        return any(_holds_tensor(v) for v in (value.values() if kind == "mapping" else value))
+    return kind == "tensor"
+
+
+def _label(raw: Mapping[Any, Any]) -> str | None:
+    return next((name for name in LABELS if name in raw), None)
+
+
+def _labels(raw: Any, strict: bool) -> Tensor | None:
+    """The default target; not strict: None where the batch has none that can be read."""
+    found = None
     if isinstance(raw, Mapping):
-        label = next((name for name in LABELS if name in raw), None)
-        kwargs = {name: value for name, value in raw.items() if name != label}
-        return (), kwargs, None if label is None else raw[label]
-    if not isinstance(raw, Sequence) or isinstance(raw, (str, bytes)) or not len(raw):
+        label = _label(raw)
+        found = None if label is None else raw[label]
+    elif _kind(raw) == "sequence" and len(raw) > 1:
+        found = raw[1]
+    if found is None or isinstance(found, Tensor):
+        return found
+    if strict:
         raise DataError(
-            "expected a batch to be a tensor, a sequence (inputs, target, ...) or a mapping, got "
-            f"{type(raw).__name__}"
+            "expected the target of a batch (its second entry, or 'labels') to be a tensor, got "
+            f"{type(found).__name__}: pass target=lambda batch: ..."
         )
-    inputs, target = raw[0], raw[1] if len(raw) > 1 else None
-    if target is not None and not isinstance(target, Tensor):
-        raise DataError(
-            "expected the second entry of a batch to be the target, a tensor, got "
-            f"{type(target).__name__}: pass target=lambda batch: ..."
-        )
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs), target
-    if isinstance(inputs, Sequence) and not isinstance(inputs, (str, bytes)):
-        return tuple(inputs), {}, target
-    return (inputs,), {}, target
+    return None
 
 
 def _move(value: Any, device: torch.device) -> Any:
+    if isinstance(value, PackedSequence):
+        return value.to(device=device)  # type: ignore[call-arg]
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
+        # towards the CPU, a copy that is not waited for could be read before it is complete
+        return value.to(device, non_blocking=device.type != "cpu")
     if isinstance(value, Mapping):
-        return {name: _move(entry, device) for name, entry in value.items()}
+        moved = {name: _move(entry, device) for name, entry in value.items()}
+        if type(value) is dict or not isinstance(value, MutableMapping):
+            return moved
+        kept = copy.copy(value)  # a BatchEncoding stays one
+        kept.update(moved)
+        return kept
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(_move(entry, device) for entry in value))
     if isinstance(value, (list, tuple)):
-        return type(value)(_move(entry, device) for entry in value)
+        entries = [_move(entry, device) for entry in value]
+        return tuple(entries) if isinstance(value, tuple) else entries
     return value
 
 
 def _structure(value: Any) -> Any:
     """What must be the same in every batch: keys and lengths, not sizes."""
     if isinstance(value, Mapping):
-        return {name: _structure(entry) for name, entry in sorted(value.items())}
-    if isinstance(value, (list, tuple)):
+        return {str(name): _structure(value[name]) for name in sorted(value, key=str)}
+    if _kind(value) == "sequence":
         return [_structure(entry) for entry in value]
     return _kind(value)

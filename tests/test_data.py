@@ -1,6 +1,6 @@
 """What a loader may be."""
 
-from collections import namedtuple
+from collections import UserDict, namedtuple
 from types import SimpleNamespace
 
 import pytest
@@ -121,3 +121,25 @@ def test_progress(capsys):
     assert "3/3" in capsys.readouterr().err
     list(Batches([(X, Y)] * 3, device="cpu"))
     assert not capsys.readouterr().err
+
+
+def test_iterable_dataset():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(zip(X, Y, strict=True))
+
+    assert len(read(DataLoader(Stream(), batch_size=2))) == 2
+
+
+def test_callables_read_what_the_default_cannot():
+    batch = {"x": X, "meta": "text"}
+    got = read([batch], forward=lambda model, b: model(b["x"]))
+    assert torch.equal(got[0][0], X)
+    got = read(DataLoaderLike((X, "label")), target=lambda b: None)
+    assert got[0][1] is None
+
+
+def test_a_mapping_keeps_its_class():
+    (batch,) = Batches(UserDict(a=X, labels=Y), device="meta")
+    assert isinstance(batch.raw, UserDict)
+    assert batch.raw["a"].device.type == "meta"

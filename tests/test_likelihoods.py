@@ -178,6 +178,28 @@ def test_root_is_accurate_for_any_logits(logits, dtype):
     assert (S.mT @ S - H).abs().max() <= tolerance * H.abs().max() + 1e-30
 
 
+@pytest.mark.parametrize("gap", [20.0, 60.0, 80.0])
+def test_small_probabilities_keep_their_digits(gap):
+    f = torch.tensor([[gap, 0.0, 1.0]])
+    S = torch.cat(list(Categorical().directions(f, None, "exact"))).double()
+    p = f.double().softmax(-1)[0]
+    H = -torch.outer(p, p)
+    for k in range(3):
+        H[k, k] = p[k] * (p[:k].sum() + p[k + 1 :].sum())
+    scale = H.diagonal().sqrt()
+    assert ((S.mT @ S - H).abs() <= 1e-5 * torch.outer(scale, scale)).all()
+    (root,) = Bernoulli().directions(torch.tensor([gap]), None, "exact")
+    exact = torch.tensor([-gap / 2], dtype=torch.float64).exp()
+    torch.testing.assert_close(root.double(), exact, rtol=1e-5, atol=0)
+
+
+def test_hessian_product_at_the_likeliest_class():
+    f, v = torch.tensor([[20.0, 0.0, 0.0]]), torch.tensor([[0.3, -0.2, 0.5]])
+    exact = Categorical().hessian_product(f.double(), None, v.double())
+    got = Categorical().hessian_product(f, None, v)
+    torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("gap", [20.0, 100.0, 1e4])
 def test_a_large_gap_between_logits(dtype, gap):

@@ -80,7 +80,9 @@ class Categorical(Likelihood):
         dim = self._class_dim(outputs, target)
         v = self._positions(vectors, dim - outputs.dim(), vectors.dim() - outputs.dim())
         p = logits.softmax(-1)
-        product = p * v
+        # H 1 = 0: measured from the likeliest class, v loses no digits where p is nearly one.
+        top = p.argmax(-1, keepdim=True).expand(*v.shape[:-1], 1)
+        product = p * (v - v.gather(-1, top))
         product = product - p * product.sum(-1, keepdim=True)
         return self._embed(product * mask.unsqueeze(-1), outputs, target)
 
@@ -110,7 +112,7 @@ class Categorical(Likelihood):
         a_j^2 = p_j t_{j+1} / t_j. Tails are sums: one minus a cumulative sum would cancel.
         """
         logits, _, mask = self._canonical(outputs, target)
-        p = logits.softmax(-1)  # (N,T,C)
+        p = logits.double().softmax(-1)  # (N,T,C); in float32 small ones would lose their digits
         tail = p.flip(-1).cumsum(-1).flip(-1)
         after = tail[..., 1:]
         scale = (p[..., :-1] * _ratio(after, tail[..., :-1])).sqrt() * mask.unsqueeze(-1)

@@ -21,8 +21,11 @@ class _Elementwise(Likelihood):
     """Every output of an example has a label of its own; the loss-Hessian is diagonal."""
 
     @abstractmethod
+    def _root(self, outputs: Tensor) -> Tensor:
+        """The root of the loss-Hessian's diagonal, shaped like the outputs."""
+
     def _curvature(self, outputs: Tensor) -> Tensor:
-        """The diagonal of the loss-Hessian, shaped like (or broadcast to) the outputs."""
+        return self._root(outputs).square()
 
     def check(self, outputs: Tensor, target: Tensor | None) -> None:
         check_outputs(outputs)
@@ -45,13 +48,7 @@ class _Elementwise(Likelihood):
         return math.prod(outputs.shape[1:])
 
     def _exact(self, outputs: Tensor, target: Tensor | None) -> Iterator[Tensor]:
-        root = (
-            self._curvature(outputs)
-            .sqrt()
-            .expand_as(outputs)
-            .flatten(1 if outputs.dim() > 1 else 0)
-        )
-        root = root.reshape(outputs.shape[0], -1)
+        root = self._root(outputs).reshape(outputs.shape[0], -1)
         for j in range(root.shape[1]):
             column = torch.zeros_like(root)
             column[:, j] = root[:, j]
@@ -81,8 +78,9 @@ class Bernoulli(_Elementwise):
             ).all()
         return flags
 
-    def _curvature(self, outputs: Tensor) -> Tensor:
-        return outputs.sigmoid() * (-outputs).sigmoid()
+    def _root(self, outputs: Tensor) -> Tensor:
+        h = (-outputs.abs() / 2).exp()  # sqrt(p (1 - p)) = h / (1 + h^2), without underflow
+        return h / (1 + h.square())
 
     def _sampled(
         self, outputs: Tensor, target: Tensor | None, generator: torch.Generator | None
@@ -106,8 +104,8 @@ class Gaussian(_Elementwise):
         DataError: a variance that is not positive and finite.
 
     Example:
-        >>> Gaussian(variance=0.5).loss(torch.zeros(1, 2), torch.ones(1, 2))
-        tensor([2.])
+        >>> Gaussian(variance=0.25).loss(torch.zeros(1, 2), torch.ones(1, 2))
+        tensor([4.])
     """
 
     variance: float | Tensor = 1.0
@@ -134,8 +132,8 @@ class Gaussian(_Elementwise):
         each = (target - outputs).square() * self._curvature(outputs) / 2
         return each.reshape(outputs.shape[0], -1).sum(1)
 
-    def _curvature(self, outputs: Tensor) -> Tensor:
-        return (1 / torch.as_tensor(self.variance).to(outputs)).expand(outputs.shape)
+    def _root(self, outputs: Tensor) -> Tensor:
+        return torch.as_tensor(self.variance).to(outputs).rsqrt().expand(outputs.shape)
 
     def _sampled(
         self, outputs: Tensor, target: Tensor | None, generator: torch.Generator | None
@@ -143,7 +141,7 @@ class Gaussian(_Elementwise):
         noise = torch.randn(
             outputs.shape, dtype=outputs.dtype, device=outputs.device, generator=generator
         )
-        return noise * self._curvature(outputs).sqrt()
+        return noise * self._root(outputs)
 
     def _observed(self, outputs: Tensor, target: Tensor) -> Tensor:
         return (outputs - target) * self._curvature(outputs)
