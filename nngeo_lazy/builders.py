@@ -239,9 +239,9 @@ def _seeded(seed: int | None, device: torch.device) -> Iterator[torch.Generator 
     if seed is None:
         yield None
         return
-    cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
-        torch.manual_seed(seed)
+    # What draws on the default generator is the order of a shuffling loader; on the CPU alone.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
         yield torch.Generator(device=device).manual_seed(seed)
 
 
