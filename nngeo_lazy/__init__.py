@@ -5,8 +5,17 @@ of their approximation: swap "diagonal" for "kfac" and the code stays the same.
 """
 
 from . import errors, likelihoods, representations
-from .builders import FIM
+from .builders import FIM, GGN, Jacobian, update_diag
 from .space import ParamSpace
 
-__all__ = ["FIM", "ParamSpace", "errors", "likelihoods", "representations"]
+__all__ = [
+    "FIM",
+    "GGN",
+    "Jacobian",
+    "ParamSpace",
+    "errors",
+    "likelihoods",
+    "representations",
+    "update_diag",
+]
 __version__ = "0.1.0"

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .data import Batches
-from .errors import DataError, NonFiniteError, TooLargeError
-from .jacobian.capture import Capture, Recorded
-from .jacobian.forms import Form, Outer
-from .jacobian.plan import Part
-from .jacobian.record import recording, refuse_training_mode
-from .likelihoods import Likelihood, check_estimator
-from .likelihoods import resolve as resolve_likelihood
-from .operators import BaseLinearOperator
-from .representations import Representation
+from .data import Batches, refuse_shuffling
+from .errors import DataError
+from .likelihoods import Likelihood
+from .operators import BaseLinearOperator, MatrixLinearOperator
+from .quantities import Fisher, GaussNewton, LossGradients, LossLike, Outputs, Quantity
+from .recipes import info_of, require_finite
+from .representations import EKFAC, Representation
 from .representations import resolve as resolve_representation
 from .selectors import Selector, space_of
-from .space import ParamSpace
-from .statistics import Make, Statistic, all_finite
+from .statistics import RowStack
+from .sweep import DataSweep
 
-__all__ = ["FIM"]
+__all__ = ["FIM", "GGN", "Jacobian", "update_diag"]
+
+Prepared = tuple[Representation, DataSweep]
 
 
 def FIM(
@@ -39,6 +37,7 @@ def FIM(
     params: Selector | None = None,
     forward: Callable[[nn.Module, Any], Tensor] | None = None,
     target: Callable[[Any], Tensor] | None = None,
+    center: bool = False,
     max_directions: int = 1000,
     progress: bool = False,
 ) -> BaseLinearOperator:
@@ -55,9 +54,9 @@ def FIM(
         model: the network, in the mode in which it is to be differentiated (`model.eval()` where it
             has dropout or batch normalisation). It is left as it was.
         loader: a `DataLoader`, another re-iterable of batches, or one batch.
-        representation: "kfac", "ekfac", "diagonal", "block_diagonal", "dense", or an options object
-            from `nngeo_lazy.representations`.
-        likelihood: "categorical", "bernoulli", "gaussian", or an object from
+        representation: "kfac", "ekfac", "diagonal", "quasi_diagonal", "block_diagonal", "low_rank",
+            "dense", or an options object from `nngeo_lazy.representations`.
+        likelihood: "categorical", "bernoulli", "gaussian", "poisson", or an object from
             `nngeo_lazy.likelihoods`; None is categorical where the first batch proves it.
         estimator: "exact" (expectation over the model's labels), "mc" (sampled labels) or
             "empirical" (observed labels).
@@ -66,6 +65,7 @@ def FIM(
         params: which parameters; by default those that require a gradient.
         forward: `(model, batch) -> outputs` in place of the default call.
         target: `batch -> target` in place of the default; read only for observed labels and masks.
+        center: for "empirical", whether the mean gradient is subtracted (their covariance).
         max_directions: the most output directions of one example in an exact computation.
         progress: whether to show a progress bar.
 
@@ -73,7 +73,8 @@ def FIM(
         The operator, P x P in the order of `model.named_parameters()`; see `nngeo_lazy.operators`.
 
     Raises:
-        DataError: the loader, its batches, the targets or an option do not fit.
+        DataError: the loader, its batches, the targets or an option do not fit; a loss with weights
+            where an expectation over labels is asked for.
         StochasticModelError: the model is random, or mixes examples.
         NonFiniteError: NaN or infinity in the parameters, the outputs or the statistics.
         TooLargeError: more than `max_directions`, or a dense block past its limit.
@@ -92,174 +93,240 @@ def FIM(
         Martens (2020), New insights and perspectives on the natural gradient method, eq. 1;
         Kunstner et al. (2019) on the empirical Fisher.
     """
-    check_estimator(estimator)
-    if not isinstance(samples, int) or samples < 1:
-        raise DataError(f"expected samples to be a positive integer, got {samples!r}")
-    wanted = resolve_representation(representation)
-    with torch.inference_mode(False):  # tensors made in inference mode could not be used outside
-        space = space_of(model, params)
-        _require_finite_parameters(model, space)
-        refuse_training_mode(model)
-        batches = Batches(
-            loader, device=space.device, forward=forward, target=target, progress=progress
+    return _build(
+        *_fisher(
+            model,
+            loader,
+            representation,
+            likelihood=likelihood,
+            estimator=estimator,
+            samples=samples,
+            seed=seed,
+            params=params,
+            forward=forward,
+            target=target,
+            center=center,
+            max_directions=max_directions,
+            progress=progress,
         )
-        if seed is None and estimator == "mc":
-            seed = int(torch.randint(2**62, ()))
-        sweep = _FisherSweep(
-            model, space, batches, likelihood, estimator, samples, seed, max_directions
-        )
-        return wanted.build(sweep)
+    )
 
 
-Chunk = tuple[list[Form | None], bool, bool]
-KEPT_BYTES = 2**27  # the forms of a whole pass are kept for a second one up to this size
+def GGN(
+    model: nn.Module,
+    loader: Any,
+    representation: str | Representation,
+    *,
+    loss: LossLike,
+    estimator: str = "exact",
+    samples: int = 1,
+    seed: int | None = None,
+    params: Selector | None = None,
+    forward: Callable[[nn.Module, Any], Tensor] | None = None,
+    target: Callable[[Any], Tensor] | None = None,
+    max_directions: int = 1000,
+    progress: bool = False,
+) -> BaseLinearOperator:
+    r"""The generalised Gauss-Newton matrix of a loss that is convex in the outputs.
 
+    .. math:: G = \frac1N \sum_n J_n^T \, \nabla^2_f \ell(f_n, y_n) \, J_n
 
-class _FisherSweep:
-    """Passes over the data that feed the Fisher's directions to statistics."""
+    with J_n the Jacobian of the outputs of example n in the parameters. For a likelihood without
+    weights it is the Fisher information. Arguments that are not listed are those of `FIM`.
 
-    def __init__(
-        self,
-        model: nn.Module,
-        space: ParamSpace,
-        batches: Batches,
-        likelihood: str | Likelihood | None,
-        estimator: str,
-        samples: int,
-        seed: int | None,
-        max_directions: int,
-    ) -> None:
-        self.space = space
-        self._model = model
-        self._batches = batches
-        self._likelihood = likelihood
-        self._estimator = estimator
-        self._samples = samples
-        self._seed = seed
-        self._max_directions = max_directions
-        self._capture = Capture(model, space, batches.forward)
-        self.dtype = torch.promote_types(space.dtype, torch.float32)
-        self._kept: list[Chunk] | None = None
-        self.num_examples = 0
-        self.num_terms = 0
+    Args:
+        model: the network.
+        loader: a `DataLoader`, another re-iterable of batches, or one batch.
+        representation: as in `FIM`.
+        loss: a likelihood (class weights, label smoothing and `pos_weight` are honoured); a
+            callable `(outputs, target) -> per-example losses (N,)`, which sums over positions; or
+            a `torch.nn` loss module, which keeps its own reduction, taken over the whole loader
+            as one batch.
+        estimator: "exact", or "mc": one random direction of the loss's Hessian for each sample.
+        samples: for "mc".
+        seed: of the draws.
+        params: which parameters.
+        forward: in place of the default call.
+        target: in place of the default target.
+        max_directions: the most output directions of one example in an exact computation.
+        progress: whether to show a progress bar.
 
-    @property
-    def parts(self) -> Sequence[Part]:
-        return self._capture.parts
+    Returns:
+        The operator, P x P.
 
-    def __call__(self, make: Make, keep: bool = False) -> Sequence[Statistic]:
-        if self._kept is not None:
-            return self._replay(make, self._kept)
-        statistics: Sequence[Statistic] | None = None
-        kept: list[Chunk] | None = [] if keep else None
-        examples, terms = 0, torch.zeros((), dtype=torch.int64, device=self.space.device)
-        flags: dict[str, Tensor] = {}
-        with (
-            _seeded(self._seed, self.space.device) as generator,
-            recording(self._model, self.space.parameters(self._model)),
-        ):
-            for batch in self._batches:
-                for recorded, target in self._capture(batch.raw, batch.target):
-                    outputs = recorded.outputs
-                    likelihood = self._fit(outputs, target)
-                    for message, wrong in likelihood.flags(outputs, target).items():
-                        flags[message] = flags[message] | wrong if message in flags else wrong
-                    examples += outputs.shape[0]
-                    terms += likelihood.num_terms(outputs, target)
-                    if statistics is None:
-                        statistics = make(self._capture.parts)
-                    for chunk in self._chunks(recorded, likelihood, target, generator):
-                        _update(statistics, chunk)
-                        kept = _keep(kept, chunk)
-        _raise_flags(flags)
-        self.num_examples, self.num_terms, self._kept = examples, int(terms), kept
-        return statistics or ()
+    Raises:
+        DataError: the loss, the loader or an option do not fit.
+        NotPositiveDefiniteError: the loss is not convex in the outputs.
 
-    def _replay(self, make: Make, kept: list[Chunk]) -> Sequence[Statistic]:
-        statistics = make(self.parts)
-        for chunk in kept:
-            _update(statistics, chunk)
-        self._kept = None
-        return statistics
+    Example:
+        >>> model = torch.nn.Linear(3, 2)
+        >>> x, y = torch.randn(8, 3), torch.randn(8, 2)
+        >>> G = GGN(model, (x, y), "kfac", loss=lambda f, y: (f - y).cosh().log().sum(1))
+        >>> G.solve(G.space.zeros(), damping=1e-3).shape
+        torch.Size([8])
 
-    def _chunks(
-        self,
-        recorded: Recorded,
-        likelihood: Likelihood,
-        target: Tensor | None,
-        generator: torch.Generator | None,
-    ) -> Iterator[Chunk]:
-        outputs = recorded.outputs
-        count = self._count(likelihood, outputs, target)
-        directions = likelihood.directions(
-            outputs, target, self._estimator, samples=self._samples, generator=generator
-        )
-        return recorded.chunks(directions, count)
-
-    def _fit(self, outputs: Tensor, target: Tensor | None) -> Likelihood:
-        if not isinstance(self._likelihood, Likelihood):
-            self._likelihood = resolve_likelihood(self._likelihood, outputs, target)
-        self._likelihood.check(outputs, target)
-        return self._likelihood
-
-    def _count(self, likelihood: Likelihood, outputs: Tensor, target: Tensor | None) -> int:
-        count = likelihood.num_directions(outputs, target, self._estimator, self._samples)
-        if self._estimator == "exact" and count > self._max_directions:
-            raise TooLargeError(
-                f"an exact Fisher of outputs {tuple(outputs.shape)} takes {count} backward passes "
-                f"for each batch, one for each output direction of an example, more than "
-                f"max_directions={self._max_directions}: take estimator='mc' (one for each "
-                "sample), or raise max_directions"
-            )
-        return count
-
-
-def _update(statistics: Sequence[Statistic], chunk: Chunk) -> None:
-    forms, first, last = chunk
-    for each in statistics:
-        each.update([forms[k] for k in each.indices], first, last)
-
-
-def _keep(kept: list[Chunk] | None, chunk: Chunk) -> list[Chunk] | None:
-    """All chunks so far, or None once they are too large: the next pass then sees the data again.
-
-    Rows are not kept: what they hold may be a whole batch with its graph.
+    Source:
+        Schraudolph (2002), Fast curvature matrix-vector products for second-order gradient descent.
     """
-    if kept is None:
-        return None
-    forms = [form if isinstance(form, Outer) else None for form in chunk[0]]
-    kept.append((list(forms), *chunk[1:]))
-    size = sum(form.bytes for held, _, _ in kept for form in held if isinstance(form, Outer))
-    return kept if size <= KEPT_BYTES else None
-
-
-@contextmanager
-def _seeded(seed: int | None, device: torch.device) -> Iterator[torch.Generator | None]:
-    """The same label draws, and the same order of a shuffling loader, in every pass."""
-    if seed is None:
-        yield None
-        return
-    # What draws on the default generator is the order of a shuffling loader; on the CPU alone.
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield torch.Generator(device=device).manual_seed(seed)
-
-
-def _require_finite_parameters(model: nn.Module, space: ParamSpace) -> None:
-    parameters = space.parameters(model)
-    finite = torch.stack([all_finite(p.detach()) for p in parameters.values()]).tolist()
-    if bad := [name for name, ok in zip(parameters, finite, strict=True) if not ok]:
-        raise NonFiniteError(
-            f"expected finite parameters, but {bad} hold NaN or infinity: the training that led "
-            "here diverged"
+    return _build(
+        *_gauss_newton(
+            model,
+            loader,
+            representation,
+            loss=loss,
+            estimator=estimator,
+            samples=samples,
+            seed=seed,
+            params=params,
+            forward=forward,
+            target=target,
+            max_directions=max_directions,
+            progress=progress,
         )
+    )
 
 
-def _raise_flags(flags: dict[str, Tensor]) -> None:
-    """What a pass noted on the device, read once at its end."""
-    if not flags:
-        return
-    wrong = torch.stack([flag.reshape(()) for flag in flags.values()]).tolist()
-    if messages := [message for message, bad in zip(flags, wrong, strict=True) if bad]:
-        kind = NonFiniteError if any("finite" in message for message in messages) else DataError
-        raise kind("; ".join(messages))
+def Jacobian(
+    model: nn.Module,
+    loader: Any,
+    representation: str = "dense",
+    *,
+    loss: LossLike | None = None,
+    center: bool = False,
+    params: Selector | None = None,
+    forward: Callable[[nn.Module, Any], Tensor] | None = None,
+    target: Callable[[Any], Tensor] | None = None,
+    max_directions: int = 1000,
+    progress: bool = False,
+) -> BaseLinearOperator:
+    r"""The Jacobian of the outputs in the parameters, (N C) x P, example slowest.
+
+    .. math:: J_{(n, c), i} = \partial f_c(x_n) / \partial w_i
+
+    With a loss, N x P: row n is the gradient of example n's loss at its target. Arguments that are
+    not listed are those of `FIM`.
+
+    Args:
+        model: the network.
+        loader: its order is that of the rows, so that it must not shuffle.
+        representation: "dense", the only one so far: all rows are stored.
+        loss: as in `GGN`; its reduction is ignored, since the rows are single examples.
+        center: whether the mean over examples is subtracted from every output's rows.
+        params: which parameters.
+        forward: in place of the default call.
+        target: in place of the default target.
+        max_directions: the most outputs of one example.
+        progress: whether to show a progress bar.
+
+    Returns:
+        A rectangular operator: `J @ v` with v flat, with columns or a dict by name; `J.mT @ u`.
+
+    Raises:
+        DataError: a shuffling loader, another representation.
+        TooLargeError: more outputs than `max_directions`, or rows past 8 GiB.
+
+    Example:
+        >>> J = Jacobian(torch.nn.Linear(3, 2), torch.randn(5, 3))
+        >>> J.shape, J.mT.shape
+        (torch.Size([10, 8]), torch.Size([8, 10]))
+    """
+    if representation != "dense":
+        raise DataError(f"expected the representation 'dense', got {representation!r}")
+    refuse_shuffling(loader, "Jacobian")
+    quantity = Outputs() if loss is None else LossGradients(loss)
+    with torch.inference_mode(False):
+        sweep = _sweep(
+            quantity,
+            model,
+            loader,
+            params=params,
+            forward=forward,
+            target=target,
+            max_directions=max_directions,
+            progress=progress,
+            center=center,
+        )
+        (stack,) = sweep(lambda parts: [RowStack(range(len(parts)), parts)])
+        rows = stack.rows(sweep).flatten(0, 1)  # type: ignore[attr-defined]
+        require_finite(rows, "the network")
+        return MatrixLinearOperator(rows, info=info_of(sweep, []))
+
+
+def update_diag(
+    F: BaseLinearOperator, model: nn.Module, loader: Any, **options: Any
+) -> BaseLinearOperator:
+    """The EKFAC Fisher of fresh data in the eigenbasis of an earlier KFAC or EKFAC.
+
+    One pass, and no eigendecomposition: bases may be refreshed rarely and diagonals often. The
+    results share F's bases, so that `F.lerp(fresh, w)`, a running average, stays an EKFAC.
+
+    Args:
+        F: a KFAC or EKFAC Fisher of the same parameters.
+        model: the network.
+        loader: the data.
+        **options: as in `FIM`.
+
+    Raises:
+        SpaceMismatchError: F is over other parameters.
+
+    Source: George et al. (2018), section 4.1.
+    """
+    return FIM(model, loader, EKFAC(basis=F), **options)
+
+
+def _fisher(
+    model: nn.Module,
+    loader: Any,
+    representation: str | Representation = "kfac",
+    *,
+    likelihood: str | Likelihood | None = None,
+    estimator: str = "exact",
+    samples: int = 1,
+    center: bool = False,
+    **data: Any,
+) -> Prepared:
+    quantity = Fisher(likelihood, estimator, samples)
+    if center and estimator != "empirical":
+        raise DataError(
+            f"center=True subtracts the mean gradient, which an {estimator!r} Fisher does not have "
+            "(its scores have mean zero): take estimator='empirical'"
+        )
+    wanted = resolve_representation(representation)
+    return wanted, _sweep(quantity, model, loader, center=center, **data)
+
+
+def _gauss_newton(
+    model: nn.Module,
+    loader: Any,
+    representation: str | Representation,
+    *,
+    loss: LossLike,
+    estimator: str = "exact",
+    samples: int = 1,
+    **data: Any,
+) -> Prepared:
+    wanted = resolve_representation(representation)
+    return wanted, _sweep(GaussNewton(loss, estimator, samples), model, loader, **data)
+
+
+def _sweep(
+    quantity: Quantity,
+    model: nn.Module,
+    loader: Any,
+    *,
+    params: Selector | None = None,
+    forward: Callable[[nn.Module, Any], Tensor] | None = None,
+    target: Callable[[Any], Tensor] | None = None,
+    progress: bool = False,
+    **options: Any,
+) -> DataSweep:
+    space = space_of(model, params)
+    batches = Batches(
+        loader, device=space.device, forward=forward, target=target, progress=progress
+    )
+    return DataSweep(model, space, batches, quantity, **options)
+
+
+def _build(representation: Representation, sweep: DataSweep) -> BaseLinearOperator:
+    with torch.inference_mode(False):  # tensors made in inference mode could not be used outside
+        return representation.build(sweep)

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from .errors import DataError
 
-__all__ = ["Batch", "Batches"]
+__all__ = ["Batch", "Batches", "refuse_shuffling"]
 
 LABELS = ("labels", "label")
 FORMS = (
@@ -164,6 +164,15 @@ class Batches:
         if isinstance(inputs, Mapping):
             return (), dict(inputs)
         return (tuple(inputs), {}) if _kind(inputs) == "sequence" else ((inputs,), {})
+
+
+def refuse_shuffling(loader: Any, what: str) -> None:
+    """Raise DataError where a loader has another order on every pass, and the order matters."""
+    if isinstance(getattr(loader, "sampler", None), torch_data.RandomSampler):
+        raise DataError(
+            f"{what} has a row for each example, in the loader's order, but the loader shuffles: "
+            "pass shuffle=False"
+        )
 
 
 def _as_batches(loader: Any) -> Iterable[Any]:

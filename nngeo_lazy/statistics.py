@@ -6,21 +6,24 @@ They know forms and no layer, likelihood or operator. Sums are finalised once, a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .errors import TooLargeError
+from .errors import DataError, TooLargeError
 from .jacobian.forms import Form, Outer, second_moment
 from .jacobian.inputs import Inputs
 from .jacobian.plan import Part
 from .space import ParamSpace
 
 __all__ = [
+    "BiasCross",
     "KroneckerFactors",
     "Make",
+    "RowStack",
+    "RowSum",
     "SecondMoment",
     "SquareSum",
     "Statistic",
@@ -56,7 +59,10 @@ class Sweep(Protocol):
     space: ParamSpace
     num_examples: int
     num_terms: int
+    denominator: float  # what sums are divided by: the number of examples, or a loss's own
     dtype: torch.dtype
+    center: bool  # whether the mean row is subtracted from every row
+    quantity: Mapping[str, str | int | None]  # which matrix it is, in plain words
 
     @property
     def parts(self) -> Sequence[Part]:
@@ -98,10 +104,8 @@ class SecondMoment(Statistic):
         used = [part for part in self._parts if part.kind != "unused"]
         if self._total is None or not used:
             return out
-        everything = torch.cat([part.layout.positions() for part in self._parts]).sort().values
-        where = torch.cat([part.layout.positions() for part in used])
-        index = torch.searchsorted(everything, where).to(out.device)
-        out[index[:, None], index[None, :]] = self._total / sweep.num_examples
+        index = flat_order(self._parts, used).to(out.device)
+        out[index[:, None], index[None, :]] = self._total / sweep.denominator
         return out
 
 
@@ -155,7 +159,101 @@ class SquareSum(Statistic):
         """(p,), in the part's own coordinates, as a mean over examples."""
         if self._total is None:
             return torch.zeros(self._size, dtype=sweep.dtype, device=sweep.space.device)
-        return self._total / sweep.num_examples
+        return self._total / sweep.denominator
+
+
+class BiasCross(Statistic):
+    """Sum of each output's weights' rows times its bias's: the couplings of a quasi-diagonal."""
+
+    def __init__(self, index: int, part: Part) -> None:
+        super().__init__(index)
+        self._shape = (part.layout.groups * part.layout.rows, part.layout.width - 1)
+        self._total: Tensor | None = None
+
+    def update(self, forms: Sequence[Form | None], first: bool, last: bool) -> None:
+        for form in forms:
+            if not isinstance(form, Outer):
+                raise TypeError("couplings to a bias need an outer form")
+            added = form.bias_cross()
+            self._total = added if self._total is None else self._total.add_(added)
+
+    def cross(self, sweep: Sweep) -> Tensor:
+        """(G o, i), as a mean over examples."""
+        if self._total is None:
+            return torch.zeros(self._shape, dtype=sweep.dtype, device=sweep.space.device)
+        return self._total.reshape(self._shape) / sweep.denominator
+
+
+class RowSum(Statistic):
+    """Sum of the rows: the mean gradient that centering subtracts."""
+
+    def __init__(self, index: int, part: Part) -> None:
+        super().__init__(index)
+        self._size = part.layout.size
+        self._total: Tensor | None = None
+
+    def update(self, forms: Sequence[Form | None], first: bool, last: bool) -> None:
+        for form in forms:
+            if form is not None:
+                added = form.total()
+                self._total = added if self._total is None else self._total.add_(added)
+
+    def mean(self, sweep: Sweep) -> Tensor:
+        """(p,), in the part's own coordinates."""
+        if self._total is None:
+            return torch.zeros(self._size, dtype=sweep.dtype, device=sweep.space.device)
+        return self._total / sweep.denominator
+
+
+class RowStack(Statistic):
+    """The rows themselves, all directions of all examples."""
+
+    def __init__(self, indices: Sequence[int], parts: Sequence[Part]) -> None:
+        super().__init__(*indices)
+        self._parts = parts
+        self._size = sum(part.layout.size for part in parts)
+        self._batch: list[Tensor] = []  # chunks of directions (r, N, p) of the current batch
+        self._rows: list[Tensor] = []  # (N, R, p) of each batch
+        self._bytes = 0
+
+    def update(self, forms: Sequence[Form | None], first: bool, last: bool) -> None:
+        present = [form for form in forms if form is not None]
+        if not present:
+            return
+        r, n, _ = present[0].shape
+        self._bytes += r * n * self._size * present[0].dtype.itemsize
+        if self._bytes > MAX_BLOCK_BYTES:
+            raise TooLargeError(
+                f"the rows of {self._size} parameters for every example and output direction take "
+                f"more than the limit of {MAX_BLOCK_BYTES / 2**30:.0f} GiB: take estimator='mc' or "
+                "'empirical' (one row for each example), fewer examples, or another representation"
+            )
+        self._batch.append(torch.cat([form.rows() for form in present], -1))
+        if last:
+            self._rows.append(torch.cat(self._batch).transpose(0, 1))
+            self._batch = []
+
+    def rows(self, sweep: Sweep) -> Tensor:
+        """(N, R, p) in flat parameter order; every batch must have as many directions."""
+        counts = sorted({rows.shape[1] for rows in self._rows})
+        if len(counts) > 1:
+            raise DataError(
+                f"expected every batch to have one number of outputs, got {counts}: pad them alike"
+            )
+        rows = self._ordered(torch.cat(self._rows))
+        return rows - rows.mean(0) if sweep.center else rows
+
+    def stacked(self, sweep: Sweep) -> Tensor:
+        """All rows (K, p), of batches with any numbers of directions."""
+        if sweep.center:
+            return self.rows(sweep).flatten(0, 1)
+        return self._ordered(torch.cat([rows.flatten(0, 1) for rows in self._rows]))
+
+    def _ordered(self, joint: Tensor) -> Tensor:
+        used = [part for part in self._parts if part.kind != "unused"]
+        out = joint.new_zeros(*joint.shape[:-1], self._size)
+        out[..., flat_order(self._parts, used).to(joint.device)] = joint
+        return out
 
 
 class KroneckerFactors(Statistic):
@@ -189,7 +287,19 @@ class KroneckerFactors(Statistic):
         """left (G, o, o) and right (G, w, w); (G, o), (G, w) where diagonal."""
         if self._left is None or self._right is None:
             raise TypeError("no batch has been seen")
-        return self._left.div_(sweep.num_examples), self._right.div_(self._positions)
+        return self._left.div_(sweep.denominator), self._right.div_(self._positions)
+
+    @property
+    def positions(self) -> int:
+        """How many positions of all examples the right factor is a mean over."""
+        return int(self._positions)
+
+
+def flat_order(parts: Sequence[Part], chosen: Sequence[Part]) -> Tensor:
+    """Where the coordinates of some parts lie among those of all parts in flat order."""
+    everything = torch.cat([part.layout.positions() for part in parts]).sort().values
+    where = torch.cat([part.layout.positions() for part in chosen])
+    return torch.searchsorted(everything, where)
 
 
 def all_finite(tensor: Tensor) -> Tensor:

@@ -6,7 +6,10 @@
 | `DiagonalLinearOperator` | a diagonal | P |
 | `KroneckerLinearOperator` | left kron right + s I, for each group | o^2 + i^2 |
 | `EigenKroneckerLinearOperator` | free eigenvalues in a Kronecker basis | o^2 + i^2 + o i |
+| `QuasiDiagonalLinearOperator` | each output's diagonal, coupled to its bias | 2 o i + 3 o |
+| `LowRankLinearOperator` | U diag(c) U^T + a diagonal | P k |
 | `BlockDiagonalLinearOperator` | named blocks of any kind | the sum |
+| `MatrixLinearOperator` | a rectangular matrix: a dense Jacobian | m n |
 | `SumLinearOperator`, ... | what has no structure of its own | its terms |
 
 All are `BaseLinearOperator`s and share one interface, and all are subclasses of
@@ -16,12 +19,14 @@ All are `BaseLinearOperator`s and share one interface, and all are subclasses of
 from .algebra import ours
 from .base import BaseLinearOperator
 from .block_diagonal import BlockDiagonalLinearOperator
-from .dense import DenseLinearOperator
+from .dense import DenseLinearOperator, MatrixLinearOperator
 from .diagonal import DiagonalLinearOperator
 from .eigen_kronecker import EigenKroneckerLinearOperator
 from .info import BlockInfo, Info, Origin
 from .kronecker import KroneckerLinearOperator
 from .lazy import LazyLinearOperator, ProductLinearOperator, ScaledLinearOperator, SumLinearOperator
+from .low_rank import LowRankLinearOperator
+from .quasi_diagonal import QuasiDiagonalLinearOperator
 from .report import Report, Row
 from .scipy import ScipyOperator
 from .views import (
@@ -44,8 +49,11 @@ __all__ = [
     "InverseLinearOperator",
     "KroneckerLinearOperator",
     "LazyLinearOperator",
+    "LowRankLinearOperator",
+    "MatrixLinearOperator",
     "Origin",
     "ProductLinearOperator",
+    "QuasiDiagonalLinearOperator",
     "Report",
     "RestrictedLinearOperator",
     "Row",

@@ -12,12 +12,13 @@ from torch import Tensor
 from ..errors import SpaceMismatchError
 from .base import BaseLinearOperator
 from .block_diagonal import BlockDiagonalLinearOperator
-from .dense import DenseLinearOperator
+from .dense import DenseLinearOperator, MatrixLinearOperator
 from .diagonal import DiagonalLinearOperator
 from .eigen_kronecker import EigenKroneckerLinearOperator
 from .info import Info, joint
 from .kronecker import KroneckerLinearOperator
 from .lazy import ProductLinearOperator, SumLinearOperator
+from .low_rank import LowRankLinearOperator
 from .views import ForeignLinearOperator
 
 __all__ = ["add", "multiply", "ours"]
@@ -27,6 +28,7 @@ _CLOSED = (
     DiagonalLinearOperator,
     KroneckerLinearOperator,
     EigenKroneckerLinearOperator,
+    LowRankLinearOperator,
 )
 
 
@@ -37,7 +39,11 @@ def ours(A: Any) -> BaseLinearOperator:
     if isinstance(A, Tensor):
         if A.dim() == 2 and A.shape[0] == A.shape[1]:
             return DenseLinearOperator(A)
-        return ForeignLinearOperator(TheirDenseLinearOperator(A))
+        return (
+            MatrixLinearOperator(A)
+            if A.dim() == 2
+            else ForeignLinearOperator(TheirDenseLinearOperator(A))
+        )
     if not isinstance(A, LinearOperator):
         raise TypeError(f"expected a tensor or a linear operator, got {type(A).__name__}")
     if isinstance(A, DiagLinearOperator) and A.dim() == 2:
@@ -67,6 +73,8 @@ def add(A: BaseLinearOperator, B: BaseLinearOperator) -> BaseLinearOperator:
         return BlockDiagonalLinearOperator(*blocks, info=_richer(A, B))
     if isinstance(A, EigenKroneckerLinearOperator) and A.same_basis(B):
         return A._with_values(A.values + B.values, info)
+    if isinstance(A, LowRankLinearOperator) and isinstance(B, LowRankLinearOperator):
+        return A.joined(B, info)
     return SumLinearOperator.of(A, B, info=info)
 
 
@@ -78,6 +86,8 @@ def multiply(A: BaseLinearOperator, B: Any) -> BaseLinearOperator:
             f"expected matrices that fit, got {tuple(A.shape)} @ {tuple(B.shape)}"
         )
     info = joint(A.info, B.info)
+    if B.space is None and not B.is_square:  # what the product takes are no parameters
+        info = replace(info, space=None)
     if isinstance(A, DiagonalLinearOperator) and isinstance(B, DiagonalLinearOperator):
         return DiagonalLinearOperator(A.diag * B.diag, info=info)
     if isinstance(A, BlockDiagonalLinearOperator) and A.same_blocks(B):
@@ -104,6 +114,7 @@ def _richer(A: BlockDiagonalLinearOperator, B: BlockDiagonalLinearOperator) -> I
         num_examples=known.num_examples,
         num_terms=known.num_terms,
         origins=known.origins,
+        quantity=known.quantity,
     )
 
 

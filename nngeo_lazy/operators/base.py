@@ -85,6 +85,7 @@ class BaseLinearOperator(ContractLinearOperator):
             v: (n,) gives a 0-d tensor, columns (..., n, k) give (..., k), and a dict
                 {name: (..., *shape)} gives the leading dimensions.
         """
+        self._require_square("vTMv")
         flat, _ = columns(self, v)
         form = (flat * self._apply(flat)).sum(-2)
         if isinstance(v, Mapping):

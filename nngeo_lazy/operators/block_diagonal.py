@@ -230,17 +230,7 @@ class BlockDiagonalLinearOperator(BaseLinearOperator):
             blocks.append(block)
             layouts.append(chosen.shifted(moves))
             kept.append(name)
-        return BlockDiagonalLinearOperator(
-            *blocks,
-            info=BlockInfo(
-                info.space,
-                info.num_examples,
-                info.num_terms,
-                info.origins,
-                names=tuple(kept),
-                layouts=tuple(layouts),
-            ),
-        )
+        return BlockDiagonalLinearOperator(*blocks, info=info.blocks(kept, layouts))
 
     def _principal(self, index: Tensor, columns: Tensor | None, info: Info) -> BaseLinearOperator:
         from .views import RestrictedLinearOperator
@@ -259,14 +249,7 @@ def _contiguous(members: tuple[BaseLinearOperator, ...], info: Info | None) -> B
         layouts.append(Layout.flat([slice(start, start + member.shape[-1])]))
         start += member.shape[-1]
     info = Info() if info is None else info
-    return BlockInfo(
-        info.space,
-        info.num_examples,
-        info.num_terms,
-        info.origins,
-        names=tuple(str(k) for k in range(len(members))),
-        layouts=tuple(layouts),
-    )
+    return info.blocks((str(k) for k in range(len(members))), layouts)
 
 
 def _piece(block: BaseLinearOperator, layout: Layout, starts: set[int]) -> BaseLinearOperator:

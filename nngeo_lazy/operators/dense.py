@@ -1,16 +1,19 @@
-"""A symmetric matrix that is held as it is."""
+"""Matrices that are held as they are: symmetric ones, and rectangular ones."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .base import BaseLinearOperator
+from .base import BaseLinearOperator, Krylov, flat_positions
 from .decompose import Cache, eigh, eigvalsh, eps, matrix_power
 from .info import Info
+from .lazy import LazyLinearOperator
 from .spectral import SpectralLinearOperator
 
-__all__ = ["DenseLinearOperator"]
+__all__ = ["DenseLinearOperator", "MatrixLinearOperator"]
 
 
 class DenseLinearOperator(SpectralLinearOperator):
@@ -104,3 +107,62 @@ class DenseLinearOperator(SpectralLinearOperator):
 
     def _kind(self) -> str:
         return f"dense {self.tensor.shape[0]}x{self.tensor.shape[0]}"
+
+
+class MatrixLinearOperator(LazyLinearOperator):
+    """A rectangular matrix that is held as it is, such as a Jacobian: its columns are parameters.
+
+    Args:
+        tensor: (m, n).
+        info: what is known besides the numbers; its space is that of the columns.
+
+    Example:
+        >>> J = MatrixLinearOperator(torch.tensor([[1.0, 2.0, 3.0]]))
+        >>> J @ torch.ones(3), (J.mT @ torch.ones(1)).shape
+        (tensor([6.]), torch.Size([3]))
+    """
+
+    _implicit_in_tensors = False
+    _implicit_in_vector = False
+    maps_to_parameters = False
+
+    def __init__(self, tensor: Tensor, *, info: Info | None = None) -> None:
+        if tensor.dim() != 2:
+            raise ValueError(f"expected a matrix, got shape {tuple(tensor.shape)}")
+        super().__init__(tensor, info=info)
+        self.tensor = tensor
+
+    def _size(self) -> torch.Size:
+        return self.tensor.shape
+
+    def _transpose_nonbatch(self) -> BaseLinearOperator:
+        return MatrixLinearOperator(self.tensor.mT)
+
+    def _apply(self, v: Tensor) -> Tensor:
+        return self.tensor @ v
+
+    def _solve_columns(self, v: Tensor, krylov: Krylov) -> Tensor:
+        raise self._unsupported("solve")
+
+    def _scale(self, c: float | Tensor) -> BaseLinearOperator:
+        return MatrixLinearOperator(self.tensor * c, info=self.info)
+
+    def _diagonal(self) -> Tensor:
+        return self.tensor.diagonal()
+
+    def _norm(self, ord: Any) -> Tensor:
+        norm: Tensor = torch.linalg.matrix_norm(self.tensor, ord)
+        return norm
+
+    def _dense(self) -> Tensor:
+        return self.tensor
+
+    def _restrict(self, names: tuple[str, ...]) -> BaseLinearOperator:
+        space = self.space
+        if space is None or names == space.names:
+            return self
+        columns = self.tensor[:, flat_positions(space, names, self.device)]
+        return MatrixLinearOperator(columns, info=self.info.restrict(names))
+
+    def _kind(self) -> str:
+        return f"dense {self.tensor.shape[0]}x{self.tensor.shape[1]}"

@@ -27,11 +27,13 @@ class Origin:
         layer: the path of the module that owns the parameter.
         form: how its Jacobian was computed, such as "linear: outer".
         note: why a fallback was taken; empty where none was.
+        positions: how many positions of all examples share the parameter, where they are counted.
     """
 
     layer: str
     form: str
     note: str = ""
+    positions: int | None = None
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,14 @@ class Info:
         num_examples: how many examples the matrix is a mean over.
         num_terms: how many unmasked terms of the loss.
         origins: for each parameter, where its block comes from.
+        quantity: which matrix it is: builder, likelihood, estimator, seed; empty where mixed.
     """
 
     space: ParamSpace | None = None
     num_examples: int | None = None
     num_terms: int | None = None
     origins: Mapping[str, Origin] = field(default_factory=dict)
+    quantity: Mapping[str, str | int | None] = field(default_factory=dict)
 
     def restrict(self, names: Iterable[str]) -> Info:
         """The same for some of the parameters; which blocks they lie in is forgotten."""
@@ -56,11 +60,17 @@ class Info:
             raise SpaceMismatchError("this operator has no parameter space to choose from")
         space = self.space.subspace(names)
         origins = {name: self.origins[name] for name in space.names if name in self.origins}
-        return Info(space, self.num_examples, self.num_terms, origins)
+        return Info(space, self.num_examples, self.num_terms, origins, self.quantity)
 
     def plain(self) -> Info:
         """The same without a block structure."""
-        return Info(self.space, self.num_examples, self.num_terms, self.origins)
+        kept = (self.space, self.num_examples, self.num_terms, self.origins, self.quantity)
+        return Info(*kept)
+
+    def blocks(self, names: Iterable[str], layouts: Iterable[Layout]) -> BlockInfo:
+        """The same with a block structure."""
+        kept = (self.space, self.num_examples, self.num_terms, self.origins, self.quantity)
+        return BlockInfo(*kept, names=tuple(names), layouts=tuple(layouts))
 
     def moved(self, dtype: torch.dtype | None, device: Any) -> Info:
         """The same for an operator of another dtype or device."""
@@ -109,6 +119,7 @@ def joint(first: Info, second: Info) -> Info:
         _agreed(first.num_examples, second.num_examples),
         _agreed(first.num_terms, second.num_terms),
         first.origins or second.origins,
+        first.quantity if first.quantity == second.quantity else {},
     )
 
 

@@ -277,6 +277,10 @@ class ProductLinearOperator(LazyLinearOperator):
     _implicit_in_tensors = False
     _implicit_in_vector = False
 
+    @property
+    def maps_to_parameters(self) -> bool:  # type: ignore[override]
+        return self.left.maps_to_parameters
+
     def _size(self) -> torch.Size:
         batch = torch.broadcast_shapes(self.left.batch_shape, self.right.batch_shape)
         return torch.Size((*batch, self.left.shape[-2], self.right.shape[-1]))

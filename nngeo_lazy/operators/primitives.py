@@ -58,6 +58,9 @@ class PrimitiveLinearOperator(LinearOperator):
     _implicit_in_tensors = False
     _implicit_in_vector = False
 
+    # Whether a product with a vector over parameters is again one; a Jacobian's is not.
+    maps_to_parameters = True
+
     def __init__(self, *args: Any, info: Info | None = None) -> None:
         super().__init__(*args, info=Info() if info is None else info)
 

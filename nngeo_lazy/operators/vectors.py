@@ -36,6 +36,8 @@ def columns(
         flat = require_vector(operator, space.ravel(v), vector=True)  # (..., P)
         lead = flat.shape[:-1]
         joint = flat.reshape(-1, flat.shape[-1]).mT  # (P, K)
+        if not operator.maps_to_parameters:
+            return joint, lambda x: x.mT.reshape(*lead, -1)
         return joint, lambda x: space.unravel(x.mT.reshape(*lead, -1))
     v = require_vector(operator, v, vector=v.dim() == 1)
     if v.dim() == 1:

@@ -169,6 +169,7 @@ class BroadcastLinearOperator(LazyLinearOperator):
                 known.num_examples,
                 known.num_terms,
                 known.origins,
+                known.quantity,
                 batch_shape=batch_shape,
             ),
         )

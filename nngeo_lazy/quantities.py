@@ -1,0 +1,175 @@
+"""Which matrix: the output directions of a pass, and what its sums are divided by."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from .errors import DataError
+from .likelihoods import Likelihood, check_estimator, resolve
+
+__all__ = ["Fisher", "GaussNewton", "LossGradients", "LossLike", "Outputs", "Quantity"]
+
+LossLike: TypeAlias = str | Likelihood | nn.Module | Callable[..., Tensor]
+
+
+class Quantity(ABC):
+    """Output directions S_n: the matrix is the mean of J_n^T S_n S_n^T J_n."""
+
+    estimator: str = "exact"
+
+    @abstractmethod
+    def fit(self, outputs: Tensor, target: Tensor | None) -> None:
+        """Raise DataError where a batch does not fit; the first one decides what is not given."""
+
+    @abstractmethod
+    def count(self, outputs: Tensor, target: Tensor | None) -> int:
+        """How many directions a batch has."""
+
+    @abstractmethod
+    def directions(
+        self, outputs: Tensor, target: Tensor | None, generator: torch.Generator | None
+    ) -> Iterator[Tensor]:
+        """The directions, one at a time, shaped like the outputs."""
+
+    @abstractmethod
+    def described(self) -> dict[str, str | int | None]:
+        """The quantity in plain words: two matrices with the same ones can be pooled."""
+
+    def flags(self, outputs: Tensor, target: Tensor | None) -> dict[str, Tensor]:
+        """What is wrong in a way that only the device knows: message -> 0-d bool tensor."""
+        return {}
+
+    def num_terms(self, outputs: Tensor, target: Tensor | None) -> Tensor | int:
+        """How many scalar labels a batch scores."""
+        return outputs.numel()
+
+    def denominator(self, outputs: Tensor, target: Tensor | None) -> Tensor | float:
+        """A batch's part of what the sum over examples is divided by."""
+        return outputs.shape[0]
+
+
+class _OfLoss(Quantity):
+    """Directions of a loss: a likelihood, or what behaves like one."""
+
+    def __init__(self, estimator: str, samples: int) -> None:
+        check_estimator(estimator)
+        if not isinstance(samples, int) or samples < 1:
+            raise DataError(f"expected samples to be a positive integer, got {samples!r}")
+        self.estimator = estimator
+        self.samples = samples
+        self.likelihood: Likelihood | None = None
+
+    def _known(self) -> Likelihood:
+        if self.likelihood is None:
+            raise RuntimeError("no batch has been fitted")
+        return self.likelihood
+
+    def count(self, outputs: Tensor, target: Tensor | None) -> int:
+        return self._known().num_directions(outputs, target, self.estimator, self.samples)
+
+    def directions(
+        self, outputs: Tensor, target: Tensor | None, generator: torch.Generator | None
+    ) -> Iterator[Tensor]:
+        return self._known().directions(
+            outputs, target, self.estimator, samples=self.samples, generator=generator
+        )
+
+    def flags(self, outputs: Tensor, target: Tensor | None) -> dict[str, Tensor]:
+        return self._known().flags(outputs, target)
+
+    def num_terms(self, outputs: Tensor, target: Tensor | None) -> Tensor | int:
+        return self._known().num_terms(outputs, target)
+
+    def described(self) -> dict[str, str | int | None]:
+        known: dict[str, str | int | None] = {
+            "matrix": type(self).__name__,
+            "loss": repr(self.likelihood),
+            "estimator": self.estimator,
+        }
+        return {**known, "samples": self.samples} if self.estimator == "mc" else known
+
+
+class Fisher(_OfLoss):
+    """The Fisher information of a likelihood."""
+
+    def __init__(self, likelihood: str | Likelihood | None, estimator: str, samples: int) -> None:
+        super().__init__(estimator, samples)
+        self._given = likelihood
+
+    def fit(self, outputs: Tensor, target: Tensor | None) -> None:
+        if self.likelihood is None:
+            self.likelihood = resolve(self._given, outputs, target)
+            if hasattr(self.likelihood, "require_likelihood"):
+                self.likelihood.require_likelihood(self.estimator)
+        self.likelihood.check(outputs, target)
+
+
+class GaussNewton(_OfLoss):
+    """The generalised Gauss-Newton matrix of a loss that is convex in the outputs."""
+
+    def __init__(self, loss: LossLike, estimator: str, samples: int) -> None:
+        super().__init__(estimator, samples)
+        if estimator == "empirical":
+            raise DataError(
+                "a Gauss-Newton matrix holds the loss's Hessian in the outputs, so its estimator "
+                "is 'exact' or 'mc': for gradients at observed labels take FIM(..., "
+                "estimator='empirical')"
+            )
+        self._given = loss
+        self._reduction: Any = None
+
+    def fit(self, outputs: Tensor, target: Tensor | None) -> None:
+        if self.likelihood is None:
+            from .likelihoods import resolve_loss
+
+            self.likelihood, self._reduction = resolve_loss(self._given, outputs, target)
+        self.likelihood.check(outputs, target)
+
+    def denominator(self, outputs: Tensor, target: Tensor | None) -> Tensor | float:
+        if self._reduction is None:
+            raise RuntimeError("no batch has been fitted")
+        return self._reduction.denominator(outputs, target)
+
+    def described(self) -> dict[str, str | int | None]:
+        return {**super().described(), "reduction": repr(self._reduction)}
+
+
+class Outputs(Quantity):
+    """One direction for each output: the rows of the Jacobian."""
+
+    def fit(self, outputs: Tensor, target: Tensor | None) -> None:
+        return
+
+    def count(self, outputs: Tensor, target: Tensor | None) -> int:
+        return outputs[0].numel()
+
+    def directions(
+        self, outputs: Tensor, target: Tensor | None, generator: torch.Generator | None
+    ) -> Iterator[Tensor]:
+        for j in range(outputs[0].numel()):
+            unit = torch.zeros_like(outputs)
+            unit.flatten(1)[:, j] = 1
+            yield unit
+
+    def described(self) -> dict[str, str | int | None]:
+        return {"matrix": "Jacobian"}
+
+
+class LossGradients(_OfLoss):
+    """One direction: the gradient of each example's loss in its outputs."""
+
+    def __init__(self, loss: LossLike) -> None:
+        super().__init__("empirical", 1)
+        self._given = loss
+
+    def fit(self, outputs: Tensor, target: Tensor | None) -> None:
+        if self.likelihood is None:
+            from .likelihoods import resolve_loss
+
+            self.likelihood, _ = resolve_loss(self._given, outputs, target)
+        self.likelihood.check(outputs, target)

@@ -1,0 +1,211 @@
+"""Passes over the data that feed the forms of output directions to statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from .data import Batch, Batches
+from .errors import DataError, NonFiniteError, TooLargeError
+from .jacobian.capture import Capture, Recorded
+from .jacobian.forms import Form, Outer
+from .jacobian.plan import Part
+from .jacobian.record import recording, refuse_training_mode
+from .quantities import Quantity
+from .space import ParamSpace
+from .statistics import Make, Statistic, all_finite
+
+__all__ = ["DataSweep"]
+
+Chunk = tuple[list[Form | None], bool, bool]
+KEPT_BYTES = 2**27  # the forms of a whole pass are kept for a second one up to this size
+
+
+class DataSweep:
+    """A model, its data and a quantity, as passes on demand (see `statistics.Sweep`).
+
+    Args:
+        model: the network.
+        space: the selected parameters.
+        batches: the data.
+        quantity: which directions.
+        seed: of label draws, and of the order of a shuffling loader in every pass.
+        max_directions: the most directions of a batch in an exact computation.
+        center: whether the mean row is subtracted from every row.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        space: ParamSpace,
+        batches: Batches,
+        quantity: Quantity,
+        *,
+        seed: int | None = None,
+        max_directions: int = 1000,
+        center: bool = False,
+    ) -> None:
+        _require_finite_parameters(model, space)
+        refuse_training_mode(model)
+        self.space = space
+        self.center = center
+        self._model = model
+        self._batches = batches
+        self._quantity = quantity
+        self._given_seed = seed
+        self._max_directions = max_directions
+        mc = quantity.estimator == "mc"
+        self._seed = int(torch.randint(2**62, ())) if seed is None and mc else seed
+        self._capture = Capture(model, space, batches.forward)
+        self.dtype = torch.promote_types(space.dtype, torch.float32)
+        self._kept: list[Chunk] | None = None
+        self.num_examples = 0
+        self.num_terms = 0
+        self.denominator = 0.0
+
+    @property
+    def parts(self) -> Sequence[Part]:
+        return self._capture.parts
+
+    @property
+    def quantity(self) -> Mapping[str, str | int | None]:
+        known = self._quantity.described()
+        if self._quantity.estimator == "mc":
+            known["seed"] = self._given_seed
+        return {**known, "center": 1} if self.center else known
+
+    def __call__(self, make: Make, keep: bool = False) -> Sequence[Statistic]:
+        if self._kept is not None:
+            return self._replay(make, self._kept)
+        statistics: Sequence[Statistic] | None = None
+        kept: list[Chunk] | None = [] if keep else None
+        totals = _Totals(self._quantity, self.space.device)
+        with (
+            _seeded(self._seed, self.space.device) as generator,
+            recording(self._model, self.space.parameters(self._model)),
+        ):
+            for batch in self._batches:
+                for recorded, target in self._record(batch):
+                    totals.add(recorded.outputs, target)
+                    if statistics is None:
+                        statistics = make(self._capture.parts)
+                    for chunk in self._chunks(recorded, target, generator):
+                        _update(statistics, chunk)
+                        kept = _keep(kept, chunk)
+        self.num_examples, self.num_terms, self.denominator = totals.finish()
+        self._kept = kept
+        return statistics or ()
+
+    def first(self) -> Recorded:
+        """The first batch (or its first piece), recorded and planned, without any direction."""
+        with (
+            _seeded(self._seed, self.space.device),
+            recording(self._model, self.space.parameters(self._model)),
+        ):
+            for batch in self._batches:
+                for recorded, _ in self._record(batch):
+                    return recorded
+        raise DataError("expected at least one batch, but the loader is empty")
+
+    def _record(self, batch: Batch) -> Iterator[tuple[Recorded, Tensor | None]]:
+        for recorded, target in self._capture(batch.raw, batch.target):
+            self._quantity.fit(recorded.outputs, target)
+            yield recorded, target
+
+    def _replay(self, make: Make, kept: list[Chunk]) -> Sequence[Statistic]:
+        statistics = make(self.parts)
+        for chunk in kept:
+            _update(statistics, chunk)
+        self._kept = None
+        return statistics
+
+    def _chunks(
+        self, recorded: Recorded, target: Tensor | None, generator: torch.Generator | None
+    ) -> Iterator[Chunk]:
+        outputs, quantity = recorded.outputs, self._quantity
+        count = quantity.count(outputs, target)
+        if quantity.estimator == "exact" and count > self._max_directions:
+            raise TooLargeError(
+                f"an exact matrix of outputs {tuple(outputs.shape)} takes {count} backward passes "
+                f"for each batch, one for each output direction of an example, more than "
+                f"max_directions={self._max_directions}: take estimator='mc' (one for each "
+                "sample), or raise max_directions (ng.plan says what it costs)"
+            )
+        return recorded.chunks(quantity.directions(outputs, target, generator), count)
+
+
+class _Totals:
+    """Counts and complaints of a pass, kept on the device and read once at its end."""
+
+    def __init__(self, quantity: Quantity, device: torch.device) -> None:
+        self._quantity = quantity
+        self._examples = 0
+        self._terms = torch.zeros((), dtype=torch.int64, device=device)
+        self._denominator = torch.zeros((), dtype=torch.float64, device=device)
+        self._flags: dict[str, Tensor] = {}
+
+    def add(self, outputs: Tensor, target: Tensor | None) -> None:
+        for message, wrong in self._quantity.flags(outputs, target).items():
+            before = self._flags.get(message)
+            self._flags[message] = wrong if before is None else before | wrong
+        self._examples += outputs.shape[0]
+        self._terms += self._quantity.num_terms(outputs, target)
+        self._denominator += self._quantity.denominator(outputs, target)
+
+    def finish(self) -> tuple[int, int, float]:
+        """Examples, terms, denominator.
+
+        Raises:
+            NonFiniteError, DataError: something was wrong on some batch.
+        """
+        if self._flags:
+            wrong = torch.stack([flag.reshape(()) for flag in self._flags.values()]).tolist()
+            messages = [message for message, bad in zip(self._flags, wrong, strict=True) if bad]
+            if messages:
+                finite = any("finite" in message for message in messages)
+                raise (NonFiniteError if finite else DataError)("; ".join(messages))
+        return self._examples, int(self._terms), float(self._denominator)
+
+
+def _update(statistics: Sequence[Statistic], chunk: Chunk) -> None:
+    forms, first, last = chunk
+    for each in statistics:
+        each.update([forms[k] for k in each.indices], first, last)
+
+
+def _keep(kept: list[Chunk] | None, chunk: Chunk) -> list[Chunk] | None:
+    """All chunks so far, or None once they are too large: the next pass then sees the data again.
+
+    Rows are not kept: what they hold may be a whole batch with its graph.
+    """
+    if kept is None:
+        return None
+    forms = [form if isinstance(form, Outer) else None for form in chunk[0]]
+    kept.append((list(forms), *chunk[1:]))
+    size = sum(form.bytes for held, _, _ in kept for form in held if isinstance(form, Outer))
+    return kept if size <= KEPT_BYTES else None
+
+
+@contextmanager
+def _seeded(seed: int | None, device: torch.device) -> Iterator[torch.Generator | None]:
+    """The same label draws, and the same order of a shuffling loader, in every pass."""
+    if seed is None:
+        yield None
+        return
+    # What draws on the default generator is the order of a shuffling loader; on the CPU alone.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield torch.Generator(device=device).manual_seed(seed)
+
+
+def _require_finite_parameters(model: nn.Module, space: ParamSpace) -> None:
+    parameters = space.parameters(model)
+    finite = torch.stack([all_finite(p.detach()) for p in parameters.values()]).tolist()
+    if bad := [name for name, ok in zip(parameters, finite, strict=True) if not ok]:
+        raise NonFiniteError(
+            f"expected finite parameters, but {bad} hold NaN or infinity: the training that led "
+            "here diverged"
+        )
