@@ -6,6 +6,7 @@ of their approximation: swap "diagonal" for "kfac" and the code stays the same.
 
 from . import errors, likelihoods, representations
 from .builders import FIM, GGN, Jacobian, update_diag
+from .operators import identity, load, merge, save
 from .space import ParamSpace
 
 __all__ = [
@@ -14,8 +15,12 @@ __all__ = [
     "Jacobian",
     "ParamSpace",
     "errors",
+    "identity",
     "likelihoods",
+    "load",
+    "merge",
     "representations",
+    "save",
     "update_diag",
 ]
 __version__ = "0.1.0"

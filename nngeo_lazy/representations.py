@@ -45,7 +45,7 @@ from .recipes import (
 )
 from .selectors import select
 from .space import ParamSpace
-from .statistics import RowStack, RowSum, SquareSum, Statistic, Sweep
+from .statistics import Make, RowStack, RowSum, SquareSum, Statistic, Sweep
 
 __all__ = [
     "EKFAC",
@@ -97,7 +97,7 @@ class Representation(ABC):
                 wanted = next(recipes[0])
             except StopIteration as done:
                 return self.finish(sweep, done.value)
-            sweep(lambda _, wanted=wanted: wanted)
+            sweep(_always(wanted))
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ class EKFAC(Representation):
         positions = None
         if given is None:
             (block,) = yield from kronecker_block(sweep, k, self.sharing)
-            given, positions = block.operator.bases(), block.positions  # type: ignore[attr-defined]
+            given, positions = block.operator.bases(), block.positions
         squares, sums = SquareSum(k, part, *given), RowSum(k, part)
         yield [squares, sums] if sweep.center else [squares]
         values = squares.diagonal(sweep)
@@ -393,6 +393,10 @@ def resolve(representation: str | Representation) -> Representation:
         f"unknown representation {representation!r}: expected one of {sorted(NAMES)}, or an "
         "options object such as nngeo_lazy.representations.KFAC(sharing='reduce')"
     )
+
+
+def _always(statistics: Sequence[Statistic]) -> Make:
+    return lambda _: statistics
 
 
 def _check_sharing(sharing: str) -> None:

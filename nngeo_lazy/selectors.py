@@ -82,7 +82,7 @@ def _matches(space: ParamSpace, selector: Selector, name: str) -> bool:
 
 
 def _lineage(space: ParamSpace, name: str) -> Lineage:
-    if name not in space.lineages:
+    if name not in space.lineages or not space.lineages[name].modules:
         raise SpaceMismatchError(
             f"this space does not know the modules of its parameters ({name}): select by name"
         )

@@ -62,7 +62,10 @@ class Sweep(Protocol):
     denominator: float  # what sums are divided by: the number of examples, or a loss's own
     dtype: torch.dtype
     center: bool  # whether the mean row is subtracted from every row
-    quantity: Mapping[str, str | int | None]  # which matrix it is, in plain words
+
+    @property
+    def quantity(self) -> Mapping[str, str | int | None]:
+        """Which matrix it is, in plain words."""
 
     @property
     def parts(self) -> Sequence[Part]:

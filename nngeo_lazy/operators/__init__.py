@@ -20,12 +20,14 @@ from .algebra import ours
 from .base import BaseLinearOperator
 from .block_diagonal import BlockDiagonalLinearOperator
 from .dense import DenseLinearOperator, MatrixLinearOperator
-from .diagonal import DiagonalLinearOperator
+from .diagonal import DiagonalLinearOperator, identity
 from .eigen_kronecker import EigenKroneckerLinearOperator
+from .files import load, save
 from .info import BlockInfo, Info, Origin
 from .kronecker import KroneckerLinearOperator
 from .lazy import LazyLinearOperator, ProductLinearOperator, ScaledLinearOperator, SumLinearOperator
 from .low_rank import LowRankLinearOperator
+from .merge import merge
 from .quasi_diagonal import QuasiDiagonalLinearOperator
 from .report import Report, Row
 from .scipy import ScipyOperator
@@ -60,5 +62,9 @@ __all__ = [
     "ScaledLinearOperator",
     "ScipyOperator",
     "SumLinearOperator",
+    "identity",
+    "load",
+    "merge",
     "ours",
+    "save",
 ]

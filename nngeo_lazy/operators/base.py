@@ -211,6 +211,14 @@ class BaseLinearOperator(ContractLinearOperator):
             raise ValueError(f"expected ord 'fro', 2, -2 or 'nuc', got {ord!r}")
         return self._norm(ord)
 
+    def lerp(self, other: BaseLinearOperator, weight: float | Tensor) -> BaseLinearOperator:
+        """(1 - weight) F + weight G: a running average of matrices.
+
+        Structured as sums are: KFACs give lazy sums (`merge` pools their factors instead), EKFACs
+        that share a basis (`update_diag`) an EKFAC.
+        """
+        return cast(BaseLinearOperator, self._scale(1 - weight) + other._scale(weight))
+
     # --- functions of the matrix -----------------------------------------------------------------
 
     def power(self, p: float) -> BaseLinearOperator:
@@ -288,6 +296,18 @@ class BaseLinearOperator(ContractLinearOperator):
                 f"limit={size}"
             )
         return self._dense()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain data, from which `load` makes the operator again.
+
+        Version, representation, conventions and parameter names stand beside the tensors.
+
+        Raises:
+            UnsupportedLayerError: the operator is not made of tensors alone.
+        """
+        from .files import state_of
+
+        return state_of(self)
 
     def to_scipy(self, dtype: Any = None) -> ScipyOperator:
         """A `scipy.sparse.linalg.LinearOperator`, for its Krylov methods.

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..space import ParamSpace
 from .base import BaseLinearOperator
 from .info import Info
 from .spectral import SpectralLinearOperator
 
-__all__ = ["DiagonalLinearOperator"]
+__all__ = ["DiagonalLinearOperator", "identity"]
 
 
 class DiagonalLinearOperator(SpectralLinearOperator):
@@ -86,3 +87,19 @@ class DiagonalLinearOperator(SpectralLinearOperator):
 
     def _kind(self) -> str:
         return f"diagonal {self.diag.shape[0]}"
+
+
+def identity(space: ParamSpace, scale: float | Tensor = 1.0) -> DiagonalLinearOperator:
+    """scale I over a parameter space: an isotropic prior.
+
+    Args:
+        space: the parameters, such as `F.space`; its dtype and device are the operator's.
+        scale: a number, or a 0-d tensor, differentiable.
+
+    Example:
+        >>> from nngeo_lazy import ParamSpace
+        >>> identity(ParamSpace({"w": (3,)}), 2.0).diagonal()
+        tensor([2., 2., 2.])
+    """
+    value = torch.as_tensor(scale, dtype=space.dtype, device=space.device)
+    return DiagonalLinearOperator(value.expand(len(space)), info=Info(space))

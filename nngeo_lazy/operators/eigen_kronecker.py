@@ -89,11 +89,12 @@ class EigenKroneckerLinearOperator(SpectralLinearOperator):
         return self._with_values(values.reshape(self.values.shape))
 
     def same_basis(self, other: BaseLinearOperator) -> TypeGuard[EigenKroneckerLinearOperator]:
-        """Whether another operator has the same two basis tensors."""
-        return (
-            isinstance(other, EigenKroneckerLinearOperator)
-            and self.left_basis is other.left_basis
-            and self.right_basis is other.right_basis
+        """Whether another operator has the same two bases: the same numbers, if not the tensors."""
+        if not isinstance(other, EigenKroneckerLinearOperator) or self.device != other.device:
+            return False
+        return all(
+            mine is theirs or torch.equal(mine, theirs)
+            for mine, theirs in zip(self.bases(), other.bases(), strict=True)
         )
 
     def _with_values(

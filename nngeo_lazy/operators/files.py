@@ -1,0 +1,290 @@
+"""Operators as tensors and plain data, to be saved and loaded without trusting the file."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import os
+import pickle
+from collections.abc import Mapping
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import DataError, SpaceMismatchError, UnsupportedLayerError
+from ..layout import Layout, Piece
+from ..space import Lineage, ParamSpace, canonical_name
+from .base import BaseLinearOperator
+from .block_diagonal import BlockDiagonalLinearOperator
+from .dense import DenseLinearOperator, MatrixLinearOperator
+from .diagonal import DiagonalLinearOperator
+from .eigen_kronecker import EigenKroneckerLinearOperator
+from .info import BlockInfo, Info, Origin
+from .kronecker import KroneckerLinearOperator
+from .lazy import ProductLinearOperator, ScaledLinearOperator, SumLinearOperator
+from .low_rank import LowRankLinearOperator
+from .quasi_diagonal import QuasiDiagonalLinearOperator
+from .views import InverseLinearOperator, RestrictedLinearOperator
+
+__all__ = ["load", "save", "state_of"]
+
+FORMAT, VERSION = "nngeo_lazy operator", 1
+CONVENTIONS = {
+    "scale": "mean over examples of a loss that sums over positions",
+    "parameter order": "named_parameters, each row-major",
+    "kronecker order": "output gradients kron inputs, homogeneous coordinate last",
+}
+_CLASSES: dict[str, type[BaseLinearOperator]] = {
+    kind.__name__: kind
+    for kind in (
+        BlockDiagonalLinearOperator,
+        DenseLinearOperator,
+        DiagonalLinearOperator,
+        EigenKroneckerLinearOperator,
+        InverseLinearOperator,
+        KroneckerLinearOperator,
+        LowRankLinearOperator,
+        MatrixLinearOperator,
+        ProductLinearOperator,
+        QuasiDiagonalLinearOperator,
+        RestrictedLinearOperator,
+        ScaledLinearOperator,
+        SumLinearOperator,
+    )
+}
+
+
+def save(F: BaseLinearOperator, path: str | os.PathLike[str] | IO[bytes]) -> None:
+    """Write an operator to a file of tensors and plain data (`F.state_dict()`).
+
+    Args:
+        F: an operator that is made of tensors.
+        path: a path, or a file opened for binary writing.
+
+    Raises:
+        UnsupportedLayerError: the operator, or a part of it, is not made of tensors.
+    """
+    state = state_of(F)
+    # a view would be written with all of the memory that it looks into
+    state["tensors"] = {
+        key: t.clone(memory_format=torch.contiguous_format)
+        if t.untyped_storage().nbytes() != t.numel() * t.element_size()
+        else t
+        for key, t in state["tensors"].items()
+    }
+    torch.save(state, path)
+
+
+def load(
+    path_or_state: str | os.PathLike[str] | IO[bytes] | Mapping[str, Any],
+    *,
+    map_location: Any = None,
+    space: ParamSpace | None = None,
+) -> BaseLinearOperator:
+    """The operator that `save` wrote, or of a `state_dict`.
+
+    Nothing in the file is executed (`torch.load(weights_only=True)`). Selectors of the loaded
+    operator's space go by name: it knows no modules.
+
+    Args:
+        path_or_state: a path, a file opened for binary reading, or a state.
+        map_location: as in `torch.load`.
+        space: the parameters that are expected; with it, another file is refused.
+
+    Raises:
+        DataError: not such a file, another version, or missing, extra or unfitting tensors.
+        SpaceMismatchError: it is over other parameters than `space`, or than its tensors.
+
+    Example:
+        >>> from nngeo_lazy.operators import DiagonalLinearOperator
+        >>> F = DiagonalLinearOperator(torch.tensor([1.0, 2.0]))
+        >>> load(F.state_dict()).diagonal()
+        tensor([1., 2.])
+    """
+    state = _read(path_or_state, map_location)
+    _require_format(state)
+    tensors = dict(state["tensors"])
+    operator = _build(state["operator"], tensors)
+    if tensors:
+        raise DataError(f"the file holds extra tensors {sorted(tensors)}: it was altered")
+    own = operator.space
+    if own is not None and len(own) != operator.shape[-1]:
+        raise SpaceMismatchError(
+            f"the file names {len(own)} parameters, but its tensors are over "
+            f"{operator.shape[-1]}: it was altered"
+        )
+    if space is not None and own != space:
+        raise SpaceMismatchError(_other_space(own, space))
+    return operator
+
+
+def state_of(F: BaseLinearOperator) -> dict[str, Any]:
+    """What `F.state_dict()` returns."""
+    tensors: dict[str, Tensor] = {}
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "representation": F._kind(),
+        "conventions": dict(CONVENTIONS),
+        "parameters": [] if F.space is None else list(F.space.names),
+        "operator": _describe(F, "", tensors),
+        "tensors": tensors,
+    }
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def _describe(op: Any, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    kind = type(op).__name__
+    if kind not in _CLASSES:
+        raise UnsupportedLayerError(
+            f"{kind} cannot be saved, since it is not made of tensors alone: save what it was made "
+            "from, or DenseLinearOperator(F.to_dense()) where that fits"
+        )
+    args: list[Any] = []
+    for name, arg in zip(_names(op), op._args, strict=True):
+        key = f"{prefix}{name}"
+        if isinstance(arg, Tensor):
+            tensors[key] = arg.detach()
+            args.append(key)
+        else:
+            args.append(_describe(arg, f"{key}.", tensors))
+    return {"class": kind, "args": args, "info": _info_state(op.info)}
+
+
+def _names(op: Any) -> list[str]:
+    """A readable name for each positional argument."""
+    if isinstance(op, BlockDiagonalLinearOperator):
+        return [f"{name}[{k}]" for k, name in enumerate(op.names)]
+    if isinstance(op, SumLinearOperator):
+        return [f"terms[{k}]" for k in range(len(op.terms))]
+    parameters = list(inspect.signature(type(op).__init__).parameters)[1:]
+    return parameters[: len(op._args)]
+
+
+def _info_state(info: Info) -> dict[str, Any]:
+    state: dict[str, Any] = {
+        "num_examples": info.num_examples,
+        "num_terms": info.num_terms,
+        "quantity": dict(info.quantity),
+        "origins": {
+            name: [o.layer, o.form, o.note, o.positions] for name, o in info.origins.items()
+        },
+    }
+    if info.space is not None:
+        space = info.space
+        state["space"] = {
+            name: [list(shape), space.owner(name)]
+            for name, shape in zip(space.names, space.shapes, strict=True)
+        }
+    if isinstance(info, BlockInfo):
+        state["blocks"] = [
+            [name, layout.groups, layout.rows, [list(_piece_state(p)) for p in layout.pieces]]
+            for name, layout in zip(info.names, info.layouts, strict=True)
+        ]
+    return state
+
+
+def _piece_state(piece: Piece) -> tuple[Any, ...]:
+    return tuple(getattr(piece, name) for name in Piece.__dataclass_fields__)
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def _read(source: Any, map_location: Any) -> Mapping[str, Any]:
+    if isinstance(source, Mapping):
+        if map_location is None:
+            return source
+        buffer = io.BytesIO()  # map_location means what torch.load makes of it
+        torch.save(dict(source), buffer)
+        buffer.seek(0)
+        source = buffer
+    try:
+        state = torch.load(source, map_location=map_location, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise DataError(
+            f"expected a file written by ng.save, but it cannot be read: {error}"
+        ) from None
+    return state if isinstance(state, Mapping) else {}
+
+
+def _require_format(state: Mapping[str, Any]) -> None:
+    if state.get("format") != FORMAT:
+        raise DataError(
+            "expected a file or state written by ng.save or F.state_dict(), got one with "
+            f"{sorted(map(str, state))[:8]}"
+        )
+    if state.get("version") != VERSION:
+        raise DataError(
+            f"expected version {VERSION} of the format, got version {state.get('version')}: load "
+            "it with the release of nngeo_lazy that wrote it, and build it again"
+        )
+    if missing := [key for key in ("operator", "tensors") if key not in state]:
+        raise DataError(f"the file lacks {missing}: it is incomplete")
+
+
+def _build(node: Mapping[str, Any], tensors: dict[str, Tensor]) -> BaseLinearOperator:
+    kind = _CLASSES.get(node["class"])
+    if kind is None:
+        raise DataError(f"the file holds an unknown operator {node['class']!r}")
+    args: list[Any] = []
+    for arg in node["args"]:
+        if isinstance(arg, Mapping):
+            args.append(_build(arg, tensors))
+        elif arg in tensors:
+            args.append(tensors.pop(arg))
+        else:
+            raise DataError(f"the file lacks the tensor {arg!r}: it is incomplete")
+    like = args[0]
+    info = _info(node["info"], like.dtype, like.device)
+    try:
+        return kind(*args, info=info)
+    except (ValueError, TypeError) as error:
+        raise DataError(f"the tensors of {node['class']} do not fit together: {error}") from None
+
+
+def _info(state: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> Info:
+    space = None
+    if "space" in state:
+        space = ParamSpace(
+            {name: shape for name, (shape, _) in state["space"].items()},
+            dtype=dtype,
+            device=device,
+            lineages={
+                name: Lineage((), None, raw=owner == name)
+                for name, (_, owner) in state["space"].items()
+            },
+        )
+    origins = {name: Origin(*values) for name, values in state["origins"].items()}
+    info = Info(space, state["num_examples"], state["num_terms"], origins, dict(state["quantity"]))
+    if "blocks" not in state:
+        return info
+    names = [name for name, *_ in state["blocks"]]
+    layouts = [
+        Layout(groups, rows, tuple(Piece(*piece) for piece in pieces))
+        for _, groups, rows, pieces in state["blocks"]
+    ]
+    return info.blocks(names, layouts)
+
+
+def _other_space(own: ParamSpace | None, wanted: ParamSpace) -> str:
+    if own is None:
+        return "the file holds a bare matrix, not an operator over the parameters that are expected"
+    here = dict(zip(map(canonical_name, own.names), own.shapes, strict=True))
+    there = dict(zip(map(canonical_name, wanted.names), wanted.shapes, strict=True))
+    missing = [name for name in there if name not in here]
+    extra = [name for name in here if name not in there]
+    shapes = [f"{n} {tuple(here[n])}, not {tuple(there[n])}" for n in here if n in there]
+    differing = [
+        s
+        for s, n in zip(shapes, (n for n in here if n in there), strict=True)
+        if here[n] != there[n]
+    ]
+    return (
+        "the file is over other parameters than expected: "
+        f"missing {missing}; extra {extra}; of another shape {differing}"
+        + ("" if missing or extra or differing else "; in another order")
+    )

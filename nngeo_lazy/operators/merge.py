@@ -1,0 +1,242 @@
+"""Pooling the statistics of several passes, as one pass over all of their data would."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..errors import DataError, SpaceMismatchError
+from .base import BaseLinearOperator
+from .block_diagonal import BlockDiagonalLinearOperator
+from .dense import DenseLinearOperator
+from .diagonal import DiagonalLinearOperator
+from .eigen_kronecker import EigenKroneckerLinearOperator
+from .info import Info, Origin
+from .kronecker import KroneckerLinearOperator
+from .low_rank import LowRankLinearOperator
+from .quasi_diagonal import QuasiDiagonalLinearOperator
+
+__all__ = ["merge"]
+
+
+def merge(
+    ops: Sequence[BaseLinearOperator], weights: Sequence[float] | None = None
+) -> BaseLinearOperator:
+    r"""Pool the statistics of matrices of one kind, as one pass over their joint data would.
+
+    .. math:: F = \sum_k w_k F_k / \sum_k w_k
+
+    for whatever is linear in the data. A KFAC pools its factors (which is not the average of the
+    products: that is `lerp`), an EKFAC its eigenvalues where the basis is the same.
+
+    Args:
+        ops: operators over one space, of one representation and one quantity (likelihood,
+            estimator, seed).
+        weights: how much each counts; by default its number of examples.
+
+    Returns:
+        An operator of the same kind; `num_examples` and `num_terms` are added.
+
+    Raises:
+        SpaceMismatchError: the spaces or the blocks differ.
+        DataError: the quantities or seeds differ, or pooling is undefined for the representation,
+            or the weights do not fit.
+
+    Example:
+        >>> import nngeo_lazy as ng
+        >>> model, x, y = torch.nn.Linear(3, 2), torch.randn(9, 3), torch.randn(9, 2)
+        >>> halves = [ng.FIM(model, x[s], "kfac", likelihood="gaussian") for s in
+        ...           (slice(0, 4), slice(4, 9))]
+        >>> merge(halves).num_examples
+        9
+    """
+    ops = list(ops)
+    _require_alike(ops)
+    counts = _counts(ops, weights)
+    total = sum(counts)
+    pooled = _pool(ops, [c / total for c in counts], counts)
+    return _with_info(pooled, _pooled_info(ops, counts, weights is None))
+
+
+def _require_alike(ops: Sequence[BaseLinearOperator]) -> None:
+    if not ops:
+        raise DataError("expected at least one operator to merge, got none")
+    first = ops[0]
+    for op in ops[1:]:
+        if op.space != first.space or op.shape != first.shape:
+            raise SpaceMismatchError(
+                f"expected operators over the same parameters, got {first.space} of shape "
+                f"{tuple(first.shape)} and {op.space} of shape {tuple(op.shape)}"
+            )
+        mine, theirs = dict(first.info.quantity), dict(op.info.quantity)
+        keys = [k for k in {**mine, **theirs} if mine.get(k) != theirs.get(k)]
+        if keys:
+            listed = "; ".join(f"{k}: {mine.get(k)} and {theirs.get(k)}" for k in keys)
+            raise DataError(
+                f"expected operators of one quantity, as one pass would have it, but they differ "
+                f"in {listed}: build them alike (one seed), or average the matrices with F.lerp"
+            )
+        if type(op) is not type(first):
+            raise DataError(
+                f"expected operators of one representation, got {type(first).__name__} and "
+                f"{type(op).__name__}"
+            )
+
+
+def _counts(ops: Sequence[BaseLinearOperator], weights: Sequence[float] | None) -> list[float]:
+    if weights is None:
+        known = [op.num_examples for op in ops]
+        reduction = str(ops[0].info.quantity.get("reduction", "examples"))
+        if "examples" not in reduction or not all(known):
+            raise DataError(
+                "merge weights operators by their numbers of examples, which these are no means "
+                "over: pass weights="
+            )
+        return [float(n) for n in known if n]
+    counts = [float(w) for w in weights]
+    if len(counts) != len(ops) or min(counts) < 0 or sum(counts) <= 0:
+        raise DataError(
+            f"expected {len(ops)} nonnegative weights, one for each operator and not all zero, got "
+            f"{weights}"
+        )
+    return counts
+
+
+def _pool(
+    ops: Sequence[BaseLinearOperator], weights: Sequence[float], counts: Sequence[float]
+) -> BaseLinearOperator:
+    kinds: dict[type, Callable[..., BaseLinearOperator]] = {
+        DenseLinearOperator: _average,
+        DiagonalLinearOperator: _average,
+        LowRankLinearOperator: _average,
+        QuasiDiagonalLinearOperator: _quasi,
+        EigenKroneckerLinearOperator: _eigen,
+        BlockDiagonalLinearOperator: _blocks,
+    }
+    kind = kinds.get(type(ops[0]))
+    if kind is None:
+        raise DataError(
+            f"{type(ops[0]).__name__} holds no statistics that could be pooled: average the "
+            "matrices with F.lerp(G, w)"
+        )
+    if kind is _blocks:
+        return _blocks(ops, weights, counts)
+    return kind(ops, weights)
+
+
+def _average(ops: Sequence[BaseLinearOperator], weights: Sequence[float]) -> BaseLinearOperator:
+    total = ops[0]._scale(weights[0])
+    for op, weight in zip(ops[1:], weights[1:], strict=True):
+        total = total + op._scale(weight)
+    return total
+
+
+def _quasi(
+    ops: Sequence[QuasiDiagonalLinearOperator], weights: Sequence[float]
+) -> BaseLinearOperator:
+    if any(bool(op.coupling[:, 2].any()) for op in ops):
+        raise DataError("expected quasi-diagonals without damping: merge first, damp after")
+    diagonal = _mean([op.diagonal() for op in ops], weights)
+    cross = _mean([op.coupling[:, :1] * op.cross for op in ops], weights)
+    return QuasiDiagonalLinearOperator.of(diagonal.view(len(cross), -1), cross)
+
+
+def _eigen(
+    ops: Sequence[EigenKroneckerLinearOperator], weights: Sequence[float]
+) -> BaseLinearOperator:
+    if not all(ops[0].same_basis(op) for op in ops):
+        raise DataError(
+            "EKFACs pool their eigenvalues only in a common basis: build the later ones with "
+            "ng.update_diag(F, ...), or merge KFACs"
+        )
+    return ops[0]._with_values(_mean([op.values for op in ops], weights))
+
+
+def _kronecker(
+    ops: Sequence[KroneckerLinearOperator],
+    weights: Sequence[float],
+    positions: Sequence[float | None],
+) -> BaseLinearOperator:
+    """Left factors are means over examples, right ones over positions."""
+    if any(op.shift is not None for op in ops):
+        raise DataError("expected Kronecker blocks without damping: merge first, damp after")
+    known = [p for p in positions if p is not None]
+    if len(known) < len(ops) or sum(known) <= 0:
+        raise DataError(
+            "the Kronecker factors do not know over how many positions they are means: they come "
+            "from no build, or from an altered operator"
+        )
+    left = _mean([op.left for op in ops], weights)
+    right = _mean([op.right for op in ops], [p / sum(known) for p in known])
+    return KroneckerLinearOperator(left, right)
+
+
+def _blocks(
+    ops: Sequence[BlockDiagonalLinearOperator],
+    weights: Sequence[float],
+    counts: Sequence[float],
+) -> BaseLinearOperator:
+    if not all(ops[0].same_blocks(op) for op in ops):
+        raise SpaceMismatchError("expected block-diagonal operators over the same blocks")
+    blocks: list[BaseLinearOperator] = []
+    for k, (name, layout, first) in enumerate(ops[0].parts):
+        members = [op.members[k] for op in ops]
+        if len({type(member) for member in members}) > 1:
+            raise DataError(f"block {name!r}: expected one representation in all operators")
+        if isinstance(first, KroneckerLinearOperator):
+            start = layout.pieces[0].start
+            positions = [_positions(op, start, c) for op, c in zip(ops, counts, strict=True)]
+            blocks.append(_kronecker(members, weights, positions))
+        else:
+            blocks.append(_pool(members, weights, counts))
+    return BlockDiagonalLinearOperator(*blocks, info=ops[0].info)
+
+
+def _positions(op: BaseLinearOperator, start: int, count: float) -> float | None:
+    """The positions of the block that starts there, as many as its weight stands for."""
+    space = op.space
+    if space is None:
+        return None
+    name = next(n for n in space.names if space.slices[n].start == start)
+    origin = op.info.origins.get(name)
+    if origin is None or origin.positions is None or not op.num_examples:
+        return None
+    return origin.positions * count / op.num_examples
+
+
+def _mean(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    total = tensors[0] * weights[0]
+    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
+        if tensor.shape != total.shape:
+            raise DataError(
+                f"expected statistics of one shape, got {tuple(total.shape)} and "
+                f"{tuple(tensor.shape)}"
+            )
+        total = torch.add(total, tensor, alpha=weight)
+    return total
+
+
+def _pooled_info(ops: Sequence[BaseLinearOperator], counts: Sequence[float], exact: bool) -> Info:
+    def added(values: list[int | None]) -> int | None:
+        known = [v for v in values if v is not None]
+        return sum(known) if len(known) == len(values) else None
+
+    first = ops[0].info
+    origins: dict[str, Origin] = {}
+    for name, origin in first.origins.items():
+        each = [op.info.origins.get(name, origin).positions for op in ops]
+        origins[name] = replace(origin, positions=added(each) if exact else None)
+    return replace(
+        first,
+        num_examples=added([op.num_examples for op in ops]),
+        num_terms=added([op.num_terms for op in ops]),
+        origins=origins,
+    )
+
+
+def _with_info(op: BaseLinearOperator, info: Info) -> BaseLinearOperator:
+    known: BaseLinearOperator = op._with_info(info)
+    return known
