@@ -5,7 +5,7 @@ of their approximation: swap "diagonal" for "kfac" and the code stays the same.
 """
 
 from . import errors, likelihoods, representations
-from .builders import FIM, GGN, Jacobian, update_diag
+from .builders import FIM, GGN, Jacobian, plan, update_diag
 from .operators import identity, load, merge, save
 from .space import ParamSpace
 
@@ -19,6 +19,7 @@ __all__ = [
     "likelihoods",
     "load",
     "merge",
+    "plan",
     "representations",
     "save",
     "update_diag",

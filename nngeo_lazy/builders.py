@@ -12,6 +12,7 @@ from .data import Batches, refuse_shuffling
 from .errors import DataError
 from .likelihoods import Likelihood
 from .operators import BaseLinearOperator, MatrixLinearOperator
+from .planning import Plan, make_plan
 from .quantities import Fisher, GaussNewton, LossGradients, LossLike, Outputs, Quantity
 from .recipes import info_of, require_finite
 from .representations import EKFAC, Representation
@@ -20,7 +21,7 @@ from .selectors import Selector, space_of
 from .statistics import RowStack
 from .sweep import DataSweep
 
-__all__ = ["FIM", "GGN", "Jacobian", "update_diag"]
+__all__ = ["FIM", "GGN", "Jacobian", "plan", "update_diag"]
 
 Prepared = tuple[Representation, DataSweep]
 
@@ -272,6 +273,38 @@ def update_diag(
     Source: George et al. (2018), section 4.1.
     """
     return FIM(model, loader, EKFAC(basis=F), **options)
+
+
+def plan(builder: Callable[..., BaseLinearOperator], *args: Any, **options: Any) -> Plan:
+    """What a build will cost: passes, flops and bytes by parameter, from its first batch.
+
+    One forward and one backward pass of the first batch; nothing is built.
+
+    Args:
+        builder: `FIM` or `GGN`.
+        *args: the builder's arguments: the model, the loader, the representation.
+        **options: its options. `max_directions` is not enforced.
+
+    Returns:
+        Rows that print as a table, with totals.
+
+    Raises:
+        DataError: another builder, and what the builder itself would raise at once.
+
+    Example:
+        >>> model, x = torch.nn.Linear(3, 2), torch.randn(8, 3)
+        >>> plan(FIM, model, x, "kfac", likelihood="gaussian")
+        parameter  layer  form           block                    size  flops  bytes
+        weight            linear: outer  Kronecker (2x2) x (4x4)  6     48     80
+        bias              linear: outer  Kronecker (2x2) x (4x4)  2     0      0
+        1 pass over the data x 1 batches, 2 backward for each batch
+        48 flops for each example, 80 bytes
+    """
+    prepare = {FIM: _fisher, GGN: _gauss_newton}.get(builder)
+    if prepare is None:
+        raise DataError(f"expected the builder to be ng.FIM or ng.GGN, got {builder!r}")
+    with torch.inference_mode(False):
+        return make_plan(*prepare(*args, **options))
 
 
 def _fisher(

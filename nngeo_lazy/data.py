@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import (
+    Callable,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +90,7 @@ class Batches:
         self._progress = progress
         self._gave = False  # a batch, on any pass so far
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         first: Any = None
         empty = True
         with tqdm(
@@ -111,6 +119,18 @@ class Batches:
                 "expected at least one batch, but the loader is empty: check the length of the "
                 "data set, and drop_last"
             )
+
+    @property
+    def count(self) -> int | None:
+        """How many batches there are, None where the loader does not say."""
+        return _length(self._loader)
+
+    def num_examples(self, batch: int) -> int:
+        """How many examples there are, as far as it is known, with so many in the first batch."""
+        try:
+            return len(self._loader.dataset)  # type: ignore[attr-defined]
+        except (AttributeError, TypeError):
+            return batch * (self.count or 1)
 
     def read(self, raw: Any) -> Batch:
         """How one batch, already on the device, is called."""

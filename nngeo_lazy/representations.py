@@ -45,7 +45,7 @@ from .recipes import (
 )
 from .selectors import select
 from .space import ParamSpace
-from .statistics import Make, RowStack, RowSum, SquareSum, Statistic, Sweep
+from .statistics import KroneckerFactors, Make, RowStack, RowSum, SquareSum, Statistic, Sweep
 
 __all__ = [
     "EKFAC",
@@ -74,6 +74,10 @@ class Representation(ABC):
             sweep: knows the parts from here on, and behind each pass how many examples there were.
             indices: the parts to represent.
         """
+
+    def outline(self, sweep: Sweep, indices: Sequence[int]) -> list[Sequence[Statistic]]:
+        """The statistics of each pass, without a pass: what a plan counts."""
+        return [next(self.recipe(sweep, indices))]
 
     def check(self, sweep: Sweep) -> None:  # noqa: B027 - most have nothing to check
         """Raise where this representation cannot be built, before any pass."""
@@ -223,6 +227,20 @@ class EKFAC(Representation):
     def recipe(self, sweep: Sweep, indices: Sequence[int]) -> Recipe:
         return (yield from together([self._block(sweep, k) for k in indices]))
 
+    def outline(self, sweep: Sweep, indices: Sequence[int]) -> list[Sequence[Statistic]]:
+        first = list(next(self.recipe(sweep, indices)))
+        if self.basis is not None:
+            return [first]
+        second = []
+        for factors in first:
+            if isinstance(factors, KroneckerFactors):
+                (k,) = factors.indices
+                part = sweep.parts[k]
+                sizes = (part.layout.groups, part.layout.rows, part.layout.width)
+                unknown = (torch.empty(sizes[0], n, n, device="meta") for n in sizes[1:])
+                second.append(SquareSum(k, part, *unknown))
+        return [first, second]
+
     def _block(self, sweep: Sweep, k: int) -> Recipe:
         part = sweep.parts[k]
         given = None if self.basis is None else self._bases(part)
@@ -343,6 +361,14 @@ class Mixed(Representation):
             if inside:
                 recipes.append(representation.recipe(sweep, inside))
         return (yield from together(recipes))
+
+    def outline(self, sweep: Sweep, indices: Sequence[int]) -> list[Sequence[Statistic]]:
+        passes: list[list[Statistic]] = [[] for _ in range(self.passes)]
+        for representation, names in self._groups(sweep.space):
+            inside = [k for k in indices if names >= set(sweep.parts[k].names)]
+            for own, more in zip(passes, representation.outline(sweep, inside), strict=False):
+                own += more
+        return list(passes)
 
     def _groups(self, space: ParamSpace) -> list[tuple[Representation, set[str]]]:
         """Each representation with its parameters."""

@@ -6,24 +6,28 @@ They know forms and no layer, likelihood or operator. Sums are finalised once, a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from .errors import DataError, TooLargeError
 from .jacobian.forms import Form, Outer, second_moment
-from .jacobian.inputs import Inputs
+from .jacobian.inputs import IndexInputs, Inputs
 from .jacobian.plan import Part
+from .layout import Layout
 from .space import ParamSpace
 
 __all__ = [
     "BiasCross",
+    "Cost",
     "KroneckerFactors",
     "Make",
     "RowStack",
     "RowSum",
+    "Sample",
     "SecondMoment",
     "SquareSum",
     "Statistic",
@@ -35,6 +39,47 @@ MAX_FACTOR = 16_384  # a Kronecker factor past this size is kept diagonal
 MAX_BLOCK_BYTES = 2**33  # a dense block past this size is refused
 
 
+class Cost(NamedTuple):
+    """What a statistic costs for one part.
+
+    Attributes:
+        part: its index.
+        block: the kind of block that it makes, with its sizes; empty where it only helps one.
+        numbers: how many numbers are kept.
+        flops: floating-point operations for each example, all its directions together.
+    """
+
+    part: int
+    block: str
+    numbers: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a plan knows: the forms of one direction of the first batch, and how many there are.
+
+    Attributes:
+        forms: of each part; None is a zero block.
+        directions: of each example.
+        examples: in the whole loader, or in what is known of it.
+    """
+
+    forms: Sequence[Form | None]
+    directions: int
+    examples: int
+
+    def positions(self, k: int) -> int:
+        """How many positions of an example share a part."""
+        form = self.forms[k]
+        return int(form.g.shape[3]) if isinstance(form, Outer) else int(form is not None)
+
+    def indexed(self, k: int) -> bool:
+        """Whether a part's input factor is a histogram."""
+        form = self.forms[k]
+        return isinstance(form, Outer) and isinstance(form.inputs, IndexInputs)
+
+
 class Statistic(ABC):
     """Plain sums over directions and examples of one block.
 
@@ -44,6 +89,10 @@ class Statistic(ABC):
 
     def __init__(self, *indices: int) -> None:
         self.indices = indices
+
+    @abstractmethod
+    def costs(self, sample: Sample) -> Iterator[Cost]:
+        """The cost for each part."""
 
     @abstractmethod
     def update(self, forms: Sequence[Form | None], first: bool, last: bool) -> None:
@@ -94,6 +143,13 @@ class SecondMoment(Statistic):
         self._parts = parts
         self._total: Tensor | None = None
 
+    def costs(self, sample: Sample) -> Iterator[Cost]:
+        p = sum(part.layout.size for part in self._parts)
+        for k, part in zip(self.indices, self._parts, strict=True):
+            own = part.layout.size
+            flops = sample.directions * own * 2 * (sample.positions(k) + p)
+            yield Cost(k, f"dense {p}x{p}", own * p, flops)
+
     def update(self, forms: Sequence[Form | None], first: bool, last: bool) -> None:
         present = [form for form in forms if form is not None]
         if present:
@@ -127,11 +183,24 @@ class SquareSum(Statistic):
     ) -> None:
         super().__init__(index)
         self._size = part.layout.size
+        self._layout = part.layout
         self._left = left if left is not None and left.dim() == 3 else None
         self._right = right if right is not None and right.dim() == 3 else None
         self._inputs: Inputs | None = None  # of the current batch, prepared for all its directions
         self._squares: Tensor | None = None  # of the current batch, summed over its directions
         self._total: Tensor | None = None
+
+    def costs(self, sample: Sample) -> Iterator[Cost]:
+        (k,), directions, grid = self.indices, sample.directions, self._layout
+        t = sample.positions(k)
+        once = 1 if t == 1 else directions  # with one position, directions are summed first
+        flops = 2 * t * self._size * once + directions * t * grid.groups * grid.rows
+        kind = f"diagonal {self._size}"
+        if self._left is not None or self._right is not None:
+            right = self._right is None or sample.indexed(k)
+            kind = _grid_kind("eigen-Kronecker", grid, self._left is None, right)
+            flops += 2 * t * grid.groups * (directions * grid.rows**2 + grid.width**2)
+        yield Cost(k, kind, self._size, flops)
 
     def update(self, forms: Sequence[Form | None], first: bool, last: bool) -> None:
         for form in forms:
@@ -173,6 +242,11 @@ class BiasCross(Statistic):
         self._shape = (part.layout.groups * part.layout.rows, part.layout.width - 1)
         self._total: Tensor | None = None
 
+    def costs(self, sample: Sample) -> Iterator[Cost]:
+        (k,), (o, i) = self.indices, self._shape
+        flops = 4 * sample.directions * sample.positions(k) * o * i
+        yield Cost(k, f"quasi-diagonal {o} x ({i} + 1)", o * (i + 2), flops)
+
     def update(self, forms: Sequence[Form | None], first: bool, last: bool) -> None:
         for form in forms:
             if not isinstance(form, Outer):
@@ -194,6 +268,10 @@ class RowSum(Statistic):
         super().__init__(index)
         self._size = part.layout.size
         self._total: Tensor | None = None
+
+    def costs(self, sample: Sample) -> Iterator[Cost]:
+        (k,) = self.indices
+        yield Cost(k, "", self._size, 2 * sample.directions * sample.positions(k) * self._size)
 
     def update(self, forms: Sequence[Form | None], first: bool, last: bool) -> None:
         for form in forms:
@@ -218,6 +296,13 @@ class RowStack(Statistic):
         self._batch: list[Tensor] = []  # chunks of directions (r, N, p) of the current batch
         self._rows: list[Tensor] = []  # (N, R, p) of each batch
         self._bytes = 0
+
+    def costs(self, sample: Sample) -> Iterator[Cost]:
+        rank = min(sample.directions * sample.examples, self._size)
+        for k, part in zip(self.indices, self._parts, strict=True):
+            size = part.layout.size
+            flops = 2 * sample.directions * sample.positions(k) * size
+            yield Cost(k, f"rank {rank} of {self._size}", rank * size, flops)
 
     def update(self, forms: Sequence[Form | None], first: bool, last: bool) -> None:
         present = [form for form in forms if form is not None]
@@ -268,12 +353,27 @@ class KroneckerFactors(Statistic):
 
     def __init__(self, index: int, part: Part, sharing: str) -> None:
         super().__init__(index)
+        self._layout = part.layout
         self._reduce = sharing == "reduce"
         self._diagonal_left = part.layout.rows > MAX_FACTOR
         self._diagonal_right = part.layout.width > MAX_FACTOR
         self._left: Tensor | None = None
         self._right: Tensor | None = None
         self._positions: Tensor | int = 0
+
+    def costs(self, sample: Sample) -> Iterator[Cost]:
+        (k,), grid = self.indices, self._layout
+        t = 1 if self._reduce else sample.positions(k)
+        right = self._diagonal_right or (sample.indexed(k) and not self._reduce)
+        sizes = [
+            (grid.rows, self._diagonal_left, sample.directions * t),
+            (grid.width, right, t),
+        ]
+        numbers = sum(grid.groups * (n if diagonal else n * n) for n, diagonal, _ in sizes)
+        flops = sum(
+            2 * grid.groups * count * (n if diagonal else n * n) for n, diagonal, count in sizes
+        )
+        yield Cost(k, _grid_kind("Kronecker", grid, self._diagonal_left, right), numbers, flops)
 
     def update(self, forms: Sequence[Form | None], first: bool, last: bool) -> None:
         (form,) = forms
@@ -296,6 +396,16 @@ class KroneckerFactors(Statistic):
     def positions(self) -> int:
         """How many positions of all examples the right factor is a mean over."""
         return int(self._positions)
+
+
+def _grid_kind(name: str, grid: Layout, left: bool, right: bool) -> str:
+    """As a Kronecker operator names its kind; left and right say which factor is diagonal."""
+    sides = [
+        f"diagonal {n}" if diagonal else f"{n}x{n}"
+        for n, diagonal in ((grid.rows, left), (grid.width, right))
+    ]
+    many = f"{grid.groups} x " if grid.groups > 1 else ""
+    return f"{name} {many}({sides[0]}) x ({sides[1]})"
 
 
 def flat_order(parts: Sequence[Part], chosen: Sequence[Part]) -> Tensor:

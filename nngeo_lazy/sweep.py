@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from .jacobian.plan import Part
 from .jacobian.record import recording, refuse_training_mode
 from .quantities import Quantity
 from .space import ParamSpace
-from .statistics import Make, Statistic, all_finite
+from .statistics import Make, Sample, Statistic, all_finite
 
 __all__ = ["DataSweep"]
 
@@ -99,16 +100,22 @@ class DataSweep:
         self._kept = kept
         return statistics or ()
 
-    def first(self) -> Recorded:
-        """The first batch (or its first piece), recorded and planned, without any direction."""
+    def sampled(self) -> tuple[Sample, int | None]:
+        """The forms of one direction of the first batch, and how many batches there are."""
         with (
-            _seeded(self._seed, self.space.device),
+            _seeded(self._seed, self.space.device) as generator,
             recording(self._model, self.space.parameters(self._model)),
+            closing(iter(self._batches)) as batches,
         ):
-            for batch in self._batches:
-                for recorded, _ in self._record(batch):
-                    return recorded
-        raise DataError("expected at least one batch, but the loader is empty")
+            first, count = next(batches), self._batches.count
+            for recorded, target in self._record(first):
+                outputs = recorded.outputs
+                directions = self._quantity.directions(outputs, target, generator)
+                ((forms, _, _),) = recorded.chunks(islice(directions, 1), 1)
+                labelled = outputs if first.target is None else first.target
+                examples = self._batches.num_examples(labelled.shape[0])
+                return Sample(forms, self._quantity.count(outputs, target), examples), count
+        raise DataError("expected at least one example in the first batch")
 
     def _record(self, batch: Batch) -> Iterator[tuple[Recorded, Tensor | None]]:
         for recorded, target in self._capture(batch.raw, batch.target):

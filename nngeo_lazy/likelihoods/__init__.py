@@ -1,63 +1,31 @@
 """The quantity axis: likelihoods, as output directions and loss-Hessian products.
 
 The outputs of N examples are a tensor (N, ...). A *direction* is a cotangent shaped like it whose
-n-th row is a column of S_n, with S_n S_n^T the Fisher information of example n's outputs; the loss
-of an example sums over its positions. Exact roots have as few columns as possible.
+n-th row is a column of S_n, with S_n S_n^T the Hessian of example n's loss in its outputs: the
+Fisher information of the outputs where the loss is a likelihood's. The loss of an example sums
+over its positions. Exact roots have as few columns as possible.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from torch import Tensor
-
-from ..errors import DataError
 from .base import ESTIMATORS, Likelihood, check_estimator
 from .categorical import Categorical
-from .elementwise import Bernoulli, Gaussian
+from .elementwise import Bernoulli, Poisson
+from .gaussian import Gaussian
+from .losses import CallableLoss, Reduction, resolve_loss
+from .names import NAMES, resolve
 
 __all__ = [
     "ESTIMATORS",
+    "NAMES",
     "Bernoulli",
+    "CallableLoss",
     "Categorical",
     "Gaussian",
     "Likelihood",
+    "Poisson",
+    "Reduction",
     "check_estimator",
     "resolve",
+    "resolve_loss",
 ]
-
-NAMES: dict[str, Callable[[], Likelihood]] = {
-    "categorical": Categorical,
-    "bernoulli": Bernoulli,
-    "gaussian": Gaussian,
-}
-
-
-def resolve(
-    likelihood: str | Likelihood | None, outputs: Tensor, target: Tensor | None
-) -> Likelihood:
-    """A likelihood from itself, its name, or None where the first batch proves it categorical.
-
-    Raises:
-        DataError: an unknown name, or None where nothing is proved.
-    """
-    if isinstance(likelihood, Likelihood):
-        return likelihood
-    if isinstance(likelihood, str) and likelihood in NAMES:
-        return NAMES[likelihood]()
-    if likelihood is not None:
-        raise DataError(
-            f"unknown likelihood {likelihood!r}: expected one of {sorted(NAMES)}, or an object "
-            "from nngeo_lazy.likelihoods"
-        )
-    guess = Categorical()
-    try:
-        if target is None:
-            raise DataError("there is no target")
-        guess.check(outputs, target)
-    except DataError as error:
-        raise DataError(
-            f"cannot tell the likelihood from outputs {tuple(outputs.shape)} ({error}): pass "
-            f"likelihood= with one of {sorted(NAMES)}, or an object from nngeo_lazy.likelihoods"
-        ) from None
-    return guess

@@ -11,7 +11,16 @@ from torch import Tensor
 
 from ..errors import DataError
 
-__all__ = ["ESTIMATORS", "NOT_FINITE", "Likelihood", "check_estimator", "check_outputs"]
+__all__ = [
+    "ESTIMATORS",
+    "NOT_FINITE",
+    "Likelihood",
+    "broadcasts",
+    "check_estimator",
+    "check_outputs",
+    "labels_needed",
+    "wide",
+]
 
 ESTIMATORS = ("exact", "mc", "empirical")
 NOT_FINITE = (
@@ -21,7 +30,30 @@ NOT_FINITE = (
 
 
 class Likelihood(ABC):
-    """p(y | f) of an example's outputs f, independent over positions and examples."""
+    """p(y | f) of an example's outputs f, independent over positions and examples.
+
+    A *reweighted* one is a loss that is no likelihood (class weights, label smoothing): "exact" and
+    "mc" directions are then roots of its Hessian at the target, which a Gauss-Newton matrix takes
+    and a Fisher refuses (`require_likelihood`).
+    """
+
+    @property
+    def reweighted(self) -> str:
+        """Why the loss is no likelihood, as in "class weights"; empty where it is one."""
+        return ""
+
+    def require_likelihood(self, estimator: str) -> None:
+        """Raise DataError where the estimator draws labels that this loss does not define.
+
+        Args:
+            estimator: "exact", "mc" or "empirical"; the last needs observed labels alone.
+        """
+        if self.reweighted and estimator in ("exact", "mc"):
+            raise DataError(
+                f"the {estimator} Fisher is an expectation over the model's own labels, and a loss "
+                f"with {self.reweighted} is no likelihood: take GGN(..., loss=...), "
+                f"estimator='empirical', or drop the {self.reweighted}"
+            )
 
     @abstractmethod
     def check(self, outputs: Tensor, target: Tensor | None) -> None:
@@ -39,7 +71,7 @@ class Likelihood(ABC):
 
         Args:
             outputs: (N, ...).
-            target: read only for masks.
+            target: read only for masks and weights.
             vectors: (..., N, ...) shaped like the outputs, with any leading dimensions.
         """
 
@@ -55,13 +87,27 @@ class Likelihood(ABC):
     def _num_exact(self, outputs: Tensor, target: Tensor | None) -> int: ...
 
     @abstractmethod
-    def _exact(self, outputs: Tensor, target: Tensor | None) -> Iterator[Tensor]: ...
+    def _exact(self, outputs: Tensor, target: Tensor | None) -> Iterator[Tensor]:
+        """The columns of a root of the loss's Hessian."""
 
     @abstractmethod
     def _sampled(
         self, outputs: Tensor, target: Tensor | None, generator: torch.Generator | None
     ) -> Tensor:
-        """The gradient of the loss in the outputs at labels drawn from the model."""
+        """The gradient of the loss in the outputs at labels drawn from the model.
+
+        Of a reweighted loss, a direction whose outer product has the loss's Hessian as its mean.
+        """
+
+    def _draws(
+        self,
+        outputs: Tensor,
+        target: Tensor | None,
+        generator: torch.Generator | None,
+        samples: int,
+    ) -> Iterator[Tensor]:
+        for _ in range(samples):
+            yield self._sampled(outputs, target, generator)
 
     @abstractmethod
     def _observed(self, outputs: Tensor, target: Tensor) -> Tensor:
@@ -87,29 +133,31 @@ class Likelihood(ABC):
 
         Args:
             outputs: (N, ...).
-            target: the observed labels; needed by "empirical", otherwise read only for masks.
+            target: the observed labels; needed by "empirical", otherwise read only for masks and
+                weights.
             estimator: "exact", "mc" or "empirical".
             samples: label draws for "mc", each scaled by 1/sqrt(samples).
             generator: of the draws, on the outputs' device.
 
         Raises:
-            DataError: an unknown estimator, or "empirical" without a target.
+            DataError: an unknown estimator; no target where it is needed, by "empirical" or by
+                weights.
         """
         check_estimator(estimator)
         outputs = outputs.detach()
-        wide = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+        work = wide(outputs)
         if estimator == "exact":
-            made = self._exact(wide, target)
+            made = self._exact(work, target)
         elif estimator == "mc":
             scale = 1 / math.sqrt(samples)
-            made = (self._sampled(wide, target, generator) * scale for _ in range(samples))
+            made = (draw * scale for draw in self._draws(work, target, generator, samples))
         elif target is None:
             raise DataError(
                 "estimator='empirical' needs observed labels, but the batch has no target: pass "
                 "(inputs, target) batches, or target="
             )
         else:
-            made = iter([self._observed(wide, target)])
+            made = iter([self._observed(work, target)])
         while True:
             with torch.no_grad():
                 direction = next(made, None)
@@ -136,3 +184,24 @@ def check_outputs(outputs: Tensor) -> None:
             f"expected at least one example in each batch, got outputs {tuple(outputs.shape)}: "
             "drop empty batches from the loader"
         )
+
+
+def broadcasts(shape: torch.Size, example: torch.Size) -> bool:
+    """Whether a tensor of this shape broadcasts to the outputs of an example."""
+    try:
+        return torch.broadcast_shapes(shape, example) == example
+    except RuntimeError:
+        return False
+
+
+def labels_needed(weights: str) -> DataError:
+    """The error of a loss whose Hessian depends on labels that are not there."""
+    return DataError(
+        f"the Hessian of a loss with {weights} depends on the labels, but the batch has no target: "
+        "pass (inputs, target) batches, or target="
+    )
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in its own dtype, at least float32."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import DataError
-from .base import NOT_FINITE, Likelihood, check_outputs
+from .base import NOT_FINITE, Likelihood, check_outputs, labels_needed, wide
 
 __all__ = ["Categorical"]
 
 
 @dataclass(frozen=True)
 class Categorical(Likelihood):
-    """Softmax over classes: the loss is cross-entropy, outputs are logits.
+    r"""Softmax over classes: the loss is cross-entropy, outputs are logits.
+
+    .. math:: \ell = -\sum_c q_c \log p_c, \qquad \nabla \ell = \kappa p - q, \qquad
+        \nabla^2 \ell = \kappa \, (\mathrm{diag}(p) - p p^T)
+
+    at each position, with q_c = (1 - label_smoothing) w_y 1[c = y] + label_smoothing w_c / C, as in
+    `torch.nn.functional.cross_entropy`, and kappa = sum_c q_c: 1 without class weights.
 
     Args:
         class_dim: the dimension of the classes. None: the only one of 2-d outputs, otherwise the
-        one whose removal gives the target's shape. shift: 1 scores outputs[:, :-1] against
-        target[:, 1:], as for the next token. ignore_index: a label that masks its position.
+            one whose removal gives the target's shape.
+        shift: 1 scores outputs[:, :-1] against target[:, 1:], as for the next token.
+        ignore_index: a label that masks its position.
+        weight: w (C,), nonnegative; 1 by default. With it the loss is no likelihood.
+        label_smoothing: from 0, the default, to below 1. With it the loss is no likelihood.
+
+    Raises:
+        DataError: a weight that is negative or not finite, a smoothing outside [0, 1).
 
     Over T positions an exact quantity has T (C - 1) directions: each position and class needs its
     own.
@@ -31,15 +44,41 @@ class Categorical(Likelihood):
         >>> (direction,) = Categorical().directions(torch.zeros(1, 2), None, "exact")
         >>> direction  # its outer product is diag(p) - p p^T
         tensor([[ 0.5000, -0.5000]])
+        >>> Categorical(weight=[1.0, 3.0]).loss(torch.zeros(2, 2), torch.tensor([0, 1]))
+        tensor([0.6931, 2.0794])
 
     Source:
         Tanabe and Sagae (1992), An exact Cholesky decomposition and the generalized inverse of
-        the variance-covariance matrix of the multinomial distribution.
+        the variance-covariance matrix of the multinomial distribution; Szegedy et al. (2016),
+        Rethinking the Inception architecture for computer vision, section 7, on smoothing.
     """
 
     class_dim: int | None = None
     shift: int = 0
     ignore_index: int = -100
+    weight: Sequence[float] | Tensor | None = None
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise DataError(
+                f"expected a label_smoothing from 0 to below 1, got {self.label_smoothing!r}"
+            )
+        if self.weight is None:
+            return
+        weight = torch.as_tensor(self.weight).detach()
+        if weight.dim() != 1 or not bool(((weight >= 0) & weight.isfinite()).all()):
+            raise DataError(
+                "expected a weight for each class (C,), nonnegative and finite, got "
+                f"{self.weight}"
+            )
+        # Numbers, and not a tensor, so that two likelihoods compare, hash and print by value.
+        object.__setattr__(self, "weight", tuple(map(float, weight.tolist())))
+
+    @property
+    def reweighted(self) -> str:
+        reasons = {"class weights": self.weight is not None, "label smoothing": self._smooth}
+        return " and ".join(reason for reason, holds in reasons.items() if holds)
 
     def check(self, outputs: Tensor, target: Tensor | None) -> None:
         check_outputs(outputs)
@@ -49,6 +88,11 @@ class Categorical(Likelihood):
             raise DataError(
                 f"expected at least two classes in dimension {dim} of the outputs, got shape "
                 f"{tuple(outputs.shape)}: for one logit take 'bernoulli'"
+            )
+        if self.weight is not None and len(self.weight) != classes:
+            raise DataError(
+                f"expected {classes} class weights for outputs {tuple(outputs.shape)} with the "
+                f"classes in dimension {dim}, got {len(self.weight)}"
             )
         positions = [s for k, s in enumerate(outputs.shape) if k != dim]
         if self.shift and (len(positions) < 2 or positions[1] <= self.shift or dim == 1):
@@ -70,13 +114,18 @@ class Categorical(Likelihood):
             )
 
     def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
-        logits, labels, mask = self._canonical(outputs, target)
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        picked = wide.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-        return -(picked * mask).sum(1).to(outputs.dtype)
+        logits, labels, mask = self._canonical(wide(outputs), target)
+        log_p = logits.log_softmax(-1)
+        losses = -log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+        if self.weight is not None:
+            losses = losses * self._weight.to(losses)[labels]
+        if self._smooth:
+            uniform = -(log_p if self.weight is None else log_p * self._weight.to(log_p)).mean(-1)
+            losses = losses.lerp(uniform, self.label_smoothing)
+        return (losses * mask).sum(1).to(outputs.dtype)
 
     def hessian_product(self, outputs: Tensor, target: Tensor | None, vectors: Tensor) -> Tensor:
-        logits, _, mask = self._canonical(outputs, target)
+        logits, labels, mask = self._canonical(outputs, target)
         dim = self._class_dim(outputs, target)
         v = self._positions(vectors, dim - outputs.dim(), vectors.dim() - outputs.dim())
         p = logits.softmax(-1)
@@ -84,11 +133,23 @@ class Categorical(Likelihood):
         top = p.argmax(-1, keepdim=True).expand(*v.shape[:-1], 1)
         product = p * (v - v.gather(-1, top))
         product = product - p * product.sum(-1, keepdim=True)
-        return self._embed(product * mask.unsqueeze(-1), outputs, target)
+        return self._embed(product * self._kappa(labels, mask, target), outputs, target)
 
     def num_terms(self, outputs: Tensor, target: Tensor | None) -> Tensor:
         _, _, mask = self._canonical(outputs, target)
-        return mask.sum().to(torch.int64)
+        return mask.count_nonzero()
+
+    def label_weights(self, outputs: Tensor, target: Tensor | None) -> Tensor:
+        """The weight of each position's label, zero where it is masked: (N, T).
+
+        Their sum is what `cross_entropy(reduction="mean")` divides by.
+        """
+        _, labels, mask = self._canonical(wide(outputs), target)
+        if self.weight is None:
+            return mask
+        if target is None:
+            raise labels_needed("class weights")
+        return mask * self._weight.to(mask)[labels]
 
     def flags(self, outputs: Tensor, target: Tensor | None) -> dict[str, Tensor]:
         flags = {NOT_FINITE: ~outputs.detach().isfinite().all()}
@@ -111,11 +172,12 @@ class Categorical(Likelihood):
 
         a_j^2 = p_j t_{j+1} / t_j. Tails are sums: one minus a cumulative sum would cancel.
         """
-        logits, _, mask = self._canonical(outputs, target)
+        logits, labels, mask = self._canonical(outputs, target)
+        root_of_kappa = self._kappa(labels, mask, target).sqrt()
         p = logits.double().softmax(-1)  # (N,T,C); in float32 small ones would lose their digits
         tail = p.flip(-1).cumsum(-1).flip(-1)
         after = tail[..., 1:]
-        scale = (p[..., :-1] * _ratio(after, tail[..., :-1])).sqrt() * mask.unsqueeze(-1)
+        scale = (p[..., :-1] * _ratio(after, tail[..., :-1])).sqrt() * root_of_kappa
         for position in range(p.shape[1]):
             for j in range(p.shape[2] - 1):
                 a, rest = scale[:, position, j], after[:, position, j, None]
@@ -127,21 +189,41 @@ class Categorical(Likelihood):
     def _sampled(
         self, outputs: Tensor, target: Tensor | None, generator: torch.Generator | None
     ) -> Tensor:
-        logits, _, mask = self._canonical(outputs, target)
+        logits, labels, mask = self._canonical(outputs, target)
         p = logits.softmax(-1)
         finite = p.nan_to_num(nan=1.0)  # NaN is flagged, and must not crash the draw
         drawn = torch.multinomial(finite.flatten(0, 1), 1, generator=generator)
-        return self._score(p, drawn.view(p.shape[:2]), mask, outputs, target)
+        score = _minus_one(p, drawn.view(p.shape[:2]))
+        return self._embed(score * self._kappa(labels, mask, target).sqrt(), outputs, target)
 
     def _observed(self, outputs: Tensor, target: Tensor) -> Tensor:
         logits, labels, mask = self._canonical(outputs, target)
-        return self._score(logits.softmax(-1), labels, mask, outputs, target)
-
-    def _score(
-        self, p: Tensor, labels: Tensor, mask: Tensor, outputs: Tensor, target: Tensor | None
-    ) -> Tensor:
-        score = p.scatter_add(-1, labels.unsqueeze(-1), -torch.ones_like(p[..., :1]))
+        p = logits.softmax(-1)
+        score = _minus_one(p, labels)
+        if self.weight is not None:
+            score = score * self._weight.to(p)[labels].unsqueeze(-1)
+        if self._smooth:
+            w = torch.ones_like(p[0, 0]) if self.weight is None else self._weight.to(p)
+            score = score.lerp(w.mean() * p - w / len(w), self.label_smoothing)
         return self._embed(score * mask.unsqueeze(-1), outputs, target)
+
+    @property
+    def _smooth(self) -> bool:
+        return self.label_smoothing > 0
+
+    @cached_property
+    def _weight(self) -> Tensor:
+        return torch.tensor(self.weight, dtype=torch.float64)
+
+    def _kappa(self, labels: Tensor, mask: Tensor, target: Tensor | None) -> Tensor:
+        """The mass of each position's target, zero where it is masked: (N, T, 1)."""
+        if self.weight is None:  # smoothing moves mass between classes, and keeps its sum
+            return mask.unsqueeze(-1)
+        if target is None:
+            raise labels_needed("class weights")
+        w = self._weight.to(mask)
+        kappa = w[labels].lerp(w.mean(), self.label_smoothing)
+        return (mask * kappa).unsqueeze(-1)
 
     def _class_dim(self, outputs: Tensor, target: Tensor | None) -> int:
         """The dimension of the classes, counted from the front."""
@@ -215,6 +297,11 @@ class Categorical(Likelihood):
             after = [0, 0] * (grid.dim() - lead - 2)
             grid = F.pad(grid, [*after, 0, self.shift])
         return grid.movedim(-1, lead + dim)
+
+
+def _minus_one(p: Tensor, labels: Tensor) -> Tensor:
+    """p - e_y at every position: (N, T, C)."""
+    return p.scatter_add(-1, labels.unsqueeze(-1), -torch.ones_like(p[..., :1]))
 
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:

@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import DataError
-from .base import NOT_FINITE, Likelihood, check_outputs
+from .base import NOT_FINITE, Likelihood, broadcasts, check_outputs, labels_needed
 
-__all__ = ["Bernoulli", "Gaussian"]
+__all__ = ["Bernoulli", "Elementwise", "Poisson"]
+
+COUNTED = 1e9  # up to this rate labels are counts; past it they are normal to within rounding
 
 
-class _Elementwise(Likelihood):
+class Elementwise(Likelihood):
     """Every output of an example has a label of its own; the loss-Hessian is diagonal."""
 
     @abstractmethod
-    def _root(self, outputs: Tensor) -> Tensor:
+    def _root(self, outputs: Tensor, target: Tensor | None) -> Tensor:
         """The root of the loss-Hessian's diagonal, shaped like the outputs."""
 
-    def _curvature(self, outputs: Tensor) -> Tensor:
-        return self._root(outputs).square()
+    def _curvature(self, outputs: Tensor, target: Tensor | None) -> Tensor:
+        return self._root(outputs, target).square()
 
     def check(self, outputs: Tensor, target: Tensor | None) -> None:
         check_outputs(outputs)
@@ -36,7 +40,7 @@ class _Elementwise(Likelihood):
             )
 
     def hessian_product(self, outputs: Tensor, target: Tensor | None, vectors: Tensor) -> Tensor:
-        return self._curvature(outputs) * vectors
+        return self._curvature(outputs, target) * vectors
 
     def num_terms(self, outputs: Tensor, target: Tensor | None) -> Tensor:
         return torch.tensor(outputs.numel(), device=outputs.device)
@@ -48,7 +52,7 @@ class _Elementwise(Likelihood):
         return math.prod(outputs.shape[1:])
 
     def _exact(self, outputs: Tensor, target: Tensor | None) -> Iterator[Tensor]:
-        root = self._root(outputs).reshape(outputs.shape[0], -1)
+        root = self._root(outputs, target).reshape(outputs.shape[0], -1)
         for j in range(root.shape[1]):
             column = torch.zeros_like(root)
             column[:, j] = root[:, j]
@@ -56,92 +60,157 @@ class _Elementwise(Likelihood):
 
 
 @dataclass(frozen=True)
-class Bernoulli(_Elementwise):
-    """Each output is the logit of a label in {0, 1}; the loss is binary cross-entropy.
+class Bernoulli(Elementwise):
+    r"""Each output is the logit of a label in [0, 1]; the loss is binary cross-entropy.
 
-    The loss-Hessian is diag(p (1 - p)) with p = sigmoid(f).
+    .. math:: \ell = -w\, y \log p - (1 - y) \log(1 - p), \qquad
+        \nabla^2 \ell = p (1 - p) (1 + (w - 1) y)
+
+    with p = sigmoid(f) and w = pos_weight, by default 1. Labels between 0 and 1 are probabilities
+    of 1; the model's own labels are 0 or 1.
+
+    Args:
+        pos_weight: the weight of label 1, positive; one for all outputs, or a tensor that
+            broadcasts to those of an example. With it the loss is no likelihood.
+
+    Raises:
+        DataError: a weight that is not positive and finite.
 
     Example:
         >>> Bernoulli().loss(torch.zeros(1, 2), torch.tensor([[0.0, 1.0]]))
         tensor([1.3863])
+        >>> f, y = torch.zeros(1, 2), torch.tensor([[0.0, 1.0]])
+        >>> Bernoulli(pos_weight=3.0).hessian_product(f, y, torch.ones(1, 2))
+        tensor([[0.2500, 0.7500]])
     """
 
+    pos_weight: float | Sequence[Any] | Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.pos_weight is None:
+            return
+        # Numbers, and not a tensor, so that two likelihoods compare, hash and print by value.
+        held = _nested(torch.as_tensor(self.pos_weight).detach().tolist())
+        object.__setattr__(self, "pos_weight", held)
+        if not bool(((self._weight > 0) & self._weight.isfinite()).all()):
+            raise DataError(f"expected a positive, finite pos_weight, got {self.pos_weight}")
+
+    @property
+    def reweighted(self) -> str:
+        return "" if self.pos_weight is None else "pos_weight"
+
+    def check(self, outputs: Tensor, target: Tensor | None) -> None:
+        super().check(outputs, target)
+        example = outputs.shape[1:]
+        if self.pos_weight is not None and not broadcasts(self._weight.shape, example):
+            raise DataError(
+                f"expected a pos_weight that broadcasts to the outputs of an example "
+                f"{tuple(example)}, got shape {tuple(self._weight.shape)}"
+            )
+
     def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
-        each = F.binary_cross_entropy_with_logits(outputs, target.to(outputs), reduction="none")
+        each = F.binary_cross_entropy_with_logits(
+            outputs,
+            target.to(outputs),
+            reduction="none",
+            pos_weight=None if self.pos_weight is None else self._weight.to(outputs),
+        )
         return each.reshape(outputs.shape[0], -1).sum(1)
 
     def flags(self, outputs: Tensor, target: Tensor | None) -> dict[str, Tensor]:
         flags = super().flags(outputs, target)
         if target is not None:
-            flags["expected labels 0 or 1, but some are neither"] = ~(
-                (target == 0) | (target == 1)
+            flags["expected labels between 0 and 1, but some are outside"] = ~(
+                (target >= 0) & (target <= 1)
             ).all()
         return flags
 
-    def _root(self, outputs: Tensor) -> Tensor:
+    @cached_property
+    def _weight(self) -> Tensor:
+        return torch.tensor(self.pos_weight, dtype=torch.float64)
+
+    def _root_of_kappa(self, outputs: Tensor, target: Tensor | None) -> Tensor | float:
+        """The root of 1 + (w - 1) y, by which the weight multiplies that of the Hessian."""
+        if self.pos_weight is None:
+            return 1.0
+        if target is None:
+            raise labels_needed("pos_weight")
+        return (1 + (self._weight.to(outputs) - 1) * target.to(outputs)).sqrt()
+
+    def _root(self, outputs: Tensor, target: Tensor | None) -> Tensor:
         h = (-outputs.abs() / 2).exp()  # sqrt(p (1 - p)) = h / (1 + h^2), without underflow
-        return h / (1 + h.square())
+        root = h / (1 + h.square())
+        return root if self.pos_weight is None else root * self._root_of_kappa(outputs, target)
 
     def _sampled(
         self, outputs: Tensor, target: Tensor | None, generator: torch.Generator | None
     ) -> Tensor:
         p = outputs.sigmoid()
         uniform = torch.rand(p.shape, dtype=p.dtype, device=p.device, generator=generator)
-        return p - (uniform < p).to(p)
+        return (p - (uniform < p).to(p)) * self._root_of_kappa(outputs, target)
 
     def _observed(self, outputs: Tensor, target: Tensor) -> Tensor:
-        return outputs.sigmoid() - target.to(outputs)
+        p, y = outputs.sigmoid(), target.to(outputs)
+        if self.pos_weight is None:
+            return p - y
+        return p * (1 - y) - self._weight.to(outputs) * y * (-outputs).sigmoid()
 
 
-@dataclass(frozen=True, eq=False)
-class Gaussian(_Elementwise):
-    """The loss is |y - f|^2 / (2 variance).
+@dataclass(frozen=True)
+class Poisson(Elementwise):
+    r"""Each output is the log rate of a count; the loss is exp(f) - y f.
 
-    Args:
-        variance: one for all outputs, or a tensor that broadcasts to those of an example.
+    .. math:: \ell = e^f - y f, \qquad \nabla \ell = e^f - y, \qquad \nabla^2 \ell = e^f
 
-    Raises:
-        DataError: a variance that is not positive and finite.
+    Labels may be any nonnegative numbers; the model's own are counts.
 
     Example:
-        >>> Gaussian(variance=0.25).loss(torch.zeros(1, 2), torch.ones(1, 2))
-        tensor([4.])
+        >>> f, y = torch.zeros(1, 2), torch.tensor([[0.0, 3.0]])
+        >>> Poisson().loss(f, y)
+        tensor([2.])
+        >>> next(Poisson().directions(f, y, "empirical"))
+        tensor([[ 1., -2.]])
+
+    Source:
+        McCullagh and Nelder (1989), Generalized linear models, section 6.2: the log link is the
+        canonical one, so that the Hessian is the Fisher information.
     """
 
-    variance: float | Tensor = 1.0
-
-    def __post_init__(self) -> None:
-        variance = torch.as_tensor(self.variance)
-        if not bool(((variance > 0) & variance.isfinite()).all()):
-            raise DataError(f"expected a positive, finite variance, got {self.variance}")
-
-    def check(self, outputs: Tensor, target: Tensor | None) -> None:
-        super().check(outputs, target)
-        shape, example = torch.as_tensor(self.variance).shape, outputs.shape[1:]
-        try:
-            fits = torch.broadcast_shapes(shape, example) == example
-        except RuntimeError:
-            fits = False
-        if not fits:
-            raise DataError(
-                f"expected a variance that broadcasts to the outputs of an example "
-                f"{tuple(example)}, got shape {tuple(shape)}"
-            )
-
     def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
-        each = (target - outputs).square() * self._curvature(outputs) / 2
+        each = outputs.exp() - target.to(outputs) * outputs
         return each.reshape(outputs.shape[0], -1).sum(1)
 
-    def _root(self, outputs: Tensor) -> Tensor:
-        return torch.as_tensor(self.variance).to(outputs).rsqrt().expand(outputs.shape)
+    def flags(self, outputs: Tensor, target: Tensor | None) -> dict[str, Tensor]:
+        flags = super().flags(outputs, target)
+        overflow = "expected log rates with a finite rate, but exp of some outputs overflows"
+        flags[overflow] = (outputs.isfinite() & outputs.detach().exp().isinf()).any()
+        if target is not None:
+            flags["expected labels that are finite and at least 0, but some are not"] = ~(
+                (target >= 0) & target.isfinite()
+            ).all()
+        return flags
+
+    def _root(self, outputs: Tensor, target: Tensor | None) -> Tensor:
+        return (outputs / 2).exp()
+
+    def _curvature(self, outputs: Tensor, target: Tensor | None) -> Tensor:
+        return outputs.exp()
 
     def _sampled(
         self, outputs: Tensor, target: Tensor | None, generator: torch.Generator | None
     ) -> Tensor:
-        noise = torch.randn(
-            outputs.shape, dtype=outputs.dtype, device=outputs.device, generator=generator
-        )
-        return noise * self._root(outputs)
+        # In float64: exp(f) - y cancels. Large rates have no count that a 64-bit integer holds,
+        # and NaN, which is flagged, must not crash the draw.
+        rate = outputs.double().exp().nan_to_num(nan=0.0)
+        noise = torch.randn(rate.shape, dtype=rate.dtype, device=rate.device, generator=generator)
+        counted = rate.clamp(max=COUNTED)
+        score = counted - torch.poisson(counted, generator=generator)
+        return torch.where(rate > COUNTED, rate.sqrt() * noise, score).to(outputs)
 
     def _observed(self, outputs: Tensor, target: Tensor) -> Tensor:
-        return (outputs - target) * self._curvature(outputs)
+        return outputs.exp() - target.to(outputs)
+
+
+def _nested(numbers: Any) -> Any:
+    """Lists as tuples, at every depth."""
+    return tuple(map(_nested, numbers)) if isinstance(numbers, list) else numbers

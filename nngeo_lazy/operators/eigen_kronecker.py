@@ -90,7 +90,7 @@ class EigenKroneckerLinearOperator(SpectralLinearOperator):
 
     def same_basis(self, other: BaseLinearOperator) -> TypeGuard[EigenKroneckerLinearOperator]:
         """Whether another operator has the same two bases: the same numbers, if not the tensors."""
-        if not isinstance(other, EigenKroneckerLinearOperator) or self.device != other.device:
+        if not isinstance(other, EigenKroneckerLinearOperator) or self.dtype != other.dtype:
             return False
         return all(
             mine is theirs or torch.equal(mine, theirs)

@@ -10,7 +10,8 @@ from torch import Tensor
 from ..errors import NotPositiveDefiniteError, UnsupportedLayerError
 from .base import BaseLinearOperator, Krylov
 from .damping import Damping, collapse
-from .decompose import Cache, eigh, eigvalsh, eps
+from .decompose import Cache, eigh, eigvalsh, eps, matrix_power
+from .diagonal import DiagonalLinearOperator
 from .info import Info
 from .lazy import LazyLinearOperator, ProductLinearOperator, SumLinearOperator
 
@@ -262,7 +263,21 @@ class LowRankLinearOperator(LazyLinearOperator):
             raise NotPositiveDefiniteError(
                 f"power {p}: the matrix has a negative eigenvalue; add damping with F.damped(...)"
             )
+        if self._taped():
+            return self._taped_power(p)
         return self._function(values.pow(p), shift.pow(p) if rest else None)
+
+    def _taped_power(self, p: float) -> BaseLinearOperator:
+        """The power as a lazy sum s^p I + Q (M^p - s^p I) Q^T, differentiable in all tensors."""
+        from .algebra import ours
+
+        q, r = torch.linalg.qr(self._scaled_root())
+        shift = self._shift.pow(p) if self.diag is not None else self._shift
+        inner = (r * self.core) @ r.mT + self._shift.expand(r.shape[0]).diag_embed()
+        power = matrix_power(inner, *eigh(inner), p) - shift.expand(r.shape[0]).diag_embed()
+        low = ProductLinearOperator(ours(q), ours(power @ q.mT))
+        rest = DiagonalLinearOperator(shift.expand(self.shape[-1]))
+        return SumLinearOperator(low, rest, info=self.info.plain())
 
     def _pinv(self, rcond: float | None) -> BaseLinearOperator:
         values, shift, rest = self._eigenvalues("pinv")
@@ -277,8 +292,8 @@ class LowRankLinearOperator(LazyLinearOperator):
         """f(A) from f(lambda + s) and f(s), None where nothing is left to it."""
         if self._taped():
             raise UnsupportedLayerError(
-                "functions of low rank plus diagonal are not differentiable: detach() it, or "
-                "differentiate through solve"
+                "the pseudo-inverse of low rank plus diagonal is not differentiable: detach() it, "
+                "or differentiate through solve"
             )
         basis = self._spectrum()[1]
         if shift is None or not bool(shift):
@@ -294,7 +309,7 @@ class LowRankLinearOperator(LazyLinearOperator):
             low = self.root @ (self.core.sqrt().unsqueeze(-1) * small)
             return low if self.diag is None else low + diag.sqrt().unsqueeze(-1) * z
         if self._taped():
-            raise UnsupportedLayerError("samples from a signed core are not differentiable")
+            return self._power(0.5)._apply(z)
         values, basis = self._spectrum()
         if self._constant:
             joint = torch.cat([values + self._shift, self._shift.reshape(1)])
@@ -333,7 +348,6 @@ def _completed(basis: Tensor) -> BaseLinearOperator:
     Schreiber and Van Loan (1989), a storage-efficient WY representation.
     """
     from .algebra import ours
-    from .diagonal import DiagonalLinearOperator
 
     n, m = basis.shape
     packed, tau = torch.geqrf(basis)
@@ -347,7 +361,7 @@ def _completed(basis: Tensor) -> BaseLinearOperator:
     reflectors, inner = reflectors * used, inner
     sign = basis.new_ones(n)
     sign[:m] = packed.diagonal().sign()
-    flips = ours(DiagonalLinearOperator(sign))
+    flips = DiagonalLinearOperator(sign)
     low = ProductLinearOperator(ours(-reflectors @ inner), ours(reflectors.mT.contiguous()))
     whole = SumLinearOperator(DiagonalLinearOperator(basis.new_ones(n)), low)
     return ProductLinearOperator(whole, flips)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING
+
+from ..table import Table
 
 if TYPE_CHECKING:
     from .base import BaseLinearOperator
 
 __all__ = ["Report", "Row", "make_report"]
-
-_HEADER = ("parameter", "layer", "form", "block", "size", "bytes", "note")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Row:
     note: str
 
 
-class Report(Sequence[Row]):
+class Report(Table[Row]):
     """Rows that print as a table.
 
     Attributes:
@@ -45,32 +45,8 @@ class Report(Sequence[Row]):
     """
 
     def __init__(self, rows: Sequence[Row]) -> None:
-        self._rows = tuple(rows)
+        super().__init__(rows)
         self.bytes = sum(row.bytes for row in rows)
-
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> tuple[Row, ...]: ...
-    def __getitem__(self, index: int | slice) -> Row | tuple[Row, ...]:
-        return self._rows[index]
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __repr__(self) -> str:
-        lines: list[tuple[str, ...]] = [_HEADER]
-        lines += [
-            (r.parameter, r.layer, r.form, r.block, f"{r.size:,}", f"{r.bytes:,}", r.note)
-            for r in self._rows
-        ]
-        if not any(r.note for r in self._rows):
-            lines = [line[:-1] for line in lines]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join(
-            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
-            for line in lines
-        )
 
 
 def nbytes(operator: BaseLinearOperator) -> int:

@@ -12,8 +12,11 @@ from nngeo_lazy.operators import (
     Info,
     InverseLinearOperator,
     KroneckerLinearOperator,
+    LowRankLinearOperator,
+    MatrixLinearOperator,
     Origin,
     ProductLinearOperator,
+    QuasiDiagonalLinearOperator,
     RestrictedLinearOperator,
     ScaledLinearOperator,
     SumLinearOperator,
@@ -109,6 +112,42 @@ def eigen(dtype=torch.float64):
     return EigenKroneckerLinearOperator(values, *bases)
 
 
+def low_rank(dtype=torch.float64):
+    """Orthogonal columns, so that all eigenvalues are known; a constant diagonal."""
+    g = torch.Generator().manual_seed(3)
+    root = orthogonal(18, g, dtype)[:, :5] * torch.linspace(1, 2, 5, dtype=dtype)
+    core = torch.tensor([1.0, 0.5, 2.0, -0.2, 1.0], dtype=dtype)
+    return LowRankLinearOperator(root, core, torch.tensor(1.5, dtype=dtype), info=info(dtype))
+
+
+def low_rank_varying(dtype=torch.float64):
+    """A signed core over a diagonal that varies."""
+    g = torch.Generator().manual_seed(3)
+    root = torch.randn(12, 3, generator=g, dtype=torch.float64).to(dtype) / 4
+    d = torch.rand(12, generator=g, dtype=torch.float64).to(dtype) + 0.8
+    return LowRankLinearOperator(root, torch.tensor([1.0, -0.3, 2.0], dtype=dtype), d)
+
+
+def quasi_diagonal(dtype=torch.float64):
+    g = torch.Generator().manual_seed(3)
+    rows = torch.randn(40, 3, 4, generator=g, dtype=torch.float64).to(dtype) + 0.5
+    second = torch.einsum("noi,noj->oij", rows, rows) / 40
+    diagonal = second.diagonal(dim1=1, dim2=2)
+    return QuasiDiagonalLinearOperator.of(diagonal, second[:, :3, 3])
+
+
+def arrow(dtype=torch.float64):
+    """The inverse of a damped quasi-diagonal: a negative rank-one term."""
+    return quasi_diagonal(dtype).damped(0.3).inverse()
+
+
+def jacobian(dtype=torch.float64):
+    g = torch.Generator().manual_seed(3)
+    return MatrixLinearOperator(
+        torch.randn(7, 18, generator=g, dtype=torch.float64).to(dtype), info=info(dtype)
+    )
+
+
 def blocks(dtype=torch.float64):
     g = torch.Generator().manual_seed(3)
     values = torch.rand(1, 2, 3, generator=g, dtype=torch.float64).to(dtype) + 0.5
@@ -162,6 +201,13 @@ def matrix(op):
     if isinstance(op, EigenKroneckerLinearOperator):
         q = kron(op.left_basis.detach(), op.right_basis.detach())
         return (q * op.values.reshape(-1)) @ q.mT
+    if isinstance(op, LowRankLinearOperator):
+        out = (op.root * op.core) @ op.root.mT
+        return out if op.diag is None else out + op.diag.expand(len(out)).diag_embed()
+    if isinstance(op, QuasiDiagonalLinearOperator):
+        return torch.block_diag(*map(quasi_block, op.diag, op.cross, op.coupling))
+    if isinstance(op, MatrixLinearOperator):
+        return op.tensor
     if isinstance(op, BlockDiagonalLinearOperator):
         members = [matrix(b) for b in op.members]
         return permuted(members) if op.layouts == LAYOUTS else torch.block_diag(*members)
@@ -178,6 +224,28 @@ def matrix(op):
     raise TypeError(type(op))
 
 
-CLOSED = {f.__name__: f for f in (dense, diagonal, kronecker, grouped, eigen, blocks, anonymous)}
+def quasi_block(a, b, coupling):
+    q, r, kappa = coupling
+    top = a.diag_embed() + (kappa + q * q) / r * torch.outer(b, b)
+    return torch.cat([torch.cat([top, q * b[:, None]], 1), torch.cat([q * b, r[None]])[None]])
+
+
+CLOSED = {
+    f.__name__: f
+    for f in (
+        dense,
+        diagonal,
+        kronecker,
+        grouped,
+        eigen,
+        low_rank,
+        low_rank_varying,
+        quasi_diagonal,
+        arrow,
+        blocks,
+        anonymous,
+    )
+}
+WITHOUT_EIGENVALUES = ("low_rank_varying", "quasi_diagonal", "arrow")
 LAZY = {f.__name__: f for f in (lazy_sum, scaled, inverse, restricted)}
 EVERY = {**CLOSED, **LAZY, "product": product}

@@ -89,6 +89,30 @@ class _LazyWithoutRoots(_Lazy):
     test_diagonalization_symeig = None
 
 
+class TestQuasiDiagonal(_LazyWithoutRoots, unittest.TestCase):
+    """It has a determinant in closed form, and no eigenvalues."""
+
+    make = staticmethod(examples.quasi_diagonal)
+    should_test_sample = True
+
+
+for _name in (
+    "test_inv_quad_logdet",
+    "test_inv_quad_logdet_no_reduce",
+    "test_inv_quad_logdet_no_reduce_cholesky",
+    "test_logdet",
+):
+    setattr(TestQuasiDiagonal, _name, getattr(LinearOperatorTestCase, _name))
+TestQuasiDiagonal.test_root_decomposition_cholesky = None  # of its damped self, which has one
+
+
+class TestLowRank(_Closed, unittest.TestCase):
+    make = staticmethod(examples.low_rank)
+    # their reference differentiates eigenvectors of repeated eigenvalues: NaN (see test_autograd)
+    test_sqrt_inv_matmul = None
+    test_sqrt_inv_matmul_no_lhs = None
+
+
 class TestSum(_LazyWithoutRoots, unittest.TestCase):
     make = staticmethod(examples.lazy_sum)
 

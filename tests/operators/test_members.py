@@ -16,6 +16,7 @@ from linear_operator.operators import (
 )
 from linear_operator.operators import DenseLinearOperator as TheirDense
 
+from nngeo_lazy.errors import UnsupportedLayerError
 from nngeo_lazy.operators import (
     BlockDiagonalLinearOperator,
     DenseLinearOperator,
@@ -144,7 +145,9 @@ def test_sums_of_shared_bases_stay_closed():
     close((E + other).to_dense(), E.to_dense() + other.to_dense())
     close((E @ other).to_dense(), E.to_dense() @ other.to_dense())
     copied = EigenKroneckerLinearOperator(E.values, E.left_basis.clone(), E.right_basis)
-    assert type(E + copied) is SumLinearOperator
+    assert type(E + copied) is EigenKroneckerLinearOperator  # the same numbers
+    turned = EigenKroneckerLinearOperator(E.values, E.left_basis.flip(-1), E.right_basis)
+    assert type(E + turned) is SumLinearOperator
 
 
 def test_sums_with_operators_of_linear_operator():
@@ -308,7 +311,22 @@ def test_a_rebuilt_operator_does_not_reuse_another_decomposition():
 # --- torch functions and scipy --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", examples.CLOSED)
+@pytest.mark.parametrize("name", examples.WITHOUT_EIGENVALUES)
+def test_torch_functions_without_eigenvalues(name):
+    F, A = examples.CLOSED[name](), examples.matrix(examples.CLOSED[name]())
+    v = torch.randn(len(A), dtype=torch.float64)
+    close(torch.linalg.solve(F, v), torch.linalg.solve(A, v))
+    close(torch.logdet(F), torch.logdet(A))
+    close(torch.linalg.norm(F), A.norm())
+    close(torch.linalg.inv(F).to_dense(), torch.linalg.inv(A))
+    for refused in (torch.linalg.slogdet, torch.linalg.eigvalsh, torch.det):
+        with pytest.raises(UnsupportedLayerError, match="no closed form"):
+            refused(F)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in examples.CLOSED if n not in examples.WITHOUT_EIGENVALUES]
+)
 def test_torch_functions(name):
     F, A = examples.CLOSED[name](), examples.matrix(examples.CLOSED[name]())
     n = len(A)

@@ -1,0 +1,140 @@
+"""Normal labels, with a variance for each output or a covariance of those at a position."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..errors import DataError
+from .base import broadcasts, wide
+from .elementwise import Elementwise
+
+__all__ = ["Gaussian"]
+
+
+@dataclass(frozen=True, eq=False)
+class Gaussian(Elementwise):
+    r"""The loss is a squared error, in units of the labels' variance or covariance.
+
+    .. math:: \ell = \tfrac12 (y - f)^T \Sigma^{-1} (y - f), \qquad
+        \nabla^2 \ell = \Sigma^{-1}
+
+    summed over positions.
+
+    Args:
+        variance: one for all outputs; or a tensor that broadcasts to the outputs of an example, a
+            variance for each; or else a covariance (C, C) of the last dimension of the outputs,
+            shared by positions. What broadcasts is per output: for outputs (N, C, C) a (C, C)
+            tensor is a variance for each, and for outputs (N, C) it is a covariance.
+
+    Raises:
+        DataError: a variance that is not positive and finite, a covariance that is not symmetric
+            positive definite.
+
+    Example:
+        >>> Gaussian(variance=0.25).loss(torch.zeros(1, 2), torch.ones(1, 2))
+        tensor([4.])
+        >>> sigma = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
+        >>> Gaussian(sigma).hessian_product(torch.zeros(1, 2), None, torch.tensor([[3.0, 0.0]]))
+        tensor([[ 2., -1.]])
+    """
+
+    variance: float | Tensor = 1.0
+
+    def __post_init__(self) -> None:
+        variance = torch.as_tensor(self.variance)
+        if bool(((variance > 0) & variance.isfinite()).all()):
+            return  # of a matrix, only the outputs tell whether it is a covariance
+        if variance.dim() == 2 and variance.shape[0] == variance.shape[1]:
+            _ = self._root_of_precision
+            return
+        raise DataError(f"expected a positive, finite variance, got {self.variance}")
+
+    def check(self, outputs: Tensor, target: Tensor | None) -> None:
+        super().check(outputs, target)
+        variance, example = torch.as_tensor(self.variance), outputs.shape[1:]
+        if self._correlated(outputs):
+            if variance.shape != (*example[-1:], *example[-1:]):
+                raise DataError(
+                    f"expected a variance that broadcasts to the outputs of an example "
+                    f"{tuple(example)}, or a covariance of their last dimension, got shape "
+                    f"{tuple(variance.shape)}"
+                )
+            _ = self._root_of_precision
+        elif not bool((variance > 0).all()):
+            raise DataError(
+                f"expected a positive, finite variance for each output of an example "
+                f"{tuple(example)}, got {variance}: to its shape a matrix broadcasts, and is no "
+                "covariance"
+            )
+
+    def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
+        residual = target - outputs
+        each = residual * self.hessian_product(outputs, target, residual) / 2
+        return each.reshape(outputs.shape[0], -1).sum(1)
+
+    def hessian_product(self, outputs: Tensor, target: Tensor | None, vectors: Tensor) -> Tensor:
+        if not self._correlated(outputs):
+            return super().hessian_product(outputs, target, vectors)
+        work = wide(vectors)
+        return (work @ self._precision.to(work)).to(vectors.dtype)
+
+    def _correlated(self, outputs: Tensor) -> bool:
+        variance = self.variance
+        return isinstance(variance, Tensor) and not broadcasts(variance.shape, outputs.shape[1:])
+
+    @cached_property
+    def _root_of_precision(self) -> Tensor:
+        """S = L^-T of the Cholesky factor L of the covariance: S S^T is its inverse. (C, C)."""
+        sigma = torch.as_tensor(self.variance).detach().double()
+        factor, info = torch.linalg.cholesky_ex(sigma)
+        # As exact as the covariance can be in its own dtype.
+        rounding = 100 * torch.finfo(wide(torch.as_tensor(self.variance)).dtype).eps
+        symmetric = torch.allclose(sigma, sigma.mT, rtol=rounding, atol=0.0)
+        if not (symmetric and bool(sigma.isfinite().all()) and int(info) == 0):
+            raise DataError(
+                f"expected a symmetric positive definite covariance, got {self.variance}: "
+                "symmetrise it and add a multiple of the identity, or pass positive variances that "
+                "broadcast to the outputs of an example"
+            )
+        eye = torch.eye(len(sigma), dtype=sigma.dtype, device=sigma.device)
+        return torch.linalg.solve_triangular(factor, eye, upper=False).mT
+
+    @cached_property
+    def _precision(self) -> Tensor:
+        return self._root_of_precision @ self._root_of_precision.mT
+
+    def _root(self, outputs: Tensor, target: Tensor | None) -> Tensor:
+        return torch.as_tensor(self.variance).to(outputs).rsqrt().expand(outputs.shape)
+
+    def _exact(self, outputs: Tensor, target: Tensor | None) -> Iterator[Tensor]:
+        if not self._correlated(outputs):
+            yield from super()._exact(outputs, target)
+            return
+        root = self._root_of_precision.to(outputs)
+        zeros = torch.zeros_like(outputs).flatten(1, -2) if outputs.dim() > 2 else None
+        for position in range(1 if zeros is None else zeros.shape[1]):
+            for j in range(len(root)):
+                if zeros is None:
+                    yield root[:, j].expand(outputs.shape)
+                else:
+                    column = zeros.clone()
+                    column[:, position] = root[:, j]
+                    yield column.view(outputs.shape)
+
+    def _sampled(
+        self, outputs: Tensor, target: Tensor | None, generator: torch.Generator | None
+    ) -> Tensor:
+        noise = torch.randn(
+            outputs.shape, dtype=outputs.dtype, device=outputs.device, generator=generator
+        )
+        if self._correlated(outputs):
+            return noise @ self._root_of_precision.mT.to(outputs)
+        return noise * self._root(outputs, target)
+
+    def _observed(self, outputs: Tensor, target: Tensor) -> Tensor:
+        return self.hessian_product(outputs, target, outputs - target)

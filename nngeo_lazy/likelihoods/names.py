@@ -1,0 +1,52 @@
+"""Likelihoods by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ..errors import DataError
+from .base import Likelihood
+from .categorical import Categorical
+from .elementwise import Bernoulli, Poisson
+from .gaussian import Gaussian
+
+__all__ = ["NAMES", "resolve"]
+
+NAMES: dict[str, Callable[[], Likelihood]] = {
+    "categorical": Categorical,
+    "bernoulli": Bernoulli,
+    "gaussian": Gaussian,
+    "poisson": Poisson,
+}
+
+
+def resolve(
+    likelihood: str | Likelihood | None, outputs: Tensor, target: Tensor | None
+) -> Likelihood:
+    """A likelihood from itself, its name, or None where the first batch proves it categorical.
+
+    Raises:
+        DataError: an unknown name, or None where nothing is proved.
+    """
+    if isinstance(likelihood, Likelihood):
+        return likelihood
+    if isinstance(likelihood, str) and likelihood in NAMES:
+        return NAMES[likelihood]()
+    if likelihood is not None:
+        raise DataError(
+            f"unknown likelihood {likelihood!r}: expected one of {sorted(NAMES)}, or an object "
+            "from nngeo_lazy.likelihoods"
+        )
+    guess = Categorical()
+    try:
+        if target is None:
+            raise DataError("there is no target")
+        guess.check(outputs, target)
+    except DataError as error:
+        raise DataError(
+            f"cannot tell the likelihood from outputs {tuple(outputs.shape)} ({error}): pass "
+            f"likelihood= with one of {sorted(NAMES)}, or an object from nngeo_lazy.likelihoods"
+        ) from None
+    return guess

@@ -1,0 +1,99 @@
+"""What a build will cost, from its first batch, before the work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .representations import Representation
+from .statistics import Cost
+from .sweep import DataSweep
+from .table import Table
+
+__all__ = ["Plan", "PlannedRow", "make_plan"]
+
+
+@dataclass(frozen=True)
+class PlannedRow:
+    """One parameter of a matrix that has not been built.
+
+    Attributes:
+        parameter: its name.
+        layer: the path of the module that owns it.
+        form: how its Jacobian will be computed.
+        block: the kind of block that it will lie in.
+        size: how many numbers the parameter has.
+        flops: of the statistics of its block, for each example; 0 where an earlier row counts them.
+        bytes: what its block will take, likewise.
+        note: why a fallback is taken; empty where none is.
+    """
+
+    parameter: str
+    layer: str
+    form: str
+    block: str
+    size: int
+    flops: int
+    bytes: int
+    note: str
+
+
+class Plan(Table[PlannedRow]):
+    """Rows that print as a table, and totals.
+
+    Attributes:
+        passes: how often the data are read.
+        directions: backward passes for each batch, in each pass that reads the data.
+        batches: how many batches there are, None where the loader does not say.
+        flops: of all statistics, for each example; forward and backward passes come on top.
+        bytes: what the operator will take.
+    """
+
+    def __init__(
+        self, rows: Sequence[PlannedRow], passes: int, directions: int, batches: int | None
+    ) -> None:
+        self.passes, self.directions, self.batches = passes, directions, batches
+        self.flops = sum(row.flops for row in rows)
+        self.bytes = sum(row.bytes for row in rows)
+        times = "" if batches is None else f" x {batches} batches"
+        super().__init__(
+            rows,
+            [
+                f"{passes} pass{'es' * (passes > 1)} over the data{times}, {directions} backward "
+                "for each batch",
+                f"{self.flops:,} flops for each example, {self.bytes:,} bytes",
+            ],
+        )
+
+
+def make_plan(representation: Representation, sweep: DataSweep) -> Plan:
+    """The plan of a build, from the first batch: one forward and one backward pass."""
+    representation.check(sweep)
+    sample, batches = sweep.sampled()
+    parts = sweep.parts
+    outlines = representation.outline(sweep, range(len(parts)))
+    found: dict[int, list[Cost]] = {}
+    for statistics in outlines:
+        for statistic in statistics:
+            for cost in statistic.costs(sample):
+                found.setdefault(cost.part, []).append(cost)
+    space, itemsize = sweep.space, sweep.dtype.itemsize
+    rows: dict[str, PlannedRow] = {}
+    for k, part in enumerate(parts):
+        costs = found.get(k, [])
+        kinds = [cost.block for cost in costs if cost.block]
+        for name in part.names:
+            first = name == part.names[0]
+            where = space.slices[name]
+            rows[name] = PlannedRow(
+                name,
+                space.owner(name),
+                "zero" if part.kind == "unused" else f"{part.function}: {part.kind}",
+                kinds[-1] if kinds else "",
+                where.stop - where.start,
+                sum(cost.flops for cost in costs) if first else 0,
+                sum(cost.numbers for cost in costs if cost.block) * itemsize if first else 0,
+                part.note,
+            )
+    ordered = [rows[name] for name in space.names]
+    return Plan(ordered, len(outlines), sample.directions, batches)
