@@ -186,6 +186,8 @@ class BaseLinearOperator(ContractLinearOperator):
         value = diag.squeeze(-1) if diag.shape == (1,) else diag
         if value.dim() == 1:
             value = require_vector(self, value, vector=True)
+            if value.numel() and value.stride(0) == 0:  # one number repeated, such as a prior's
+                value = value[0]
         return self._damp(Damping(value.to(self.dtype)), "exact")
 
     # --- numbers ---------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import inspect
 import io
 import os
 import pickle
+import warnings
 from collections.abc import Mapping
 from typing import IO, Any
 
@@ -203,7 +204,9 @@ def _read(source: Any, map_location: Any) -> Mapping[str, Any]:
         buffer.seek(0)
         source = buffer
     try:
-        state = torch.load(source, map_location=map_location, weights_only=True)
+        with warnings.catch_warnings():  # of foreign pickles, which are refused anyhow
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            state = torch.load(source, map_location=map_location, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise DataError(
             f"expected a file written by ng.save, but it cannot be read: {error}"

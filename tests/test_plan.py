@@ -1,0 +1,97 @@
+"""The plan says what the build will do: the same blocks and bytes, before the work."""
+
+import pytest
+import torch
+from torch import nn
+
+import nngeo_lazy as ng
+from nngeo_lazy.errors import DataError, TooLargeError
+from nngeo_lazy.likelihoods import Categorical
+from nngeo_lazy.representations import KFAC, Mixed
+
+import zoo
+
+EVERY = [
+    "dense",
+    "block_diagonal",
+    "diagonal",
+    "quasi_diagonal",
+    "kfac",
+    KFAC("reduce"),
+    "ekfac",
+    "low_rank",
+    Mixed("ekfac", {"head": "dense"}),
+]
+
+
+@pytest.mark.parametrize("representation", EVERY, ids=str)
+def test_the_plan_is_what_is_built(representation):
+    net = zoo.gpt()
+    data, lik = (net.batch, net.batch), Categorical(class_dim=2)
+    plan = ng.plan(ng.FIM, net.model, data, representation, likelihood=lik)
+    F = ng.FIM(net.model, data, representation, likelihood=lik)
+    report = F.report()
+    for planned, built in zip(plan, report, strict=True):
+        for what in ("parameter", "layer", "form", "size", "note"):
+            assert getattr(planned, what) == getattr(built, what)
+        if representation != "diagonal":  # whose blocks become one
+            assert planned.block == built.block
+    core = 4 * 54 if representation == "low_rank" else 0  # its core of ones
+    assert plan.bytes == report.bytes - core
+    assert plan.directions == 3 * 6
+    assert plan.passes == (2 if "ekfac" in str(representation).lower() else 1)
+    assert str(plan).count("\n") == len(plan) + 2
+    assert "backward for each batch" in repr(plan)
+
+
+def test_costs_follow_the_sizes():
+    x = torch.randn(6, 4)
+    plans = {}
+    for width in (8, 16):
+        model = nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 2))
+        plans[width] = ng.plan(ng.FIM, model, x, "kfac", likelihood="gaussian")
+    # left o^2 R + right (i + 1)^2, twice each: R = 2 directions, one position
+    assert plans[8][0].flops == 2 * (8 * 8 * 2 + 5 * 5)
+    assert plans[16][0].flops == 2 * (16 * 16 * 2 + 5 * 5)
+    assert plans[8][0].bytes == 4 * (8 * 8 + 5 * 5)
+    assert plans[8].flops == sum(row.flops for row in plans[8])
+
+
+def test_only_the_first_batch_is_read_and_nothing_is_changed():
+    model, seen = nn.Linear(3, 2), []
+
+    class Loader:
+        def __len__(self):
+            return 40
+
+        def __iter__(self):
+            for k in range(40):
+                seen.append(k)
+                yield (torch.ones(5, 3), torch.zeros(5, 2))
+
+    before = model.weight.clone()
+    plan = ng.plan(ng.FIM, model, Loader(), "low_rank", likelihood="gaussian", estimator="mc")
+    assert seen == [0]
+    assert (plan.batches, plan.directions, plan[0].block) == (40, 1, "rank 8 of 8")
+    assert torch.equal(model.weight, before)
+    assert model.weight.grad is None
+
+
+def test_a_plan_is_made_past_the_limit_of_directions():
+    model, x = nn.Linear(3, 2000), torch.randn(4, 3)
+    with pytest.raises(TooLargeError, match=r"takes 2000 backward passes.*estimator='mc'.*plan"):
+        ng.FIM(model, x, "diagonal", likelihood="gaussian")
+    assert ng.plan(ng.FIM, model, x, "diagonal", likelihood="gaussian").directions == 2000
+    mc = ng.plan(ng.FIM, model, x, "diagonal", likelihood="gaussian", estimator="mc", samples=3)
+    assert mc.directions == 3
+
+
+def test_other_builders_are_refused():
+    with pytest.raises(DataError, match=r"expected the builder to be ng\.FIM or ng\.GGN"):
+        ng.plan(print, nn.Linear(2, 2), torch.ones(3, 2))
+
+
+def test_gauss_newton_plan():
+    model, x, y = nn.Linear(3, 2), torch.randn(4, 3), torch.randn(4, 2)
+    plan = ng.plan(ng.GGN, model, (x, y), "kfac", loss=nn.MSELoss())
+    assert plan.directions == 2
