@@ -294,9 +294,9 @@ def plan(builder: Callable[..., BaseLinearOperator], *args: Any, **options: Any)
     Example:
         >>> model, x = torch.nn.Linear(3, 2), torch.randn(8, 3)
         >>> plan(FIM, model, x, "kfac", likelihood="gaussian")
-        parameter  layer  form           block                    size  flops  bytes
-        weight            linear: outer  Kronecker (2x2) x (4x4)  6     48     80
-        bias              linear: outer  Kronecker (2x2) x (4x4)  2     0      0
+        parameter  form           block                    size  flops  bytes
+        weight     linear: outer  Kronecker (2x2) x (4x4)  6     48     80
+        bias       linear: outer  Kronecker (2x2) x (4x4)  2     0      0
         1 pass over the data x 1 batches, 2 backward for each batch
         48 flops for each example, 80 bytes
     """

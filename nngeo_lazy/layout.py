@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,11 +13,37 @@ __all__ = ["Layout", "Piece", "assemble"]
 
 @dataclass(frozen=True)
 class Piece:
-    """One parameter inside a block: `width` columns of every row, at `start` of the flat vector."""
+    """One parameter inside a block: `width` columns of every row, at `start` of the flat vector.
+
+    Attributes:
+        start: where it begins.
+        width: how many columns of each row it fills.
+        transposed: it is stored (groups, width / inner, rows, inner) instead of (groups, rows,
+            width): its columns are (outer, inner), and the rows lie between the two.
+        inner: how many columns lie side by side in a transposed parameter: 1 for a weight (in,
+            out), the kernel's volume for a transposed convolution's (in, out, *kernel).
+    """
 
     start: int
     width: int
-    transposed: bool = False  # the parameter is stored (width, rows) instead of (rows, width)
+    transposed: bool = False
+    inner: int = 1
+
+    def to_grid(self, stored: Tensor, rows: int) -> Tensor:
+        """The parameter's numbers (..., G rows width, k) as (..., G rows, width, k)."""
+        lead, k = stored.shape[:-2], stored.shape[-1]
+        if self.transposed:
+            outer = self.width // self.inner
+            stored = stored.reshape(*lead, -1, outer, rows, self.inner, k).transpose(-4, -3)
+        return stored.reshape(*lead, -1, self.width, k)
+
+    def from_grid(self, grid: Tensor, rows: int) -> Tensor:
+        """The inverse of `to_grid`."""
+        lead, k = grid.shape[:-3], grid.shape[-1]
+        if self.transposed:
+            outer = self.width // self.inner
+            grid = grid.reshape(*lead, -1, rows, outer, self.inner, k).transpose(-4, -3)
+        return grid.reshape(*lead, -1, k)
 
 
 @dataclass(frozen=True)
@@ -25,8 +51,8 @@ class Layout:
     """A block's coordinates (group, row, column), row-major, and its pieces' flat positions.
 
     A weight (out, in) with its bias is the grid (1, out, in + 1) whose last column is the bias; a
-    grouped convolution has several groups; a weight stored (in, out) is a transposed piece (of one
-    group). Parameters that merely follow each other are pieces of a grid with a single row.
+    grouped convolution has several groups; a weight stored (in, out) is a transposed piece.
+    Parameters that merely follow each other are pieces of a grid with a single row.
 
     The block's vector has length p = groups * rows * width. The map from flat to block coordinates
     is a permutation, applied by slicing, so that no index is stored.
@@ -57,27 +83,22 @@ class Layout:
 
     def gather(self, vectors: Tensor) -> Tensor:
         """Flat (..., P, k) to this block's (..., p, k)."""
-        lead, k = vectors.shape[:-2], vectors.shape[-1]
-        parts = []
-        for piece, where in zip(self.pieces, self.slices, strict=True):
-            part = vectors[..., where, :]
-            if piece.transposed:
-                part = part.reshape(*lead, piece.width, self.rows, k).transpose(-3, -2)
-            parts.append(part.reshape(*lead, self.groups * self.rows, piece.width, k))
+        parts = [
+            piece.to_grid(vectors[..., where, :], self.rows)
+            for piece, where in zip(self.pieces, self.slices, strict=True)
+        ]
         joint = parts[0] if len(parts) == 1 else torch.cat(parts, -2)
-        return joint.reshape(*lead, self.size, k)
+        return joint.reshape(*vectors.shape[:-2], self.size, vectors.shape[-1])
 
     def scatter(self, vectors: Tensor) -> list[tuple[int, Tensor]]:
         """This block's (..., p, k) to the pieces (flat start, (..., n, k)); see `assemble`."""
         lead, k = vectors.shape[:-2], vectors.shape[-1]
         grid = vectors.reshape(*lead, self.groups * self.rows, self.width, k)
         parts = grid.split([piece.width for piece in self.pieces], -2)
-        placed = []
-        for piece, part in zip(self.pieces, parts, strict=True):
-            if piece.transposed:
-                part = part.transpose(-3, -2)
-            placed.append((piece.start, part.reshape(*lead, -1, k)))
-        return placed
+        return [
+            (piece.start, piece.from_grid(part, self.rows))
+            for piece, part in zip(self.pieces, parts, strict=True)
+        ]
 
     def positions(self) -> Tensor:
         """The flat position of each block coordinate, as an index (p,)."""
@@ -86,7 +107,7 @@ class Layout:
 
     def shifted(self, starts: dict[int, int]) -> Layout:
         """The same block in another flat vector: `starts` maps old to new piece starts."""
-        moved = tuple(Piece(starts[p.start], p.width, p.transposed) for p in self.pieces)
+        moved = tuple(replace(piece, start=starts[piece.start]) for piece in self.pieces)
         return Layout(self.groups, self.rows, moved)
 
 

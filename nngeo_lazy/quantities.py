@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from .errors import DataError
-from .likelihoods import Likelihood, check_estimator, resolve
+from .likelihoods import Likelihood, check_estimator, resolve, resolve_loss
+from .likelihoods.losses import Reduction
 
 __all__ = ["Fisher", "GaussNewton", "LossGradients", "LossLike", "Outputs", "Quantity"]
 
@@ -51,6 +52,10 @@ class Quantity(ABC):
     def denominator(self, outputs: Tensor, target: Tensor | None) -> Tensor | float:
         """A batch's part of what the sum over examples is divided by."""
         return outputs.shape[0]
+
+    def total(self, denominators: float) -> float:
+        """What that sum is divided by, from the batches' parts."""
+        return denominators
 
 
 class _OfLoss(Quantity):
@@ -104,8 +109,7 @@ class Fisher(_OfLoss):
     def fit(self, outputs: Tensor, target: Tensor | None) -> None:
         if self.likelihood is None:
             self.likelihood = resolve(self._given, outputs, target)
-            if hasattr(self.likelihood, "require_likelihood"):
-                self.likelihood.require_likelihood(self.estimator)
+            self.likelihood.require_likelihood(self.estimator)
         self.likelihood.check(outputs, target)
 
 
@@ -121,12 +125,10 @@ class GaussNewton(_OfLoss):
                 "estimator='empirical')"
             )
         self._given = loss
-        self._reduction: Any = None
+        self._reduction: Reduction | None = None
 
     def fit(self, outputs: Tensor, target: Tensor | None) -> None:
         if self.likelihood is None:
-            from .likelihoods import resolve_loss
-
             self.likelihood, self._reduction = resolve_loss(self._given, outputs, target)
         self.likelihood.check(outputs, target)
 
@@ -134,6 +136,11 @@ class GaussNewton(_OfLoss):
         if self._reduction is None:
             raise RuntimeError("no batch has been fitted")
         return self._reduction.denominator(outputs, target)
+
+    def total(self, denominators: float) -> float:
+        if self._reduction is None:
+            raise RuntimeError("no batch has been fitted")
+        return self._reduction.total(denominators)
 
     def described(self) -> dict[str, str | int | None]:
         return {**super().described(), "reduction": repr(self._reduction)}
@@ -169,7 +176,5 @@ class LossGradients(_OfLoss):
 
     def fit(self, outputs: Tensor, target: Tensor | None) -> None:
         if self.likelihood is None:
-            from .likelihoods import resolve_loss
-
             self.likelihood, _ = resolve_loss(self._given, outputs, target)
         self.likelihood.check(outputs, target)

@@ -22,7 +22,7 @@ from .statistics import Make, Sample, Statistic, all_finite
 __all__ = ["DataSweep"]
 
 Chunk = tuple[list[Form | None], bool, bool]
-KEPT_BYTES = 2**27  # the forms of a whole pass are kept for a second one up to this size
+KEPT_BYTES = 2**26  # the forms of a whole pass are kept for a second one up to this size
 
 
 class DataSweep:
@@ -174,7 +174,8 @@ class _Totals:
             if messages:
                 finite = any("finite" in message for message in messages)
                 raise (NonFiniteError if finite else DataError)("; ".join(messages))
-        return self._examples, int(self._terms), float(self._denominator)
+        total = self._quantity.total(float(self._denominator))
+        return self._examples, int(self._terms), total
 
 
 def _update(statistics: Sequence[Statistic], chunk: Chunk) -> None:

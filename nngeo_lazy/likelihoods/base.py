@@ -189,9 +189,10 @@ def check_outputs(outputs: Tensor) -> None:
 def broadcasts(shape: torch.Size, example: torch.Size) -> bool:
     """Whether a tensor of this shape broadcasts to the outputs of an example."""
     try:
-        return torch.broadcast_shapes(shape, example) == example
+        together: torch.Size = torch.broadcast_shapes(shape, example)
     except RuntimeError:
         return False
+    return together == example
 
 
 def labels_needed(weights: str) -> DataError:

@@ -66,14 +66,13 @@ class Categorical(Likelihood):
             )
         if self.weight is None:
             return
-        weight = torch.as_tensor(self.weight).detach()
+        weight = torch.as_tensor(self.weight, dtype=torch.float64).detach()
         if weight.dim() != 1 or not bool(((weight >= 0) & weight.isfinite()).all()):
             raise DataError(
-                "expected a weight for each class (C,), nonnegative and finite, got "
-                f"{self.weight}"
+                f"expected a weight for each class (C,), nonnegative and finite, got {self.weight}"
             )
         # Numbers, and not a tensor, so that two likelihoods compare, hash and print by value.
-        object.__setattr__(self, "weight", tuple(map(float, weight.tolist())))
+        object.__setattr__(self, "weight", tuple(weight.tolist()))
 
     @property
     def reweighted(self) -> str:

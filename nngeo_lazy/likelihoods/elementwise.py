@@ -90,7 +90,7 @@ class Bernoulli(Elementwise):
         if self.pos_weight is None:
             return
         # Numbers, and not a tensor, so that two likelihoods compare, hash and print by value.
-        held = _nested(torch.as_tensor(self.pos_weight).detach().tolist())
+        held = _nested(torch.as_tensor(self.pos_weight, dtype=torch.float64).detach().tolist())
         object.__setattr__(self, "pos_weight", held)
         if not bool(((self._weight > 0) & self._weight.isfinite()).all()):
             raise DataError(f"expected a positive, finite pos_weight, got {self.pos_weight}")
@@ -185,7 +185,7 @@ class Poisson(Elementwise):
         overflow = "expected log rates with a finite rate, but exp of some outputs overflows"
         flags[overflow] = (outputs.isfinite() & outputs.detach().exp().isinf()).any()
         if target is not None:
-            flags["expected labels that are finite and at least 0, but some are not"] = ~(
+            flags["expected labels from 0 up, but some are negative, NaN or inf"] = ~(
                 (target >= 0) & target.isfinite()
             ).all()
         return flags

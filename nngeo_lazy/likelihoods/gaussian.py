@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,9 +44,12 @@ class Gaussian(Elementwise):
         tensor([[ 2., -1.]])
     """
 
-    variance: float | Tensor = 1.0
+    variance: float | Sequence[Any] | Tensor = 1.0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.variance, int | float | Tensor):
+            held = torch.as_tensor(self.variance, dtype=torch.float64)
+            object.__setattr__(self, "variance", held)
         variance = torch.as_tensor(self.variance)
         if bool(((variance > 0) & variance.isfinite()).all()):
             return  # of a matrix, only the outputs tell whether it is a covariance
@@ -65,10 +69,10 @@ class Gaussian(Elementwise):
                     f"{tuple(variance.shape)}"
                 )
             _ = self._root_of_precision
-        elif not bool((variance > 0).all()):
+        elif variance.dim() == 2 and not bool((variance > 0).all()):
             raise DataError(
                 f"expected a positive, finite variance for each output of an example "
-                f"{tuple(example)}, got {variance}: to its shape a matrix broadcasts, and is no "
+                f"{tuple(example)}, got {variance}: a matrix that broadcasts to its shape is no "
                 "covariance"
             )
 
@@ -102,29 +106,31 @@ class Gaussian(Elementwise):
                 "broadcast to the outputs of an example"
             )
         eye = torch.eye(len(sigma), dtype=sigma.dtype, device=sigma.device)
-        return torch.linalg.solve_triangular(factor, eye, upper=False).mT
+        inverse: Tensor = torch.linalg.solve_triangular(factor, eye, upper=False)
+        return inverse.mT
 
     @cached_property
     def _precision(self) -> Tensor:
         return self._root_of_precision @ self._root_of_precision.mT
 
     def _root(self, outputs: Tensor, target: Tensor | None) -> Tensor:
-        return torch.as_tensor(self.variance).to(outputs).rsqrt().expand(outputs.shape)
+        variance = torch.as_tensor(self.variance, dtype=outputs.dtype, device=outputs.device)
+        return variance.rsqrt().expand(outputs.shape)
+
+    def _curvature(self, outputs: Tensor, target: Tensor | None) -> Tensor:
+        return 1 / torch.as_tensor(self.variance, dtype=outputs.dtype, device=outputs.device)
 
     def _exact(self, outputs: Tensor, target: Tensor | None) -> Iterator[Tensor]:
         if not self._correlated(outputs):
             yield from super()._exact(outputs, target)
             return
         root = self._root_of_precision.to(outputs)
-        zeros = torch.zeros_like(outputs).flatten(1, -2) if outputs.dim() > 2 else None
-        for position in range(1 if zeros is None else zeros.shape[1]):
+        zeros = torch.zeros_like(outputs).reshape(outputs.shape[0], -1, outputs.shape[-1])
+        for position in range(zeros.shape[1]):
             for j in range(len(root)):
-                if zeros is None:
-                    yield root[:, j].expand(outputs.shape)
-                else:
-                    column = zeros.clone()
-                    column[:, position] = root[:, j]
-                    yield column.view(outputs.shape)
+                column = zeros.clone()
+                column[:, position] = root[:, j]
+                yield column.view(outputs.shape)
 
     def _sampled(
         self, outputs: Tensor, target: Tensor | None, generator: torch.Generator | None

@@ -35,9 +35,9 @@ class LowRankLinearOperator(LazyLinearOperator):
         info: what is known besides the numbers.
 
     Example:
-        >>> A = LowRankLinearOperator(torch.tensor([[3.0], [4.0]]))
-        >>> A.solve(torch.tensor([3.0, 4.0]), damping=1.0) * 26
-        tensor([3., 4.])
+        >>> A = LowRankLinearOperator(torch.tensor([[2.0], [0.0]]))
+        >>> A.damped(1.0).inverse().diagonal()
+        tensor([0.2000, 1.0000])
 
     Source: Golub and Van Loan (2013), Matrix Computations, section 2.1.4 (the identity that this
     form avoids).

@@ -1,0 +1,354 @@
+"""Losses that are no likelihood by name: any function, and the modules of torch.nn."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import DataError, NonFiniteError, NotPositiveDefiniteError
+from .base import NOT_FINITE, Likelihood, broadcasts, check_outputs, wide
+from .categorical import Categorical
+from .elementwise import Bernoulli, Poisson
+from .gaussian import Gaussian
+from .names import NAMES, resolve
+
+__all__ = ["CallableLoss", "Reduction", "resolve_loss"]
+
+TILE_BYTES = 2**26  # of Hessians that are decomposed in float64 at a time
+Count: TypeAlias = Callable[[Tensor, Tensor | None], Tensor | int]
+
+
+@dataclass(frozen=True)
+class CallableLoss(Likelihood):
+    r"""Any loss that is convex in the outputs, from a function of a batch.
+
+    .. math:: S_n S_n^T = \nabla^2_f \ell(f_n, y_n)
+
+    with the Hessian of each example, D x D for D outputs, by automatic differentiation in the
+    outputs alone, and its root from an eigendecomposition in float64. An exact quantity has D
+    directions.
+
+    Args:
+        function: `(outputs (N, ...), target) -> losses (N,)`, summed over positions; the loss of
+            an example depends on that example alone. It is called with outputs that are at least
+            float32, and with target None where batches have none.
+
+    Example:
+        >>> loss = CallableLoss(lambda f, y: (f - y).cosh().log().sum(1))
+        >>> loss.hessian_product(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([[3.0, 4.0]]))
+        tensor([[3., 4.]])
+
+    Source:
+        Schraudolph (2002), Fast curvature matrix-vector products for second-order gradient descent.
+    """
+
+    function: Callable[..., Tensor]
+
+    @property
+    def reweighted(self) -> str:
+        return "a function in place of a density"
+
+    def require_likelihood(self, estimator: str) -> None:
+        if estimator in ("exact", "mc"):
+            raise DataError(
+                f"the {estimator} Fisher is an expectation over the model's own labels, and a "
+                "function of outputs and target does not say how they are distributed: take "
+                "GGN(..., loss=...), estimator='empirical', or a likelihood"
+            )
+
+    def check(self, outputs: Tensor, target: Tensor | None) -> None:
+        check_outputs(outputs)
+        with torch.no_grad():
+            losses = self.function(wide(outputs.detach()), target)
+        if not isinstance(losses, Tensor) or losses.shape != outputs.shape[:1]:
+            got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else repr(losses)
+            raise DataError(
+                f"expected per-example losses ({outputs.shape[0]},), got {got}: use "
+                "reduction='none' and sum over positions"
+            )
+
+    def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
+        return self.function(wide(outputs), target).to(outputs.dtype)
+
+    def hessian_product(self, outputs: Tensor, target: Tensor | None, vectors: Tensor) -> Tensor:
+        """Reverse over reverse, one vector at a time: a loss may have no forward mode or vmap."""
+        product = self._product(wide(outputs), target)
+        flat = wide(vectors).reshape(-1, *outputs.shape)
+        return torch.stack([product(v) for v in flat]).view(vectors.shape).to(vectors.dtype)
+
+    def num_terms(self, outputs: Tensor, target: Tensor | None) -> Tensor:
+        return torch.tensor(outputs.shape[0], device=outputs.device)
+
+    def flags(self, outputs: Tensor, target: Tensor | None) -> dict[str, Tensor]:
+        outputs = outputs.detach()
+        flags = {NOT_FINITE: ~outputs.isfinite().all()}
+        if outputs.shape[0] > 1:
+            flags[
+                "expected the loss of an example to depend on that example alone, but in a batch "
+                "it is another than without the others: divide by no batch size, and draw nothing "
+                "at random"
+            ] = self._mixes(wide(outputs), target)
+        return flags
+
+    def _mixes(self, outputs: Tensor, target: Tensor | None) -> Tensor:
+        """Whether the first example's loss is another without the others, past rounding."""
+        with torch.no_grad():
+            together = self.function(outputs, target)[:1]
+            alone = self.function(outputs[:1], None if target is None else target[:1])
+            if alone.shape != together.shape:
+                return torch.ones((), dtype=torch.bool, device=outputs.device)
+            # The terms of a loss are of the size of the outputs, or of the sum.
+            size = together.abs() + outputs[:1].abs().amax() + 1
+            apart: Tensor = (together - alone).abs() > torch.finfo(outputs.dtype).eps ** 0.5 * size
+            return apart.any()
+
+    def _num_exact(self, outputs: Tensor, target: Tensor | None) -> int:
+        return math.prod(outputs.shape[1:])
+
+    def _exact(self, outputs: Tensor, target: Tensor | None) -> Iterator[Tensor]:
+        roots = self._roots(outputs, target)
+        for j in range(roots.shape[-1]):
+            yield roots[..., j].reshape(outputs.shape)
+
+    def _draws(
+        self,
+        outputs: Tensor,
+        target: Tensor | None,
+        generator: torch.Generator | None,
+        samples: int,
+    ) -> Iterator[Tensor]:
+        """S z with random signs z: the mean of z z^T is the identity."""
+        roots = self._roots(outputs, target)
+        shape = (*roots.shape[:2], 1)
+        for _ in range(samples):
+            bits = torch.randint(2, shape, device=roots.device, generator=generator)
+            yield (roots @ (2 * bits - 1).to(roots)).view(outputs.shape)
+
+    def _sampled(
+        self, outputs: Tensor, target: Tensor | None, generator: torch.Generator | None
+    ) -> Tensor:
+        return next(self._draws(outputs, target, generator, 1))
+
+    def _observed(self, outputs: Tensor, target: Tensor) -> Tensor:
+        return self._gradient(target)(outputs)
+
+    def _gradient(self, target: Tensor | None) -> Callable[[Tensor], Tensor]:
+        gradient: Callable[[Tensor], Tensor] = torch.func.grad(
+            lambda f: self.function(f, target).sum()
+        )
+        return gradient
+
+    def _product(self, outputs: Tensor, target: Tensor | None) -> Callable[[Tensor], Tensor]:
+        pullback: Callable[[Tensor], tuple[Tensor, ...]]
+        pullback = torch.func.vjp(self._gradient(target), outputs)[1]
+        return lambda vector: pullback(vector)[0]
+
+    def _roots(self, outputs: Tensor, target: Tensor | None) -> Tensor:
+        """S (N, D, D) with S S^T the Hessian of each example.
+
+        Raises:
+            NotPositiveDefiniteError: an eigenvalue is negative beyond rounding.
+            NonFiniteError: the Hessian is not finite where the outputs are.
+        """
+        n, size = outputs.shape[0], math.prod(outputs.shape[1:])
+        product = self._product(outputs, target)
+        hessians = outputs.new_zeros(n, size, size)
+        for j in range(size):  # each is far cheaper than direction j's pass through the model
+            unit = torch.zeros_like(outputs).reshape(n, size)
+            unit[:, j] = 1
+            hessians[..., j] = product(unit.view(outputs.shape)).reshape(n, size)
+        finite = hessians.isfinite().all() | ~outputs.isfinite().all()
+        hessians.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)  # outputs that are not are flagged
+        convex = torch.ones_like(finite)
+        # Entries cancel: their errors are of the size of their terms, which may be of order one
+        # even where all entries are small.
+        rounding = 10 * math.sqrt(size) * torch.finfo(outputs.dtype).eps
+        for tile in hessians.split(max(1, TILE_BYTES // max(8 * size * size, 1))):
+            values, vectors = torch.linalg.eigh(tile.double())
+            floor = -rounding * values.abs().amax(-1, keepdim=True).clamp(min=1)
+            convex &= (values >= floor).all()
+            tile.copy_(vectors * values.clamp(min=0).sqrt().unsqueeze(-2))
+        # One wait for the device in each batch: a negative curvature must not be dropped, and
+        # flags, which are read without the Hessian, cannot tell.
+        is_finite, is_convex = torch.stack([finite, convex]).tolist()
+        if not is_finite:
+            raise NonFiniteError(
+                "expected a loss with a finite Hessian in the outputs, but on some batch it is NaN "
+                "or infinite where the outputs are finite: check the loss there (a root or a norm "
+                "at zero?)"
+            )
+        if not is_convex:
+            raise NotPositiveDefiniteError(
+                "the loss is not convex in the outputs (its Hessian has a negative eigenvalue), so "
+                "its Gauss-Newton matrix is not positive semidefinite: take Hessian, or a convex "
+                "loss"
+            )
+        return hessians
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """What a sum over examples is divided by, over a whole loader.
+
+    The matrix is sum_n H_n / total(sum over batches of denominator).
+
+    Args:
+        kind: "examples" (their number), "mean" (the number or weight of single losses, as a
+            torch.nn module counts them) or "sum" (nothing).
+        count: that number in a batch, for "mean".
+
+    Example:
+        >>> Reduction("examples").denominator(torch.zeros(4, 2), None)
+        tensor(4., dtype=torch.float64)
+        >>> Reduction("sum").total(0.0)
+        1.0
+    """
+
+    kind: str
+    count: Count | None = field(default=None, repr=False, compare=False)
+
+    def denominator(self, outputs: Tensor, target: Tensor | None) -> Tensor:
+        """A batch's part, 0-d float64, to be added over batches; zero for "sum"."""
+        part: Tensor | int = outputs.shape[0] if self.kind == "examples" else 0
+        if self.count is not None:
+            part = self.count(outputs, target)
+        return torch.as_tensor(part, dtype=torch.float64, device=outputs.device).detach()
+
+    def total(self, denominators: float) -> float:
+        """What to divide by, from the sum of the batches' parts.
+
+        Raises:
+            DataError: the mean of no loss at all.
+        """
+        if self.kind == "sum":
+            return 1.0
+        if not denominators > 0:
+            raise DataError(
+                "expected at least one scored label, but all are masked or have weight zero, so "
+                "that their mean is not defined: check ignore_index and weight, or take "
+                "reduction='sum'"
+            )
+        return denominators
+
+
+def resolve_loss(loss: Any, outputs: Tensor, target: Tensor | None) -> tuple[Likelihood, Reduction]:
+    """A loss as output directions, and what their sum over examples is divided by.
+
+    Args:
+        loss: a likelihood or its name; a function `(outputs, target) -> losses (N,)`; or a
+            torch.nn loss module, which keeps its own reduction, over the whole loader as one batch.
+        outputs: (N, ...), the first batch's.
+        target: its target: whole numbers and probabilities are different losses in
+            `nn.CrossEntropyLoss`.
+
+    Raises:
+        DataError: none of these.
+
+    Example:
+        >>> f, y = torch.zeros(4, 3), torch.zeros(4, 3)
+        >>> resolve_loss(torch.nn.MSELoss(), f, y)
+        (Gaussian(variance=0.5), Reduction(kind='mean'))
+    """
+    if isinstance(loss, str) and loss == "output":
+        raise DataError(
+            "the outputs are the losses: their Gauss-Newton matrix is zero; take Hessian"
+        )
+    if isinstance(loss, Likelihood) or (isinstance(loss, str) and loss in NAMES):
+        return resolve(loss, outputs, target), Reduction("examples")
+    if isinstance(loss, nn.Module):
+        return _of_module(loss, outputs, target)
+    if callable(loss) and not isinstance(loss, type):
+        return CallableLoss(loss), Reduction("examples")
+    raise DataError(
+        f"unknown loss {loss!r}: expected one of {sorted(NAMES)}, an object from "
+        "nngeo_lazy.likelihoods, a torch.nn loss module such as nn.CrossEntropyLoss(), or a "
+        "function (outputs, target) -> per-example losses (N,)"
+    )
+
+
+class _PerExample:
+    """A torch.nn loss without its reduction, summed over all dimensions but that of examples."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._given = module  # held, since it is told from others by its id
+        self._module = copy.copy(module)  # buffers are shared, `reduction` is not
+        self._module.reduction = "none"  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"{self._given!r} at {id(self._given):#x}"
+
+    def each(self, outputs: Tensor, target: Tensor | None) -> Tensor:
+        """The single losses, as the module makes them."""
+        losses: Tensor = self._module(outputs, target)
+        return losses
+
+    def count(self, outputs: Tensor, target: Tensor | None) -> int:
+        with torch.no_grad():
+            return self.each(wide(outputs), target).numel()
+
+    def __call__(self, outputs: Tensor, target: Tensor | None) -> Tensor:
+        losses = self.each(outputs, target)
+        return losses.flatten(1).sum(1) if losses.dim() > 1 else losses
+
+
+def _of_module(
+    module: nn.Module, outputs: Tensor, target: Tensor | None
+) -> tuple[Likelihood, Reduction]:
+    reduction = getattr(module, "reduction", None)
+    kinds = {"none": "examples", "batchmean": "examples", "mean": "mean", "sum": "sum"}
+    arguments = [
+        name
+        for name, each in inspect.signature(module.forward).parameters.items()
+        if each.default is each.empty
+    ]
+    if not isinstance(reduction, str) or reduction not in kinds or len(arguments) != 2:
+        raise DataError(
+            f"expected a torch.nn loss of two arguments with a reduction in {sorted(kinds)}, got "
+            f"{module!r} with reduction {reduction!r} and arguments {arguments}: wrap it in a "
+            "function (outputs, target) -> per-example losses (N,)"
+        )
+    likelihood, count = _parts(module, outputs, target)
+    kind = kinds[reduction]
+    return likelihood, Reduction(kind, count if kind == "mean" else None)
+
+
+def _parts(module: nn.Module, outputs: Tensor, target: Tensor | None) -> tuple[Likelihood, Count]:
+    """The loss of each example, and how its module counts losses.
+
+    In closed form where it is known; types are compared exactly, since a subclass may compute
+    something else.
+    """
+    kind = type(module)
+    labels = target is None or not target.is_floating_point()
+    if isinstance(module, nn.CrossEntropyLoss | nn.NLLLoss) and labels:
+        classes = Categorical(1, ignore_index=module.ignore_index, weight=module.weight)
+        if isinstance(module, nn.CrossEntropyLoss) and kind is nn.CrossEntropyLoss:
+            return replace(classes, label_smoothing=module.label_smoothing), _weights(classes)
+        return CallableLoss(_PerExample(module)), _weights(classes)
+    if kind is nn.MSELoss:
+        return Gaussian(0.5), _elements
+    if kind is nn.PoissonNLLLoss and module.log_input:
+        return Poisson(), _elements
+    if isinstance(module, nn.BCEWithLogitsLoss) and kind is nn.BCEWithLogitsLoss:
+        weight = module.pos_weight
+        fits = weight is None or broadcasts(weight.shape, outputs.shape[1:])
+        if module.weight is None and fits:
+            return Bernoulli(weight), _elements
+    per_example = _PerExample(module)
+    return CallableLoss(per_example), per_example.count
+
+
+def _elements(outputs: Tensor, target: Tensor | None) -> int:
+    return outputs.numel()
+
+
+def _weights(classes: Categorical) -> Count:
+    """The weight of the labels that are not ignored."""
+    return lambda outputs, target: classes.label_weights(outputs, target).sum(dtype=torch.float64)
