@@ -25,7 +25,28 @@ def nll_bernoulli(f: Tensor, y: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(f, y, reduction="sum")
 
 
-NLL = {"categorical": nll_categorical, "gaussian": nll_gaussian, "bernoulli": nll_bernoulli}
+def nll_poisson(f: Tensor, y: Tensor) -> Tensor:
+    return (f.exp() - y * f).sum()
+
+
+def covariance(size: int) -> Tensor:
+    """A covariance matrix of so many outputs."""
+    lower = torch.eye(size) + torch.tril(torch.linspace(-0.5, 0.5, size * size).view(size, size))
+    return lower @ lower.mT
+
+
+def nll_covariance(f: Tensor, y: Tensor) -> Tensor:
+    r = (y - f).reshape(-1, f.shape[-1]).mT
+    return (r * torch.linalg.solve(covariance(f.shape[-1]), r)).sum() / 2
+
+
+NLL = {
+    "categorical": nll_categorical,
+    "gaussian": nll_gaussian,
+    "bernoulli": nll_bernoulli,
+    "poisson": nll_poisson,
+    "covariance": nll_covariance,
+}
 
 
 def targets(likelihood: str, outputs: Tensor) -> Tensor:
@@ -33,7 +54,9 @@ def targets(likelihood: str, outputs: Tensor) -> Tensor:
     if likelihood == "categorical":
         return torch.randint(outputs.shape[-1], outputs.shape[:-1])
     if likelihood == "bernoulli":
-        return torch.randint(2, outputs.shape).to(outputs)
+        return torch.rand(outputs.shape).to(outputs)  # soft ones
+    if likelihood == "poisson":
+        return torch.poisson(outputs.exp())
     return torch.randn_like(outputs)
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import nngeo_lazy as ng
-from nngeo_lazy.likelihoods import Bernoulli, Categorical, Gaussian
+from nngeo_lazy.likelihoods import Bernoulli, Categorical, Gaussian, Poisson
 
 import oracle
 import zoo
@@ -17,6 +17,8 @@ LIKELIHOODS = {
     "categorical": lambda outputs: Categorical(class_dim=outputs.dim() - 1),
     "gaussian": lambda outputs: Gaussian(oracle.VARIANCE),
     "bernoulli": lambda outputs: Bernoulli(),
+    "poisson": lambda outputs: Poisson(),
+    "covariance": lambda outputs: Gaussian(oracle.covariance(outputs.shape[-1])),
 }
 
 
@@ -84,6 +86,8 @@ def test_every_representation_agrees_with_the_oracle(net, likelihood, estimator)
     assert dense.num_examples == len(case.net.examples)
 
     close(case.build("diagonal").diagonal(), expected.diagonal())
+    close(case.build("low_rank").to_dense(), expected)
+    close(case.build("quasi_diagonal").diagonal(), expected.diagonal())
 
     blocks = case.build("block_diagonal")
     close(blocks.to_dense(), masked(expected, blocks.space))

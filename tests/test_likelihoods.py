@@ -225,8 +225,8 @@ def test_monte_carlo_converges_and_is_seeded(name):
     )
     assert torch.equal(draw(1, 3), draw(1, 3))
     assert not torch.equal(draw(1, 3), draw(2, 3))
-    S, H = draw(0, 4000), hessians(nll, f, y)
-    assert (torch.einsum("rnk,rnl->nkl", S, S) - H).norm() <= 0.1 * H.norm()
+    S, H = draw(0, 1500), hessians(nll, f, y)
+    assert (torch.einsum("rnk,rnl->nkl", S, S) - H).norm() <= 0.15 * H.norm()
 
 
 @pytest.mark.parametrize("name", ["class_dim 2", "next token", "image"])

@@ -46,7 +46,7 @@ def sequence() -> Net:
         def forward(self, x):
             return self.b(torch.tanh(self.a(x)).mean(2))
 
-    return simple(M(), torch.randn(5, 2, 3, 3))
+    return simple(M(), torch.randn(5, 3, 2, 3))
 
 
 def convolutions() -> Net:
