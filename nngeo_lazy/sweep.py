@@ -193,8 +193,16 @@ def _keep(kept: list[Chunk] | None, chunk: Chunk) -> list[Chunk] | None:
         return None
     forms = [form if isinstance(form, Outer) else None for form in chunk[0]]
     kept.append((list(forms), *chunk[1:]))
-    size = sum(form.bytes for held, _, _ in kept for form in held if isinstance(form, Outer))
+    size = sum(_held(form, first) for held, first, _ in kept for form in held)
     return kept if size <= KEPT_BYTES else None
+
+
+def _held(form: Form | None, first: bool) -> int:
+    """The bytes of a form; its inputs are those of the first chunk of a batch."""
+    if not isinstance(form, Outer):
+        return 0
+    inputs = vars(form.inputs).values() if first and form.inputs is not None else ()
+    return form.bytes + sum(x.nbytes for x in inputs if isinstance(x, Tensor))
 
 
 @contextmanager

@@ -342,6 +342,175 @@ def mapping() -> Net:
     return Net(M(), {"tokens": tokens, "mask": mask}, examples, call)
 
 
+def conv3d() -> Net:
+    net = nn.Sequential(
+        nn.Conv3d(2, 2, (2, 1, 2), stride=(1, 2, 1), padding=(1, 0, 0), groups=2),
+        nn.Tanh(),
+        nn.Conv3d(2, 1, 2, dilation=(1, 1, 2)),
+        nn.Flatten(),
+        nn.Linear(3, 2),
+    )
+    return simple(net, torch.randn(4, 2, 3, 3, 4))
+
+
+def conv_transpose() -> Net:
+    """One, two and three dimensions; groups, stride, dilation, output padding, cropping borders."""
+
+    class M(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one = nn.ConvTranspose1d(2, 2, 3, stride=2, padding=3, bias=False)
+            self.two = nn.ConvTranspose2d(
+                4, 2, (2, 3), stride=(3, 2), padding=1, output_padding=1, groups=2, dilation=(1, 2)
+            )
+            self.three = nn.ConvTranspose3d(2, 1, (1, 2, 2), stride=(2, 1, 1), padding=(0, 1, 0))
+
+        def forward(self, x):  # (N, 2, 4)
+            h = torch.tanh(self.one(x))  # (N, 2, 3)
+            h = torch.tanh(self.two(torch.cat([x, -x], 1).unflatten(2, (2, 2))))
+            h = h.mean(2) + torch.tanh(self.one(x)).sum((1, 2))[:, None, None]
+            h = self.three(h[:, :, :4].reshape(len(x), 2, 1, 2, 2))
+            return h.flatten(1)
+
+    return simple(M(), torch.randn(4, 2, 4))
+
+
+def conv_transpose_wide() -> Net:
+    """Stride 1 and many channels: the moment by correlations, with its taps reversed."""
+    net = nn.Sequential(
+        nn.Conv1d(1, 8, 1), nn.Tanh(), nn.ConvTranspose1d(8, 1, 3, padding=1, output_padding=0)
+    )
+    return simple(net, torch.randn(4, 1, 3))
+
+
+def instance_norm() -> Net:
+    class M(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.own = nn.Conv2d(1, 3, 2), nn.InstanceNorm2d(3, affine=True)
+            self.tracked = nn.InstanceNorm1d(3, affine=True, track_running_stats=True)
+            for p in (*self.own.parameters(), *self.tracked.parameters()):
+                nn.init.normal_(p)
+            self.tracked.running_mean.normal_()
+            self.tracked.running_var.uniform_(0.5, 2)
+
+        def forward(self, x):
+            h = torch.tanh(self.own(self.conv(x))).flatten(2)
+            return torch.tanh(self.tracked(h)).sum(2)
+
+    return simple(M(), torch.randn(4, 1, 4, 3))
+
+
+def self_attention() -> Net:
+    """Two heads, batch first and causal; then time first, with its weights, T = N; no biases."""
+
+    class M(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.MultiheadAttention(4, 2, batch_first=True)
+            self.b = nn.MultiheadAttention(4, 1, bias=False, add_zero_attn=True)
+            nn.init.normal_(self.a.in_proj_bias)
+
+        def forward(self, x):
+            mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+            h = self.a(x, x, x, attn_mask=mask, need_weights=False, is_causal=True)[0]
+            h = torch.tanh(h).transpose(0, 1)
+            h, weights = self.b(h, h, h)
+            return h.sum(0)[:, :3] + weights.square().sum((1, 2))[:, None]
+
+    return simple(M(), torch.randn(3, 3, 4))
+
+
+def cross_attention() -> Net:
+    """Packed with one and with two other inputs, separate projections, masked and added keys."""
+
+    class M(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.packed = nn.MultiheadAttention(2, 1, batch_first=True)
+            self.separate = nn.MultiheadAttention(2, 2, kdim=3, vdim=1, batch_first=True)
+            self.added = nn.MultiheadAttention(2, 1, add_bias_kv=True, batch_first=True)
+            for m in (self.packed, self.separate, self.added):
+                nn.init.normal_(m.in_proj_bias)
+
+        def forward(self, x, keep):
+            past = x[:, 1:, :2]
+            hidden = keep[:, 1:] == 0
+            h = self.packed(x[:, :, :2], past, past, key_padding_mask=hidden)[0]
+            h = h + self.packed(h, past, -past)[0]
+            h = torch.tanh(h + self.separate(h, x, x[..., :1])[0])
+            return self.added(h, h, h)[0].sum(1)
+
+    x, keep = torch.randn(4, 4, 3), torch.randint(0, 2, (4, 4))
+    keep[:, 1] = 1  # no example without a key
+    return Net(
+        M().eval(),
+        {"x": x, "keep": keep},
+        list(zip(x, keep, strict=True)),
+        lambda f, one: f(x=one[0].unsqueeze(0), keep=one[1].unsqueeze(0)),
+        general=("added.bias_k", "added.bias_v"),
+    )
+
+
+def transformer() -> Net:
+    """An encoder's and a decoder's layer; the encoder's would take a fused path."""
+
+    class M(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = nn.TransformerEncoderLayer(2, 1, 2, batch_first=True)
+            self.decoder = nn.TransformerDecoderLayer(2, 2, 1, batch_first=False)
+
+        def forward(self, x):
+            memory = self.encoder(x).transpose(0, 1)
+            return self.decoder(x.transpose(0, 1)[:2], memory).sum(0)
+
+    return simple(M(), torch.randn(4, 3, 2))
+
+
+def prelu() -> Net:
+    """One slope for all, one for each channel."""
+    net = nn.Sequential(
+        nn.Conv2d(1, 3, 2),
+        nn.PReLU(),
+        nn.Conv2d(3, 3, 1),
+        nn.PReLU(3, init=0.3),
+        nn.Flatten(),
+        nn.Linear(12, 2),
+        nn.PReLU(2),
+    )
+    return simple(net, torch.randn(4, 1, 3, 3))
+
+
+def bilinear() -> Net:
+    """Of two inputs, by position; and without a bias."""
+
+    class M(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Bilinear(3, 2, 3), nn.Bilinear(3, 3, 2, bias=False)
+
+        def forward(self, x):
+            h = torch.tanh(self.a(x, x[..., :2].contiguous()))
+            return self.b(h.sum(1), x.sum(1))
+
+    return simple(M(), torch.randn(4, 2, 3))
+
+
+def gru() -> Net:
+    class M(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.out = nn.GRU(2, 2, batch_first=True), nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.out(self.rnn(x)[0][:, -1])
+
+    model = M()
+    general = tuple(f"rnn.{name}" for name, _ in model.rnn.named_parameters())
+    return simple(model, torch.randn(4, 3, 2), general=general)
+
+
 NETS = [
     mlp,
     no_bias,
@@ -363,4 +532,14 @@ NETS = [
     recurrent,
     raw,
     mapping,
+    conv3d,
+    conv_transpose,
+    conv_transpose_wide,
+    instance_norm,
+    self_attention,
+    cross_attention,
+    transformer,
+    prelu,
+    bilinear,
+    gru,
 ]
