@@ -74,21 +74,32 @@ class _OfLoss(Quantity):
             raise RuntimeError("no batch has been fitted")
         return self.likelihood
 
+    def _read(self, target: Tensor | None) -> Tensor | None:
+        """The target where something is read from it: observed labels, masks or weights."""
+        known = self._known()
+        reads = self.estimator == "empirical" or known.masks or bool(known.reweighted)
+        return target if reads else None
+
+    def _check(self, outputs: Tensor, target: Tensor | None) -> None:
+        self._known().check(outputs, self._read(target))
+
     def count(self, outputs: Tensor, target: Tensor | None) -> int:
-        return self._known().num_directions(outputs, target, self.estimator, self.samples)
+        known, target = self._known(), self._read(target)
+        return known.num_directions(outputs, target, self.estimator, self.samples)
 
     def directions(
         self, outputs: Tensor, target: Tensor | None, generator: torch.Generator | None
     ) -> Iterator[Tensor]:
-        return self._known().directions(
+        known, target = self._known(), self._read(target)
+        return known.directions(
             outputs, target, self.estimator, samples=self.samples, generator=generator
         )
 
     def flags(self, outputs: Tensor, target: Tensor | None) -> dict[str, Tensor]:
-        return self._known().flags(outputs, target)
+        return self._known().flags(outputs, self._read(target))
 
     def num_terms(self, outputs: Tensor, target: Tensor | None) -> Tensor | int:
-        return self._known().num_terms(outputs, target)
+        return self._known().num_terms(outputs, self._read(target))
 
     def described(self) -> dict[str, str | int | None]:
         known: dict[str, str | int | None] = {
@@ -110,7 +121,7 @@ class Fisher(_OfLoss):
         if self.likelihood is None:
             self.likelihood = resolve(self._given, outputs, target)
             self.likelihood.require_likelihood(self.estimator)
-        self.likelihood.check(outputs, target)
+        self._check(outputs, target)
 
 
 class GaussNewton(_OfLoss):
@@ -130,7 +141,7 @@ class GaussNewton(_OfLoss):
     def fit(self, outputs: Tensor, target: Tensor | None) -> None:
         if self.likelihood is None:
             self.likelihood, self._reduction = resolve_loss(self._given, outputs, target)
-        self.likelihood.check(outputs, target)
+        self._check(outputs, target)
 
     def denominator(self, outputs: Tensor, target: Tensor | None) -> Tensor | float:
         if self._reduction is None:
@@ -177,4 +188,4 @@ class LossGradients(_OfLoss):
     def fit(self, outputs: Tensor, target: Tensor | None) -> None:
         if self.likelihood is None:
             self.likelihood, _ = resolve_loss(self._given, outputs, target)
-        self.likelihood.check(outputs, target)
+        self._check(outputs, target)

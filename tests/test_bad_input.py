@@ -89,7 +89,14 @@ def test_loader_that_is_empty_the_second_time(monkeypatch):
 def test_outputs_that_do_not_fit():
     refused(DataError, "(6,)", "(6, 1)", data=(X, Y[:, None]), likelihood="categorical")
     refused(DataError, "integer class labels", data=(X, Y.float()), likelihood="categorical")
-    refused(DataError, "shaped like the outputs", "(6, 3)", data=(X, X), likelihood="gaussian")
+    refused(
+        DataError,
+        "shaped like the outputs",
+        "(6, 3)",
+        data=(X, X),
+        likelihood="gaussian",
+        estimator="empirical",
+    )
     one = nn.Linear(4, 1)
     refused(DataError, "two classes", "bernoulli", model=one, likelihood="categorical")
 

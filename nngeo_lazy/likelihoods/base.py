@@ -38,6 +38,11 @@ class Likelihood(ABC):
     """
 
     @property
+    def masks(self) -> bool:
+        """Whether the target can mask terms, so that it is read even where labels are drawn."""
+        return False
+
+    @property
     def reweighted(self) -> str:
         """Why the loss is no likelihood, as in "class weights"; empty where it is one."""
         return ""

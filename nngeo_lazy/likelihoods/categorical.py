@@ -75,6 +75,10 @@ class Categorical(Likelihood):
         object.__setattr__(self, "weight", tuple(weight.tolist()))
 
     @property
+    def masks(self) -> bool:
+        return True
+
+    @property
     def reweighted(self) -> str:
         reasons = {"class weights": self.weight is not None, "label smoothing": self._smooth}
         return " and ".join(reason for reason, holds in reasons.items() if holds)
