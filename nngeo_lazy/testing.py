@@ -158,11 +158,13 @@ def _check_products(check: _Check, v: Tensor) -> None:
         check("vTMv(columns)", lambda: op.vTMv(v), (v * (dense @ v)).sum(0))
     if op.space is not None:
         space = op.space
-        check(
-            "matmul(dict)",
-            lambda: space.ravel(op @ space.unravel(v.mT)),
-            (dense @ v).mT,
-        )
+
+        def product() -> Tensor:
+            result: Any = op @ space.unravel(v.mT)
+            return space.ravel(result) if op.maps_to_parameters else result
+
+        check("matmul(dict)", product, (dense @ v).mT)
+    if op.space is not None and op.is_square:
         check("vTMv(dict)", lambda: op.vTMv(space.unravel(v.mT)), (v * (dense @ v)).sum(0))
 
 

@@ -34,7 +34,7 @@ def test_round_trip_of_every_class(name, tmp_path):
     assert back.space == op.space
     assert back.num_examples == op.num_examples
     assert repr(back.report()) == repr(op.report())
-    check_operator(back, examples.matrix(op), symmetric=name != "product")
+    check_operator(back, examples.matrix(op), symmetric=name not in ("product", "jacobian"))
 
 
 def test_what_is_known_comes_back(F, tmp_path):

@@ -248,4 +248,4 @@ CLOSED = {
 }
 WITHOUT_EIGENVALUES = ("low_rank_varying", "quasi_diagonal", "arrow")
 LAZY = {f.__name__: f for f in (lazy_sum, scaled, inverse, restricted)}
-EVERY = {**CLOSED, **LAZY, "product": product}
+EVERY = {**CLOSED, **LAZY, "product": product, "jacobian": jacobian}

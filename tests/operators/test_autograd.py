@@ -10,6 +10,8 @@ from nngeo_lazy.operators import (
     DiagonalLinearOperator,
     EigenKroneckerLinearOperator,
     KroneckerLinearOperator,
+    LowRankLinearOperator,
+    QuasiDiagonalLinearOperator,
     SumLinearOperator,
 )
 
@@ -60,6 +62,20 @@ CASES = {
     "eigen": (
         [_diag(6)],
         lambda d: EigenKroneckerLinearOperator(d.reshape(1, 2, 3), _basis(2, 0), _basis(3, 1)),
+    ),
+    "low rank": (
+        [*_tensors((6, 2)), _diag(2)],
+        lambda U, c: LowRankLinearOperator(U, c, torch.tensor(0.5, dtype=torch.float64)),
+    ),
+    "low rank, varying": (
+        [*_tensors((6, 2)), _diag(6)],
+        lambda U, d: LowRankLinearOperator(U, U.new_tensor([1.0, -0.05]), d),
+    ),
+    "quasi-diagonal": (
+        [_diag(4), *_tensors((2, 2), (2, 1)), _diag(2)],
+        lambda a, b, q, r: QuasiDiagonalLinearOperator(
+            a.reshape(2, 2), b, torch.cat([q, r[:, None], 0.3 * r[:, None]], 1)
+        ),
     ),
     "blocks": (
         [_spd(2), _spd(2, 1), _diag(2)],
@@ -140,7 +156,7 @@ def test_numbers(name):
     assert gradcheck(lambda *t: make(*t).damped(0.1).logdet(), tensors)
 
 
-@pytest.mark.parametrize("name", ["dense", "diagonal", "kronecker", "eigen", "blocks"])
+@pytest.mark.parametrize("name", ["dense", "diagonal", "kronecker", "eigen", "low rank", "blocks"])
 def test_power_and_samples(name):
     tensors, make = CASES[name]
     (v,) = _tensors((6,))

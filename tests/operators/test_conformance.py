@@ -129,6 +129,16 @@ class TestInverse(_LazyWithoutRoots, unittest.TestCase):
     make = staticmethod(examples.inverse)
 
 
+class TestMatrix(RectangularLinearOperatorTestCase, unittest.TestCase):
+    seed = 0
+
+    def create_linear_op(self):
+        return examples.jacobian(torch.float32).clone().requires_grad_(True)
+
+    def evaluate_linear_op(self, op):
+        return examples.matrix(op)
+
+
 class TestProduct(RectangularLinearOperatorTestCase, unittest.TestCase):
     seed = 0
 

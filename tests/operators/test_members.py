@@ -25,7 +25,9 @@ from nngeo_lazy.operators import (
     ForeignLinearOperator,
     Info,
     KroneckerLinearOperator,
+    LowRankLinearOperator,
     ProductLinearOperator,
+    QuasiDiagonalLinearOperator,
     SumLinearOperator,
 )
 from nngeo_lazy.testing import LargestTensor, check_operator
@@ -488,6 +490,65 @@ def test_nothing_larger_than_a_block_is_formed(o, i):
         with LargestTensor() as spy:
             work()
         assert 0 < spy.numel <= allowed, spy.operation
+
+
+def _tall(n):
+    """Low rank with a constant and with a varying diagonal, and a quasi-diagonal, side by side."""
+    g = torch.Generator().manual_seed(0)
+    rows = torch.randn(30, n, 8, generator=g) + 0.5
+    second = torch.einsum("noi,noj->oij", rows, rows) / 30
+    return BlockDiagonalLinearOperator(
+        LowRankLinearOperator(torch.randn(8 * n, 6, generator=g), None, torch.tensor(0.5)),
+        LowRankLinearOperator(
+            torch.randn(8 * n, 6, generator=g), None, torch.rand(8 * n, generator=g) + 0.5
+        ),
+        QuasiDiagonalLinearOperator.of(second.diagonal(dim1=1, dim2=2), second[:, :7, 7]),
+    )
+
+
+@pytest.mark.parametrize("n", [20, 120])  # P = 480, 2880
+def test_nothing_larger_than_the_roots_is_formed(n):
+    F = _tall(n)
+    P = F.shape[-1]
+    v, V = torch.ones(P), torch.ones(P, 4)
+    allowed = 4 * P + 48 * n
+    assert allowed < P * P / 20
+    constant = F.members[0]
+    for work in (
+        lambda: F @ V,
+        lambda: F.solve(V),
+        lambda: F.solve(v, damping=0.1),
+        lambda: F.damped(torch.linspace(1, 2, P)).solve(v),
+        lambda: F.inverse() @ v,
+        lambda: F.logdet(),
+        lambda: F.sample(4, seed=0),
+        lambda: F.inverse().sample(4, seed=0),
+        lambda: (F.diagonal(), F.trace(), F.norm()),
+        lambda: [constant.norm(ord_) for ord_ in (2, -2, "nuc")],
+        lambda: constant.power(0.5).logdet(),
+        lambda: constant.pinv().trace(),
+        lambda: constant.eigh()[1] @ torch.ones(8 * n),
+        lambda: (constant + constant).trace(),
+    ):
+        with LargestTensor() as spy:
+            work()
+        assert 0 < spy.numel <= allowed, spy.operation
+
+
+def test_low_rank_solves_keep_their_digits_in_float32():
+    """Where Woodbury's identity would lose them: damping far below the matrix."""
+    g = torch.Generator().manual_seed(0)
+    U = torch.randn(400, 20, generator=g)
+    F = LowRankLinearOperator(U)
+    v = torch.randn(400, generator=g)
+    for d in (1e-2, 1e-4):
+        A = U.double() @ U.double().mT + d * torch.eye(400, dtype=torch.float64)
+        want = torch.linalg.solve(A, v.double())
+        assert (F.solve(v, damping=d) - want).norm() < 1e-5 * want.norm()
+        varying = F.damped(d * (1 + torch.rand(400, generator=g)))
+        B = U.double() @ U.double().mT + varying.diag.double().diag()
+        want = torch.linalg.solve(B, v.double())
+        assert (varying.solve(v) - want).norm() < 1e-4 * want.norm()
 
 
 def test_a_solve_with_leading_dimensions_repeats_no_factor():
