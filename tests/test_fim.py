@@ -94,6 +94,7 @@ def test_every_representation_agrees_with_the_oracle(net, likelihood, estimator)
 
     ekfac = case.build("ekfac")
     check_ekfac(ekfac, expected)
+    assert not any(F.requires_grad for F in (dense, blocks, ekfac))
     fallback = {row.parameter for row in case.build("kfac").report() if "general" in row.form}
     assert fallback == set(case.net.general)
 

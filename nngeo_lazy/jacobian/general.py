@@ -122,8 +122,9 @@ class GeneralRows:
         examples = [leaves[k][start:stop] for k in self._leaves]
         rows = []
         for direction in directions:
-            # Only the math backend of attention has batching rules.
-            with sdpa_kernel(SDPBackend.MATH):
+            # Only the math backend of attention has batching rules. No graph: the parameters that
+            # are not differentiated here require a gradient, too.
+            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
                 by_name = torch.func.vmap(torch.func.grad(score), (None, 0, 0))(
                     named, direction[start:stop], examples
                 )

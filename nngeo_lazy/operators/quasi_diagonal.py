@@ -68,7 +68,9 @@ class QuasiDiagonalLinearOperator(LazyLinearOperator):
         weights, bias = diagonal[:, :-1], diagonal[:, -1]
         alive = bias > 0  # an output whose bias has no curvature is not coupled to it
         safe = torch.where(alive, bias, torch.ones_like(bias)).unsqueeze(-1)
-        cross = torch.where(alive.unsqueeze(-1), cross, torch.zeros_like(cross))
+        # F_k0^2 <= F_kk F_00 holds but for rounding, which is all there is where gradients cancel
+        limit = torch.where(alive.unsqueeze(-1), (weights * safe).sqrt(), torch.zeros_like(cross))
+        cross = torch.maximum(torch.minimum(cross, limit), -limit)
         rest = weights - cross.square() / safe
         noise = 8 * eps(diagonal) * weights  # what cancels entirely is zero, not its rounding
         rest = torch.where(rest <= noise, torch.zeros_like(rest), rest)
