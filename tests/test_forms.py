@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from nngeo_lazy.jacobian import forms, inputs
-from nngeo_lazy.jacobian.forms import Outer, Rows, gram, second_moment
+from nngeo_lazy.jacobian.forms import Outer, Rows, Summed, gram, second_moment
 from nngeo_lazy.jacobian.inputs import DenseInputs, IndexInputs, PatchInputs
 from nngeo_lazy.jacobian.moments import moment
 from nngeo_lazy.jacobian.patches import Geometry, patch_moment, unfold
+from nngeo_lazy.layout import Layout, Piece, assemble
 
 R, N, T, O = 3, 4, 5, 2  # noqa: E741
 
@@ -32,11 +33,23 @@ def indexed():
     return Outer(x.masked(torch.randn(R, N, 1, T, O)), x, False)
 
 
-def patches(uses=1):
-    geometry = Geometry((2, 3), (2, 1), ((1, 0), (1, 1)), (1, 2), 2)
+def patches(uses=1, flipped=False):
+    geometry = Geometry((2, 3), (2, 1), ((1, 0), (-1, 1)), (1, 1), 2, flipped)
     images = torch.randn(N * uses, 4, 5, 6)
     t = geometry.positions((5, 6)) * uses
     return Outer(torch.randn(R, N, 2, t, O), PatchInputs(images, geometry, uses), True)
+
+
+def summed():
+    """An embedding of 6 words in 2 dimensions, tied with a head; and with a grouped use."""
+    head = Outer(torch.randn(R, N, 1, T, 6), DenseInputs(torch.randn(N, 1, T, 2)), False)
+    grouped = Outer(torch.randn(R, N, 3, T, 2), DenseInputs(torch.randn(N, 3, T, 2)), False)
+    layouts = (
+        Layout(1, 2, (Piece(0, 6, transposed=True),)),
+        Layout(1, 6, (Piece(0, 2),)),
+        Layout(3, 2, (Piece(0, 2, transposed=True),)),
+    )
+    return Summed((indexed(), head, grouped), layouts)
 
 
 def bias_alone():
@@ -59,6 +72,8 @@ FORMS = {
     "indexed": indexed,
     "patches": patches,
     "patches, three uses": lambda: patches(3),
+    "patches, flipped": lambda: patches(flipped=True),
+    "summed": summed,
     "bias alone": bias_alone,
     "rows": rows_alone,
 }
@@ -68,6 +83,11 @@ def reference(form):
     """The rows by their definition."""
     if isinstance(form, Rows):
         return form.rows()
+    if isinstance(form, Summed):
+        total = torch.zeros(form.shape)
+        for outer, layout in zip(form.outers, form.layouts, strict=True):
+            total[..., layout.positions()] += reference(outer)
+        return total
     x = [] if form.inputs is None else [form.inputs.dense()]
     if form.bias:
         x.append(torch.ones((*form.g.shape[1:4], 1)))
@@ -82,8 +102,9 @@ def form(request):
 @pytest.fixture(params=[2**23, 1])
 def _tiles(request, monkeypatch):
     """All examples in one tile, and one example a tile."""
-    for kind in (forms.Form, Rows, Outer):
+    for kind in (forms.Form, Rows, Outer, Summed):
         monkeypatch.setattr(kind, "tile_bytes", request.param, raising=False)
+    monkeypatch.setattr(inputs, "TILE_NUMBERS", request.param)
 
 
 @pytest.mark.usefixtures("_tiles")
@@ -93,6 +114,7 @@ def test_operations(form):
     assert form.shape == (r, n, p)
     torch.testing.assert_close(form.rows(), J)
     torch.testing.assert_close(form.rows(1, 3), J[:, 1:3])
+    torch.testing.assert_close(form.total(), J.sum((0, 1)))
     torch.testing.assert_close(form.sqsum(), J.square().sum((0, 1)))
     v, w = torch.randn(p, 2), torch.randn(r, n, 2)
     torch.testing.assert_close(form.jvp(v), J @ v)
@@ -110,8 +132,9 @@ def test_joint_second_moment():
 
 def test_sum_along_vectors(form):
     J = reference(form).sum((0, 1))
-    if isinstance(form, Rows):
-        widths, grid = [3, 4], J.view(1, 7)
+    if isinstance(form, (Rows, Summed)):
+        widths = [3, len(J) - 3]
+        grid = J.view(1, -1)
     else:
         i = 0 if form.inputs is None else form.inputs.shape[3]
         widths = [width for width in (i, int(form.bias)) if width]
@@ -122,7 +145,7 @@ def test_sum_along_vectors(form):
 
 
 def test_kronecker_factors(form):
-    if isinstance(form, Rows):
+    if not isinstance(form, Outer):
         return
     x = torch.ones((*form.g.shape[1:4], 1))[..., :0] if form.inputs is None else form.inputs.dense()
     if form.bias:
@@ -150,7 +173,7 @@ def test_kronecker_factors(form):
 
 @pytest.mark.parametrize("cached", [True, False])
 def test_rotated_square_sums(form, cached, monkeypatch):
-    if isinstance(form, Rows) or form.inputs is None:
+    if not isinstance(form, Outer) or form.inputs is None:
         return
     if not cached:
         monkeypatch.setattr(inputs, "CACHED_BYTES", 0)
@@ -165,14 +188,15 @@ def test_rotated_square_sums(form, cached, monkeypatch):
     else:
         expected = torch.einsum("rngoi,goa,gib->rngab", J, Q, P)
         rotated = form.prepared(form.inputs.prepared(P, form.bias), True, Q)
+    torch.testing.assert_close(rotated.total(), expected.sum((0, 1)).flatten())
     torch.testing.assert_close(rotated.sqsum(), expected.square().sum((0, 1)).flatten())
 
 
+@pytest.mark.usefixtures("_tiles")
 def test_bias_cross():
-    for groups in (1, 2):
-        form = dense(groups=groups)
-        J = reference(form).unflatten(-1, (groups, O, 4))
-        expected = torch.einsum("rngoi,rngo->goi", J[..., :3], J[..., 3])
+    for form in (dense(), dense(groups=2), patches(), patches(3, flipped=True)):
+        J = reference(form).unflatten(-1, (form.g.shape[2], O, form.width))
+        expected = torch.einsum("rngoi,rngo->goi", J[..., :-1], J[..., -1])
         torch.testing.assert_close(form.bias_cross(), expected)
     with pytest.raises(ValueError, match="a weight and a bias"):
         bias_alone().bias_cross()
@@ -181,19 +205,22 @@ def test_bias_cross():
 @settings(deadline=None, max_examples=60)
 @given(
     kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
-    padding=st.tuples(*[st.tuples(st.integers(0, 3), st.integers(0, 3))] * 2),
+    padding=st.tuples(*[st.tuples(st.integers(-1, 3), st.integers(-1, 3))] * 2),
     dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
     stride=st.sampled_from([1, 1, 2]),
     groups=st.sampled_from([1, 2]),
-    size=st.tuples(st.integers(5, 7), st.integers(5, 7)),
+    size=st.tuples(st.integers(7, 8), st.integers(7, 8)),
+    flipped=st.booleans(),
 )
-def test_patch_moments(kernel, padding, dilation, stride, groups, size):
+def test_patch_moments(kernel, padding, dilation, stride, groups, size, flipped):
     """By correlations or by patches, whichever is taken, the same moment."""
-    geometry = Geometry(kernel, (stride, stride), padding, dilation, groups)
+    geometry = Geometry(kernel, (stride, stride), padding, dilation, groups, flipped)
     for channels in (2, 16):
         images = torch.randn(2, channels * groups, *size, dtype=torch.float64)
         pad = [p for pair in reversed(padding) for p in pair]
         u = F.unfold(F.pad(images, pad), kernel, dilation=dilation, stride=stride)
+        if flipped:
+            u = u.unflatten(1, (-1, geometry.volume)).flip(2).flatten(1, 2)
         torch.testing.assert_close(unfold(images, geometry), u)
         u = u.unflatten(1, (groups, -1))
         expected = torch.einsum("ngit,ngjt->gij", u, u)
@@ -223,3 +250,23 @@ def test_moments_of_any_shape(shape, monkeypatch):
             torch.testing.assert_close(moment(layout, True), expected)
             torch.testing.assert_close(moment(layout), expected[:, :-1, :-1])
             torch.testing.assert_close(moment(layout, True, expected.clone()), 2 * expected)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_weight_stored_around_its_outputs(groups):
+    """A transposed convolution's: (in, out / groups, *kernel), and the grid of (channel, tap)."""
+    weight, bias = torch.randn(4 * groups, 3, 5), torch.randn(3 * groups)
+    start = 2
+    pieces = (Piece(start, 20, True, 5), Piece(start + weight.numel(), 1))
+    layout = Layout(groups, 3, pieces)
+    flat = torch.cat([torch.zeros(start), weight.flatten(), bias]).unsqueeze(-1)
+    by_group = weight.unflatten(0, (groups, 4)).transpose(1, 2).flatten(2)  # (G,o,i)
+    grid = torch.cat([by_group, bias.view(groups, 3, 1)], -1)
+    assert torch.equal(layout.gather(flat).squeeze(-1), grid.flatten())
+    many = torch.randn(2, 3, len(flat), 2)
+    gathered = layout.gather(many)
+    assert torch.equal(gathered, many[:, :, layout.positions()])
+    placed = [(0, many[:, :, :start]), *layout.scatter(gathered)]
+    assert torch.equal(assemble(placed), many)
+    moved = layout.shifted({start: 0, start + weight.numel(): weight.numel()})
+    assert torch.equal(moved.gather(flat[start:]), layout.gather(flat))

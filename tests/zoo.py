@@ -395,7 +395,7 @@ def instance_norm() -> Net:
             self.tracked.running_var.uniform_(0.5, 2)
 
         def forward(self, x):
-            h = torch.tanh(self.own(self.conv(x))).flatten(2)
+            h = torch.tanh(self.own(torch.tanh(self.conv(x)))).flatten(2)
             return torch.tanh(self.tracked(h)).sum(2)
 
     return simple(M(), torch.randn(4, 1, 4, 3))
@@ -458,14 +458,14 @@ def transformer() -> Net:
     class M(nn.Module):
         def __init__(self):
             super().__init__()
-            self.encoder = nn.TransformerEncoderLayer(2, 1, 2, batch_first=True)
-            self.decoder = nn.TransformerDecoderLayer(2, 2, 1, batch_first=False)
+            self.encoder = nn.TransformerEncoderLayer(4, 2, 2, batch_first=True)
+            self.decoder = nn.TransformerDecoderLayer(4, 2, 1, batch_first=False)
 
         def forward(self, x):
             memory = self.encoder(x).transpose(0, 1)
-            return self.decoder(x.transpose(0, 1)[:2], memory).sum(0)
+            return self.decoder(x.transpose(0, 1)[:2], memory).sum(0)[:, :3]
 
-    return simple(M(), torch.randn(4, 3, 2))
+    return simple(M(), torch.randn(4, 3, 4))
 
 
 def prelu() -> Net:

@@ -1,7 +1,8 @@
 """The two canonical forms of a layer's per-example Jacobian, and what can be done with them.
 
 `Outer`: J_n[r] = sum_t g[r,n,t] x[n,t]^T, for every layer that multiplies by a weight. `Rows`: the
-rows themselves, for all else. Shapes, here and below: R directions, N examples, G groups, T
+rows themselves, for all else. (`Summed` adds `Outer`s of one weight used in different layouts.)
+Shapes, here and below: R directions, N examples, G groups, T
 positions that share the weight, o outputs, i inputs, w = i (+ 1 with a bias, the homogeneous
 coordinate last). A form's coordinates are (G, o, w), row-major, p = G o w of them: `layout.Layout`
 knows where they lie.
@@ -13,15 +14,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ..layout import Layout
 from .inputs import IndexInputs, Inputs, rotate
 from .moments import moment
 
-__all__ = ["Form", "Outer", "Rows", "gram", "second_moment"]
+__all__ = ["Form", "Outer", "Rows", "Summed", "gram", "second_moment"]
 
 TILE_BYTES = 2**23  # rows are made a tile of examples at a time, small enough to stay in cache
 
@@ -39,10 +41,13 @@ class Form(ABC):
 
     def projected(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """The sum of all rows, each piece (grid rows, width) of a layout times a (width,)."""
-        rows = torch.stack([self.rows(a, b).sum((0, 1)) for a, b in self.tiles()]).sum(0)
         widths = [v.shape[0] for v in vectors]
-        pieces = rows.unflatten(0, (-1, sum(widths))).split(widths, 1)
+        pieces = self.total().unflatten(0, (-1, sum(widths))).split(widths, 1)
         return [piece @ v for piece, v in zip(pieces, vectors, strict=True)]
+
+    def total(self) -> Tensor:
+        """Sum over r, n of the rows, (p,)."""
+        return torch.stack([self.rows(a, b).sum((0, 1)) for a, b in self.tiles()]).sum(0)
 
     @abstractmethod
     def sqsum(self) -> Tensor:
@@ -126,17 +131,24 @@ class Outer(Form):
         g = self.g[:, start:stop]
         parts = []
         if self.inputs is not None:
-            parts.append(_outer(g, self.inputs.dense(start, stop)))
+            parts.append(self.inputs.outer(g, start, stop))
         if self.bias:
             parts.append(g.sum(3).unsqueeze(-1))
         joint = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         return joint.flatten(2)  # (R,n,G,o,w) -> (R,n,p)
 
+    def total(self) -> Tensor:
+        g = self.g.sum(0)  # (N,G,T,o)
+        parts = [] if self.inputs is None else [self.inputs.against(g)]
+        if self.bias:
+            parts.append(g.sum((0, 2)).unsqueeze(-1))
+        return torch.cat(parts, -1).flatten()
+
     def projected(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         g = self.g.sum(0)  # (N,G,T,o)
         out = []
         if self.inputs is not None:
-            along = self.inputs.along(vectors[0]).unsqueeze(-1)  # (N,G,T,1)
+            along = self.inputs.times(vectors[0][:, None].expand(g.shape[1], -1, 1))  # (N,G,T,1)
             out.append((g * along).sum((0, 2)).flatten())
         if self.bias:
             out.append(g.sum((0, 2)).flatten() * vectors[-1])
@@ -151,7 +163,7 @@ class Outer(Form):
             parts.append(self._sqsum_indexed(self.inputs))
         elif self.inputs is not None:
             x = self.inputs
-            tiles = [_outer(self.g[:, a:b], x.dense(a, b)) for a, b in self.tiles()]
+            tiles = [x.outer(self.g[:, a:b], a, b) for a, b in self.tiles()]
             parts.append(torch.stack([tile.square_().sum((0, 1)) for tile in tiles]).sum(0))
         if self.bias:
             parts.append(self.g.sum(3).square().sum((0, 1)).unsqueeze(-1))  # (G,o,1)
@@ -219,31 +231,40 @@ class Outer(Form):
         return Outer(self.g.sum(3, keepdim=True), inputs, self.bias)
 
     def jvp(self, vectors: Tensor) -> Tensor:
+        if self._prefers_rows(vectors.shape[1]):
+            return super().jvp(vectors)
         groups, o = self.g.shape[2], self.g.shape[4]
-        v = vectors.reshape(groups, o, self.width, -1)  # (G,o,w,k)
+        v = vectors.reshape(groups, o, self.width, -1).transpose(1, 2)  # (G,w,o,k)
         out = self.g.new_zeros(())
         if self.inputs is not None:
-            x = self.inputs.dense()
-            out = torch.einsum("rngto,ngti,goik->rnk", self.g, x, v[:, :, : x.shape[-1]])
+            moved = self.inputs.times(v[:, : self.inputs.shape[3]].flatten(2))  # (N,G,T,o k)
+            out = torch.einsum("rngto,ngtok->rnk", self.g, moved.unflatten(-1, (o, -1)))
         if self.bias:
-            out = out + torch.einsum("rngto,gok->rnk", self.g, v[:, :, -1])
+            out = out + torch.einsum("rngo,gok->rnk", self.g.sum(3), v[:, -1])
         return out
 
     def vjp(self, weights: Tensor) -> Tensor:
+        if self._prefers_rows(weights.shape[2]):
+            return super().vjp(weights)
+        o, k = self.g.shape[4], weights.shape[2]
+        g = torch.einsum("rnk,rngto->ngtok", weights, self.g)
         parts = []
         if self.inputs is not None:
-            x = self.inputs.dense()
-            parts.append(torch.einsum("rnk,rngto,ngti->goik", weights, self.g, x))
+            parts.append(self.inputs.against(g.flatten(3)).unflatten(1, (o, k)).mT)
         if self.bias:
-            parts.append(torch.einsum("rnk,rngto->gok", weights, self.g).unsqueeze(2))
+            parts.append(g.sum((0, 2)).unsqueeze(2))
         return torch.cat(parts, 2).flatten(0, 2)  # (G,o,w,k) -> (p,k)
+
+    def _prefers_rows(self, columns: int) -> bool:
+        """Whether rows are smaller than x times each column at each position."""
+        r, _, _, t, _ = self.g.shape
+        return r * self.width < t * columns
 
     def bias_cross(self) -> Tensor:
         """Sum over r, n of row[o, i] row[o, bias]: (G, o, i), for the quasi-diagonal."""
         if self.inputs is None or not self.bias:
             raise ValueError("bias_cross needs a weight and a bias")
-        c = self.g.sum(3)  # (R,N,G,o)
-        return torch.einsum("rngo,rngto,ngti->goi", c, self.g, self.inputs.dense())
+        return self.inputs.against((self.g.sum(3, keepdim=True) * self.g).sum(0))
 
     def _sqsum_indexed(self, inputs: IndexInputs) -> Tensor:
         r, n, _, t, o = self.g.shape
@@ -256,19 +277,68 @@ class Outer(Form):
         return out.mT.unsqueeze(0)  # (1,o,V)
 
 
+@dataclass(frozen=True)
+class Summed(Form):
+    """The sum of several `Outer`s of one weight, such as an embedding's and its tied head's.
+
+    Its coordinates are the weight's own, as it is stored.
+
+    Attributes:
+        outers: one for each layout in which the weight is used.
+        layouts: for each of them, how its coordinates lie in the weight: one piece, which starts
+            at zero.
+    """
+
+    outers: tuple[Outer, ...]
+    layouts: tuple[Layout, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:  # type: ignore[override]
+        return self.outers[0].shape
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self.outers[0].dtype
+
+    def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
+        return self._sum(lambda outer: outer.rows(start, stop).unsqueeze(-1)).squeeze(-1)
+
+    def total(self) -> Tensor:
+        return self._sum(lambda outer: outer.total().unsqueeze(-1)).squeeze(-1)
+
+    def sqsum(self) -> Tensor:
+        """A direction at a time: a tied embedding's row is as large as the vocabulary."""
+        out = self.outers[0].g.new_zeros(self.shape[2])
+        for r in range(self.shape[0]):
+            alone = tuple(replace(outer, g=outer.g[r : r + 1]) for outer in self.outers)
+            one = replace(self, outers=alone)
+            for a, b in one.tiles():
+                out += one.rows(a, b).square_().sum((0, 1))
+        return out
+
+    def jvp(self, vectors: Tensor) -> Tensor:
+        parts = [
+            outer.jvp(layout.gather(vectors))
+            for outer, layout in zip(self.outers, self.layouts, strict=True)
+        ]
+        return torch.stack(parts).sum(0)
+
+    def vjp(self, weights: Tensor) -> Tensor:
+        return self._sum(lambda outer: outer.vjp(weights))
+
+    def _sum(self, operation: Callable[[Outer], Tensor]) -> Tensor:
+        """The sum of (..., p, k) results of the outers, in the weight's coordinates."""
+        total: Tensor | None = None
+        for outer, layout in zip(self.outers, self.layouts, strict=True):
+            ((_, stored),) = layout.scatter(operation(outer))
+            total = stored if total is None else total + stored
+        if total is None:
+            raise ValueError("a sum of no forms")
+        return total
+
+
 def _added(value: Tensor, into: Tensor | None) -> Tensor:
     return value if into is None else into.add_(value)
-
-
-def _outer(g: Tensor, x: Tensor) -> Tensor:
-    """Sum over t of g x^T: (R,n,G,T,o), (n,G,T,w) -> (R,n,G,o,w)."""
-    r, n, groups, t, o = g.shape
-    if r == 1:
-        return (g.squeeze(0).mT @ x).unsqueeze(0)
-    # All directions of an example against its x at once: one (R o, T) product.
-    stacked = g.permute(1, 2, 0, 4, 3).reshape(n, groups, r * o, t)
-    product = (stacked @ x).view(n, groups, r, o, x.shape[-1])
-    return product.permute(2, 0, 1, 3, 4)
 
 
 def second_moment(forms: Sequence[Form]) -> Tensor:

@@ -8,7 +8,9 @@ coordinates in another basis. A homogeneous coordinate (the bias) is appended by
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +22,7 @@ from .patches import Geometry, patch_moment, unfold
 
 __all__ = ["DenseInputs", "IndexInputs", "Inputs", "PatchInputs", "rotate"]
 
+TILE_NUMBERS = 2**22  # inputs that are not stored are made a tile of examples at a time
 CACHED_BYTES = 2**27  # a layer's dense inputs are kept for all directions up to this size
 
 
@@ -33,6 +36,17 @@ def rotate(x: Tensor, basis: Tensor) -> Tensor:
     if basis.shape[0] > 1 or x.stride(-1) != 1:
         return x @ basis
     return (x.reshape(-1, x.shape[-1]) @ basis[0]).view(*x.shape[:-1], -1)
+
+
+def outer(g: Tensor, x: Tensor) -> Tensor:
+    """Sum over t of g x^T: (R,n,G,T,o), (n,G,T,w) -> (R,n,G,o,w)."""
+    r, n, groups, t, o = g.shape
+    if r == 1:
+        return (g.squeeze(0).mT @ x).unsqueeze(0)
+    # All directions of an example against its x at once: one (R o, T) product.
+    stacked = g.permute(1, 2, 0, 4, 3).reshape(n, groups, r * o, t)
+    product = (stacked @ x).view(n, groups, r, o, x.shape[-1])
+    return product.permute(2, 0, 1, 3, 4)
 
 
 class Inputs(ABC):
@@ -77,9 +91,25 @@ class Inputs(ABC):
         n, _, t, _ = self.shape
         return n * t
 
-    def along(self, vector: Tensor) -> Tensor:
-        """x . vector at every position: (i,) -> (N, G, T)."""
-        return self.dense() @ vector
+    def outer(self, g: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """Sum over t of g x^T for a range of examples: (R, n, G, T, o) -> (R, n, G, o, i)."""
+        return outer(g, self.dense(start, stop))
+
+    def times(self, matrix: Tensor) -> Tensor:
+        """x times a matrix for each group: (G, i, m) -> (N, G, T, m)."""
+        return torch.cat([self.dense(a, b) @ matrix for a, b in self.tiles()])
+
+    def against(self, g: Tensor) -> Tensor:
+        """Sum over n, t of g x^T: (N, G, T, o) -> (G, o, i)."""
+        parts = [(g[a:b].mT @ self.dense(a, b)).sum(0) for a, b in self.tiles()]
+        return torch.stack(parts).sum(0)
+
+    def tiles(self) -> Iterator[tuple[int, int]]:
+        """Ranges of examples whose dense x fills about one tile."""
+        n, *one = self.shape
+        step = max(1, TILE_NUMBERS // max(1, math.prod(one)))
+        for start in range(0, n, step):
+            yield start, min(start + step, n)
 
     def masked(self, g: Tensor) -> Tensor:
         """Output gradients (R, N, G, T, o), zero where x is zero by the layer's definition."""
@@ -112,6 +142,15 @@ class DenseInputs(Inputs):
     def to(self, dtype: torch.dtype) -> DenseInputs:
         return DenseInputs(self.x.to(dtype))
 
+    def times(self, matrix: Tensor) -> Tensor:
+        return self.x @ matrix
+
+    def against(self, g: Tensor) -> Tensor:
+        n, groups, t, i = self.x.shape
+        if groups == 1:  # one large product
+            return (g.reshape(n * t, -1).mT @ self.x.reshape(n * t, i)).unsqueeze(0)
+        return (g.mT @ self.x).sum(0)
+
     def moment(self, bias: bool, into: Tensor | None = None) -> Tensor:
         return moment(self.x, bias, into)
 
@@ -142,8 +181,20 @@ class IndexInputs(Inputs):
     def to(self, dtype: torch.dtype) -> IndexInputs:
         return replace(self, dtype=dtype)
 
-    def along(self, vector: Tensor) -> Tensor:
-        return (vector[self.index] * self.weight).unsqueeze(1)
+    def outer(self, g: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        r, n, _, t, o = g.shape
+        where = self.index[start:stop].unsqueeze(-1).expand(r, n, t, o)
+        weighted = g.squeeze(2) * self.weight[start:stop].unsqueeze(-1)
+        rows = g.new_zeros(r, n, self.width, o).scatter_add_(2, where, weighted)
+        return rows.mT.unsqueeze(2)
+
+    def times(self, matrix: Tensor) -> Tensor:
+        return (matrix[0][self.index] * self.weight.unsqueeze(-1)).unsqueeze(1)
+
+    def against(self, g: Tensor) -> Tensor:
+        weighted = (g.squeeze(1) * self.weight.unsqueeze(-1)).flatten(0, 1)  # (N T,o)
+        out = g.new_zeros(self.width, g.shape[-1]).index_add_(0, self.index.flatten(), weighted)
+        return out.mT.unsqueeze(0)
 
     def masked(self, g: Tensor) -> Tensor:
         return g if self.mask is None else g * self.weight[:, None, :, None]

@@ -25,13 +25,18 @@ Box = tuple[tuple[int, int], ...]  # a half-open range for each spatial dimensio
 
 @dataclass(frozen=True)
 class Geometry:
-    """Kernel, stride, zero padding (before, after), dilation and groups of a convolution."""
+    """Kernel, stride, zero padding (before, after), dilation and groups of a convolution.
+
+    Negative padding crops. `flipped` lists the kernel's taps in reverse, as a transposed
+    convolution's weight does.
+    """
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
     padding: tuple[tuple[int, int], ...]
     dilation: tuple[int, ...]
     groups: int
+    flipped: bool = False
 
     @property
     def volume(self) -> int:
@@ -52,8 +57,15 @@ class Geometry:
 
 def unfold(images: Tensor, geometry: Geometry) -> Tensor:
     """All patches: (N, C, *spatial) -> (N, C * kernel volume, T), channel slowest."""
+    u: Tensor = _unfold(images, geometry)
+    if geometry.flipped and geometry.volume > 1:
+        u = u.unflatten(1, (-1, geometry.volume)).flip(2).flatten(1, 2)
+    return u
+
+
+def _unfold(images: Tensor, geometry: Geometry) -> Tensor:
     pad = [p for pair in reversed(geometry.padding) for p in pair]
-    uneven = any(lo != hi for lo, hi in geometry.padding)
+    uneven = any(lo != hi or lo < 0 for lo, hi in geometry.padding)
     if len(geometry.kernel) > 2:
         return _unfold_views(F.pad(images, pad), geometry)
     padding = tuple(lo for lo, _ in geometry.padding)
@@ -93,6 +105,7 @@ def _moment_by_correlation(images: Tensor, geometry: Geometry) -> Tensor:
     groups, spatial = geometry.groups, images.shape[2:]
     y = images.reshape(n, groups, c // groups, *spatial).movedim(0, 2)  # (G, C/G, N, *spatial)
     taps = list(itertools.product(*(range(k) for k in geometry.kernel)))
+    taps = taps[::-1] if geometry.flipped else taps
     out = y.new_zeros(groups, c // groups, len(taps), c // groups, len(taps))
     windows = [_window(tap, geometry, spatial) for tap in taps]
     pairs: dict[tuple[int, ...], list[tuple[int, int]]] = {}

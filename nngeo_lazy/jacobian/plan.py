@@ -16,10 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import UnsupportedLayerError
 from ..layout import Layout, Piece
 from ..space import ParamSpace
-from .forms import Form, Outer, Rows
-from .inputs import Inputs
+from .forms import Form, Outer, Rows, Summed
+from .inputs import DenseInputs, Inputs
 from .record import Call
 
 __all__ = [
@@ -128,8 +129,13 @@ class Part:
         factors = []
         for k, _ in self.members:
             use, fold = calls[k].use, folds[k]
-            if use.inputs is not None and fold is not None:
-                factors.append(use.inputs(fold.apply(use.x, use.leading, n)))
+            if use.inputs is not None and use.grid is not None and fold is not None:
+                x = use.inputs(fold.apply(use.x, use.leading, n))
+                x = DenseInputs(x) if isinstance(x, Tensor) else x
+                expected = (n, use.grid.groups, "T", use.grid.inputs)
+                if calls[k].weight is not None:
+                    _check(calls[k], "inputs", x.shape, expected)
+                factors.append(x)
         return factors
 
     def form(
@@ -151,13 +157,17 @@ class Part:
             return Rows.stored(self._norm_rows(calls, folds, gradients))
         outers = []
         for (k, _), x in zip(self.members, inputs, strict=True):
-            g = calls[k].use.gradients
-            if g is None:
+            use = calls[k].use
+            if use.gradients is None or use.grid is None:
                 raise TypeError(f"{calls[k].function} has no outer form")
+            g = use.gradients(gradients[k])
+            positions = x.shape[2] if calls[k].weight is not None else "T"
+            expected = (*gradients[k].shape[:2], use.grid.groups, positions, use.grid.outputs)
+            _check(calls[k], "gradients", g.shape, expected)
             weighted = calls[k].weight in self.names
             biased = calls[k].bias in self.names
-            canonical = x.masked(g(gradients[k])) if weighted else g(gradients[k])
-            outers.append(Outer(canonical, x if weighted else None, biased))
+            g = x.masked(g) if weighted else g
+            outers.append(Outer(g, x if weighted else None, biased))
         if len(outers) == 1 and self.kind == "outer":
             return outers[0]
         if self.kind == "outer":
@@ -175,11 +185,33 @@ class Part:
             x = fold.apply(call.use.x, call.use.leading, g.shape[1]).to(g.dtype)
             by_role = call.use.rows(x, g)
             roles = {call.weight: "weight", call.bias: "bias"}
+            sizes = [where.stop - where.start for where in self.layout.slices]
+            for name, size in zip(self.names, sizes, strict=True):
+                found = by_role.get(roles[name])
+                shape = None if found is None else found.shape
+                _check(call, f"rows of the {roles[name]}", shape, (*g.shape[:2], size))
             rows = torch.cat([by_role[roles[name]] for name in self.names], -1)
             total = rows if total is None else total + rows
         if total is None:
             raise TypeError("a part without calls")
         return total
+
+
+def _check(
+    call: Call, what: str, found: Sequence[int] | None, expected: Sequence[int | str]
+) -> None:
+    """Raise where a form's tensor does not have the shape that it should."""
+    fits = (
+        found is not None
+        and len(found) == len(expected)
+        and all(want in ("T", size) for size, want in zip(found, expected, strict=True))
+    )
+    if not fits:
+        shape = "none" if found is None else tuple(found)
+        raise UnsupportedLayerError(
+            f"expected the form of {call.function} to give {what} of shape "
+            f"({', '.join(map(str, expected))}), got {shape}"
+        )
 
 
 def _concatenated(outers: Sequence[Outer]) -> Outer:
@@ -192,17 +224,10 @@ def _concatenated(outers: Sequence[Outer]) -> Outer:
     return Outer(g, first.inputs.concatenate(more), first.bias)
 
 
-def _summed(outers: Sequence[Outer], layouts: Sequence[Layout]) -> Rows:
-    """Uses of one weight in different grids: the rows of each, in flat order, added."""
-    orders = [layout.positions().argsort().to(outers[0].g.device) for layout in layouts]
-
-    def compute(start: int, stop: int) -> Tensor:
-        parts = [
-            outer.rows(start, stop)[..., order] for outer, order in zip(outers, orders, strict=True)
-        ]
-        return torch.stack(parts).sum(0)
-
-    return Rows(compute, outers[0].shape, outers[0].dtype)
+def _summed(outers: Sequence[Outer], layouts: Sequence[Layout]) -> Summed:
+    """Uses of one weight in different grids."""
+    moved = [layout.shifted({piece.start: 0 for piece in layout.pieces}) for layout in layouts]
+    return Summed(tuple(outers), tuple(moved))
 
 
 def make_parts(
@@ -285,7 +310,7 @@ def _make_part(
         if grid is None:
             return None
         pieces = [
-            Piece(space.slices[name].start, grid.inputs, grid.transposed)
+            Piece(space.slices[name].start, grid.inputs, grid.transposed, grid.inner)
             if name == weight
             else Piece(space.slices[name].start, 1)
             for name in names
@@ -351,10 +376,9 @@ def probe_rows(
         gradient = gradients[name]
         if gradient is None:
             expected = torch.zeros_like(along)
-        elif piece.transposed:
-            expected = v @ gradient.to(dtype).reshape(piece.width, -1)
         else:
-            expected = gradient.to(dtype).reshape(-1, piece.width) @ v
+            flat = gradient.to(dtype).reshape(-1, 1)
+            expected = piece.to_grid(flat, part.layout.rows).squeeze(-1) @ v
         if not agree(along, expected, dtype=given.dtype):
             return False
     return True

@@ -22,7 +22,9 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
 from ..errors import StochasticModelError
-from .layers import BATCH_STATISTICS, LAYERS, Use
+from .layers import BATCH_STATISTICS
+from .registry import Known, find, whole_modules
+from .uses import Use
 
 __all__ = ["Call", "Recorder", "recording", "refuse_training_mode"]
 
@@ -65,26 +67,56 @@ class Recorder(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        signature, layer = LAYERS.get(func, ((), None))
-        call = {**dict(zip(signature, args, strict=False)), **kwargs}
+        known = find(func, args)
+        call = {} if known is None else known.bind(args, kwargs)
         if func is F.batch_norm and call.get("training"):  # before it changes running statistics
             raise StochasticModelError(BATCH_STATISTICS)
+        names = set(self._selected((*args, *kwargs.values())))
+        if not names:
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", str(func)) if known is None else known.name
+        if known is not None and known.composite is not None:
+            return self._composite(known, call, names, lambda: func(*args, **kwargs))
         output = func(*args, **kwargs)
-        names = list(self._selected((*args, *kwargs.values())))
-        if not names or not _depends(output):
-            return output
-        name = getattr(func, "__name__", str(func))
-        use: Use | str = f"{name} has no form"
-        if layer is not None and isinstance(output, Tensor):
-            use = layer(call, output)
-        if isinstance(use, str):
-            self.formless.update(dict.fromkeys(names, use))
-            return output
-        weight, bias = self._names.get(id(use.weight)), self._names.get(id(use.bias))
-        for other in set(names) - {weight, bias}:
-            self.formless[other] = f"it is the input of {name}"
-        self.calls.append(Call(name, weight, bias, use, get_gradient_edge(output), output.shape))
+        if _depends(output):
+            use = f"{name} has no form" if known is None else known.use(call, output)
+            self._add(name, use, output, names)
         return output
+
+    def _composite(
+        self, known: Known, call: Mapping[str, Any], names: set[str], run: Callable[[], Any]
+    ) -> Any:
+        """Run a composite, or the function itself where the composite says why it cannot."""
+        rest = set(names)
+
+        def record(use: Use, output: Tensor) -> None:
+            own = {name for name in map(self._name, (use.weight, use.bias)) if name}
+            rest.difference_update(own)
+            if own and _depends(output):
+                self._add(known.name, use, output, own)
+
+        output = known.composite(call, record) if known.composite is not None else run()
+        if isinstance(output, str):
+            self.formless.update(dict.fromkeys(names, output))
+            return run()
+        self.formless.update(dict.fromkeys(rest, f"{known.name} has no form for it"))
+        return output
+
+    def _add(self, function: str, use: Use | str, output: Any, names: set[str]) -> None:
+        """Record one use by the selected parameters that the call received."""
+        reason = use if isinstance(use, str) else use.mismatch()
+        if isinstance(use, str) or reason:
+            self.formless.update(dict.fromkeys(names, reason))
+            return
+        weight, bias = self._name(use.weight), self._name(use.bias)
+        for other in names - {weight, bias}:
+            self.formless[other] = f"{function} has no form for it"
+        if weight or bias:
+            edge = get_gradient_edge(output)
+            self.calls.append(Call(function, weight, bias, use, edge, output.shape))
+
+    def _name(self, parameter: Tensor | None) -> str | None:
+        return self._names.get(id(parameter))
 
     def _selected(self, values: Sequence[Any]) -> Iterator[str]:
         for value in values:
@@ -93,6 +125,8 @@ class Recorder(TorchFunctionMode):
                     yield self._names[id(value)]
             elif isinstance(value, (list, tuple)):
                 yield from self._selected(value)
+            elif isinstance(value, nn.Module):  # the call of a registered one
+                yield from self._selected(list(value.parameters()))
 
 
 def _depends(output: Any) -> bool:
@@ -114,6 +148,8 @@ def recording(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[No
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(_plain_attention())
+        stack.enter_context(whole_modules(model))
         if "torch._dynamo" in sys.modules:  # else nothing can have been compiled
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
@@ -127,6 +163,17 @@ def recording(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[No
                 for buffer, version, kept in buffers:
                     if buffer._version != version:
                         buffer.copy_(kept)
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Attention in inference mode calls no functions that can be recorded: not its fused path."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def refuse_training_mode(model: nn.Module) -> None:

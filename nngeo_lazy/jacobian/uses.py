@@ -1,0 +1,123 @@
+"""What one call of a layer says about its parameters' Jacobian, and which functions can say it.
+
+A *layer* maps a call's arguments and output to a `Use`, or to the reason (a string) why this call
+has no form, so that its parameters take the general way. A *composite* runs in place of a function
+that is several layers at once, and records each of them. Both are registered by *function*, which
+also covers subclasses, functional code and keyword calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .inputs import Inputs
+
+__all__ = ["COMPOSITES", "LAYERS", "Composite", "Grid", "Layer", "Record", "Use"]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The shape of a layer's weight, and how it is stored.
+
+    Attributes:
+        groups, outputs, inputs: how many groups, and how many outputs and inputs each has.
+        transposed: the weight is stored (groups, inputs / inner, outputs, inner) rather than
+            (groups, outputs, inputs). With inner = 1 and one group that is (in, out).
+        inner: see `transposed`; a transposed convolution's is the volume of its kernel.
+    """
+
+    groups: int
+    outputs: int
+    inputs: int
+    transposed: bool = False
+    inner: int = 1
+
+
+@dataclass(frozen=True)
+class Use:
+    """One call of a layer: how its per-example Jacobian is read off inputs and output gradients.
+
+    A layer that multiplies by a weight has J_n = sum_t g[n,t] x[n,t]^T, with `grid`, `gradients`
+    and `inputs`; the bias adds a last column, sum_t g[n,t]. Any other layer gives `rows`.
+
+    Shapes: R output directions, N examples, T positions that share the parameters. The example
+    axis is one of the output's `leading` dimensions; it is found by a check, and moved to the
+    front, before the functions below are called; the other leading dimensions are flattened into T.
+
+    Attributes:
+        weight, bias: the parameters that the call received, or None.
+        leading: how many leading dimensions of the output are positions (the example axis among
+            them); the others are features.
+        x: the layer's input, detached, with the same leading dimensions.
+        grid: the weight's grid; None for layers whose form is `rows`.
+        gradients: output gradients (R, N, T, *features) -> (R, N, groups, T', outputs).
+        inputs: x as (N, T, *features) -> the input factor (N, groups, T', inputs), as a tensor or
+            as lazy `Inputs`.
+        rows: (x, g) -> rows by role, each (R, N, n), of the "weight" and the "bias".
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    leading: int
+    x: Tensor
+    grid: Grid | None = None
+    gradients: Callable[[Tensor], Tensor] | None = None
+    inputs: Callable[[Tensor], Inputs | Tensor] | None = None
+    rows: Callable[[Tensor, Tensor], dict[str, Tensor]] | None = None
+
+    def __post_init__(self) -> None:
+        grid = (self.grid, self.gradients, self.inputs)
+        if any(part is None for part in grid) == (self.rows is None):
+            raise ValueError("expected a Use with either rows, or grid, gradients and inputs")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameters' dtype."""
+        given = self.weight if self.weight is not None else self.bias
+        return self.x.dtype if given is None else given.dtype
+
+    def mismatch(self) -> str:
+        """How the grid does not fit the parameters; empty where it does."""
+        if self.grid is None:
+            return ""
+        count = self.grid.groups * self.grid.outputs
+        for role, p, size in (
+            ("weight", self.weight, count * self.grid.inputs),
+            ("bias", self.bias, count),
+        ):
+            if p is not None and p.numel() != size:
+                return f"{self.grid} needs a {role} of {size} numbers, not of {p.numel()}"
+        return ""
+
+
+Layer = Callable[[Mapping[str, Any], Tensor], "Use | str"]
+Record = Callable[[Use, Tensor], None]  # a layer's use and its output
+Composite = Callable[[Mapping[str, Any], Record], Any]  # -> the output, or a reason (str)
+
+LAYERS: dict[Callable[..., Any], tuple[tuple[str, ...], Layer]] = {}
+COMPOSITES: dict[Callable[..., Any], tuple[tuple[str, ...], Composite]] = {}
+
+
+def layer(function: Callable[..., Any], signature: str) -> Callable[[Layer], Layer]:
+    """Register a layer for a torch function with these argument names."""
+
+    def register(form: Layer) -> Layer:
+        LAYERS[function] = (tuple(signature.split()), form)
+        return form
+
+    return register
+
+
+def composite(function: Callable[..., Any], signature: str) -> Callable[[Composite], Composite]:
+    """Register a composite for a torch function with these argument names."""
+
+    def register(run: Composite) -> Composite:
+        COMPOSITES[function] = (tuple(signature.split()), run)
+        return run
+
+    return register
