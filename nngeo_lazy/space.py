@@ -307,6 +307,9 @@ def _lineages(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, L
         parts = name.split(".")[:-1]
         paths = [".".join(parts[:depth]) for depth in range(len(parts) + 1)]
         chain = tuple((path, type(modules[path]), weakref.ref(modules[path])) for path in paths)
-        raw = next(modules[paths[-1]].children(), None) is not None
+        owner = modules[paths[-1]]
+        # an attention's projections are one layer, though its output projection is a child
+        layer = isinstance(owner, nn.MultiheadAttention)
+        raw = not layer and next(owner.children(), None) is not None
         lines[name] = Lineage(chain, weakref.ref(parameter), raw)
     return lines

@@ -81,6 +81,13 @@ def jacobian(model: nn.Module, call, examples: list) -> Tensor:
     return torch.stack(rows)
 
 
+def from_directions(model, call, examples, directions: Tensor) -> Tensor:
+    """(P, P): the mean over examples of J^T s s^T J, directions (R, N, ...)."""
+    J = jacobian(model, call, examples)
+    rows = torch.einsum("rnc,ncp->rnp", directions.flatten(2), J).flatten(0, 1)
+    return rows.mT @ rows / len(examples)
+
+
 def fisher(model, call, examples, likelihood: str, estimator: str, labels: Tensor) -> Tensor:
     """(P, P): the mean over examples of J^T H J; H is the Hessian of the negative log-density.
 

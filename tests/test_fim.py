@@ -34,6 +34,9 @@ def close(a, b, tolerance=1e-10):
     assert (a - b).norm() <= tolerance * b.norm().clamp_min(1e-12), (a - b).norm() / b.norm()
 
 
+SEED, SAMPLES = 3, 2
+
+
 class Case:
     """A network with labels, the package's Fisher and the oracle's."""
 
@@ -41,10 +44,12 @@ class Case:
         self.net, self.likelihood, self.estimator = net, likelihood, estimator
         with torch.no_grad():
             out = torch.cat([oracle.outputs(net.model, net.call, e) for e in net.examples])
-        self.labels = oracle.targets(likelihood, out)
+        self.outputs, self.labels = out, oracle.targets(likelihood, out)
         self.object = LIKELIHOODS[likelihood](out)
 
     def build(self, representation, **options):
+        if self.estimator == "mc":
+            options = {"seed": SEED, "samples": SAMPLES, **options}
         return ng.FIM(
             self.net.model,
             self.net.batch,
@@ -57,6 +62,13 @@ class Case:
         )
 
     def expected(self):
+        if self.estimator == "mc":  # of the same draws
+            generator = torch.Generator().manual_seed(SEED)
+            drawn = self.object.directions(
+                self.outputs, self.labels, "mc", samples=SAMPLES, generator=generator
+            )
+            stacked = torch.stack(list(drawn))
+            return oracle.from_directions(self.net.model, self.net.call, self.net.examples, stacked)
         return oracle.fisher(
             self.net.model,
             self.net.call,
@@ -71,7 +83,7 @@ CASES = [
     pytest.param(net, likelihood, estimator, id=f"{net.__name__}-{likelihood}-{estimator}")
     for net in zoo.NETS
     for likelihood in LIKELIHOODS
-    for estimator in ("exact", "empirical")
+    for estimator in ("exact", "mc", "empirical")
 ]
 
 
