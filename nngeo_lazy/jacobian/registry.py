@@ -103,8 +103,7 @@ def register_layer(
 
     Example:
         >>> import torch
-        >>> from nngeo_lazy.jacobian.registry import register_layer
-        >>> from nngeo_lazy.jacobian.uses import Use
+        >>> from nngeo_lazy import Use, register_layer
         >>> def scale(x, weight):  # one factor for each feature
         ...     return x * weight
         >>> def form(call, output):
