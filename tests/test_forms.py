@@ -13,14 +13,9 @@ from nngeo_lazy.jacobian.moments import moment
 from nngeo_lazy.jacobian.patches import Geometry, patch_moment, unfold
 from nngeo_lazy.layout import Layout, Piece, assemble
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 R, N, T, O = 3, 4, 5, 2  # noqa: E741
-
-
-@pytest.fixture(autouse=True)
-def _float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def dense(groups=1, t=T, bias=True):

@@ -11,21 +11,12 @@ from nngeo_lazy.likelihoods import Bernoulli, Categorical, Gaussian, Poisson
 
 import oracle
 import zoo
+from cases import close
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 REPRESENTATIONS = ["dense", "block_diagonal", "diagonal", "quasi_diagonal", "ekfac", "low_rank"]
 WEIGHT = [0.5, 2.0, 1.0]
-
-
-@pytest.fixture(autouse=True)
-def _float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def close(a, b, tolerance=1e-10):
-    assert a.shape == b.shape
-    assert (a - b).norm() <= tolerance * b.norm().clamp_min(1e-12), (a - b).norm() / b.norm()
 
 
 def classes(outputs):

@@ -16,14 +16,9 @@ from nngeo_lazy.operators import (
 )
 from nngeo_lazy.representations import KFAC, Mixed
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 SHARDS = (slice(0, 4), slice(4, 5), slice(5, 11))
-
-
-@pytest.fixture(autouse=True)
-def _float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture

@@ -6,65 +6,24 @@ from torch import nn
 
 import nngeo_lazy as ng
 from nngeo_lazy.errors import DataError, SpaceMismatchError, TooLargeError
-from nngeo_lazy.likelihoods import Categorical
 from nngeo_lazy.operators import QuasiDiagonalLinearOperator
 from nngeo_lazy.representations import EKFAC, KFAC, LowRank, Mixed
 
 import oracle
 import zoo
+from cases import Case, close
 
-# torch's own, on padding="same" with an even kernel
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+pytestmark = [
+    pytest.mark.usefixtures("float64"),
+    # torch's own, on padding="same" with an even kernel
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths"),
+]
 
 NETS = ["mlp", "convolutions", "norms", "gpt", "tied", "raw", "shared_bias"]
 
 
-@pytest.fixture(autouse=True)
-def _float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def close(a, b, tolerance=1e-10):
-    assert a.shape == b.shape
-    assert (a - b).norm() <= tolerance * b.norm().clamp_min(1e-12), (a - b).norm() / b.norm()
-
-
-class Case:
-    def __init__(self, name, estimator="exact"):
-        self.net, self.estimator = getattr(zoo, name)(), estimator
-        with torch.no_grad():
-            out = [oracle.outputs(self.net.model, self.net.call, e) for e in self.net.examples]
-        self.outputs = torch.cat(out)
-        self.labels = oracle.targets("categorical", self.outputs)
-        self.likelihood = Categorical(class_dim=self.outputs.dim() - 1)
-
-    def build(self, representation, **options):
-        return ng.FIM(
-            self.net.model,
-            self.net.batch,
-            representation,
-            likelihood=self.likelihood,
-            estimator=self.estimator,
-            target=lambda batch: self.labels,
-            forward=self.net.forward,
-            **options,
-        )
-
-    def fisher(self):
-        net = self.net
-        args = (net.model, net.call, net.examples, "categorical", self.estimator, self.labels)
-        return oracle.fisher(*args)
-
-    def gradients(self):
-        """Each example's gradient of the loss, (N, P)."""
-        J = oracle.jacobian(self.net.model, self.net.call, self.net.examples)
-        scores = [
-            torch.func.grad(oracle.nll_categorical)(f, y).flatten()
-            for f, y in zip(self.outputs, self.labels, strict=True)
-        ]
-        return torch.einsum("ncp,nc->np", J, torch.stack(scores))
+def case_of(name, estimator="exact"):
+    return Case(getattr(zoo, name)(), "categorical", estimator)
 
 
 def blockwise(F, exact):
@@ -77,8 +36,8 @@ def blockwise(F, exact):
 @pytest.mark.parametrize("estimator", ["exact", "empirical"])
 @pytest.mark.parametrize("name", NETS)
 def test_low_rank(name, estimator):
-    case = Case(name, estimator)
-    exact = case.fisher()
+    case = case_of(name, estimator)
+    exact = case.expected()
     F = case.build("low_rank")
     close(F.to_dense(), exact)
     close(F.solve(torch.ones(len(exact)), damping=0.1), _solved(exact, 0.1), 1e-8)
@@ -96,8 +55,8 @@ def _solved(matrix, d):
 @pytest.mark.parametrize("name", NETS)
 def test_quasi_diagonal(name, estimator):
     """The diagonal, the bias row of each output, positive semidefinite; the rest by its formula."""
-    case = Case(name, estimator)
-    exact, F = case.fisher(), case.build("quasi_diagonal")
+    case = case_of(name, estimator)
+    exact, F = case.expected(), case.build("quasi_diagonal")
     close(F.diagonal(), exact.diagonal())
     arrows = 0
     for block, layout, own in blockwise(F, exact):
@@ -137,8 +96,8 @@ def test_quasi_diagonal_of_dead_outputs_and_of_one_example():
 @pytest.mark.parametrize("estimator", ["exact", "empirical"])
 @pytest.mark.parametrize("name", ["mlp", "convolutions", "norms", "raw"])
 def test_mixed(name, estimator):
-    case = Case(name, estimator)
-    exact = case.fisher()
+    case = case_of(name, estimator)
+    exact = case.expected()
     first, last = (case.build("block_diagonal").names[k] for k in (0, -1))
     F = case.build(Mixed("ekfac", {first: "dense", last: "low_rank"}))
     alone = case.build("ekfac")
@@ -156,8 +115,8 @@ def test_mixed(name, estimator):
 
 
 def test_mixed_groups_make_joint_blocks():
-    case = Case("mlp")
-    exact = case.fisher()
+    case = case_of("mlp")
+    exact = case.expected()
     F = case.build(Mixed("diagonal", {nn.Linear: "dense"}))
     close(F.to_dense(), exact)
     nested = case.build(Mixed(Mixed("kfac", {"0": "diagonal"}), {"2": KFAC("reduce")}))
@@ -165,7 +124,7 @@ def test_mixed_groups_make_joint_blocks():
 
 
 def test_mixed_refusals():
-    case = Case("mlp")
+    case = case_of("mlp")
     for mixed, words in (
         (Mixed(None, {"0": "kfac"}), "leaves ['2.weight', '2.bias'] without a representation"),
         (Mixed("kfac", {"0": "dense", "0.bias": "dense"}), "which another one has already"),
@@ -182,7 +141,7 @@ def test_mixed_refusals():
 @pytest.mark.parametrize("name", ["mlp", "convolutions", "norms", "gpt", "raw"])
 def test_centered(name):
     """The covariance of gradients, in whatever form."""
-    case = Case(name, "empirical")
+    case = case_of(name, "empirical")
     G = case.gradients()
     exact = (G - G.mean(0)).mT @ (G - G.mean(0)) / len(G)
     close(case.build("dense", center=True).to_dense(), exact)
@@ -201,7 +160,7 @@ def test_centered(name):
 
 
 def test_centering_refusals():
-    case = Case("mlp", "empirical")
+    case = case_of("mlp", "empirical")
     with pytest.raises(DataError, match="KFAC has no centered form"):
         case.build("kfac", center=True)
     case.estimator = "exact"
@@ -211,16 +170,16 @@ def test_centering_refusals():
 
 @pytest.mark.parametrize("name", ["mlp", "convolutions", "norms"])
 def test_fresh_diagonals_in_an_old_basis(name):
-    case = Case(name)
-    exact, K = case.fisher(), case.build("kfac")
+    case = case_of(name)
+    exact, K = case.expected(), case.build("kfac")
     fresh = case.build(EKFAC(basis=K))
     close(fresh.to_dense(), case.build("ekfac").to_dense())
-    other = Case(name)
+    other = case_of(name)
     updated = ng.update_diag(
         fresh,
         case.net.model,
         other.net.batch,
-        likelihood=case.likelihood,
+        likelihood=case.object,
         target=lambda b: case.labels,
     )
     average = fresh.lerp(updated, 0.25)
@@ -232,8 +191,8 @@ def test_fresh_diagonals_in_an_old_basis(name):
 
 
 def test_fresh_diagonal_refusals():
-    E = Case("mlp").build("ekfac")
-    case = Case("conv1d")
+    E = case_of("mlp").build("ekfac")
+    case = case_of("conv1d")
     with pytest.raises(SpaceMismatchError, match="build both with the same params="):
         case.build(EKFAC(basis=E))
     with pytest.raises(DataError, match="to be a KFAC or an EKFAC Fisher, got Diagonal"):
@@ -242,7 +201,7 @@ def test_fresh_diagonal_refusals():
 
 @pytest.mark.parametrize("name", [*NETS, "conv1d", "recurrent", "mapping"])
 def test_dense_jacobian(name):
-    case = Case(name)
+    case = case_of(name)
     net = case.net
     J = oracle.jacobian(net.model, net.call, net.examples)
     mine = ng.Jacobian(net.model, net.batch, forward=net.forward)
@@ -257,7 +216,7 @@ def test_dense_jacobian(name):
     gradients = ng.Jacobian(
         net.model,
         net.batch,
-        loss=case.likelihood,
+        loss=case.object,
         target=lambda b: case.labels,
         forward=net.forward,
     )
@@ -282,7 +241,7 @@ def test_jacobian_refusals():
 def test_rows_past_the_limit(monkeypatch):
     monkeypatch.setattr("nngeo_lazy.statistics.MAX_BLOCK_BYTES", 1000)
     with pytest.raises(TooLargeError, match="estimator='mc' or 'empirical'"):
-        Case("mlp").build("low_rank")
+        case_of("mlp").build("low_rank")
 
 
 def test_bad_rank():

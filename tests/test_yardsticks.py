@@ -11,12 +11,7 @@ import nngeo_lazy as ng
 from nngeo_lazy.likelihoods import Gaussian
 from nngeo_lazy.representations import KFAC
 
-
-@pytest.fixture(autouse=True)
-def _float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def linear_net(*extra):
