@@ -7,15 +7,15 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import nngeo_lazy as ng
+from nngeo_lazy import Grid, Use, register_layer
 from nngeo_lazy.errors import UnsupportedLayerError
 from nngeo_lazy.jacobian import registry
-from nngeo_lazy.jacobian.registry import register_layer
-from nngeo_lazy.jacobian.uses import Grid, Use
 from nngeo_lazy.likelihoods import Gaussian
 from nngeo_lazy.representations import KFAC
 
 import oracle
 import zoo
+from cases import close
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -33,11 +33,6 @@ def register():
     yield add
     for target in made:
         registry._unregister(target)
-
-
-def close(a, b, tolerance=1e-10):
-    assert a.shape == b.shape
-    assert (a - b).norm() <= tolerance * b.norm().clamp_min(1e-12), (a - b).norm() / b.norm()
 
 
 def fisher(net, representation="dense", **options):
@@ -274,6 +269,7 @@ def test_factors_of_a_transposed_convolution(layer, sharing):
 # --- another package's layers ---------------------------------------------------------------------
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("name", ["WeightNorm1d", "WeightNorm2d", "Cosine1d", "Affine1d"])
 def test_layers_of_nngeometry(name):
     layers = pytest.importorskip("nngeometry.layers")
