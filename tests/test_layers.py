@@ -409,27 +409,27 @@ def test_a_function_of_torch(register):
             None,
             output.dim() - 1,
             x.detach(),
-            Grid(1, weight.shape[1], weight.shape[0], transposed=True),
+            Grid(1, *weight.shape),
             gradients=lambda g: g.unsqueeze(2),
             inputs=lambda x: x.unsqueeze(1),
         )
 
     with pytest.raises(TypeError, match="signature='input weight bias'"):
-        register_layer(torch.matmul, form)
-    assert register(torch.matmul, form, signature="input other") is torch.matmul
+        register_layer(torch.inner, form)
+    assert register(torch.inner, form, signature="input other") is torch.inner
 
     class M(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.out = nn.Parameter(torch.randn(3, 4)), nn.Linear(4, 2)
+            self.a, self.out = nn.Parameter(torch.randn(4, 3)), nn.Linear(4, 2)
 
         def forward(self, x):
-            return self.out(torch.tanh(torch.matmul(x, self.a)))
+            return self.out(torch.tanh(torch.inner(x, self.a)))
 
     net = zoo.simple(M(), torch.randn(4, 3))
     F = fisher(net)
     close(F.to_dense(), expected(net))
-    assert forms(F)["a"] == "matmul: outer"
+    assert forms(F)["a"] == "inner: outer"
 
 
 def test_a_form_in_the_place_of_ones_own(register):

@@ -497,6 +497,23 @@ def bilinear() -> Net:
     return simple(M(), torch.randn(4, 2, 3))
 
 
+def matmul() -> Net:
+    """x @ W with raw weights (in, out), and a weight from the left, which has no form."""
+
+    class M(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.v = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(3, 2))
+            self.left = nn.Parameter(torch.randn(2, 2))
+
+        def forward(self, x):  # (N,T,4)
+            h = torch.tanh(x @ self.w)
+            y = torch.matmul(h.flatten(0, 1), self.v).view(*h.shape[:2], 2)
+            return (self.left @ y.mT).mT
+
+    return simple(M(), torch.randn(5, 3, 4), general=("left",))
+
+
 def gru() -> Net:
     class M(nn.Module):
         def __init__(self):
@@ -541,5 +558,6 @@ NETS = [
     transformer,
     prelu,
     bilinear,
+    matmul,
     gru,
 ]
