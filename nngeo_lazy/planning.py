@@ -55,12 +55,12 @@ class Plan(Table[PlannedRow]):
         self.passes, self.directions, self.batches = passes, directions, batches
         self.flops = sum(row.flops for row in rows)
         self.bytes = sum(row.bytes for row in rows)
-        times = "" if batches is None else f" x {batches} batches"
+        data = "the data" if batches is None else f"{batches} batch{'es' * (batches != 1)}"
         super().__init__(
             rows,
             [
-                f"{passes} pass{'es' * (passes > 1)} over the data{times}, {directions} backward "
-                "for each batch",
+                f"{passes} pass{'es' * (passes != 1)} over {data}, "
+                f"{directions} backward for each batch",
                 f"{self.flops:,} flops for each example, {self.bytes:,} bytes",
             ],
         )

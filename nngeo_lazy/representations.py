@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +64,10 @@ __all__ = [
 class Representation(ABC):
     """What to build; one of the options objects below, or its name in lower case."""
 
-    passes: ClassVar[int] = 1
+    @property
+    def passes(self) -> int:
+        """How often the data are read."""
+        return 1
 
     @abstractmethod
     def recipe(self, sweep: Sweep, indices: Sequence[int]) -> Recipe:
@@ -206,7 +209,6 @@ class EKFAC(Representation):
         'EigenKroneckerLinearOperator'
     """
 
-    passes: ClassVar[int] = 2
     sharing: str = "expand"
     basis: BaseLinearOperator | None = field(default=None, repr=False, compare=False)
 
@@ -216,6 +218,10 @@ class EKFAC(Representation):
             raise DataError(
                 f"expected basis= to be a KFAC or an EKFAC Fisher, got {type(self.basis).__name__}"
             )
+
+    @property
+    def passes(self) -> int:
+        return 2 if self.basis is None else 1
 
     def check(self, sweep: Sweep) -> None:
         if self.basis is not None and self.basis.space != sweep.space:
@@ -336,8 +342,7 @@ class Mixed(Representation):
     chosen: Mapping[Any, str | Representation] = field(default_factory=dict)
 
     @property
-    def passes(self) -> int:  # type: ignore[override]
-        """As many as the one that needs most."""
+    def passes(self) -> int:
         given = [self.default] if self.default is not None else []
         return max(resolve(each).passes for each in (*given, *self.chosen.values()))
 

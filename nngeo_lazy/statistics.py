@@ -316,7 +316,8 @@ class RowStack(Statistic):
                 f"more than the limit of {MAX_BLOCK_BYTES / 2**30:.0f} GiB: take estimator='mc' or "
                 "'empirical' (one row for each example), fewer examples, or another representation"
             )
-        self._batch.append(torch.cat([form.rows() for form in present], -1))
+        rows = [torch.cat([form.rows(a, b) for a, b in form.tiles()], 1) for form in present]
+        self._batch.append(torch.cat(rows, -1))
         if last:
             self._rows.append(torch.cat(self._batch).transpose(0, 1))
             self._batch = []

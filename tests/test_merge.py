@@ -115,6 +115,25 @@ def test_refusals(data):
         ng.merge([blocks, blocks], weights=[1, 1])
 
 
+def cosh(outputs, target):
+    return (outputs - target).cosh().log().sum(1)
+
+
+def test_callables_are_the_same_by_name(data):
+    model, x, _ = data
+    halves = [ng.GGN(model, (x[s], x[s, 0, 0]), "diagonal", loss=cosh) for s in SHARDS]
+    assert "test_merge.cosh" in halves[0].info.quantity["loss"]
+    merged = ng.merge([ng.load(half.state_dict()) for half in halves])
+    whole = ng.GGN(model, (x, x[:, 0, 0]), "diagonal", loss=cosh)
+    torch.testing.assert_close(merged.to_dense(), whole.to_dense())
+    other = ng.GGN(model, (x, x[:, 0, 0]), "diagonal", loss=lambda f, y: cosh(f, y))
+    with pytest.raises(DataError, match="differ in loss"):
+        ng.merge([whole, other])
+    means = [ng.GGN(model, (x, x[:, 0, 0]), "diagonal", loss=nn.MSELoss())] * 2
+    with pytest.raises(DataError, match="pass weights="):
+        ng.merge(means)
+
+
 def test_equal_seeds_merge(data):
     model, x, y = data
     halves = [

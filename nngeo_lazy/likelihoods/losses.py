@@ -51,6 +51,12 @@ class CallableLoss(Likelihood):
 
     function: Callable[..., Tensor]
 
+    def __repr__(self) -> str:
+        """A function that has a name by it, so that it is the same one in another process."""
+        name = getattr(self.function, "__qualname__", "<")
+        named = f"{getattr(self.function, '__module__', '')}.{name}"
+        return f"CallableLoss({repr(self.function) if '<' in name else named})"
+
     @property
     def reweighted(self) -> str:
         return "a function in place of a density"

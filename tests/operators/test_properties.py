@@ -4,7 +4,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nngeo_lazy.operators import BlockDiagonalLinearOperator, KroneckerLinearOperator
+from nngeo_lazy.operators import (
+    BlockDiagonalLinearOperator,
+    KroneckerLinearOperator,
+    LowRankLinearOperator,
+    QuasiDiagonalLinearOperator,
+)
 from nngeo_lazy.testing import check_operator
 
 from . import examples
@@ -51,3 +56,51 @@ def test_block_diagonal(blocks):
     A = torch.block_diag(*(examples.matrix(b) for b in blocks))
     if len(A) > 1:
         check_operator(F, A)
+
+
+@st.composite
+def low_ranks(draw):
+    """More or fewer columns than rows, repeated columns, a core of any sign; positive definite."""
+    g = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    n, k = draw(st.integers(2, 6)), draw(st.integers(1, 8))
+    root = torch.randn(n, k, generator=g, dtype=torch.float64)
+    if draw(st.booleans()):
+        root[:, 0] = root[:, -1]
+    core = torch.rand(k, generator=g, dtype=torch.float64) + 0.1
+    diag = torch.rand(n, generator=g, dtype=torch.float64) + 0.5
+    diag = diag[0] if draw(st.booleans()) else diag
+    if draw(st.booleans()):  # a negative eigenvalue that the diagonal outweighs
+        core[0] = -0.2 * diag.min() / root[:, 0].square().sum()
+    return LowRankLinearOperator(root, core, diag)
+
+
+@settings(max_examples=40, deadline=None)
+@given(low_ranks())
+def test_low_rank(F):
+    A = examples.matrix(F)
+    check_operator(F, A, rtol=1e-7)
+    check_operator(F.inverse(), torch.linalg.inv(A), rtol=1e-7)
+    torch.testing.assert_close(F.inverse().inverse().to_dense(), A)
+    check_operator((F + F) * 0.5, A, rtol=1e-7)
+
+
+@st.composite
+def quasi_diagonals(draw):
+    g = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    n, o, i = draw(st.integers(6, 12)), draw(sizes), draw(sizes)
+    rows = torch.randn(n, o, i + 1, generator=g, dtype=torch.float64)
+    rows[..., -1] += draw(st.floats(-2, 2))
+    second = torch.einsum("noi,noj->oij", rows, rows) / n
+    F = QuasiDiagonalLinearOperator.of(second.diagonal(dim1=1, dim2=2), second[:, :i, i])
+    for _ in range(draw(st.integers(0, 2))):  # anywhere in the family
+        F = F.damped(0.1) if draw(st.booleans()) else F.inverse()
+    return F
+
+
+@settings(max_examples=40, deadline=None)
+@given(quasi_diagonals())
+def test_quasi_diagonal(F):
+    A = F.to_dense()
+    check_operator(F, A, rtol=1e-6)
+    torch.testing.assert_close(F.inverse().inverse().to_dense(), A)
+    torch.testing.assert_close(F.inverse().to_dense(), torch.linalg.inv(A), rtol=1e-6, atol=1e-6)
