@@ -22,6 +22,7 @@ class Quantity(ABC):
     """Output directions S_n: the matrix is the mean of J_n^T S_n S_n^T J_n."""
 
     estimator: str = "exact"
+    fewer: str = "take estimator='mc' (one for each sample)"  # how to have fewer directions
 
     @abstractmethod
     def fit(self, outputs: Tensor, target: Tensor | None) -> None:
@@ -159,6 +160,8 @@ class GaussNewton(_OfLoss):
 
 class Outputs(Quantity):
     """One direction for each output: the rows of the Jacobian."""
+
+    fewer = "pass loss= (one row for each example)"
 
     def fit(self, outputs: Tensor, target: Tensor | None) -> None:
         return

@@ -135,11 +135,13 @@ class DataSweep:
         outputs, quantity = recorded.outputs, self._quantity
         count = quantity.count(outputs, target)
         if quantity.estimator == "exact" and count > self._max_directions:
+            known = self._batches.count
+            batches = "each batch" if known is None else f"each of {known} batches"
             raise TooLargeError(
                 f"an exact matrix of outputs {tuple(outputs.shape)} takes {count} backward passes "
-                f"for each batch, one for each output direction of an example, more than "
-                f"max_directions={self._max_directions}: take estimator='mc' (one for each "
-                "sample), or raise max_directions (ng.plan says what it costs)"
+                f"for {batches}, one for each output direction of an example, more than "
+                f"max_directions={self._max_directions}: {quantity.fewer}, or raise "
+                "max_directions (ng.plan says what it costs)"
             )
         return recorded.chunks(quantity.directions(outputs, target, generator), count)
 

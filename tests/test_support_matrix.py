@@ -82,6 +82,10 @@ MEMBERS = {
         lambda F, G: F.solve(V, damping=D),
         lambda A, B: torch.linalg.solve(A + D.diag(), V),
     ),
+    "solve(v, preconditioner=, x0=)": (
+        lambda F, G: F.solve(V, damping=0.1, preconditioner=G, x0=V, tol=1e-12),
+        lambda A, B: torch.linalg.solve(shifted(A), V),
+    ),
     "damped(d)": (lambda F, G: F.damped(0.1), lambda A, B: shifted(A)),
     "damped(d, 'factored')": (lambda F, G: F.damped(0.1, "factored"), None),
     "damped(vector)": (lambda F, G: F.damped(D), lambda A, B: A + D.diag()),
@@ -118,6 +122,10 @@ MEMBERS = {
     "ng.merge([F, G])": (lambda F, G: ng.merge([F, G]), None),
     "block(selector)": (lambda F, G: F.block("4"), lambda A, B: A[-15:, -15:]),
     "blocks": (lambda F, G: F.blocks["0"], lambda A, B: A[:12, :12]),
+    "num_examples, num_terms": (
+        lambda F, G: torch.tensor([F.num_examples or 0, F.num_terms or 0]),
+        None,
+    ),
     "report": (lambda F, G: torch.tensor(len(F.report())), lambda A, B: torch.tensor(6)),
     "to_scipy": (
         lambda F, G: torch.from_numpy(F.to_scipy() @ V.numpy()),
