@@ -14,9 +14,9 @@ from .likelihoods import Likelihood
 from .operators import BaseLinearOperator, MatrixLinearOperator
 from .planning import Plan, make_plan
 from .quantities import Fisher, GaussNewton, LossGradients, LossLike, Outputs, Quantity
-from .recipes import info_of, require_finite
 from .representations import EKFAC, Representation
 from .representations import resolve as resolve_representation
+from .representations.recipes import info_of, require_finite
 from .selectors import Selector, space_of
 from .statistics import RowStack
 from .sweep import DataSweep
@@ -265,14 +265,19 @@ def update_diag(
         F: a KFAC or EKFAC Fisher of the same parameters.
         model: the network.
         loader: the data.
-        **options: as in `FIM`.
+        **options: as in `FIM`, or with loss= as in `GGN`.
 
     Raises:
         SpaceMismatchError: F is over other parameters.
+        DataError: F is a Gauss-Newton matrix, and no loss= is given.
 
     Source: George et al. (2018), section 4.1.
     """
-    return FIM(model, loader, EKFAC(basis=F), **options)
+    of_loss = F.info.quantity.get("matrix") == "GaussNewton"
+    if of_loss and "loss" not in options:
+        raise DataError("F is a Gauss-Newton matrix: pass its loss= to update_diag, as to GGN")
+    builder = GGN if "loss" in options else FIM
+    return builder(model, loader, EKFAC(basis=F), **options)
 
 
 def plan(builder: Callable[..., BaseLinearOperator], *args: Any, **options: Any) -> Plan:

@@ -121,6 +121,13 @@ class Batches:
             )
 
     @property
+    def generators(self) -> list[torch.Generator]:
+        """The generators of its own from which a loader draws the order of its examples."""
+        holders = (self._loader, getattr(self._loader, "sampler", None))
+        found = [getattr(holder, "generator", None) for holder in holders]
+        return [g for g in dict.fromkeys(found) if isinstance(g, torch.Generator)]
+
+    @property
     def count(self) -> int | None:
         """How many batches there are, None where the loader does not say."""
         return _length(self._loader)

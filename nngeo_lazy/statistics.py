@@ -289,20 +289,25 @@ class RowSum(Statistic):
 class RowStack(Statistic):
     """The rows themselves, all directions of all examples."""
 
-    def __init__(self, indices: Sequence[int], parts: Sequence[Part]) -> None:
+    def __init__(
+        self, indices: Sequence[int], parts: Sequence[Part], rank: int | None = None
+    ) -> None:
         super().__init__(*indices)
         self._parts = parts
         self._size = sum(part.layout.size for part in parts)
+        self._rank = rank  # of what will be made of the rows, where it is given
         self._batch: list[Tensor] = []  # chunks of directions (r, N, p) of the current batch
         self._rows: list[Tensor] = []  # (N, R, p) of each batch
         self._bytes = 0
 
     def costs(self, sample: Sample) -> Iterator[Cost]:
         rank = min(sample.directions * sample.examples, self._size)
+        rank = rank if self._rank is None else min(rank, self._rank)
         for k, part in zip(self.indices, self._parts, strict=True):
             size = part.layout.size
             flops = 2 * sample.directions * sample.positions(k) * size
-            yield Cost(k, f"rank {rank} of {self._size}", rank * size, flops)
+            core = rank if k == self.indices[0] else 0  # beside the root
+            yield Cost(k, f"rank {rank} of {self._size}", rank * size + core, flops)
 
     def update(self, forms: Sequence[Form | None], first: bool, last: bool) -> None:
         present = [form for form in forms if form is not None]
@@ -334,6 +339,8 @@ class RowStack(Statistic):
 
     def stacked(self, sweep: Sweep) -> Tensor:
         """All rows (K, p), of batches with any numbers of directions."""
+        if not self._rows:  # of parameters that the outputs do not depend on
+            return torch.zeros(1, self._size, dtype=sweep.dtype, device=sweep.space.device)
         if sweep.center:
             return self.rows(sweep).flatten(0, 1)
         return self._ordered(torch.cat([rows.flatten(0, 1) for rows in self._rows]))

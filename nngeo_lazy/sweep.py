@@ -60,6 +60,7 @@ class DataSweep:
         self._max_directions = max_directions
         mc = quantity.estimator == "mc"
         self._seed = int(torch.randint(2**62, ())) if seed is None and mc else seed
+        self._orders = [own.get_state() for own in batches.generators]
         self._capture = Capture(model, space, batches.forward)
         self.dtype = torch.promote_types(space.dtype, torch.float32)
         self._kept: list[Chunk] | None = None
@@ -85,7 +86,7 @@ class DataSweep:
         kept: list[Chunk] | None = [] if keep else None
         totals = _Totals(self._quantity, self.space.device)
         with (
-            _seeded(self._seed, self.space.device) as generator,
+            self._seeded() as generator,
             recording(self._model, self.space.parameters(self._model)),
         ):
             for batch in self._batches:
@@ -103,7 +104,7 @@ class DataSweep:
     def sampled(self) -> tuple[Sample, int | None]:
         """The forms of one direction of the first batch, and how many batches there are."""
         with (
-            _seeded(self._seed, self.space.device) as generator,
+            self._seeded() as generator,
             recording(self._model, self.space.parameters(self._model)),
             closing(iter(self._batches)) as batches,
         ):
@@ -116,6 +117,19 @@ class DataSweep:
                 examples = self._batches.num_examples(labelled.shape[0])
                 return Sample(forms, self._quantity.count(outputs, target), examples), count
         raise DataError("expected at least one example in the first batch")
+
+    @contextmanager
+    def _seeded(self) -> Iterator[torch.Generator | None]:
+        """The same label draws, and the same order of a shuffling loader, in every pass."""
+        if self._seed is None:
+            yield None
+            return
+        for own, state in zip(self._batches.generators, self._orders, strict=True):
+            own.set_state(state)
+        # What draws on the default generator is the order of a shuffling loader; on the CPU alone.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self._seed)
+            yield torch.Generator(device=self.space.device).manual_seed(self._seed)
 
     def _record(self, batch: Batch) -> Iterator[tuple[Recorded, Tensor | None]]:
         for recorded, target in self._capture(batch.raw, batch.target):
@@ -205,18 +219,6 @@ def _held(form: Form | None, first: bool) -> int:
         return 0
     inputs = vars(form.inputs).values() if first and form.inputs is not None else ()
     return form.bytes + sum(x.nbytes for x in inputs if isinstance(x, Tensor))
-
-
-@contextmanager
-def _seeded(seed: int | None, device: torch.device) -> Iterator[torch.Generator | None]:
-    """The same label draws, and the same order of a shuffling loader, in every pass."""
-    if seed is None:
-        yield None
-        return
-    # What draws on the default generator is the order of a shuffling loader; on the CPU alone.
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield torch.Generator(device=device).manual_seed(seed)
 
 
 def _require_finite_parameters(model: nn.Module, space: ParamSpace) -> None:

@@ -82,6 +82,14 @@ def test_an_open_file_and_a_state(F):
         assert torch.equal(back.to_dense(), F.to_dense())
 
 
+def test_a_loaded_operator_is_a_value(F):
+    state = F.state_dict()
+    back, trace = ng.load(state), float(F.trace())
+    for tensor in state["tensors"].values():
+        tensor.mul_(2)
+    assert float(back.trace()) == pytest.approx(trace)
+
+
 def _altered(F, **changes):
     return {**F.state_dict(), **changes}
 
@@ -107,6 +115,16 @@ def test_refusals(F, tmp_path):
     unknown["operator"]["class"] = "Evil"
     with pytest.raises(DataError, match="unknown operator 'Evil'"):
         ng.load(unknown)
+    empty = F.state_dict()
+    for part in ("operator", "info"):
+        holder = empty if part == "operator" else empty["operator"]
+        whole, holder[part] = holder[part], {}
+        with pytest.raises(DataError, match="the file is malformed"):
+            ng.load(empty)
+        holder[part] = whole
+    for nothing in (3, b"abc"):
+        with pytest.raises(DataError, match="it cannot be read"):
+            ng.load(nothing)
     (tmp_path / "noise.pt").write_bytes(b"no file of ours")
     with pytest.raises(DataError, match="it cannot be read"):
         ng.load(tmp_path / "noise.pt")

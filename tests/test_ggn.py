@@ -6,7 +6,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import nngeo_lazy as ng
-from nngeo_lazy.errors import DataError, NotPositiveDefiniteError, TooLargeError
+from nngeo_lazy.errors import (
+    DataError,
+    NotPositiveDefiniteError,
+    TooLargeError,
+    UnsupportedLayerError,
+)
 from nngeo_lazy.likelihoods import Bernoulli, Categorical, Gaussian, Poisson
 
 import oracle
@@ -169,6 +174,29 @@ def test_modules_keep_their_reduction_over_the_whole_loader(name, reduction):
     exact = torch.func.hessian(whole)(torch.cat([p.flatten() for p in w]))
     close(ng.GGN(linear, batches, "dense", loss=module).to_dense(), exact, 1e-9)
     close(ng.GGN(linear, batches, "diagonal", loss=module).diagonal(), exact.diagonal(), 1e-9)
+
+
+def test_a_loss_without_a_second_derivative():
+    model, x, y = nn.Linear(4, 3), torch.randn(6, 4), torch.randint(3, (6,))
+    with pytest.raises(UnsupportedLayerError, match="cannot be differentiated twice"):
+        ng.GGN(model, (x, y), "dense", loss=nn.MultiMarginLoss(p=2))
+
+
+def test_losses_that_mix_examples_are_refused():
+    model, x = nn.Linear(2, 1), torch.randn(8, 2)
+    y = model(x).detach()
+    y[1:] += 1  # the first example is fitted: its loss shows nothing
+    with pytest.raises(DataError, match="depend on that example alone"):
+        ng.GGN(model, (x, y), "dense", loss=lambda f, y: (f - y).square().sum(1) / len(f))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_targets(dtype):
+    model, x, y = nn.Linear(4, 3).to(dtype), torch.randn(6, 4, dtype=dtype), torch.rand(6, 3)
+    for loss in (nn.HuberLoss(), lambda f, y: F.huber_loss(f, y, reduction="none").sum(1)):
+        G = ng.GGN(model, (x, y.to(dtype)), "dense", loss=loss)
+        assert G.dtype == torch.float32
+        assert G.trace().isfinite()
 
 
 def test_masks_of_segmentation_and_language_models():

@@ -14,7 +14,7 @@ from nngeo_lazy.operators import (
     LowRankLinearOperator,
     SumLinearOperator,
 )
-from nngeo_lazy.representations import KFAC, Mixed
+from nngeo_lazy.representations import KFAC, LowRank, Mixed
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -90,29 +90,47 @@ def test_refusals(data):
     D = ng.FIM(model, (x, y), "diagonal")
     K = ng.FIM(model, (x, y), "kfac")
     mc = [ng.FIM(model, (x, y), "diagonal", estimator="mc", seed=seed) for seed in (1, 2)]
+    centered = {"estimator": "empirical", "center": True}
+    altered = "damped, inverted, scaled or added"
     cases = [
         ([E, ng.FIM(model, (x[5:], y[5:]), "ekfac")], DataError, "only in a common basis"),
-        ([D, ng.FIM(nn.Linear(3, 2), x[:, 0, 0], "diagonal", likelihood="gaussian")],
-         SpaceMismatchError, "over the same parameters"),
+        (
+            [D, ng.FIM(nn.Linear(3, 2), x[:, 0, 0], "diagonal", likelihood="gaussian")],
+            SpaceMismatchError,
+            "over the same parameters",
+        ),
         (mc, DataError, "differ in seed: 1 and 2"),
         ([D, ng.FIM(model, (x, y), "diagonal", estimator="empirical")], DataError, "estimator"),
-        ([D, K], DataError, "one representation"),
-        ([K, K.damped(0.1)], DataError, "without damping"),
+        ([D, K], DataError, "differ in representation"),
+        ([K, ng.FIM(model, (x, y), KFAC("reduce"))], DataError, "differ in representation"),
         ([], DataError, "at least one operator"),
-        ([K + D, K + D], DataError, "without damping|no statistics"),
-        ([ng.identity(D.space)] * 2, DataError, "pass weights="),
-        ([ng.FIM(model, (x, y), "quasi_diagonal").damped(1.0)] * 2, DataError, "without damping"),
-    ]  # fmt: skip
+        ([1, K], DataError, r"expected operators that FIM or GGN returned, got \['int'\]"),
+        ([ng.FIM(model, (x, y), "dense", **centered)] * 2, DataError, "not linear in the data"),
+        ([ng.FIM(model, (x, y), LowRank(4))] * 2, DataError, "not linear in the data"),
+        ([D, D.to(torch.float32)], DataError, "one dtype and device"),
+        ([ng.identity(D.space)] * 2, DataError, "come from no build"),
+    ]
+    for change in (
+        lambda F: F.damped(0.1),
+        lambda F: F.inverse(damping=0.1),
+        lambda F: 2 * F,
+        lambda F: F / 2,
+        lambda F: -F,
+        lambda F: F + F,
+        lambda F: F.lerp(F, 0.5),
+        lambda F: F.add_diagonal(0.1),
+        lambda F: F.power(2),
+    ):
+        cases += [([K, change(K)], DataError, altered), ([change(D)] * 2, DataError, altered)]
     for ops, error, words in cases:
         with pytest.raises(error, match=words):
             ng.merge(ops)
-    for weights in ([1.0], [-1.0, 2.0], [0.0, 0.0]):
+    for weights in ([1.0], [-1.0, 2.0], [0.0, 0.0], [float("nan"), 1.0]):
         with pytest.raises(DataError, match="nonnegative weights"):
             ng.merge([D, D], weights=weights)
-    bare = KroneckerLinearOperator(torch.eye(2)[None], torch.eye(2)[None])
-    blocks = BlockDiagonalLinearOperator(bare)
+    weighted = ng.merge([K, K], weights=[1, 2])
     with pytest.raises(DataError, match="do not know over how many positions"):
-        ng.merge([blocks, blocks], weights=[1, 1])
+        ng.merge([weighted, weighted])
 
 
 def cosh(outputs, target):

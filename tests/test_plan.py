@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 import nngeo_lazy as ng
-from nngeo_lazy.errors import DataError, TooLargeError
+from nngeo_lazy.errors import DataError, SpaceMismatchError, TooLargeError
 from nngeo_lazy.likelihoods import Categorical
-from nngeo_lazy.representations import KFAC, Mixed
+from nngeo_lazy.representations import KFAC, LowRank, Mixed
 
 import zoo
 
@@ -20,6 +20,7 @@ EVERY = [
     KFAC("reduce"),
     "ekfac",
     "low_rank",
+    LowRank(rank=4),
     Mixed("ekfac", {"head": "dense"}),
 ]
 
@@ -36,8 +37,7 @@ def test_the_plan_is_what_is_built(representation):
             assert getattr(planned, what) == getattr(built, what)
         if representation != "diagonal":  # whose blocks become one
             assert planned.block == built.block
-    core = 4 * 54 if representation == "low_rank" else 0  # its core of ones
-    assert plan.bytes == report.bytes - core
+    assert plan.bytes == report.bytes
     assert plan.directions == 3 * 6
     assert plan.passes == (2 if "ekfac" in str(representation).lower() else 1)
     assert str(plan).count("\n") == len(plan) + 2
@@ -84,6 +84,12 @@ def test_a_plan_is_made_past_the_limit_of_directions():
     assert ng.plan(ng.FIM, model, x, "diagonal", likelihood="gaussian").directions == 2000
     mc = ng.plan(ng.FIM, model, x, "diagonal", likelihood="gaussian", estimator="mc", samples=3)
     assert mc.directions == 3
+
+
+def test_a_plan_refuses_what_the_build_would():
+    model, x = zoo.mlp().model, torch.randn(6, 4)
+    with pytest.raises(SpaceMismatchError, match="have one block"):
+        ng.plan(ng.FIM, model, x, Mixed("kfac", {"0.bias": "dense"}), likelihood="gaussian")
 
 
 def test_other_builders_are_refused():

@@ -5,7 +5,13 @@ import torch
 from torch import nn
 
 import nngeo_lazy as ng
-from nngeo_lazy.errors import DataError, SpaceMismatchError, TooLargeError
+from nngeo_lazy.errors import (
+    DataError,
+    SpaceMismatchError,
+    TooLargeError,
+    UnsupportedLayerError,
+)
+from nngeo_lazy.likelihoods import Categorical
 from nngeo_lazy.operators import QuasiDiagonalLinearOperator
 from nngeo_lazy.representations import EKFAC, KFAC, LowRank, Mixed
 
@@ -190,6 +196,44 @@ def test_fresh_diagonals_in_an_old_basis(name):
             close(block.trace(), own.trace())
 
 
+def test_fresh_diagonals_follow_a_mixture_and_the_dtype():
+    case = case_of("mlp")
+    mixed = case.build(Mixed("ekfac", {"2": "diagonal"}))
+    fresh = case.build(EKFAC(basis=mixed.to(torch.float32)))
+    assert [type(b) for b in fresh.members] == [type(b) for b in mixed.members]
+    assert fresh.dtype == torch.float64
+    close(fresh.to_dense(), mixed.to_dense(), 1e-5)
+
+
+def test_fresh_diagonals_of_a_gauss_newton_matrix():
+    model, x, y = nn.Linear(4, 3), torch.randn(6, 4), torch.randint(3, (6,))
+    loss = Categorical(weight=[1.0, 2.0, 3.0])
+    E = ng.GGN(model, (x, y), "ekfac", loss=loss)
+    close(ng.update_diag(E, model, (x, y), loss=loss).to_dense(), E.to_dense())
+    with pytest.raises(DataError, match="pass its loss="):
+        ng.update_diag(E, model, (x, y))
+
+
+def test_low_rank_of_parameters_that_are_not_used():
+    case = case_of("raw")
+    F = case.build(Mixed("diagonal", {"unused": "low_rank"}))
+    assert (F.block("unused").to_dense() == 0).all()
+    assert F.solve(F.space.zeros() + 1, damping=0.5)[F.space.slices["unused"]].unique() == 2
+
+
+def test_orders_of_a_loaders_own_generator_repeat(monkeypatch):
+    monkeypatch.setattr("nngeo_lazy.sweep.KEPT_BYTES", 0)
+    case = case_of("mlp")
+    data = torch.utils.data.TensorDataset(case.net.batch, case.labels)
+    traces = []
+    for representation in ("ekfac", "diagonal"):
+        order = torch.Generator().manual_seed(0)
+        loader = torch.utils.data.DataLoader(data, batch_size=2, shuffle=True, generator=order)
+        F = ng.FIM(case.net.model, loader, representation, estimator="mc", seed=5)
+        traces.append(F.trace())
+    close(*traces)  # two passes see the draws of one
+
+
 def test_fresh_diagonal_refusals():
     E = case_of("mlp").build("ekfac")
     case = case_of("conv1d")
@@ -232,8 +276,15 @@ def test_jacobian_refusals():
         ng.Jacobian(model, torch.utils.data.DataLoader(data, shuffle=True))
     with pytest.raises(DataError, match="expected the representation 'dense', got 'kfac'"):
         ng.Jacobian(model, x, "kfac")
-    with pytest.raises(TooLargeError, match="max_directions=1"):
+    with pytest.raises(TooLargeError, match=r"max_directions=1: pass loss="):
         ng.Jacobian(model, x, max_directions=1)
+    square = ng.Jacobian(nn.Linear(3, 2), torch.randn(4, 3))
+    assert square.shape == (8, 8)
+    with pytest.raises(UnsupportedLayerError, match="a Jacobian is none"):
+        square.solve(torch.ones(8))
+    assert (square @ square.mT).space is None
+    with pytest.raises(RuntimeError, match="inverse needs a square operator"):
+        ng.Jacobian(model, x).inverse()
     ordered = torch.utils.data.DataLoader(data, batch_size=4)
     close(ng.Jacobian(model, ordered).to_dense(), ng.Jacobian(model, x).to_dense())
 

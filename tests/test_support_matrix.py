@@ -14,13 +14,18 @@ import nngeo_lazy as ng
 from nngeo_lazy.errors import DataError, NotPositiveDefiniteError, UnsupportedLayerError
 from nngeo_lazy.operators import BaseLinearOperator, BlockDiagonalLinearOperator
 from nngeo_lazy.operators import lazy as lazy_module
+from nngeo_lazy.operators.eigen_low_rank import EigenLowRankLinearOperator
 from nngeo_lazy.operators.lazy import LazyLinearOperator
 from nngeo_lazy.operators.low_rank import LowRankLinearOperator
 from nngeo_lazy.operators.quasi_diagonal import QuasiDiagonalLinearOperator
 from nngeo_lazy.representations import Mixed
 
 PAGE = Path(__file__).parents[1] / "docs" / "support_matrix.md"
-STRUCTURED = (LowRankLinearOperator, QuasiDiagonalLinearOperator)
+STRUCTURED = (
+    EigenLowRankLinearOperator,
+    LowRankLinearOperator,
+    QuasiDiagonalLinearOperator,
+)
 
 REPRESENTATIONS = {
     "dense": "dense",

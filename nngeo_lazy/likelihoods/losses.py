@@ -12,7 +12,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ..errors import DataError, NonFiniteError, NotPositiveDefiniteError
+from ..errors import (
+    DataError,
+    NonFiniteError,
+    NotPositiveDefiniteError,
+    UnsupportedLayerError,
+)
 from .base import NOT_FINITE, Likelihood, broadcasts, check_outputs, wide
 from .categorical import Categorical
 from .elementwise import Bernoulli, Poisson
@@ -72,7 +77,7 @@ class CallableLoss(Likelihood):
     def check(self, outputs: Tensor, target: Tensor | None) -> None:
         check_outputs(outputs)
         with torch.no_grad():
-            losses = self.function(wide(outputs.detach()), target)
+            losses = self._each(wide(outputs.detach()), target)
         if not isinstance(losses, Tensor) or losses.shape != outputs.shape[:1]:
             got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else repr(losses)
             raise DataError(
@@ -81,7 +86,7 @@ class CallableLoss(Likelihood):
             )
 
     def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
-        return self.function(wide(outputs), target).to(outputs.dtype)
+        return self._each(wide(outputs), target).to(outputs.dtype)
 
     def hessian_product(self, outputs: Tensor, target: Tensor | None, vectors: Tensor) -> Tensor:
         """Reverse over reverse, one vector at a time: a loss may have no forward mode or vmap."""
@@ -104,14 +109,16 @@ class CallableLoss(Likelihood):
         return flags
 
     def _mixes(self, outputs: Tensor, target: Tensor | None) -> Tensor:
-        """Whether the first example's loss is another without the others, past rounding."""
+        """Whether the largest loss is another without the other examples, past rounding."""
         with torch.no_grad():
-            together = self.function(outputs, target)[:1]
-            alone = self.function(outputs[:1], None if target is None else target[:1])
+            every = self._each(outputs, target)
+            k = every.detach().abs().argmax().reshape(1)  # a small loss would hide a small change
+            together, outputs = every[k], outputs[k]
+            alone = self._each(outputs, None if target is None else target[k])
             if alone.shape != together.shape:
                 return torch.ones((), dtype=torch.bool, device=outputs.device)
             # The terms of a loss are of the size of the outputs, or of the sum.
-            size = together.abs() + outputs[:1].abs().amax() + 1
+            size = together.abs() + outputs.abs().amax() + 1
             apart: Tensor = (together - alone).abs() > torch.finfo(outputs.dtype).eps ** 0.5 * size
             return apart.any()
 
@@ -145,9 +152,14 @@ class CallableLoss(Likelihood):
     def _observed(self, outputs: Tensor, target: Tensor) -> Tensor:
         return self._gradient(target)(outputs)
 
+    def _each(self, outputs: Tensor, target: Tensor | None) -> Tensor:
+        """The losses, of targets that are as wide as the outputs."""
+        floating = target is not None and target.is_floating_point()
+        return self.function(outputs, wide(target) if floating else target)  # type: ignore[arg-type]
+
     def _gradient(self, target: Tensor | None) -> Callable[[Tensor], Tensor]:
         gradient: Callable[[Tensor], Tensor] = torch.func.grad(
-            lambda f: self.function(f, target).sum()
+            lambda f: self._each(f, target).sum()
         )
         return gradient
 
@@ -169,7 +181,15 @@ class CallableLoss(Likelihood):
         for j in range(size):  # each is far cheaper than direction j's pass through the model
             unit = torch.zeros_like(outputs).reshape(n, size)
             unit[:, j] = 1
-            hessians[..., j] = product(unit.view(outputs.shape)).reshape(n, size)
+            try:
+                hessians[..., j] = product(unit.view(outputs.shape)).reshape(n, size)
+            except RuntimeError as error:
+                if "derivative" not in str(error):
+                    raise
+                raise UnsupportedLayerError(
+                    f"the loss cannot be differentiated twice in the outputs ({error}): write it "
+                    "with other functions of torch"
+                ) from error
         finite = hessians.isfinite().all() | ~outputs.isfinite().all()
         hessians.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)  # outputs that are not are flagged
         convex = torch.ones_like(finite)

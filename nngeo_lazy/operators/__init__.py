@@ -8,6 +8,7 @@
 | `EigenKroneckerLinearOperator` | free eigenvalues in a Kronecker basis | o^2 + i^2 + o i |
 | `QuasiDiagonalLinearOperator` | each output's diagonal, coupled to its bias | 2 o i + 3 o |
 | `LowRankLinearOperator` | U diag(c) U^T + a diagonal | P k |
+| `EigenLowRankLinearOperator` | its inverse and other functions | P k |
 | `BlockDiagonalLinearOperator` | named blocks of any kind | the sum |
 | `MatrixLinearOperator` | a rectangular matrix: a dense Jacobian | m n |
 | `SumLinearOperator`, ... | what has no structure of its own | its terms |
@@ -22,6 +23,7 @@ from .block_diagonal import BlockDiagonalLinearOperator
 from .dense import DenseLinearOperator, MatrixLinearOperator
 from .diagonal import DiagonalLinearOperator, identity
 from .eigen_kronecker import EigenKroneckerLinearOperator
+from .eigen_low_rank import EigenLowRankLinearOperator
 from .files import load, save
 from .info import BlockInfo, Info, Origin
 from .kronecker import KroneckerLinearOperator
@@ -46,6 +48,7 @@ __all__ = [
     "DenseLinearOperator",
     "DiagonalLinearOperator",
     "EigenKroneckerLinearOperator",
+    "EigenLowRankLinearOperator",
     "ForeignLinearOperator",
     "Info",
     "InverseLinearOperator",

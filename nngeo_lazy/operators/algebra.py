@@ -59,6 +59,7 @@ def add(A: BaseLinearOperator, B: BaseLinearOperator) -> BaseLinearOperator:
         raise SpaceMismatchError(
             f"expected two matrices of one shape, got {tuple(A.shape)} + {tuple(B.shape)}"
         )
+    _require_like(A, B)
     info = joint(A.info, B.info)
     if isinstance(A, DiagonalLinearOperator) and isinstance(B, DiagonalLinearOperator):
         return DiagonalLinearOperator(A.diag + B.diag, info=info)
@@ -85,8 +86,9 @@ def multiply(A: BaseLinearOperator, B: Any) -> BaseLinearOperator:
         raise SpaceMismatchError(
             f"expected matrices that fit, got {tuple(A.shape)} @ {tuple(B.shape)}"
         )
+    _require_like(A, B)
     info = joint(A.info, B.info)
-    if B.space is None and not B.is_square:  # what the product takes are no parameters
+    if B.space is None and not (B.is_square and B.maps_to_parameters):  # it takes no parameters
         info = replace(info, space=None)
     if isinstance(A, DiagonalLinearOperator) and isinstance(B, DiagonalLinearOperator):
         return DiagonalLinearOperator(A.diag * B.diag, info=info)
@@ -96,6 +98,14 @@ def multiply(A: BaseLinearOperator, B: Any) -> BaseLinearOperator:
     if isinstance(A, EigenKroneckerLinearOperator) and A.same_basis(B):
         return A._with_values(A.values * B.values, info)
     return ProductLinearOperator(A, B, info=info)
+
+
+def _require_like(A: BaseLinearOperator, B: BaseLinearOperator) -> None:
+    if A.dtype != B.dtype or A.device != B.device:
+        raise SpaceMismatchError(
+            f"expected two operators of one dtype and device, got {A.dtype} on {A.device} and "
+            f"{B.dtype} on {B.device}: convert one with .to(...)"
+        )
 
 
 def _closed(A: BaseLinearOperator) -> bool:
@@ -114,7 +124,7 @@ def _richer(A: BlockDiagonalLinearOperator, B: BlockDiagonalLinearOperator) -> I
         num_examples=known.num_examples,
         num_terms=known.num_terms,
         origins=known.origins,
-        quantity=known.quantity,
+        quantity={},
     )
 
 

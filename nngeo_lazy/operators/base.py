@@ -150,8 +150,9 @@ class BaseLinearOperator(ContractLinearOperator):
         Raises:
             NotPositiveDefiniteError: F is singular and not damped, or negative damping.
         """
+        self._require_square("inverse")
         operator = self if is_zero(damping) else self.damped(damping)
-        return operator._inverse()
+        return self._altered(operator._inverse())
 
     # --- damping ---------------------------------------------------------------------------------
 
@@ -172,7 +173,7 @@ class BaseLinearOperator(ContractLinearOperator):
         if method not in ("exact", "factored"):
             raise ValueError(f"expected method 'exact' or 'factored', got {method!r}")
         self._require_square("damped")
-        return self._damp(resolve_damping(self, damping), method)
+        return self._altered(self._damp(resolve_damping(self, damping), method))
 
     def add_diagonal(self, diag: Any) -> Any:
         """F + diag(diag), of any sign: a float, (), (1,) or (P,), or batched (..., P)."""
@@ -188,7 +189,7 @@ class BaseLinearOperator(ContractLinearOperator):
             value = require_vector(self, value, vector=True)
             if value.numel() and value.stride(0) == 0:  # one number repeated, such as a prior's
                 value = value[0]
-        return self._damp(Damping(value.to(self.dtype)), "exact")
+        return self._altered(self._damp(Damping(value.to(self.dtype)), "exact"))
 
     # --- numbers ---------------------------------------------------------------------------------
 
@@ -231,7 +232,7 @@ class BaseLinearOperator(ContractLinearOperator):
             UnsupportedLayerError: the structure has no closed form.
         """
         self._require_square("power")
-        return self._power(float(p))
+        return self._altered(self._power(float(p)))
 
     def pinv(self, rcond: float | None = None) -> BaseLinearOperator:
         """The pseudo-inverse; eigenvalues up to `rcond` times the largest count as zero.
@@ -239,7 +240,7 @@ class BaseLinearOperator(ContractLinearOperator):
         By default those that are zero up to rounding.
         """
         self._require_square("pinv")
-        return self._pinv(rcond)
+        return self._altered(self._pinv(rcond))
 
     def sample(self, n: int, *, seed: int | None = None) -> Tensor:
         """Draws (n, P) from N(0, F).

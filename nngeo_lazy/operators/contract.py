@@ -149,7 +149,7 @@ class ContractLinearOperator(PrimitiveLinearOperator):
         return self + other
 
     def __neg__(self) -> BaseLinearOperator:
-        return self._scale(-1.0)
+        return self._altered(self._scale(-1.0))
 
     def __sub__(self, other: Any) -> Any:
         if isinstance(other, Number):
@@ -162,7 +162,7 @@ class ContractLinearOperator(PrimitiveLinearOperator):
     def _mul_constant(self, other: Any) -> Any:
         if isinstance(other, Tensor) and other.dim() > 0:
             return super()._mul_constant(other)
-        return self._scale(other)
+        return self._altered(self._scale(other))
 
     # --- indices and batches ---------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import UnsupportedLayerError
 from .base import BaseLinearOperator, Krylov, flat_positions
 from .decompose import Cache, eigh, eigvalsh, eps, matrix_power
 from .info import Info
@@ -142,7 +143,10 @@ class MatrixLinearOperator(LazyLinearOperator):
         return self.tensor @ v
 
     def _solve_columns(self, v: Tensor, krylov: Krylov) -> Tensor:
-        raise self._unsupported("solve")
+        raise UnsupportedLayerError(
+            "solve needs a symmetric matrix, and a Jacobian is none: solve with J.mT @ J, a GGN or "
+            "an empirical Fisher, or torch.linalg.lstsq(J.to_dense(), b) where it fits"
+        )
 
     def _scale(self, c: float | Tensor) -> BaseLinearOperator:
         return MatrixLinearOperator(self.tensor * c, info=self.info)

@@ -21,6 +21,7 @@ from .block_diagonal import BlockDiagonalLinearOperator
 from .dense import DenseLinearOperator, MatrixLinearOperator
 from .diagonal import DiagonalLinearOperator
 from .eigen_kronecker import EigenKroneckerLinearOperator
+from .eigen_low_rank import EigenLowRankLinearOperator
 from .info import BlockInfo, Info, Origin
 from .kronecker import KroneckerLinearOperator
 from .lazy import ProductLinearOperator, ScaledLinearOperator, SumLinearOperator
@@ -43,6 +44,7 @@ _CLASSES: dict[str, type[BaseLinearOperator]] = {
         DenseLinearOperator,
         DiagonalLinearOperator,
         EigenKroneckerLinearOperator,
+        EigenLowRankLinearOperator,
         InverseLinearOperator,
         KroneckerLinearOperator,
         LowRankLinearOperator,
@@ -105,8 +107,11 @@ def load(
     """
     state = _read(path_or_state, map_location)
     _require_format(state)
-    tensors = dict(state["tensors"])
-    operator = _build(state["operator"], tensors)
+    tensors = {key: t.clone() for key, t in state["tensors"].items()}  # values, not views
+    try:
+        operator = _build(state["operator"], tensors)
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise DataError(f"the file is malformed ({type(error).__name__}: {error})") from None
     if tensors:
         raise DataError(f"the file holds extra tensors {sorted(tensors)}: it was altered")
     own = operator.space
@@ -207,7 +212,7 @@ def _read(source: Any, map_location: Any) -> Mapping[str, Any]:
         with warnings.catch_warnings():  # of foreign pickles, which are refused anyhow
             warnings.filterwarnings("ignore", message="Detected pickle protocol")
             state = torch.load(source, map_location=map_location, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, TypeError) as error:
         raise DataError(
             f"expected a file written by ng.save, but it cannot be read: {error}"
         ) from None

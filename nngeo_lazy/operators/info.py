@@ -45,7 +45,8 @@ class Info:
         num_examples: how many examples the matrix is a mean over.
         num_terms: how many unmasked terms of the loss.
         origins: for each parameter, where its block comes from.
-        quantity: which matrix it is: builder, likelihood, estimator, seed; empty where mixed.
+        quantity: which build made it: matrix, likelihood, estimator, seed, representation; empty
+            for what was altered since (damped, inverted, scaled, added).
     """
 
     space: ParamSpace | None = None
@@ -71,6 +72,10 @@ class Info:
         """The same with a block structure."""
         kept = (self.space, self.num_examples, self.num_terms, self.origins, self.quantity)
         return BlockInfo(*kept, names=tuple(names), layouts=tuple(layouts))
+
+    def altered(self) -> Any:
+        """The same of a matrix that is no build's any more: its statistics cannot be pooled."""
+        return replace(self, quantity={})
 
     def moved(self, dtype: torch.dtype | None, device: Any) -> Info:
         """The same for an operator of another dtype or device."""
@@ -119,7 +124,6 @@ def joint(first: Info, second: Info) -> Info:
         _agreed(first.num_examples, second.num_examples),
         _agreed(first.num_terms, second.num_terms),
         first.origins or second.origins,
-        first.quantity if first.quantity == second.quantity else {},
     )
 
 

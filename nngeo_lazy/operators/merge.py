@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -55,6 +55,7 @@ def merge(
     """
     ops = list(ops)
     _require_alike(ops)
+    _require_linear(ops[0].info.quantity)
     counts = _counts(ops, weights)
     total = sum(counts)
     pooled = _pool(ops, [c / total for c in counts], counts)
@@ -64,6 +65,13 @@ def merge(
 def _require_alike(ops: Sequence[BaseLinearOperator]) -> None:
     if not ops:
         raise DataError("expected at least one operator to merge, got none")
+    if strangers := [type(op).__name__ for op in ops if not isinstance(op, BaseLinearOperator)]:
+        raise DataError(f"expected operators that FIM or GGN returned, got {strangers}")
+    if not all(op.info.quantity for op in ops):
+        raise DataError(
+            "expected operators as FIM or GGN returned them, but some come from no build, or were "
+            "damped, inverted, scaled or added since: merge first, alter after"
+        )
     first = ops[0]
     for op in ops[1:]:
         if op.space != first.space or op.shape != first.shape:
@@ -79,11 +87,30 @@ def _require_alike(ops: Sequence[BaseLinearOperator]) -> None:
                 f"expected operators of one quantity, as one pass would have it, but they differ "
                 f"in {listed}: build them alike (one seed), or average the matrices with F.lerp"
             )
+        if op.dtype != first.dtype or op.device != first.device:
+            raise DataError(
+                f"expected operators of one dtype and device, got {first.dtype} on {first.device} "
+                f"and {op.dtype} on {op.device}: convert them with .to(...)"
+            )
         if type(op) is not type(first):
             raise DataError(
                 f"expected operators of one representation, got {type(first).__name__} and "
                 f"{type(op).__name__}"
             )
+
+
+def _require_linear(quantity: Mapping[str, object]) -> None:
+    """Refuse what is no sum over examples."""
+    if quantity.get("center"):
+        raise DataError(
+            "centered matrices are not linear in the data (each subtracts a mean of its own): "
+            "build the pooled one from all of it"
+        )
+    if "LowRank(rank=" in str(quantity.get("representation", "")).replace("rank=None", ""):
+        raise DataError(
+            "best approximations of a rank are not linear in the data: merge LowRank() operators, "
+            "which keep all rows, or average the matrices with F.lerp(G, w)"
+        )
 
 
 def _counts(ops: Sequence[BaseLinearOperator], weights: Sequence[float] | None) -> list[float]:
@@ -97,7 +124,8 @@ def _counts(ops: Sequence[BaseLinearOperator], weights: Sequence[float] | None) 
             )
         return [float(n) for n in known if n]
     counts = [float(w) for w in weights]
-    if len(counts) != len(ops) or min(counts) < 0 or sum(counts) <= 0:
+    fine = len(counts) == len(ops) and all(0 <= c < float("inf") for c in counts)
+    if not fine or sum(counts) <= 0:
         raise DataError(
             f"expected {len(ops)} nonnegative weights, one for each operator and not all zero, got "
             f"{weights}"
@@ -137,8 +165,6 @@ def _average(ops: Sequence[BaseLinearOperator], weights: Sequence[float]) -> Bas
 def _quasi(
     ops: Sequence[QuasiDiagonalLinearOperator], weights: Sequence[float]
 ) -> BaseLinearOperator:
-    if any(bool(op.coupling[:, 2].any()) for op in ops):
-        raise DataError("expected quasi-diagonals without damping: merge first, damp after")
     diagonal = _mean([op.diagonal() for op in ops], weights)
     cross = _mean([op.coupling[:, :1] * op.cross for op in ops], weights)
     return QuasiDiagonalLinearOperator.of(diagonal.view(len(cross), -1), cross)
@@ -161,13 +187,11 @@ def _kronecker(
     positions: Sequence[float | None],
 ) -> BaseLinearOperator:
     """Left factors are means over examples, right ones over positions."""
-    if any(op.shift is not None for op in ops):
-        raise DataError("expected Kronecker blocks without damping: merge first, damp after")
     known = [p for p in positions if p is not None]
     if len(known) < len(ops) or sum(known) <= 0:
         raise DataError(
-            "the Kronecker factors do not know over how many positions they are means: they come "
-            "from no build, or from an altered operator"
+            "the Kronecker factors do not know over how many positions they are means, since they "
+            "were merged with weights= before: merge all at once"
         )
     left = _mean([op.left for op in ops], weights)
     right = _mean([op.right for op in ops], [p / sum(known) for p in known])

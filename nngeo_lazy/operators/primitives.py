@@ -148,6 +148,12 @@ class PrimitiveLinearOperator(LinearOperator):
         """The same numbers with other knowledge about them."""
         return self.__class__(*self._args, info=info)
 
+    def _altered(self, result: BaseLinearOperator) -> BaseLinearOperator:
+        """A result that is no build's statistics any more; in place, for it may share caches."""
+        if result is not self and result.info.quantity:
+            result._nondifferentiable_kwargs["info"] = result.info.altered()
+        return result
+
     def _require_square(self, what: str) -> None:
         if not self.is_square:
             raise RuntimeError(f"{what} needs a square operator, got {tuple(self.shape)}")

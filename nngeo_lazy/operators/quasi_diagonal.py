@@ -13,7 +13,7 @@ from .damping import Damping
 from .decompose import eps
 from .diagonal import DiagonalLinearOperator
 from .info import Info
-from .lazy import LazyLinearOperator
+from .lazy import LazyLinearOperator, add_diagonal_lazily
 
 __all__ = ["QuasiDiagonalLinearOperator"]
 
@@ -115,10 +115,29 @@ class QuasiDiagonalLinearOperator(LazyLinearOperator):
         return ratio, (self.cross * ratio).sum(-1, keepdim=True)
 
     def _solve_columns(self, v: Tensor, krylov: Krylov) -> Tensor:
+        """By elimination of the biases, whose complement is diag(a) + (kappa / r) b b^T.
+
+        Sherman and Morrison's formula for it, with the part along b taken out first: where that
+        part nearly vanishes, it would be a difference of large numbers.
+        """
         if krylov.check:
             self._require_regular()
-        inverse: Tensor = self._inverted()._apply(v)
-        return inverse
+        _, q, r, kappa = (t.unsqueeze(-1) for t in self._terms)  # (o,1,1)
+        weights, bias = self._grid(v)
+        a, b = self.diag.unsqueeze(-1), self.cross.unsqueeze(-1)
+        ratio, s = (t.unsqueeze(-1) for t in self._scaled_cross())
+        coupled = s != 0
+        along_one = torch.where(coupled, b / torch.where(coupled, s, torch.ones_like(s)), 0 * b)
+        rest = weights - (q / r) * b * bias
+        along = (ratio * rest).sum(-2, keepdim=True)  # the part of rest along b is along / s b
+        rest = rest - along_one * along
+        again = (ratio * rest).sum(-2, keepdim=True)
+        rest = rest - along_one * again
+        x = rest / a + ratio * (
+            (along + again) / (torch.where(coupled, s, 1.0) * (1 + kappa / r * s))
+        )
+        x0 = (bias - q * (b * x).sum(-2, keepdim=True)) / r
+        return torch.cat([x, x0], -2).reshape(v.shape)
 
     def _inverted(self) -> QuasiDiagonalLinearOperator:
         p, q, r, kappa = self._terms
@@ -147,6 +166,8 @@ class QuasiDiagonalLinearOperator(LazyLinearOperator):
         d = damping.value.expand(self.shape[-1]).reshape(o, i + 1)
         bias = d[:, -1:]
         p, q, r, kappa = self._terms
+        if bool((r * bias < 0).any()):  # p = (kappa + q^2) / r would be a quotient of differences
+            return add_diagonal_lazily(self, damping.value)
         coupling = torch.cat([q, r + bias, kappa + p * bias], -1)
         return QuasiDiagonalLinearOperator(
             self.diag + d[:, :-1], self.cross, coupling, info=self.info

@@ -9,6 +9,7 @@ from nngeo_lazy.operators import (
     DenseLinearOperator,
     DiagonalLinearOperator,
     EigenKroneckerLinearOperator,
+    EigenLowRankLinearOperator,
     Info,
     InverseLinearOperator,
     KroneckerLinearOperator,
@@ -128,6 +129,23 @@ def low_rank_varying(dtype=torch.float64):
     return LowRankLinearOperator(root, torch.tensor([1.0, -0.3, 2.0], dtype=dtype), d)
 
 
+def eigen_low_rank(dtype=torch.float64):
+    g = torch.Generator().manual_seed(3)
+    values = torch.tensor([1.0, 2.0, 0.5], dtype=dtype)
+    return EigenLowRankLinearOperator(
+        orthogonal(18, g, dtype)[:, :3], values, torch.tensor(1.5, dtype=dtype), info=info(dtype)
+    )
+
+
+def eigen_low_rank_scaled(dtype=torch.float64):
+    g = torch.Generator().manual_seed(3)
+    scale = torch.rand(12, generator=g, dtype=torch.float64).to(dtype) + 0.5
+    values = torch.tensor([1.0, 2.0, 0.5], dtype=dtype)
+    return EigenLowRankLinearOperator(
+        orthogonal(12, g, dtype)[:, :3], values, torch.tensor(0.8, dtype=dtype), scale
+    )
+
+
 def quasi_diagonal(dtype=torch.float64):
     g = torch.Generator().manual_seed(3)
     rows = torch.randn(40, 3, 4, generator=g, dtype=torch.float64).to(dtype) + 0.5
@@ -204,6 +222,10 @@ def matrix(op):
     if isinstance(op, LowRankLinearOperator):
         out = (op.root * op.core) @ op.root.mT
         return out if op.diag is None else out + op.diag.expand(len(out)).diag_embed()
+    if isinstance(op, EigenLowRankLinearOperator):
+        V = op.basis.detach()
+        out = (V * op.values) @ V.mT + op.rest * (torch.eye(len(V)).to(V) - V @ V.mT)
+        return out if op.scale is None else op.scale[:, None] * out * op.scale
     if isinstance(op, QuasiDiagonalLinearOperator):
         return torch.block_diag(*map(quasi_block, op.diag, op.cross, op.coupling))
     if isinstance(op, MatrixLinearOperator):
@@ -240,12 +262,14 @@ CLOSED = {
         eigen,
         low_rank,
         low_rank_varying,
+        eigen_low_rank,
+        eigen_low_rank_scaled,
         quasi_diagonal,
         arrow,
         blocks,
         anonymous,
     )
 }
-WITHOUT_EIGENVALUES = ("low_rank_varying", "quasi_diagonal", "arrow")
+WITHOUT_EIGENVALUES = ("low_rank_varying", "eigen_low_rank_scaled", "quasi_diagonal", "arrow")
 LAZY = {f.__name__: f for f in (lazy_sum, scaled, inverse, restricted)}
 EVERY = {**CLOSED, **LAZY, "product": product, "jacobian": jacobian}

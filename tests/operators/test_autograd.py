@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
+from nngeo_lazy.errors import UnsupportedLayerError
 from nngeo_lazy.operators import (
     BlockDiagonalLinearOperator,
     DenseLinearOperator,
@@ -164,14 +165,26 @@ def test_power_and_samples(name):
     assert gradcheck(lambda *t: make(*t).sample(2, seed=0), tensors)
 
 
+def test_dependent_columns_have_right_gradients_or_none():
+    (U,) = _tensors((6, 2))
+    d = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+
+    def make(U, d):
+        return LowRankLinearOperator(torch.cat([U, U, 0 * U], 1), None, d)
+
+    assert gradcheck(lambda U, d: make(U, d).logdet(), (U, d))
+    assert gradcheck(lambda U, d: make(U, d.expand(6) + 0.0).logdet(), (U, d))
+    assert gradcheck(lambda U, d: make(U, d).norm("nuc"), (U, d))
+    with pytest.raises(UnsupportedLayerError, match="depend on each other"):
+        make(U, d).power(0.5)
+
+
 def test_power_has_no_nan_where_eigenvalues_repeat():
     M = torch.eye(3, dtype=torch.float64, requires_grad=True)
     assert gradcheck(lambda M: DenseLinearOperator(sym(M)).power(0.5).to_dense(), (M,))
 
 
 def test_power_of_a_damped_kronecker_refuses_a_gradient_that_it_would_get_wrong():
-    from nngeo_lazy.errors import UnsupportedLayerError
-
     tensors, make = CASES["kronecker"]
     with pytest.raises(UnsupportedLayerError, match="differentiable"):
         make(*tensors).damped(0.1).power(0.5)

@@ -113,6 +113,13 @@ class TestLowRank(_Closed, unittest.TestCase):
     test_sqrt_inv_matmul_no_lhs = None
 
 
+class TestEigenLowRank(_Closed, unittest.TestCase):
+    make = staticmethod(examples.eigen_low_rank)
+    test_add_low_rank = None  # the sum with a foreign root has no powers
+    test_sqrt_inv_matmul = None  # as above
+    test_sqrt_inv_matmul_no_lhs = None
+
+
 class TestSum(_LazyWithoutRoots, unittest.TestCase):
     make = staticmethod(examples.lazy_sum)
 

@@ -16,7 +16,7 @@ from linear_operator.operators import (
 )
 from linear_operator.operators import DenseLinearOperator as TheirDense
 
-from nngeo_lazy.errors import UnsupportedLayerError
+from nngeo_lazy.errors import SpaceMismatchError, UnsupportedLayerError
 from nngeo_lazy.operators import (
     BlockDiagonalLinearOperator,
     DenseLinearOperator,
@@ -533,6 +533,64 @@ def test_nothing_larger_than_the_roots_is_formed(n):
         with LargestTensor() as spy:
             work()
         assert 0 < spy.numel <= allowed, spy.operation
+
+
+def test_quasi_diagonal_solves_keep_their_digits_in_float32():
+    """Inputs that hardly vary: what is left of the weights' curvature is far below the bias's."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.cat([1 + 1e-4 * torch.randn(50, 4, generator=g), torch.ones(50, 1)], 1)
+    second = (x.mT @ x / 50).unsqueeze(0)
+    F = QuasiDiagonalLinearOperator.of(second.diagonal(dim1=1, dim2=2), second[:, :4, 4])
+    v = torch.ones(5)
+    A = F.double().to_dense() + 1e-5 * torch.eye(5, dtype=torch.float64)
+    want = torch.linalg.solve(A, v.double())
+    assert (F.solve(v, damping=1e-5) - want).norm() < 1e-2 * want.norm()
+    residual = F.damped(1e-5) @ F.solve(v, damping=1e-5) - v
+    assert residual.norm() < 1e-4
+
+
+def test_sums_of_dtypes_are_refused():
+    F = examples.dense()
+    for combine in (lambda: F + F.to(torch.float32), lambda: F @ F.to(torch.float32)):
+        with pytest.raises(SpaceMismatchError, match="two operators of one dtype and device"):
+            combine()
+
+
+def test_differences_of_a_diagonal_and_a_quasi_diagonal():
+    Q = examples.quasi_diagonal()
+    D = DiagonalLinearOperator(Q.diagonal())
+    close((D - Q).to_dense(), D.to_dense() - Q.to_dense())
+    close((Q - D).to_dense(), Q.to_dense() - D.to_dense())
+    close((Q - 0.5 * D).to_dense(), Q.to_dense() - 0.5 * D.to_dense())
+
+
+@pytest.mark.parametrize("varying", [False, True])
+def test_inverses_of_low_rank_keep_their_digits_in_float32(varying):
+    """A Laplace posterior: eigenvalues of the inverse seven orders apart."""
+    g = torch.Generator().manual_seed(0)
+    U, d = 30 * torch.randn(300, 20, generator=g), torch.full((300,), 1e-3)
+    if varying:
+        d = d * (1 + torch.rand(300, generator=g))
+    F = LowRankLinearOperator(U, None, d)
+    posterior = F.inverse()
+    A = U.double() @ U.double().mT + d.double().diag()
+    want = torch.linalg.inv(A)
+    variances = (U.double() * (want @ U.double())).sum(0)
+    assert ((posterior.vTMv(U) - variances) / variances).abs().max() < 1e-3
+    assert (posterior.logdet() + torch.logdet(A)).abs() < 1e-4 * torch.logdet(A).abs()
+    assert posterior.sample(3, seed=0).isfinite().all()
+    back = posterior.inverse()
+    v = torch.randn(300, generator=g)
+    assert (back @ v - A @ v.double()).norm() < 1e-4 * (A @ v.double()).norm()
+
+
+def test_low_rank_in_bfloat16():
+    F = examples.low_rank().to(torch.bfloat16)
+    v = torch.ones(18, dtype=torch.bfloat16)
+    A = F.double().to_dense() + torch.eye(18, dtype=torch.float64)
+    want = torch.linalg.solve(A, v.double())
+    assert (F.solve(v, damping=1.0) - want).norm() < 0.1 * want.norm()
+    assert F.eigh()[1].shape == (18, 18)
 
 
 def test_low_rank_solves_keep_their_digits_in_float32():

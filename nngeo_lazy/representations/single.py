@@ -1,24 +1,16 @@
-"""The representation axis: how a matrix is stored, and how it is built from forms.
-
-An options object is a recipe: it asks for statistics (plain sums over the data), once for each pass
-that it needs, and makes blocks from them at the end. Statistics know forms, operators know algebra,
-and neither knows a layer. Recipes run side by side, so that a mixture costs no more passes than its
-parts.
-"""
+"""One representation for all parameters."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .errors import DataError, SpaceMismatchError
-from .jacobian.plan import Part
-from .operators import (
+from ..errors import DataError, SpaceMismatchError
+from ..jacobian.plan import Part
+from ..operators import (
     BaseLinearOperator,
     BlockDiagonalLinearOperator,
     DiagonalLinearOperator,
@@ -26,6 +18,8 @@ from .operators import (
     KroneckerLinearOperator,
     LowRankLinearOperator,
 )
+from ..statistics import KroneckerFactors, RowStack, RowSum, SquareSum, Statistic, Sweep
+from .base import Representation
 from .recipes import (
     Block,
     Recipe,
@@ -43,68 +37,8 @@ from .recipes import (
     together,
     whole,
 )
-from .selectors import select
-from .space import ParamSpace
-from .statistics import KroneckerFactors, Make, RowStack, RowSum, SquareSum, Statistic, Sweep
 
-__all__ = [
-    "EKFAC",
-    "KFAC",
-    "BlockDiagonal",
-    "Dense",
-    "Diagonal",
-    "LowRank",
-    "Mixed",
-    "QuasiDiagonal",
-    "Representation",
-    "resolve",
-]
-
-
-class Representation(ABC):
-    """What to build; one of the options objects below, or its name in lower case."""
-
-    @property
-    def passes(self) -> int:
-        """How often the data are read."""
-        return 1
-
-    @abstractmethod
-    def recipe(self, sweep: Sweep, indices: Sequence[int]) -> Recipe:
-        """Yield the statistics of each pass over the data, then return the blocks.
-
-        Args:
-            sweep: knows the parts from here on, and behind each pass how many examples there were.
-            indices: the parts to represent.
-        """
-
-    def outline(self, sweep: Sweep, indices: Sequence[int]) -> list[Sequence[Statistic]]:
-        """The statistics of each pass, without a pass: what a plan counts."""
-        return [next(self.recipe(sweep, indices))]
-
-    def check(self, sweep: Sweep) -> None:  # noqa: B027 - most have nothing to check
-        """Raise where this representation cannot be built, before any pass."""
-
-    def finish(self, sweep: Sweep, blocks: Sequence[Block]) -> BaseLinearOperator:
-        """The operator of all blocks."""
-        return block_diagonal(sweep, blocks)
-
-    def build(self, sweep: Sweep) -> BaseLinearOperator:
-        """The operator, from one or more passes over the data."""
-        self.check(sweep)
-        recipes: list[Recipe] = []
-
-        def start(parts: Sequence[Part]) -> Sequence[Statistic]:
-            recipes.append(self.recipe(sweep, range(len(parts))))
-            return next(recipes[0])
-
-        sweep(start, keep=self.passes > 1)
-        while True:
-            try:
-                wanted = next(recipes[0])
-            except StopIteration as done:
-                return self.finish(sweep, done.value)
-            sweep(_always(wanted))
+__all__ = ["EKFAC", "KFAC", "BlockDiagonal", "Dense", "Diagonal", "LowRank", "QuasiDiagonal"]
 
 
 @dataclass(frozen=True)
@@ -249,8 +183,8 @@ class EKFAC(Representation):
 
     def _block(self, sweep: Sweep, k: int) -> Recipe:
         part = sweep.parts[k]
-        given = None if self.basis is None else self._bases(part)
-        if given is None and part.kind != "outer":
+        given = None if self.basis is None else self._bases(sweep, part)
+        if given is None and (self.basis is not None or part.kind != "outer"):
             return (yield from diagonal_block(sweep, k))
         positions = None
         if given is None:
@@ -266,12 +200,14 @@ class EKFAC(Representation):
             eigen = EigenKroneckerLinearOperator(values.view(grid), *given)
         return [Block((k,), part.layout, eigen, positions)]
 
-    def _bases(self, part: Part) -> tuple[Tensor, Tensor] | None:
+    def _bases(self, sweep: Sweep, part: Part) -> tuple[Tensor, Tensor] | None:
         """The eigenbasis that the given operator has for a part, None where it is diagonal."""
         for _, layout, block in self.basis.parts:  # type: ignore[union-attr]
             if layout == part.layout:
                 if isinstance(block, (KroneckerLinearOperator, EigenKroneckerLinearOperator)):
-                    return block.bases()
+                    left, right = block.bases()
+                    where = sweep.space.device, sweep.dtype
+                    return left.to(*where), right.to(*where)
                 return None
         raise SpaceMismatchError(
             f"basis= has no block for {', '.join(part.names)}: build it with 'kfac' or 'ekfac' "
@@ -303,7 +239,7 @@ class LowRank(Representation):
 
     def recipe(self, sweep: Sweep, indices: Sequence[int]) -> Recipe:
         parts = [sweep.parts[k] for k in indices]
-        stack = RowStack(indices, parts)
+        stack = RowStack(indices, parts, self.rank)
         yield [stack]
         root = stack.stacked(sweep).mT / sweep.denominator**0.5  # (P, K)
         require_finite(root, block_name(sweep, indices))
@@ -315,119 +251,6 @@ class LowRank(Representation):
 
     def finish(self, sweep: Sweep, blocks: Sequence[Block]) -> BaseLinearOperator:
         return whole(sweep, blocks[0])
-
-
-@dataclass(frozen=True)
-class Mixed(Representation):
-    """One representation for each of several groups of parameters, in one build.
-
-    Args:
-        default: for the parameters that no selector names; None where there must be none.
-        chosen: {selector: representation}; "dense" and "low_rank" make one block of a group.
-
-    Raises:
-        SpaceMismatchError: a selector that matches nothing, selectors that overlap, a layer whose
-            block they would cut, or parameters that are left out.
-
-    Example:
-        >>> import nngeo_lazy as ng
-        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
-        >>> mixed = Mixed("kfac", {"1": "dense"})
-        >>> F = ng.FIM(model, torch.randn(9, 3), mixed, likelihood="gaussian")
-        >>> [block._kind() for block in F.members]
-        ['Kronecker (4x4) x (4x4)', 'dense 10x10']
-    """
-
-    default: str | Representation | None = "kfac"
-    chosen: Mapping[Any, str | Representation] = field(default_factory=dict)
-
-    @property
-    def passes(self) -> int:
-        given = [self.default] if self.default is not None else []
-        return max(resolve(each).passes for each in (*given, *self.chosen.values()))
-
-    def check(self, sweep: Sweep) -> None:
-        self._groups(sweep.space)
-        given = [] if self.default is None else [self.default]
-        for each in (*given, *self.chosen.values()):
-            resolve(each).check(sweep)
-
-    def recipe(self, sweep: Sweep, indices: Sequence[int]) -> Recipe:
-        recipes = []
-        for representation, names in self._groups(sweep.space):
-            inside = [k for k in indices if names >= set(sweep.parts[k].names)]
-            for k in indices:
-                part = set(sweep.parts[k].names)
-                if names & part and not names >= part:
-                    raise SpaceMismatchError(
-                        f"{sorted(part)} have one block, but the selectors of Mixed name only "
-                        f"{sorted(names & part)} together: select the whole layer"
-                    )
-            if inside:
-                recipes.append(representation.recipe(sweep, inside))
-        return (yield from together(recipes))
-
-    def outline(self, sweep: Sweep, indices: Sequence[int]) -> list[Sequence[Statistic]]:
-        passes: list[list[Statistic]] = [[] for _ in range(self.passes)]
-        for representation, names in self._groups(sweep.space):
-            inside = [k for k in indices if names >= set(sweep.parts[k].names)]
-            for own, more in zip(passes, representation.outline(sweep, inside), strict=False):
-                own += more
-        return list(passes)
-
-    def _groups(self, space: ParamSpace) -> list[tuple[Representation, set[str]]]:
-        """Each representation with its parameters."""
-        groups: list[tuple[Representation, set[str]]] = []
-        left = set(space.names)
-        for selector, representation in self.chosen.items():
-            names = set(select(space, selector))
-            if twice := sorted(names - left):
-                raise SpaceMismatchError(
-                    f"the selector {selector!r} of Mixed names {twice}, which another one has "
-                    "already: make them disjoint"
-                )
-            left -= names
-            groups.append((resolve(representation), names))
-        if left and self.default is None:
-            missing = [name for name in space.names if name in left]
-            raise SpaceMismatchError(
-                f"Mixed leaves {missing} without a representation: name them in a selector, or "
-                "pass a default"
-            )
-        if left and self.default is not None:
-            groups.append((resolve(self.default), left))
-        return groups
-
-
-NAMES: dict[str, Callable[[], Representation]] = {
-    "dense": Dense,
-    "block_diagonal": BlockDiagonal,
-    "diagonal": Diagonal,
-    "quasi_diagonal": QuasiDiagonal,
-    "kfac": KFAC,
-    "ekfac": EKFAC,
-    "low_rank": LowRank,
-}
-
-
-def resolve(representation: str | Representation) -> Representation:
-    """An options object from itself or from its name.
-
-    Raises:
-        DataError: an unknown name, or an options class that was not called.
-    """
-    if isinstance(representation, Representation):
-        return representation
-    if isinstance(representation, str) and representation in NAMES:
-        return NAMES[representation]()
-    raise DataError(
-        f"unknown representation {representation!r}: expected one of {sorted(NAMES)}, or an "
-        "options object such as nngeo_lazy.representations.KFAC(sharing='reduce')"
-    )
-
-
-def _always(statistics: Sequence[Statistic]) -> Make:
-    return lambda _: statistics
 
 
 def _check_sharing(sharing: str) -> None:

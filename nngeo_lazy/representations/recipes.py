@@ -9,9 +9,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from .errors import NonFiniteError
-from .layout import Layout
-from .operators import (
+from ..errors import NonFiniteError
+from ..layout import Layout
+from ..operators import (
     BaseLinearOperator,
     BlockDiagonalLinearOperator,
     DenseLinearOperator,
@@ -21,7 +21,7 @@ from .operators import (
     Origin,
     QuasiDiagonalLinearOperator,
 )
-from .statistics import (
+from ..statistics import (
     BiasCross,
     KroneckerFactors,
     RowSum,

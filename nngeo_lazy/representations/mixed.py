@@ -1,0 +1,138 @@
+"""Representations by name, and mixtures of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import DataError, SpaceMismatchError
+from ..selectors import select
+from ..space import ParamSpace
+from ..statistics import Statistic, Sweep
+from .base import Representation
+from .recipes import Recipe, together
+from .single import EKFAC, KFAC, BlockDiagonal, Dense, Diagonal, LowRank, QuasiDiagonal
+
+__all__ = ["Mixed", "resolve"]
+
+
+@dataclass(frozen=True)
+class Mixed(Representation):
+    """One representation for each of several groups of parameters, in one build.
+
+    Args:
+        default: for the parameters that no selector names; None where there must be none.
+        chosen: {selector: representation}; "dense" and "low_rank" make one block of a group.
+
+    Raises:
+        SpaceMismatchError: a selector that matches nothing, selectors that overlap, a layer whose
+            block they would cut, or parameters that are left out.
+
+    Example:
+        >>> import torch
+        >>> import nngeo_lazy as ng
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+        >>> mixed = Mixed("kfac", {"1": "dense"})
+        >>> F = ng.FIM(model, torch.randn(9, 3), mixed, likelihood="gaussian")
+        >>> [block._kind() for block in F.members]
+        ['Kronecker (4x4) x (4x4)', 'dense 10x10']
+    """
+
+    default: str | Representation | None = "kfac"
+    chosen: Mapping[Any, str | Representation] = field(default_factory=dict)
+
+    @property
+    def passes(self) -> int:
+        given = [self.default] if self.default is not None else []
+        return max(resolve(each).passes for each in (*given, *self.chosen.values()))
+
+    def check(self, sweep: Sweep) -> None:
+        self._groups(sweep.space)
+        given = [] if self.default is None else [self.default]
+        for each in (*given, *self.chosen.values()):
+            resolve(each).check(sweep)
+
+    def recipe(self, sweep: Sweep, indices: Sequence[int]) -> Recipe:
+        recipes = [each.recipe(sweep, inside) for each, inside in self._parts(sweep, indices)]
+        return (yield from together(recipes))
+
+    def described(self) -> str:
+        kinds = [self.default, *self.chosen.values()]
+        named = (resolve(kind).described() for kind in kinds if kind is not None)
+        return f"Mixed({', '.join(named)})"
+
+    def outline(self, sweep: Sweep, indices: Sequence[int]) -> list[Sequence[Statistic]]:
+        passes: list[list[Statistic]] = [[] for _ in range(self.passes)]
+        for representation, inside in self._parts(sweep, indices):
+            for own, more in zip(passes, representation.outline(sweep, inside), strict=False):
+                own += more
+        return list(passes)
+
+    def _parts(
+        self, sweep: Sweep, indices: Sequence[int]
+    ) -> Iterator[tuple[Representation, list[int]]]:
+        """Each representation with its parts, where it has any."""
+        for representation, names in self._groups(sweep.space):
+            inside = []
+            for k in indices:
+                part = set(sweep.parts[k].names)
+                if names >= part:
+                    inside.append(k)
+                elif names & part:
+                    raise SpaceMismatchError(
+                        f"{sorted(part)} have one block, but the selectors of Mixed name only "
+                        f"{sorted(names & part)} together: select the whole layer"
+                    )
+            if inside:
+                yield representation, inside
+
+    def _groups(self, space: ParamSpace) -> list[tuple[Representation, set[str]]]:
+        """Each representation with its parameters."""
+        groups: list[tuple[Representation, set[str]]] = []
+        left = set(space.names)
+        for selector, representation in self.chosen.items():
+            names = set(select(space, selector))
+            if twice := sorted(names - left):
+                raise SpaceMismatchError(
+                    f"the selector {selector!r} of Mixed names {twice}, which another one has "
+                    "already: make them disjoint"
+                )
+            left -= names
+            groups.append((resolve(representation), names))
+        if left and self.default is None:
+            missing = [name for name in space.names if name in left]
+            raise SpaceMismatchError(
+                f"Mixed leaves {missing} without a representation: name them in a selector, or "
+                "pass a default"
+            )
+        if left and self.default is not None:
+            groups.append((resolve(self.default), left))
+        return groups
+
+
+NAMES: dict[str, Callable[[], Representation]] = {
+    "dense": Dense,
+    "block_diagonal": BlockDiagonal,
+    "diagonal": Diagonal,
+    "quasi_diagonal": QuasiDiagonal,
+    "kfac": KFAC,
+    "ekfac": EKFAC,
+    "low_rank": LowRank,
+}
+
+
+def resolve(representation: str | Representation) -> Representation:
+    """An options object from itself or from its name.
+
+    Raises:
+        DataError: an unknown name, or an options class that was not called.
+    """
+    if isinstance(representation, Representation):
+        return representation
+    if isinstance(representation, str) and representation in NAMES:
+        return NAMES[representation]()
+    raise DataError(
+        f"unknown representation {representation!r}: expected one of {sorted(NAMES)}, or an "
+        "options object such as nngeo_lazy.representations.KFAC(sharing='reduce')"
+    )
