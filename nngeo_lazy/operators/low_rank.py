@@ -88,6 +88,10 @@ class LowRankLinearOperator(LazyLinearOperator):
             NotPositiveDefiniteError: a diagonal that varies is not positive.
         """
         values, basis = self._spectrum()
+        if self.diag is None:  # a singular matrix is so exactly: rounding is no eigenvalue
+            sizes = values.abs()
+            noise = len(values) * eps(values) * sizes.amax(-1, keepdim=True)
+            values = torch.where(sizes <= noise, 0.0, values)
         if self._constant:
             shift = self._shift.detach()
             return EigenLowRankLinearOperator(basis, values + shift, shift, info=self.info)
@@ -127,14 +131,11 @@ class LowRankLinearOperator(LazyLinearOperator):
                 work = root.to(torch.promote_types(root.dtype, torch.float32))
                 q, r = torch.linalg.qr(work)
                 values, vectors = eigh((r * self.core.to(r)) @ r.mT)
-                values, basis = values.to(root), (q @ vectors).to(root)
-                if self.diag is None:  # a singular matrix is so exactly: rounding is no eigenvalue
-                    sizes = values.abs()
-                    noise = len(values) * eps(root) * sizes.amax(-1, keepdim=True)
-                    values = torch.where(sizes <= noise, 0.0, values)
-                return values, basis
+                return values.to(root), (q @ vectors).to(root)
 
-        return self._cache.get("spectrum", list(self._args), compute)
+        if self._constant:
+            return self._cache.get("spectrum", [self.root, self.core], compute)
+        return self._cache.get("scaled", list(self._args), compute)
 
     def _values(self) -> Tensor:
         """lambda, with a gradient where the tensors want one."""
@@ -166,7 +167,10 @@ class LowRankLinearOperator(LazyLinearOperator):
     def _damp(self, damping: Damping, method: str) -> BaseLinearOperator:
         d = collapse(damping.value)
         diag = d if self.diag is None else self.diag + d
-        return LowRankLinearOperator(self.root, self.core, diag, info=self.info)
+        damped = LowRankLinearOperator(self.root, self.core, diag, info=self.info)
+        if self._constant and damped._constant:  # nothing changes about the low-rank term
+            damped._cache = self._cache
+        return damped
 
     def _scale(self, c: float | Tensor) -> BaseLinearOperator:
         diag = None if self.diag is None else self.diag * c

@@ -584,6 +584,23 @@ def test_inverses_of_low_rank_keep_their_digits_in_float32(varying):
     assert (back @ v - A @ v.double()).norm() < 1e-4 * (A @ v.double()).norm()
 
 
+def test_low_rank_damping_shares_the_decomposition(monkeypatch):
+    F = examples.low_rank()
+    v = torch.randn(18, dtype=torch.float64)
+    F.logdet()  # decomposes
+    monkeypatch.setattr("nngeo_lazy.operators.low_rank.eigh", None)
+    A = examples.matrix(F)
+    for d in (0.3, 0.7):
+        want = torch.linalg.solve(A + d * torch.eye(18, dtype=torch.float64), v)
+        close(F.solve(v, damping=d), want)
+    monkeypatch.undo()
+    varying = torch.linspace(1, 2, 18, dtype=torch.float64)
+    close(F.solve(v, damping=varying), torch.linalg.solve(A + varying.diag(), v))
+    F.root.mul_(2)  # and notices what is modified in place
+    changed = examples.matrix(F) + 0.3 * torch.eye(18, dtype=torch.float64)
+    close(F.solve(v, damping=0.3), torch.linalg.solve(changed, v))
+
+
 def test_low_rank_in_bfloat16():
     F = examples.low_rank().to(torch.bfloat16)
     v = torch.ones(18, dtype=torch.bfloat16)
