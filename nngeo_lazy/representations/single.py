@@ -189,6 +189,7 @@ class EKFAC(Representation):
         positions = None
         if given is None:
             (block,) = yield from kronecker_block(sweep, k, self.sharing)
+            require_finite(block.operator, block_name(sweep, [k]))  # before it is decomposed
             given, positions = block.operator.bases(), block.positions
         squares, sums = SquareSum(k, part, *given), RowSum(k, part)
         yield [squares, sums] if sweep.center else [squares]
