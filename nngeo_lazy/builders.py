@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,25 +12,35 @@ from torch import Tensor, nn
 from .data import Batches, refuse_shuffling
 from .errors import DataError
 from .likelihoods import Likelihood
-from .operators import BaseLinearOperator, MatrixLinearOperator
+from .matrix_free import gauss_newton, hessian, jacobian
+from .operators import BaseLinearOperator, DenseLinearOperator, MatrixLinearOperator
 from .planning import Plan, make_plan
-from .quantities import Fisher, GaussNewton, LossGradients, LossLike, Outputs, Quantity
-from .representations import EKFAC, Representation
+from .quantities import (
+    Fisher,
+    GaussNewton,
+    LossGradients,
+    LossHessian,
+    LossLike,
+    Outputs,
+    Quantity,
+)
+from .representations import EKFAC, Dense, Factored, Implicit, Representation
 from .representations import resolve as resolve_representation
+from .representations.factored import factored_jacobian
 from .representations.recipes import info_of, require_finite
 from .selectors import Selector, space_of
-from .statistics import RowStack
+from .statistics import FormStack, RowStack
 from .sweep import DataSweep
 
-__all__ = ["FIM", "GGN", "Jacobian", "plan", "update_diag"]
+__all__ = ["FIM", "GGN", "Hessian", "Jacobian", "plan", "update_diag"]
 
-Prepared = tuple[Representation, DataSweep]
+Prepared = tuple[Representation | Implicit, DataSweep]
 
 
 def FIM(
     model: nn.Module,
     loader: Any,
-    representation: str | Representation = "kfac",
+    representation: str | Representation | Implicit = "kfac",
     *,
     likelihood: str | Likelihood | None = None,
     estimator: str = "exact",
@@ -116,7 +127,7 @@ def FIM(
 def GGN(
     model: nn.Module,
     loader: Any,
-    representation: str | Representation,
+    representation: str | Representation | Implicit = "implicit",
     *,
     loss: LossLike,
     estimator: str = "exact",
@@ -187,10 +198,75 @@ def GGN(
     )
 
 
+def Hessian(
+    model: nn.Module,
+    loader: Any,
+    representation: str | Representation | Implicit = "implicit",
+    *,
+    loss: LossLike,
+    params: Selector | None = None,
+    forward: Callable[[nn.Module, Any], Tensor] | None = None,
+    target: Callable[[Any], Tensor] | None = None,
+    progress: bool = False,
+) -> BaseLinearOperator:
+    r"""The Hessian of a loss in the parameters: symmetric, and in general indefinite.
+
+    .. math:: H = \frac1N \sum_n \nabla^2_w \ell(f_w(x_n), y_n)
+
+    Arguments that are not listed are those of `FIM`.
+
+    Args:
+        model: the network.
+        loader: a `DataLoader`, another re-iterable of batches, or one batch.
+        representation: "implicit" or "dense", or `representations.Implicit(...)`.
+        loss: as in `GGN`, convex in the outputs or not; "output" where the outputs are the losses.
+        params: which parameters.
+        forward: in place of the default call; it may call autograd itself.
+        target: in place of the default target.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The operator, P x P. `H.solve` is conjugate gradients, which an indefinite matrix fails:
+        take `ng.solve(H, b, method="minres")`.
+
+    Raises:
+        DataError: the loss, the loader or an option do not fit.
+        StochasticModelError: the model is random.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh())
+        >>> x, y = torch.randn(8, 3), torch.randint(4, (8,))
+        >>> H = Hessian(model, (x, y), loss="categorical")
+        >>> (H @ H.space.randn(2)).shape
+        torch.Size([16, 2])
+
+    Source:
+        Pearlmutter (1994), Fast exact multiplication by the Hessian.
+    """
+    wanted = _one_of(representation, "Hessian", Implicit, Dense)
+    with torch.inference_mode(False):
+        sweep = _sweep(
+            LossHessian(loss),
+            model,
+            loader,
+            params=params,
+            forward=forward,
+            target=target,
+            progress=progress,
+        )
+        H = hessian(sweep, wanted if isinstance(wanted, Implicit) else Implicit())
+        if isinstance(wanted, Implicit):
+            return H
+        matrix = H.to_dense()
+        described = {**H.info.quantity, "representation": repr(wanted)}
+        info = replace(H.info.plain(), quantity=described)
+        return DenseLinearOperator((matrix + matrix.mT) / 2, info=info)
+
+
 def Jacobian(
     model: nn.Module,
     loader: Any,
-    representation: str = "dense",
+    representation: str | Representation | Implicit = "implicit",
     *,
     loss: LossLike | None = None,
     center: bool = False,
@@ -210,13 +286,14 @@ def Jacobian(
     Args:
         model: the network.
         loader: its order is that of the rows, so that it must not shuffle.
-        representation: "dense", the only one so far: all rows are stored.
+        representation: "implicit"; "factored": the layers' inputs and output gradients are stored,
+            and products are matrix products; or "dense": the rows are stored.
         loss: as in `GGN`; its reduction is ignored, since the rows are single examples.
         center: whether the mean over examples is subtracted from every output's rows.
         params: which parameters.
         forward: in place of the default call.
         target: in place of the default target.
-        max_directions: the most outputs of one example.
+        max_directions: the most outputs of one example where rows are stored.
         progress: whether to show a progress bar.
 
     Returns:
@@ -231,8 +308,7 @@ def Jacobian(
         >>> J.shape, J.mT.shape
         (torch.Size([10, 8]), torch.Size([8, 10]))
     """
-    if representation != "dense":
-        raise DataError(f"expected the representation 'dense', got {representation!r}")
+    wanted = _one_of(representation, "Jacobian", Implicit, Factored, Dense)
     refuse_shuffling(loader, "Jacobian")
     quantity = Outputs() if loss is None else LossGradients(loss)
     with torch.inference_mode(False):
@@ -247,6 +323,15 @@ def Jacobian(
             progress=progress,
             center=center,
         )
+        if isinstance(wanted, Implicit):
+            return jacobian(sweep, wanted)
+        if isinstance(wanted, Factored):
+            (forms,) = sweep(lambda parts: [FormStack(range(len(parts)), parts)])
+            every = range(len(sweep.parts))
+            known = info_of(sweep, [])
+            factored = factored_jacobian(sweep, every, forms, known)  # type: ignore[arg-type]
+            require_finite(factored, "the network")
+            return factored
         (stack,) = sweep(lambda parts: [RowStack(range(len(parts)), parts)])
         rows = stack.rows(sweep).flatten(0, 1)  # type: ignore[attr-defined]
         require_finite(rows, "the network")
@@ -315,7 +400,7 @@ def plan(builder: Callable[..., BaseLinearOperator], *args: Any, **options: Any)
 def _fisher(
     model: nn.Module,
     loader: Any,
-    representation: str | Representation = "kfac",
+    representation: str | Representation | Implicit = "kfac",
     *,
     likelihood: str | Likelihood | None = None,
     estimator: str = "exact",
@@ -336,7 +421,7 @@ def _fisher(
 def _gauss_newton(
     model: nn.Module,
     loader: Any,
-    representation: str | Representation,
+    representation: str | Representation | Implicit = "implicit",
     *,
     loss: LossLike,
     estimator: str = "exact",
@@ -365,6 +450,22 @@ def _sweep(
     return DataSweep(model, space, batches, quantity, **options)
 
 
-def _build(representation: Representation, sweep: DataSweep) -> BaseLinearOperator:
+def _one_of(
+    representation: str | Representation | Implicit, builder: str, *kinds: type
+) -> Representation | Implicit:
+    """A representation, of the kinds that a builder has."""
+    wanted = resolve_representation(representation)
+    if not isinstance(wanted, kinds):
+        names = ", ".join(repr(kind.__name__.lower()) for kind in kinds)
+        raise DataError(
+            f"expected the representation of a {builder} to be one of {names}, got "
+            f"{representation!r}"
+        )
+    return wanted
+
+
+def _build(representation: Representation | Implicit, sweep: DataSweep) -> BaseLinearOperator:
     with torch.inference_mode(False):  # tensors made in inference mode could not be used outside
+        if isinstance(representation, Implicit):
+            return gauss_newton(sweep, representation)
         return representation.build(sweep)

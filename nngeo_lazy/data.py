@@ -128,6 +128,16 @@ class Batches:
         return [g for g in dict.fromkeys(found) if isinstance(g, torch.Generator)]
 
     @property
+    def held(self) -> bool:
+        """Whether all batches lie in memory, in one order."""
+        return isinstance(self._loader, (list, tuple))
+
+    @property
+    def loader(self) -> Any:
+        """What was given, as batches."""
+        return self._loader
+
+    @property
     def count(self) -> int | None:
         """How many batches there are, None where the loader does not say."""
         return _length(self._loader)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from .representations import Representation
-from .statistics import Cost
+from .jacobian.forms import Form
+from .jacobian.plan import Part
+from .representations import Implicit, Representation
+from .statistics import Cost, Sample, Statistic
 from .sweep import DataSweep
 from .table import Table
 
@@ -66,12 +68,32 @@ class Plan(Table[PlannedRow]):
         )
 
 
-def make_plan(representation: Representation, sweep: DataSweep) -> Plan:
+class _Product(Statistic):
+    """One product with a matrix-free operator: J v and J^T u of a part."""
+
+    def __init__(self, index: int, part: Part) -> None:
+        super().__init__(index)
+        self._size = part.layout.size
+
+    def costs(self, sample: Sample) -> Iterator[Cost]:
+        (k,) = self.indices  # J v and J^T u: two products each with the weight or its size
+        yield Cost(k, "matrix-free", self._size, 8 * sample.positions(k) * self._size)
+
+    def update(self, forms: Sequence[Form | None], first: bool, last: bool) -> None:
+        raise TypeError("a product is no statistic of a pass")
+
+
+def make_plan(representation: Representation | Implicit, sweep: DataSweep) -> Plan:
     """The plan of a build, from the first batch: one forward and one backward pass."""
-    representation.check(sweep)
+    if isinstance(representation, Representation):
+        representation.check(sweep)
     sample, batches = sweep.sampled()
     parts = sweep.parts
-    outlines = representation.outline(sweep, range(len(parts)))
+    outlines = (
+        [[_Product(k, part) for k, part in enumerate(parts)]]
+        if isinstance(representation, Implicit)
+        else representation.outline(sweep, range(len(parts)))
+    )
     found: dict[int, list[Cost]] = {}
     for statistics in outlines:
         for statistic in statistics:

@@ -4,16 +4,42 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import TypeAlias
+from functools import partial
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from .errors import DataError
 from .likelihoods import Likelihood, check_estimator, resolve, resolve_loss
-from .likelihoods.losses import Reduction
+from .likelihoods.losses import CallableLoss, Reduction
 
-__all__ = ["Fisher", "GaussNewton", "LossGradients", "LossLike", "Outputs", "Quantity"]
+__all__ = [
+    "Fisher",
+    "GaussNewton",
+    "LossGradients",
+    "LossHessian",
+    "LossLike",
+    "Metric",
+    "Outputs",
+    "Quantity",
+]
+
+Product: TypeAlias = Callable[[Tensor], Tensor]
+Draw: TypeAlias = Callable[[int, torch.Generator | None], Tensor]
+
+
+class Metric(NamedTuple):
+    """The middle S_n S_n^T of J^T S S^T J, on one batch.
+
+    Attributes:
+        product: a vector shaped like the values to S S^T v.
+        sample: (n, generator) to draws (n, *values) from N(0, S S^T).
+    """
+
+    product: Product
+    sample: Draw
+
 
 LossLike: TypeAlias = str | Likelihood | nn.Module | Callable[..., Tensor]
 
@@ -37,6 +63,16 @@ class Quantity(ABC):
         self, outputs: Tensor, target: Tensor | None, generator: torch.Generator | None
     ) -> Iterator[Tensor]:
         """The directions, one at a time, shaped like the outputs."""
+
+    def values(self, outputs: Tensor, target: Tensor | None) -> Tensor:
+        """What is differentiated in the parameters: (N, ...), or the sum of all losses."""
+        return outputs
+
+    def metric(
+        self, values: Tensor, target: Tensor | None, generator: torch.Generator | None
+    ) -> Metric:
+        """S_n S_n^T of a batch, as products with vectors shaped like the values, and draws."""
+        return Metric(lambda v: v, partial(_standard, values))
 
     @abstractmethod
     def described(self) -> dict[str, str | int | None]:
@@ -102,6 +138,31 @@ class _OfLoss(Quantity):
     def num_terms(self, outputs: Tensor, target: Tensor | None) -> Tensor | int:
         return self._known().num_terms(outputs, self._read(target))
 
+    def values(self, outputs: Tensor, target: Tensor | None) -> Tensor:
+        return self._losses(outputs, target) if self.estimator == "empirical" else outputs
+
+    def _losses(self, outputs: Tensor, target: Tensor | None) -> Tensor:
+        if target is None and not isinstance(self._known(), CallableLoss):
+            raise DataError(
+                "losses and their gradients need observed labels, but the batch has no target: "
+                "pass (inputs, target) batches, or target="
+            )
+        return self._known().loss(outputs, target)  # type: ignore[arg-type]
+
+    def metric(
+        self, values: Tensor, target: Tensor | None, generator: torch.Generator | None
+    ) -> Metric:
+        if self.estimator == "empirical":  # the values are losses
+            return super().metric(values, target, generator)
+        known, read = self._known(), self._read(target)
+        if self.estimator == "exact":
+            return Metric(
+                lambda v: known.hessian_product(values, read, v),
+                lambda n, own: known.normal(values, read, n, own),
+            )
+        drawn = torch.stack(list(self.directions(values, target, generator)))  # (R,N,...)
+        return Metric(partial(_project, drawn), partial(_combine, drawn))
+
     def described(self) -> dict[str, str | int | None]:
         known: dict[str, str | int | None] = {
             "matrix": type(self).__name__,
@@ -125,24 +186,21 @@ class Fisher(_OfLoss):
         self._check(outputs, target)
 
 
-class GaussNewton(_OfLoss):
-    """The generalised Gauss-Newton matrix of a loss that is convex in the outputs."""
+class _Reduced(_OfLoss):
+    """A matrix of a loss that is divided by what the loss itself is divided by."""
 
     def __init__(self, loss: LossLike, estimator: str, samples: int) -> None:
         super().__init__(estimator, samples)
-        if estimator == "empirical":
-            raise DataError(
-                "a Gauss-Newton matrix holds the loss's Hessian in the outputs, so its estimator "
-                "is 'exact' or 'mc': for gradients at observed labels take FIM(..., "
-                "estimator='empirical')"
-            )
         self._given = loss
         self._reduction: Reduction | None = None
 
     def fit(self, outputs: Tensor, target: Tensor | None) -> None:
         if self.likelihood is None:
-            self.likelihood, self._reduction = resolve_loss(self._given, outputs, target)
+            self.likelihood, self._reduction = self._resolved(outputs, target)
         self._check(outputs, target)
+
+    def _resolved(self, outputs: Tensor, target: Tensor | None) -> tuple[Likelihood, Reduction]:
+        return resolve_loss(self._given, outputs, target)
 
     def denominator(self, outputs: Tensor, target: Tensor | None) -> Tensor | float:
         if self._reduction is None:
@@ -156,6 +214,37 @@ class GaussNewton(_OfLoss):
 
     def described(self) -> dict[str, str | int | None]:
         return {**super().described(), "reduction": repr(self._reduction)}
+
+
+class GaussNewton(_Reduced):
+    """The generalised Gauss-Newton matrix of a loss that is convex in the outputs."""
+
+    def __init__(self, loss: LossLike, estimator: str, samples: int) -> None:
+        super().__init__(loss, estimator, samples)
+        if estimator == "empirical":
+            raise DataError(
+                "a Gauss-Newton matrix holds the loss's Hessian in the outputs, so its estimator "
+                "is 'exact' or 'mc': for gradients at observed labels take FIM(..., "
+                "estimator='empirical')"
+            )
+
+
+class LossHessian(_Reduced):
+    """The Hessian of a loss in the parameters."""
+
+    def __init__(self, loss: LossLike) -> None:
+        super().__init__(loss, "exact", 1)
+
+    def _resolved(self, outputs: Tensor, target: Tensor | None) -> tuple[Likelihood, Reduction]:
+        if isinstance(self._given, str) and self._given == "output":
+            return CallableLoss(_sum_of_outputs), Reduction("examples")
+        return resolve_loss(self._given, outputs, target)
+
+    def _read(self, target: Tensor | None) -> Tensor | None:
+        return target
+
+    def values(self, outputs: Tensor, target: Tensor | None) -> Tensor:
+        return self._losses(outputs, target).sum()
 
 
 class Outputs(Quantity):
@@ -192,3 +281,27 @@ class LossGradients(_OfLoss):
         if self.likelihood is None:
             self.likelihood, _ = resolve_loss(self._given, outputs, target)
         self._check(outputs, target)
+
+
+def _sum_of_outputs(outputs: Tensor, target: Tensor | None) -> Tensor:
+    """Losses (N,) where the outputs are the losses, of examples or of their positions."""
+    return outputs.reshape(outputs.shape[0], -1).sum(1)
+
+
+def _standard(values: Tensor, n: int, generator: torch.Generator | None) -> Tensor:
+    """Standard normal draws (n, *values)."""
+    shape = (n, *values.shape)
+    return torch.randn(shape, dtype=values.dtype, device=values.device, generator=generator)
+
+
+def _project(drawn: Tensor, v: Tensor) -> Tensor:
+    """sum_r d_r <d_r, v> for each example; drawn (R, N, ...)."""
+    along = (drawn * v).reshape(*drawn.shape[:2], -1).sum(2)  # (R,N)
+    return (drawn * along.reshape(*along.shape, *(1,) * (v.dim() - 1))).sum(0)
+
+
+def _combine(drawn: Tensor, n: int, generator: torch.Generator | None) -> Tensor:
+    """Draws (n, N, ...) of sum_r d_r z_r."""
+    shape = (n, *drawn.shape[:2])
+    z = torch.randn(shape, dtype=drawn.dtype, device=drawn.device, generator=generator)
+    return torch.einsum("krn,rn...->kn...", z, drawn)

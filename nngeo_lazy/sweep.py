@@ -19,7 +19,7 @@ from .quantities import Quantity
 from .space import ParamSpace
 from .statistics import Make, Sample, Statistic, all_finite
 
-__all__ = ["DataSweep"]
+__all__ = ["DataSweep", "Totals"]
 
 Chunk = tuple[list[Form | None], bool, bool]
 KEPT_BYTES = 2**26  # the forms of a whole pass are kept for a second one up to this size
@@ -53,9 +53,9 @@ class DataSweep:
         refuse_training_mode(model)
         self.space = space
         self.center = center
-        self._model = model
-        self._batches = batches
-        self._quantity = quantity
+        self.model = model
+        self.batches = batches
+        self.quantity = quantity
         self._given_seed = seed
         self._max_directions = max_directions
         mc = quantity.estimator == "mc"
@@ -73,9 +73,9 @@ class DataSweep:
         return self._capture.parts
 
     @property
-    def quantity(self) -> Mapping[str, str | int | None]:
-        known = self._quantity.described()
-        if self._quantity.estimator == "mc":
+    def described(self) -> Mapping[str, str | int | None]:
+        known = self.quantity.described()
+        if self.quantity.estimator == "mc":
             known["seed"] = self._given_seed
         return {**known, "center": 1} if self.center else known
 
@@ -84,12 +84,12 @@ class DataSweep:
             return self._replay(make, self._kept)
         statistics: Sequence[Statistic] | None = None
         kept: list[Chunk] | None = [] if keep else None
-        totals = _Totals(self._quantity, self.space.device)
+        totals = Totals(self.quantity, self.space.device)
         with (
-            self._seeded() as generator,
-            recording(self._model, self.space.parameters(self._model)),
+            self.seeded() as generator,
+            recording(self.model, self.space.parameters(self.model)),
         ):
-            for batch in self._batches:
+            for batch in self.batches:
                 for recorded, target in self._record(batch):
                     totals.add(recorded.outputs, target)
                     if statistics is None:
@@ -104,27 +104,27 @@ class DataSweep:
     def sampled(self) -> tuple[Sample, int | None]:
         """The forms of one direction of the first batch, and how many batches there are."""
         with (
-            self._seeded() as generator,
-            recording(self._model, self.space.parameters(self._model)),
-            closing(iter(self._batches)) as batches,
+            self.seeded() as generator,
+            recording(self.model, self.space.parameters(self.model)),
+            closing(iter(self.batches)) as batches,
         ):
-            first, count = next(batches), self._batches.count
+            first, count = next(batches), self.batches.count
             for recorded, target in self._record(first):
                 outputs = recorded.outputs
-                directions = self._quantity.directions(outputs, target, generator)
+                directions = self.quantity.directions(outputs, target, generator)
                 ((forms, _, _),) = recorded.chunks(islice(directions, 1), 1)
                 labelled = outputs if first.target is None else first.target
-                examples = self._batches.num_examples(labelled.shape[0])
-                return Sample(forms, self._quantity.count(outputs, target), examples), count
+                examples = self.batches.num_examples(labelled.shape[0])
+                return Sample(forms, self.quantity.count(outputs, target), examples), count
         raise DataError("expected at least one example in the first batch")
 
     @contextmanager
-    def _seeded(self) -> Iterator[torch.Generator | None]:
+    def seeded(self) -> Iterator[torch.Generator | None]:
         """The same label draws, and the same order of a shuffling loader, in every pass."""
         if self._seed is None:
             yield None
             return
-        for own, state in zip(self._batches.generators, self._orders, strict=True):
+        for own, state in zip(self.batches.generators, self._orders, strict=True):
             own.set_state(state)
         # What draws on the default generator is the order of a shuffling loader; on the CPU alone.
         with torch.random.fork_rng(devices=[]):
@@ -133,7 +133,7 @@ class DataSweep:
 
     def _record(self, batch: Batch) -> Iterator[tuple[Recorded, Tensor | None]]:
         for recorded, target in self._capture(batch.raw, batch.target):
-            self._quantity.fit(recorded.outputs, target)
+            self.quantity.fit(recorded.outputs, target)
             yield recorded, target
 
     def _replay(self, make: Make, kept: list[Chunk]) -> Sequence[Statistic]:
@@ -146,10 +146,10 @@ class DataSweep:
     def _chunks(
         self, recorded: Recorded, target: Tensor | None, generator: torch.Generator | None
     ) -> Iterator[Chunk]:
-        outputs, quantity = recorded.outputs, self._quantity
+        outputs, quantity = recorded.outputs, self.quantity
         count = quantity.count(outputs, target)
         if quantity.estimator == "exact" and count > self._max_directions:
-            known = self._batches.count
+            known = self.batches.count
             batches = "each batch" if known is None else f"each of {known} batches"
             raise TooLargeError(
                 f"an exact matrix of outputs {tuple(outputs.shape)} takes {count} backward passes "
@@ -160,23 +160,23 @@ class DataSweep:
         return recorded.chunks(quantity.directions(outputs, target, generator), count)
 
 
-class _Totals:
+class Totals:
     """Counts and complaints of a pass, kept on the device and read once at its end."""
 
     def __init__(self, quantity: Quantity, device: torch.device) -> None:
-        self._quantity = quantity
+        self.quantity = quantity
         self._examples = 0
         self._terms = torch.zeros((), dtype=torch.int64, device=device)
         self._denominator = torch.zeros((), dtype=torch.float64, device=device)
         self._flags: dict[str, Tensor] = {}
 
     def add(self, outputs: Tensor, target: Tensor | None) -> None:
-        for message, wrong in self._quantity.flags(outputs, target).items():
+        for message, wrong in self.quantity.flags(outputs, target).items():
             before = self._flags.get(message)
             self._flags[message] = wrong if before is None else before | wrong
         self._examples += outputs.shape[0]
-        self._terms += self._quantity.num_terms(outputs, target)
-        self._denominator += self._quantity.denominator(outputs, target)
+        self._terms += self.quantity.num_terms(outputs, target)
+        self._denominator += self.quantity.denominator(outputs, target)
 
     def finish(self) -> tuple[int, int, float]:
         """Examples, terms, denominator.
@@ -190,7 +190,7 @@ class _Totals:
             if messages:
                 finite = any("finite" in message for message in messages)
                 raise (NonFiniteError if finite else DataError)("; ".join(messages))
-        total = self._quantity.total(float(self._denominator))
+        total = self.quantity.total(float(self._denominator))
         return self._examples, int(self._terms), total
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from nngeo_lazy.jacobian import forms, inputs
-from nngeo_lazy.jacobian.forms import Outer, Rows, Summed, gram, second_moment
+from nngeo_lazy.jacobian.forms import Outer, Rows, Stored, Summed, gram, second_moment
 from nngeo_lazy.jacobian.inputs import DenseInputs, IndexInputs, PatchInputs
 from nngeo_lazy.jacobian.moments import moment
 from nngeo_lazy.jacobian.patches import Geometry, patch_moment, unfold
@@ -52,7 +52,12 @@ def bias_alone():
 
 
 def rows_alone():
-    return Rows.stored(torch.randn(R, N, 7))
+    return Stored(torch.randn(R, N, 7))
+
+
+def rows_streamed():
+    values = torch.randn(R, N, 7)
+    return Rows(lambda start, stop: values[:, start:stop], (R, N, 7), values.dtype)
 
 
 FORMS = {
@@ -71,12 +76,13 @@ FORMS = {
     "summed": summed,
     "bias alone": bias_alone,
     "rows": rows_alone,
+    "rows, streamed": rows_streamed,
 }
 
 
 def reference(form):
     """The rows by their definition."""
-    if isinstance(form, Rows):
+    if isinstance(form, (Rows, Stored)):
         return form.rows()
     if isinstance(form, Summed):
         total = torch.zeros(form.shape)
@@ -97,7 +103,7 @@ def form(request):
 @pytest.fixture(params=[2**23, 1])
 def _tiles(request, monkeypatch):
     """All examples in one tile, and one example a tile."""
-    for kind in (forms.Form, Rows, Outer, Summed):
+    for kind in (forms.Form, Rows, Stored, Outer, Summed):
         monkeypatch.setattr(kind, "tile_bytes", request.param, raising=False)
     monkeypatch.setattr(inputs, "TILE_NUMBERS", request.param)
 
@@ -127,7 +133,7 @@ def test_joint_second_moment():
 
 def test_sum_along_vectors(form):
     J = reference(form).sum((0, 1))
-    if isinstance(form, (Rows, Summed)):
+    if isinstance(form, (Rows, Stored, Summed)):
         widths = [3, len(J) - 3]
         grid = J.view(1, -1)
     else:

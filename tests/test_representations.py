@@ -274,10 +274,10 @@ def test_jacobian_refusals():
     data = torch.utils.data.TensorDataset(x)
     with pytest.raises(DataError, match="pass shuffle=False"):
         ng.Jacobian(model, torch.utils.data.DataLoader(data, shuffle=True))
-    with pytest.raises(DataError, match="expected the representation 'dense', got 'kfac'"):
+    with pytest.raises(DataError, match="one of 'implicit', 'factored', 'dense', got 'kfac'"):
         ng.Jacobian(model, x, "kfac")
     with pytest.raises(TooLargeError, match=r"max_directions=1: pass loss="):
-        ng.Jacobian(model, x, max_directions=1)
+        ng.Jacobian(model, x, "dense", max_directions=1)
     square = ng.Jacobian(nn.Linear(3, 2), torch.randn(4, 3))
     assert square.shape == (8, 8)
     with pytest.raises(UnsupportedLayerError, match="a Jacobian is none"):

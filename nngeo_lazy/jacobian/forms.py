@@ -23,7 +23,7 @@ from ..layout import Layout
 from .inputs import IndexInputs, Inputs, rotate
 from .moments import moment
 
-__all__ = ["Form", "Outer", "Rows", "Summed", "gram", "second_moment"]
+__all__ = ["Form", "Outer", "Rows", "Stored", "Summed", "gram", "second_moment"]
 
 TILE_BYTES = 2**23  # rows are made a tile of examples at a time, small enough to stay in cache
 
@@ -76,23 +76,46 @@ class Form(ABC):
 
 @dataclass(frozen=True)
 class Rows(Form):
-    """Rows (R, N, p): stored, or made a range of examples at a time by `compute(start, stop)`."""
+    """Rows (R, N, p), made a range of examples at a time by `compute(start, stop)`."""
 
     compute: Callable[[int, int], Tensor]
     shape: tuple[int, int, int]
     dtype: torch.dtype
     tile_bytes: int = TILE_BYTES
 
-    @classmethod
-    def stored(cls, values: Tensor) -> Rows:
-        r, n, p = values.shape
-        return cls(lambda start, stop: values[:, start:stop], (r, n, p), values.dtype)
-
     def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
         return self.compute(start, self.shape[1] if stop is None else min(stop, self.shape[1]))
 
     def sqsum(self) -> Tensor:
         return torch.stack([self.rows(a, b).square().sum((0, 1)) for a, b in self.tiles()]).sum(0)
+
+
+@dataclass(frozen=True)
+class Stored(Form):
+    """Rows (R, N, p) that are kept as they are."""
+
+    values: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int]:  # type: ignore[override]
+        r, n, p = self.values.shape
+        return r, n, p
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self.values.dtype
+
+    def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
+        return self.values[:, start:stop]
+
+    def sqsum(self) -> Tensor:
+        return torch.einsum("rnp,rnp->p", self.values, self.values)
+
+    def jvp(self, vectors: Tensor) -> Tensor:
+        return self.values @ vectors
+
+    def vjp(self, weights: Tensor) -> Tensor:
+        return self.values.flatten(0, 1).mT @ weights.flatten(0, 1)
 
 
 @dataclass(frozen=True)

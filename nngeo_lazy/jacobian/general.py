@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from ..errors import UnsupportedLayerError
 from .plan import agree
 
-__all__ = ["Forward", "GeneralRows", "cut", "example_leaves"]
+__all__ = ["Forward", "GeneralRows", "Whole", "cut", "example_leaves"]
 
 Forward = Callable[[nn.Module, Any], Tensor]
 WAYS = ("vmap", "slices", "masked")
@@ -106,7 +106,7 @@ class GeneralRows:
 
     def _vmap(self, raw: Any, outputs: Tensor, directions: Tensor, start: int, stop: int) -> Tensor:
         leaves, spec = pytree.tree_flatten(raw)
-        whole = _Whole(self.model, self.forward)
+        whole = Whole(self.model, self.forward)
 
         def score(
             parameters: dict[str, Tensor], direction: Tensor, examples: list[Tensor]
@@ -163,7 +163,7 @@ class GeneralRows:
         )
 
 
-class _Whole(nn.Module):
+class Whole(nn.Module):
     """A model with its forward, so that `functional_call` reaches the parameters of both."""
 
     def __init__(self, model: nn.Module, forward: Forward) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import UnsupportedLayerError
 from ..layout import Layout, Piece
 from ..space import ParamSpace
-from .forms import Form, Outer, Rows, Summed
+from .forms import Form, Outer, Stored, Summed
 from .inputs import DenseInputs, Inputs
 from .record import Call
 
@@ -154,7 +154,7 @@ class Part:
             gradients: the output gradients of each member call as (R, N, T, *features).
         """
         if self.kind == "rows":
-            return Rows.stored(self._norm_rows(calls, folds, gradients))
+            return Stored(self._norm_rows(calls, folds, gradients))
         outers = []
         for (k, _), x in zip(self.members, inputs, strict=True):
             use = calls[k].use

@@ -26,7 +26,7 @@ from .layers import BATCH_STATISTICS
 from .registry import Known, find, whole_modules
 from .uses import Use
 
-__all__ = ["Call", "Recorder", "recording", "refuse_training_mode"]
+__all__ = ["Call", "Recorder", "plain_functions", "recording", "refuse_training_mode"]
 
 
 @dataclass(frozen=True)
@@ -145,13 +145,7 @@ def recording(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[No
     """
     flags = {name: p.requires_grad for name, p in parameters.items()}
     buffers = [(b, b._version, b.detach().clone()) for b in model.buffers() if not b.is_inference()]
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(_plain_attention())
-        stack.enter_context(whole_modules(model))
-        if "torch._dynamo" in sys.modules:  # else nothing can have been compiled
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+    with plain_functions(), torch.enable_grad(), whole_modules(model):
         try:
             for p in parameters.values():
                 p.requires_grad_(True)
@@ -163,6 +157,17 @@ def recording(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[No
                 for buffer, version, kept in buffers:
                     if buffer._version != version:
                         buffer.copy_(kept)
+
+
+@contextmanager
+def plain_functions() -> Iterator[None]:
+    """Inside, a model calls functions that can be seen and differentiated, and nothing fused."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(_plain_attention())
+        if "torch._dynamo" in sys.modules:  # else nothing can have been compiled
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
 
 
 @contextmanager

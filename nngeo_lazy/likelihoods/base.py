@@ -80,6 +80,22 @@ class Likelihood(ABC):
             vectors: (..., N, ...) shaped like the outputs, with any leading dimensions.
         """
 
+    def normal(
+        self, outputs: Tensor, target: Tensor | None, n: int, generator: torch.Generator | None
+    ) -> Tensor:
+        """Draws (n, *outputs) from N(0, H_n), H_n the Hessian of each example's loss.
+
+        Args:
+            outputs: (N, ...).
+            target: read only for masks and weights.
+            n: how many.
+            generator: of the draws, on the outputs' device.
+        """
+        with torch.no_grad():
+            outputs = outputs.detach()
+            draws = [self._normal(wide(outputs), target, generator) for _ in range(n)]
+            return torch.stack(draws).to(outputs.dtype)
+
     @abstractmethod
     def num_terms(self, outputs: Tensor, target: Tensor | None) -> Tensor:
         """How many scalar labels are scored, a 0-d integer tensor."""
@@ -113,6 +129,12 @@ class Likelihood(ABC):
     ) -> Iterator[Tensor]:
         for _ in range(samples):
             yield self._sampled(outputs, target, generator)
+
+    @abstractmethod
+    def _normal(
+        self, outputs: Tensor, target: Tensor | None, generator: torch.Generator | None
+    ) -> Tensor:
+        """A draw from N(0, H_n), shaped like the outputs."""
 
     @abstractmethod
     def _observed(self, outputs: Tensor, target: Tensor) -> Tensor:

@@ -199,6 +199,16 @@ class Categorical(Likelihood):
         score = _minus_one(p, drawn.view(p.shape[:2]))
         return self._embed(score * self._kappa(labels, mask, target).sqrt(), outputs, target)
 
+    def _normal(
+        self, outputs: Tensor, target: Tensor | None, generator: torch.Generator | None
+    ) -> Tensor:
+        logits, labels, mask = self._canonical(outputs, target)
+        p = logits.softmax(-1)
+        z = torch.randn(p.shape, dtype=p.dtype, device=p.device, generator=generator)
+        root = p.sqrt() * z
+        draw = root - p * root.sum(-1, keepdim=True)  # its covariance is diag(p) - p p^T
+        return self._embed(draw * self._kappa(labels, mask, target).sqrt(), outputs, target)
+
     def _observed(self, outputs: Tensor, target: Tensor) -> Tensor:
         logits, labels, mask = self._canonical(outputs, target)
         p = logits.softmax(-1)

@@ -51,6 +51,14 @@ class Elementwise(Likelihood):
     def _num_exact(self, outputs: Tensor, target: Tensor | None) -> int:
         return math.prod(outputs.shape[1:])
 
+    def _normal(
+        self, outputs: Tensor, target: Tensor | None, generator: torch.Generator | None
+    ) -> Tensor:
+        z = torch.randn(
+            outputs.shape, dtype=outputs.dtype, device=outputs.device, generator=generator
+        )
+        return z * self._root(outputs, target)
+
     def _exact(self, outputs: Tensor, target: Tensor | None) -> Iterator[Tensor]:
         root = self._root(outputs, target).reshape(outputs.shape[0], -1)
         for j in range(root.shape[1]):

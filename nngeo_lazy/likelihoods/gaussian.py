@@ -142,5 +142,10 @@ class Gaussian(Elementwise):
             return noise @ self._root_of_precision.mT.to(outputs)
         return noise * self._root(outputs, target)
 
+    def _normal(
+        self, outputs: Tensor, target: Tensor | None, generator: torch.Generator | None
+    ) -> Tensor:
+        return self._sampled(outputs, target, generator)
+
     def _observed(self, outputs: Tensor, target: Tensor) -> Tensor:
         return self.hessian_product(outputs, target, outputs - target)

@@ -149,6 +149,15 @@ class CallableLoss(Likelihood):
     ) -> Tensor:
         return next(self._draws(outputs, target, generator, 1))
 
+    def _normal(
+        self, outputs: Tensor, target: Tensor | None, generator: torch.Generator | None
+    ) -> Tensor:
+        roots = self._roots(outputs, target)
+        z = torch.randn(
+            (*roots.shape[:2], 1), dtype=roots.dtype, device=roots.device, generator=generator
+        )
+        return (roots @ z).view(outputs.shape)
+
     def _observed(self, outputs: Tensor, target: Tensor) -> Tensor:
         return self._gradient(target)(outputs)
 

@@ -2,41 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError, NotPositiveDefiniteError
+from .krylov import (
+    KrylovResult,
+    Matvec,
+    default_tolerance,
+    norms,
+    refined,
+    require_finite,
+    scaled,
+)
 
-__all__ = ["CGResult", "cg", "default_tolerance"]
+__all__ = ["cg"]
 
-Matvec = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class CGResult:
-    """What `cg` found.
-
-    Attributes:
-        x: the solution (n, k).
-        iterations: how many products with A were made inside the iteration.
-        residual: the true relative residual |b - A x| / |b| of each column (k,), 0 where b is 0.
-        converged: whether every column has reached the tolerance.
-        stalled: whether it stopped because rounding keeps the residual above the tolerance.
-    """
-
-    x: Tensor
-    iterations: int
-    residual: Tensor
-    converged: bool
-    stalled: bool = False
-
-
-def default_tolerance(dtype: torch.dtype) -> float:
-    """The relative residual asked for by default: 1e-10 in float64, else 1e-6."""
-    return 1e-10 if dtype == torch.float64 else 1e-6
+_METHOD = "conjugate gradients"
 
 
 def cg(
@@ -47,7 +31,7 @@ def cg(
     max_iter: int | None = None,
     preconditioner: Matvec | None = None,
     x0: Tensor | None = None,
-) -> CGResult:
+) -> KrylovResult:
     """Solve A x = b for a symmetric positive definite A, to a relative residual.
 
     Every column is divided by its norm first, and stops on its own: no number here is absolute, so
@@ -77,50 +61,29 @@ def cg(
     """
     tol = default_tolerance(b.dtype) if tol is None else tol
     max_iter = max(10 * b.shape[0], 100) if max_iter is None else max_iter
-    norms = _norms(b)
-    _require_finite(norms, "the right-hand side")
-    norms = torch.where(norms == 0, torch.ones_like(norms), norms)
-    unit = b / norms
-    if x0 is None:
-        x, r = torch.zeros_like(unit), unit
-    else:
-        x = x0 / norms
-        r = unit - matvec(x)
-    iterations, best_x = 0, x
-    best: Tensor | None = None
-    while True:
-        x, done = _descend(matvec, x, r, tol, max_iter - iterations, preconditioner)
-        iterations += done
-        r = unit - matvec(x)  # the recurrence drifts: only the true residual counts
-        residual = _norms(r).squeeze(0)
-        before = best
-        if best is not None:  # a restart at the limit of rounding may lose a little
-            x = torch.where(residual < best, x, best_x)
-            residual = torch.minimum(residual, best)
-        best, best_x = residual, x
-        converged = not bool((residual > tol).any())
-        stalled = done == 0 or (
-            before is not None and not bool((best <= before / 2)[best > tol].any())
-        )
-        if converged or stalled or iterations >= max_iter:
-            short = not converged and iterations < max_iter
-            return CGResult(x * norms, iterations, residual, converged, short)
-        r = unit - matvec(x)
+    unit, sizes = scaled(b, _METHOD)
+    x = torch.zeros_like(unit) if x0 is None else x0 / sizes
+    r = unit if x0 is None else unit - matvec(x)
+    found = refined(
+        lambda x: unit - matvec(x),
+        lambda r: norms(r).squeeze(0),
+        lambda r, tol, most: _descend(matvec, r, tol, most, preconditioner),
+        x,
+        r,
+        tol,
+        max_iter,
+    )
+    return replace(found, x=found.x * sizes)
 
 
 def _descend(
-    matvec: Matvec,
-    x: Tensor,
-    r: Tensor,
-    tol: float,
-    max_iter: int,
-    preconditioner: Matvec | None,
+    matvec: Matvec, r: Tensor, tol: float, max_iter: int, preconditioner: Matvec | None
 ) -> tuple[Tensor, int]:
-    """CG from x, whose residual is r, for right-hand sides of norm one."""
-    tol = max(tol, torch.finfo(x.dtype).eps / 100)  # below rounding the recurrence means nothing
-    live = _norms(r) > tol
-    _require_finite(_norms(r), "a product with the matrix")
-    p = torch.zeros_like(x)
+    """CG from zero for the right-hand sides r, to residuals of size tol."""
+    tol = max(tol, torch.finfo(r.dtype).eps / 100)  # below rounding the recurrence means nothing
+    live = norms(r) > tol
+    require_finite(norms(r), "a product with the matrix", _METHOD)
+    x, p = torch.zeros_like(r), torch.zeros_like(r)
     rz = torch.ones_like(live, dtype=x.dtype)
     for iteration in range(max_iter):
         if not bool(live.any()):
@@ -136,21 +99,8 @@ def _descend(
         step = torch.where(live, rz / torch.where(live, curvature, 1.0), 0.0)
         x = x + step * p
         r = r - step * ap
-        live = live & (_norms(r) > tol)
+        live = live & (norms(r) > tol)
     return x, max_iter
-
-
-def _norms(v: Tensor) -> Tensor:
-    """Column norms (1, k) that neither overflow nor underflow."""
-    scale = v.abs().amax(0, keepdim=True)
-    safe = torch.where((scale > 0) & scale.isfinite(), scale, 1.0)
-    norms: Tensor = torch.linalg.vector_norm(v / safe, dim=0, keepdim=True)
-    return norms * safe
-
-
-def _require_finite(norms: Tensor, what: str) -> None:
-    if not bool(norms.isfinite().all()):
-        raise NonFiniteError(f"conjugate gradients: NaN or infinity in {what}")
 
 
 def _require_positive(curvature: Tensor, live: Tensor, what: str) -> None:
@@ -158,7 +108,13 @@ def _require_positive(curvature: Tensor, live: Tensor, what: str) -> None:
     if not bool(inside.isfinite().all()):
         raise NonFiniteError(f"conjugate gradients: NaN or infinity in a product with {what}")
     if bool((inside <= 0).any()):
+        remedy = (
+            "pass one that is, such as a damped 'kfac' or 'diagonal', or none"
+            if what == "the preconditioner"
+            else "add damping= above its most negative eigenvalue, or take "
+            "ng.solve(..., method='minres')"
+        )
         raise NotPositiveDefiniteError(
             f"conjugate gradients: {what} is not positive definite (a vector met on the way has "
-            f"v.Av = {float(inside.min()):.3g}): add damping= above its most negative eigenvalue"
+            f"v.Av = {float(inside.min()):.3g}): {remedy}"
         )

@@ -11,6 +11,11 @@
 | `EigenLowRankLinearOperator` | its inverse and other functions | P k |
 | `BlockDiagonalLinearOperator` | named blocks of any kind | the sum |
 | `MatrixLinearOperator` | a rectangular matrix: a dense Jacobian | m n |
+| `GaussNewtonLinearOperator` | a Fisher or Gauss-Newton matrix, by products | P, and graphs |
+| `HessianLinearOperator` | a Hessian, by products | P, and graphs |
+| `JacobianLinearOperator` | a Jacobian, by products | P, and graphs |
+| `FactoredJacobianLinearOperator` | a Jacobian, by its layers' factors | N T (o + i) |
+| `FactoredGaussNewtonLinearOperator` | B^T B + d I of such a B | N T (o + i) |
 | `SumLinearOperator`, ... | what has no structure of its own | its terms |
 
 All are `BaseLinearOperator`s and share one interface, and all are subclasses of
@@ -18,13 +23,23 @@ All are `BaseLinearOperator`s and share one interface, and all are subclasses of
 """
 
 from .algebra import ours
+from .approximate import nystrom
 from .base import BaseLinearOperator
 from .block_diagonal import BlockDiagonalLinearOperator
+from .convert import aslinearoperator
 from .dense import DenseLinearOperator, MatrixLinearOperator
 from .diagonal import DiagonalLinearOperator, identity
 from .eigen_kronecker import EigenKroneckerLinearOperator
 from .eigen_low_rank import EigenLowRankLinearOperator
 from .files import load, save
+from .implicit import (
+    FactoredGaussNewtonLinearOperator,
+    FactoredJacobianLinearOperator,
+    GaussNewtonLinearOperator,
+    HessianLinearOperator,
+    ImplicitLinearOperator,
+    JacobianLinearOperator,
+)
 from .info import BlockInfo, Info, Origin
 from .kronecker import KroneckerLinearOperator
 from .lazy import LazyLinearOperator, ProductLinearOperator, ScaledLinearOperator, SumLinearOperator
@@ -33,6 +48,7 @@ from .merge import merge
 from .quasi_diagonal import QuasiDiagonalLinearOperator
 from .report import Report, Row
 from .scipy import ScipyOperator
+from .solution import Solution, solve
 from .views import (
     BroadcastLinearOperator,
     ForeignLinearOperator,
@@ -49,9 +65,15 @@ __all__ = [
     "DiagonalLinearOperator",
     "EigenKroneckerLinearOperator",
     "EigenLowRankLinearOperator",
+    "FactoredGaussNewtonLinearOperator",
+    "FactoredJacobianLinearOperator",
     "ForeignLinearOperator",
+    "GaussNewtonLinearOperator",
+    "HessianLinearOperator",
+    "ImplicitLinearOperator",
     "Info",
     "InverseLinearOperator",
+    "JacobianLinearOperator",
     "KroneckerLinearOperator",
     "LazyLinearOperator",
     "LowRankLinearOperator",
@@ -64,10 +86,14 @@ __all__ = [
     "Row",
     "ScaledLinearOperator",
     "ScipyOperator",
+    "Solution",
     "SumLinearOperator",
+    "aslinearoperator",
     "identity",
     "load",
     "merge",
+    "nystrom",
     "ours",
     "save",
+    "solve",
 ]

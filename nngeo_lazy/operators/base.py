@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 from linear_operator.operators import LinearOperator
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import SpaceMismatchError, TooLargeError
 from ..selectors import Selector, select
@@ -18,7 +18,7 @@ from .damping import Damping, DampingLike, is_zero, resolve_damping
 from .primitives import Krylov, flat_positions
 from .report import Report, make_report
 from .scipy import ScipyOperator
-from .vectors import VectorLike, columns, require_vector
+from .vectors import VectorLike, columns, require_fitting, require_vector
 
 __all__ = ["DENSE_LIMIT", "BaseLinearOperator", "Krylov", "flat_positions"]
 
@@ -56,6 +56,24 @@ class BaseLinearOperator(ContractLinearOperator):
         was taken.
         """
         return make_report(self)
+
+    def at(self, w: nn.Module | VectorLike) -> BaseLinearOperator:
+        """The same matrix at other parameters, for matrix-free operators; differentiable in w.
+
+        Args:
+            w: a module (its parameters, attached to their graph), a flat vector (P,), or a dict
+                {name: shape}.
+
+        Raises:
+            UnsupportedLayerError: the operator holds statistics of one point.
+            SpaceMismatchError: w does not fit.
+        """
+        if isinstance(w, nn.Module):
+            if self.space is None:
+                raise SpaceMismatchError("at(module) needs an operator with a parameter space")
+            w = self.space.values(w)
+        flat = cast(ParamSpace, self.space).ravel(w) if isinstance(w, Mapping) else w
+        return self._at(require_vector(self, flat, vector=True))
 
     # --- products and solves ---------------------------------------------------------------------
 
@@ -126,6 +144,8 @@ class BaseLinearOperator(ContractLinearOperator):
         if not self.is_square:
             raise RuntimeError(f"solve needs a square operator, got {tuple(self.shape)}")
         v, restore = columns(self, right_tensor)
+        if preconditioner is not None:
+            require_fitting(preconditioner, self)
         krylov = Krylov(tol, max_iter, preconditioner)
         if x0 is not None:
             krylov = replace(krylov, x0=columns(self, x0)[0])

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from ..errors import ConvergenceWarning, NotPositiveDefiniteError, SpaceMismatchError
-from ..linalg.cg import cg, default_tolerance
+from ..linalg import KrylovResult, cg, default_tolerance
 from .base import BaseLinearOperator, Krylov, flat_positions
 from .damping import Damping
 from .diagonal import DiagonalLinearOperator
 from .info import Info
+from .vectors import flattened
 
 __all__ = [
     "LazyLinearOperator",
@@ -21,6 +22,7 @@ __all__ = [
     "ScaledLinearOperator",
     "SumLinearOperator",
     "add_diagonal_lazily",
+    "warn_unless_converged",
 ]
 
 _CHUNK_BYTES = 2**26  # of identity columns at a time, where only products are known
@@ -37,12 +39,13 @@ class LazyLinearOperator(BaseLinearOperator):
     _implicit_in_tensors = True
     _implicit_in_vector = True
 
+    @property
+    def iterates(self) -> bool:
+        return True
+
     def _solve_columns(self, v: Tensor, krylov: Krylov) -> Tensor:
-        wide = v.movedim(-2, 0)  # (n, ..., k): leading dimensions are more columns
-        b = wide.reshape(wide.shape[0], -1)
-        x0 = krylov.x0
-        if x0 is not None:
-            x0 = x0.expand(v.shape).movedim(-2, 0).reshape(b.shape)
+        b, back = flattened(v)
+        x0 = None if krylov.x0 is None else flattened(krylov.x0.expand(v.shape))[0]
         precondition = None
         if krylov.preconditioner is not None:
             chosen = krylov.preconditioner
@@ -58,24 +61,8 @@ class LazyLinearOperator(BaseLinearOperator):
             preconditioner=precondition,
             x0=x0,
         )
-        if not found.converged:
-            worst = float(found.residual.max())
-            tol = default_tolerance(v.dtype) if krylov.tol is None else krylov.tol
-            advice = (
-                f"rounding in {v.dtype} is the limit: add damping=, take float64 or raise tol="
-                if found.stalled
-                else "add damping=, pass a preconditioner= or a larger max_iter="
-            )
-            warnings.warn(
-                ConvergenceWarning(
-                    f"conjugate gradients stopped at a relative residual of {worst:.2e} after "
-                    f"{found.iterations} iterations, short of tol={tol:.0e}: {advice}",
-                    worst,
-                    found.iterations,
-                ),
-                stacklevel=4,
-            )
-        return found.x.reshape(wide.shape).movedim(0, -2)
+        warn_unless_converged(found, krylov.tol, v.dtype, "conjugate gradients", stacklevel=5)
+        return back(found.x)
 
     def _damp(self, damping: Damping, method: str) -> BaseLinearOperator:
         return add_diagonal_lazily(self, damping.value)
@@ -214,6 +201,10 @@ class ScaledLinearOperator(LazyLinearOperator):
         super().__init__(base, constant, info=info)
         self.base, self.constant = base, constant
 
+    @property
+    def iterates(self) -> bool:
+        return self.base.iterates
+
     def _size(self) -> torch.Size:
         return cast(torch.Size, self.base.shape)
 
@@ -281,6 +272,10 @@ class ProductLinearOperator(LazyLinearOperator):
     def maps_to_parameters(self) -> bool:  # type: ignore[override]
         return self.left.maps_to_parameters
 
+    @property
+    def iterates(self) -> bool:
+        return False  # the factors are solved one after the other
+
     def _size(self) -> torch.Size:
         batch = torch.broadcast_shapes(self.left.batch_shape, self.right.batch_shape)
         return torch.Size((*batch, self.left.shape[-2], self.right.shape[-1]))
@@ -323,6 +318,30 @@ class ProductLinearOperator(LazyLinearOperator):
 
     def _dense(self) -> Tensor:
         return self.left._apply(self.right._dense())
+
+
+def warn_unless_converged(
+    found: KrylovResult, tol: float | None, dtype: torch.dtype, method: str, *, stacklevel: int
+) -> None:
+    """A ConvergenceWarning where an iteration stopped short of its tolerance."""
+    if found.converged:
+        return
+    worst = float(found.residual.max())
+    tol = default_tolerance(dtype) if tol is None else tol
+    advice = (
+        f"rounding in {dtype} is the limit: add damping=, take float64 or raise tol="
+        if found.stalled
+        else "add damping=, pass a preconditioner= or a larger max_iter="
+    )
+    warnings.warn(
+        ConvergenceWarning(
+            f"{method} stopped at a relative residual of {worst:.2e} after {found.iterations} "
+            f"iterations, short of tol={tol:.0e}: {advice}",
+            worst,
+            found.iterations,
+        ),
+        stacklevel=stacklevel,
+    )
 
 
 def add_diagonal_lazily(operator: BaseLinearOperator, d: Tensor) -> BaseLinearOperator:

@@ -61,6 +61,11 @@ class PrimitiveLinearOperator(LinearOperator):
     # Whether a product with a vector over parameters is again one; a Jacobian's is not.
     maps_to_parameters = True
 
+    @property
+    def iterates(self) -> bool:
+        """Whether a solve is an iteration, for lack of a closed form."""
+        return False
+
     def __init__(self, *args: Any, info: Info | None = None) -> None:
         super().__init__(*args, info=Info() if info is None else info)
 
@@ -135,6 +140,13 @@ class PrimitiveLinearOperator(LinearOperator):
     @abstractmethod
     def _kind(self) -> str:
         """How a report names this representation."""
+
+    def _at(self, parameters: Tensor) -> BaseLinearOperator:
+        """The same matrix at other parameters (P,)."""
+        raise UnsupportedLayerError(
+            f"{type(self).__name__} holds the statistics of one point: to have the matrix at any "
+            "parameters, build it with the representation 'implicit'"
+        )
 
     def _solve_any(self, v: Tensor, krylov: Krylov) -> Tensor:
         taped = torch.is_grad_enabled()

@@ -13,7 +13,7 @@ from ..errors import SpaceMismatchError
 if TYPE_CHECKING:
     from .base import BaseLinearOperator
 
-__all__ = ["VectorLike", "columns", "require_vector"]
+__all__ = ["VectorLike", "columns", "flattened", "require_fitting", "require_vector"]
 
 VectorLike: TypeAlias = Tensor | Mapping[str, Tensor]
 _HALF = (torch.float16, torch.bfloat16)
@@ -68,3 +68,29 @@ def require_vector(operator: BaseLinearOperator, v: Tensor, *, vector: bool) -> 
             ".to(operator.dtype), or the operator with .to(dtype)"
         )
     return v
+
+
+def flattened(v: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Columns (..., n, k) as (n, K) with all leading dimensions, and the way back for (m, K)."""
+    if v.dim() == 2:
+        return v, lambda x: x
+    wide = v.movedim(-2, 0)
+    shape = wide.shape[1:]
+    return wide.reshape(wide.shape[0], -1), lambda x: x.reshape(-1, *shape).movedim(0, -2)
+
+
+def require_fitting(
+    preconditioner: BaseLinearOperator, operator: BaseLinearOperator
+) -> BaseLinearOperator:
+    """The preconditioner, where it is a matrix like the operator."""
+    if preconditioner.shape[-2:] != operator.shape[-2:]:
+        raise SpaceMismatchError(
+            f"expected a preconditioner of shape {tuple(operator.shape[-2:])}, like the matrix, "
+            f"got {tuple(preconditioner.shape)}: build both with the same params="
+        )
+    if preconditioner.dtype != operator.dtype or preconditioner.device != operator.device:
+        raise SpaceMismatchError(
+            f"expected a preconditioner of {operator.dtype} on {operator.device}, like the matrix, "
+            f"got {preconditioner.dtype} on {preconditioner.device}: convert it with .to(...)"
+        )
+    return preconditioner

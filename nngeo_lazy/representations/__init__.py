@@ -7,6 +7,8 @@ parts.
 """
 
 from .base import Representation
+from .factored import Factored
+from .implicit import Implicit
 from .mixed import Mixed, resolve
 from .single import EKFAC, KFAC, BlockDiagonal, Dense, Diagonal, LowRank, QuasiDiagonal
 
@@ -16,6 +18,8 @@ __all__ = [
     "BlockDiagonal",
     "Dense",
     "Diagonal",
+    "Factored",
+    "Implicit",
     "LowRank",
     "Mixed",
     "QuasiDiagonal",

@@ -11,6 +11,8 @@ from ..selectors import select
 from ..space import ParamSpace
 from ..statistics import Statistic, Sweep
 from .base import Representation
+from .factored import Factored
+from .implicit import Implicit
 from .recipes import Recipe, together
 from .single import EKFAC, KFAC, BlockDiagonal, Dense, Diagonal, LowRank, QuasiDiagonal
 
@@ -45,13 +47,13 @@ class Mixed(Representation):
     @property
     def passes(self) -> int:
         given = [self.default] if self.default is not None else []
-        return max(resolve(each).passes for each in (*given, *self.chosen.values()))
+        return max(stored(each).passes for each in (*given, *self.chosen.values()))
 
     def check(self, sweep: Sweep) -> None:
         self._groups(sweep.space)
         given = [] if self.default is None else [self.default]
         for each in (*given, *self.chosen.values()):
-            resolve(each).check(sweep)
+            stored(each).check(sweep)
 
     def recipe(self, sweep: Sweep, indices: Sequence[int]) -> Recipe:
         recipes = [each.recipe(sweep, inside) for each, inside in self._parts(sweep, indices)]
@@ -59,7 +61,7 @@ class Mixed(Representation):
 
     def described(self) -> str:
         kinds = [self.default, *self.chosen.values()]
-        named = (resolve(kind).described() for kind in kinds if kind is not None)
+        named = (stored(kind).described() for kind in kinds if kind is not None)
         return f"Mixed({', '.join(named)})"
 
     def outline(self, sweep: Sweep, indices: Sequence[int]) -> list[Sequence[Statistic]]:
@@ -99,7 +101,7 @@ class Mixed(Representation):
                     "already: make them disjoint"
                 )
             left -= names
-            groups.append((resolve(representation), names))
+            groups.append((stored(representation), names))
         if left and self.default is None:
             missing = [name for name in space.names if name in left]
             raise SpaceMismatchError(
@@ -107,11 +109,11 @@ class Mixed(Representation):
                 "pass a default"
             )
         if left and self.default is not None:
-            groups.append((resolve(self.default), left))
+            groups.append((stored(self.default), left))
         return groups
 
 
-NAMES: dict[str, Callable[[], Representation]] = {
+NAMES: dict[str, Callable[[], Representation | Implicit]] = {
     "dense": Dense,
     "block_diagonal": BlockDiagonal,
     "diagonal": Diagonal,
@@ -119,16 +121,29 @@ NAMES: dict[str, Callable[[], Representation]] = {
     "kfac": KFAC,
     "ekfac": EKFAC,
     "low_rank": LowRank,
+    "factored": Factored,
+    "implicit": Implicit,
 }
 
 
-def resolve(representation: str | Representation) -> Representation:
+def stored(representation: Any) -> Representation:
+    """A representation that can be one of several: `resolve`, without the matrix-free one."""
+    known = resolve(representation)
+    if isinstance(known, Representation):
+        return known
+    raise DataError(
+        "'implicit' is a whole matrix, and no part of Mixed: build it on its own, for some "
+        "parameters with params="
+    )
+
+
+def resolve(representation: Any) -> Representation | Implicit:
     """An options object from itself or from its name.
 
     Raises:
         DataError: an unknown name, or an options class that was not called.
     """
-    if isinstance(representation, Representation):
+    if isinstance(representation, (Representation, Implicit)):
         return representation
     if isinstance(representation, str) and representation in NAMES:
         return NAMES[representation]()

@@ -1,0 +1,76 @@
+"""Randomised low-rank approximation of a positive semidefinite matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..errors import NonFiniteError, NotPositiveDefiniteError
+
+__all__ = ["nystrom"]
+
+
+def nystrom(
+    matmat: Callable[[Tensor], Tensor],
+    n: int,
+    rank: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Eigenvectors U (n, rank) and eigenvalues (rank,) of a Nystrom approximation of A.
+
+    .. math:: A \approx (A \Omega) (\Omega^T A \Omega)^+ (A \Omega)^T = U \Lambda U^T
+
+    with a random orthonormal test matrix Omega (n, rank): positive semidefinite, below A, and exact
+    where A has no larger rank.
+
+    Args:
+        matmat: V (n, rank) to A V, A symmetric positive semidefinite.
+        n: the size of A.
+        rank: how many directions, from 1 to n.
+        dtype: of A.
+        device: of A.
+        generator: of the test matrix.
+
+    Returns:
+        U with orthonormal columns, and the eigenvalues, falling, none negative.
+
+    Raises:
+        ValueError: a rank outside 1 to n.
+        NotPositiveDefiniteError: A has a direction of negative curvature.
+        NonFiniteError: NaN or infinity in a product with A.
+
+    Source: Frangella, Tropp and Udell (2021), Randomized Nystrom preconditioning, algorithm 2.1.
+    """
+    if not 1 <= rank <= n:
+        raise ValueError(f"expected a rank from 1 to {n}, got {rank}")
+    test = torch.randn(n, rank, dtype=dtype, device=device, generator=generator)
+    test = torch.linalg.qr(test).Q
+    sketch = matmat(test)
+    size = float(sketch.abs().max())
+    if not size < float("inf"):
+        raise NonFiniteError("nystrom: NaN or infinity in a product with the matrix")
+    if size == 0:
+        return test, torch.zeros(rank, dtype=dtype, device=device)
+    y = (sketch / size).double()  # near one, so that no shift is absolute
+    core = test.double().mT @ y
+    core = (core + core.mT) / 2
+    shift = torch.finfo(dtype).eps * float(y.norm())
+    lowest = float(torch.linalg.eigvalsh(core)[0])
+    if lowest < -100 * shift:
+        raise NotPositiveDefiniteError(
+            f"nystrom: the matrix is not positive semidefinite (its restriction to {rank} "
+            f"directions has the eigenvalue {lowest * size:.3g}): add damping, or take the "
+            "Gauss-Newton matrix"
+        )
+    shift = max(shift, -2 * lowest)
+    y = y + shift * test.double()
+    factor = torch.linalg.cholesky(core + shift * torch.eye(rank, dtype=y.dtype, device=y.device))
+    root = torch.linalg.solve_triangular(factor, y.mT, upper=False).mT  # Y C^-T
+    u, s, _ = torch.linalg.svd(root, full_matrices=False)
+    values = (s.square() - shift).clamp_min(0) * size
+    return u.to(dtype), values.to(dtype)

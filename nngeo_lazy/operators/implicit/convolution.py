@@ -1,0 +1,182 @@
+"""Convolutions whose backward pass is cheap to differentiate in the output gradient.
+
+J v is the derivative of u -> J^T u in u (see `engines`). torch's rule for it also makes the
+gradients in the input and in the weight, which nothing here asks for: three times the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["frozen_convolutions"]
+
+_FORWARD = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
+_TRANSPOSED = {torch.conv_transpose1d: 1, torch.conv_transpose2d: 2, torch.conv_transpose3d: 3}
+
+
+class _Geometry(NamedTuple):
+    """Behind input, weight and bias: the arguments of `torch.convolution`."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    transposed: bool
+    output_padding: tuple[int, ...]
+    groups: int
+
+    def backward(
+        self, g: Tensor, x: Tensor, w: Tensor, mask: list[bool]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        channels = g.shape[1]
+        made = torch.ops.aten.convolution_backward(g, x, w, [channels], *self, mask)
+        return cast("tuple[Tensor, Tensor, Tensor]", made)
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, geometry: _Geometry) -> Tensor:
+        ctx.save_for_backward(x, w)
+        ctx.geometry = geometry
+        return torch.convolution(x, w, b, *geometry)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, w = ctx.saved_tensors
+        need_x, need_w, need_b, _ = ctx.needs_input_grad
+        if not torch.is_grad_enabled():
+            made = ctx.geometry.backward(g, x, w, [need_x, need_w, need_b])
+            return (*made, None)
+        x, w = x.detach(), w.detach()
+        return (
+            _apply(_GradInput, g, x, w, ctx.geometry) if need_x else None,
+            _apply(_GradWeight, g, x, w, ctx.geometry) if need_w else None,
+            g.sum([0, *range(2, g.dim())]) if need_b else None,
+            None,
+        )
+
+
+class _GradInput(torch.autograd.Function):
+    """g to the gradient in x: the derivative along t is the convolution of t."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, x: Tensor, w: Tensor, geometry: _Geometry) -> Tensor:
+        ctx.save_for_backward(w)
+        ctx.geometry = geometry
+        return geometry.backward(g, x, w, [True, False, False])[0]
+
+    @staticmethod
+    def backward(ctx: Any, t: Tensor) -> tuple[Tensor | None, ...]:
+        (w,) = ctx.saved_tensors
+        return torch.convolution(t, w, None, *ctx.geometry), None, None, None
+
+
+class _GradWeight(torch.autograd.Function):
+    """g to the gradient in w: the derivative along t is the convolution of x with t."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, x: Tensor, w: Tensor, geometry: _Geometry) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.geometry = geometry
+        return geometry.backward(g, x, w, [False, True, False])[1]
+
+    @staticmethod
+    def backward(ctx: Any, t: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        return torch.convolution(x, t, None, *ctx.geometry), None, None, None
+
+
+class _Frozen(TorchFunctionMode):
+    """Takes the place of the convolutions of batches."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        made = None
+        if func in _FORWARD:
+            made = _bind(_FORWARD[func], *args, **kwargs)
+        elif func in _TRANSPOSED:
+            made = _bind_transposed(_TRANSPOSED[func], *args, **kwargs)
+        return func(*args, **kwargs) if made is None else _apply(_Convolution, *made)
+
+
+def _apply(function: Any, *args: Any) -> Any:
+    return function.apply(*args)
+
+
+@contextmanager
+def frozen_convolutions() -> Iterator[None]:
+    """Inside, backward passes of convolutions are differentiable in their output gradient alone."""
+    with _Frozen():
+        yield
+
+
+def _bind(
+    n: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> tuple[Tensor, Tensor, Tensor | None, _Geometry] | None:
+    dilation = _tuple(dilation, n)
+    if padding == "valid":
+        padding = 0
+    elif padding == "same":
+        spans = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+        if any(span % 2 for span in spans):  # one more at the end than in front
+            return None
+        padding = [span // 2 for span in spans]
+    if not _plain(input, weight, n):
+        return None
+    geometry = _Geometry(_tuple(stride, n), _tuple(padding, n), dilation, False, (0,) * n, groups)
+    return input, weight, bias, geometry
+
+
+def _bind_transposed(
+    n: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> tuple[Tensor, Tensor, Tensor | None, _Geometry] | None:
+    if not _plain(input, weight, n):
+        return None
+    geometry = _Geometry(
+        _tuple(stride, n),
+        _tuple(padding, n),
+        _tuple(dilation, n),
+        True,
+        _tuple(output_padding, n),
+        groups,
+    )
+    return input, weight, bias, geometry
+
+
+def _plain(x: Tensor, w: Tensor, n: int) -> bool:
+    """A batch of images, in no autocast region, which would choose other dtypes inside."""
+    return x.dim() == n + 2 and x.dtype == w.dtype and not torch.is_autocast_enabled(x.device.type)
+
+
+def _tuple(value: Any, n: int) -> tuple[int, ...]:
+    return (
+        tuple(value)
+        if isinstance(value, (tuple, list)) and len(value) == n
+        else ((int(value[0]),) * n if isinstance(value, (tuple, list)) else (int(value),) * n)
+    )

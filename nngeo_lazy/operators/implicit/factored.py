@@ -1,0 +1,333 @@
+"""Jacobians as the inputs and output gradients of their layers: products without autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ...jacobian.forms import Form, Outer, gram
+from ...layout import Layout, assemble
+from ..base import BaseLinearOperator, Krylov
+from ..damping import Damping
+from ..decompose import Cache
+from ..info import Info
+from ..lazy import LazyLinearOperator, add_diagonal_lazily
+from ..vectors import flattened
+from .operators import RectangularLinearOperator, TransposedLinearOperator, columns_of
+
+__all__ = [
+    "FactoredGaussNewtonLinearOperator",
+    "FactoredInfo",
+    "FactoredJacobianLinearOperator",
+]
+
+SAMPLE_SPACE = 2**14  # rows up to which their Gram matrix is decomposed: 2 GiB in float64
+Rebuild: TypeAlias = Callable[[list[Tensor]], Any]
+
+
+@dataclass(frozen=True)
+class FactoredInfo(Info):
+    """Info of a factored Jacobian.
+
+    Attributes:
+        layouts: where each part lies in the flat vector.
+        rebuild: the forms of each part in each batch from the operator's tensors.
+        center: whether the mean row is subtracted from every row.
+    """
+
+    layouts: tuple[Layout, ...] = ()
+    rebuild: Rebuild | None = None
+    center: bool = False
+
+
+class FactoredJacobianLinearOperator(RectangularLinearOperator):
+    """J (N R) x P, example slowest, from the forms of its parts: products are matrix products.
+
+    Args:
+        *tensors: what the forms are made of; see `of`.
+        info: how they are put together.
+    """
+
+    def __init__(self, *tensors: Tensor, info: FactoredInfo) -> None:
+        super().__init__(*tensors, info=info)
+        rebuild = info.rebuild
+        if rebuild is None:
+            raise ValueError("factored operators are made by FactoredJacobianLinearOperator.of")
+        self.batches: list[list[Form | None]] = rebuild(list(tensors))
+        shapes = [next(form.shape for form in batch if form is not None) for batch in self.batches]
+        self.row_shapes = [(n, r) for r, n, _ in shapes]
+
+    @classmethod
+    def of(
+        cls,
+        batches: Sequence[Sequence[Form | None]],
+        layouts: Sequence[Layout],
+        info: Info,
+        *,
+        center: bool = False,
+    ) -> FactoredJacobianLinearOperator:
+        """The Jacobian of the forms of each part in each batch; None is a zero part."""
+        tensors: list[Tensor] = []
+        rebuild = _taken_apart([list(batch) for batch in batches], tensors)
+        # the first one gives dtype and device
+        order = sorted(range(len(tensors)), key=lambda k: not tensors[k].is_floating_point())
+        back = [order.index(k) for k in range(len(tensors))]
+        known = FactoredInfo(
+            info.space,
+            info.num_examples,
+            info.num_terms,
+            info.origins,
+            info.quantity,
+            layouts=tuple(layouts),
+            rebuild=lambda given: rebuild([given[k] for k in back]),
+            center=center,
+        )
+        return cls(*(tensors[k] for k in order), info=known)
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        """Where each part lies in the flat vector."""
+        known: FactoredInfo = self.info  # type: ignore[assignment]
+        return known.layouts
+
+    def _size(self) -> torch.Size:
+        rows = sum(n * r for n, r in self.row_shapes)
+        return torch.Size((rows, sum(layout.size for layout in self.layouts)))
+
+    def _transpose_nonbatch(self) -> BaseLinearOperator:
+        return TransposedLinearOperator(self)
+
+    def _restrict(self, names: tuple[str, ...]) -> BaseLinearOperator:
+        return columns_of(self, names)
+
+    def _apply(self, v: Tensor) -> Tensor:
+        wide, back = flattened(v)
+        return back(self._jvp(wide))
+
+    def _apply_transposed(self, u: Tensor) -> Tensor:
+        wide, back = flattened(u)
+        return back(self._vjp(wide))
+
+    def _jvp(self, v: Tensor) -> Tensor:
+        parts = [layout.gather(v) for layout in self.layouts]
+        rows = []
+        for batch in self.batches:
+            made = [
+                form.jvp(part) for form, part in zip(batch, parts, strict=True) if form is not None
+            ]
+            total = made[0] if len(made) == 1 else torch.stack(made).sum(0)  # (R,N,k)
+            rows.append(total.transpose(0, 1).flatten(0, 1))
+        return self._less_mean(torch.cat(rows))
+
+    def _vjp(self, u: Tensor) -> Tensor:
+        u = self._less_mean(u)
+        sizes = [n * r for n, r in self.row_shapes]
+        weights = []
+        for (n, r), part in zip(self.row_shapes, u.split(sizes), strict=True):
+            weights.append(part.unflatten(0, (n, r)).transpose(0, 1))  # (R,N,k)
+        placed = []
+        for k, layout in enumerate(self.layouts):
+            total: Tensor | None = None
+            for batch, weight in zip(self.batches, weights, strict=True):
+                form = batch[k]
+                if form is not None:
+                    made = form.vjp(weight)
+                    total = made if total is None else total + made
+            if total is None:
+                total = u.new_zeros(layout.size, u.shape[-1])
+            placed += layout.scatter(total)
+        return assemble(placed)
+
+    def squares(self) -> Tensor:
+        """The diagonal (P,) of J^T J."""
+        n = sum(count for count, _ in self.row_shapes)
+        placed = []
+        for k, layout in enumerate(self.layouts):
+            total = torch.zeros(layout.size, dtype=self.dtype, device=self.device)
+            mean = torch.zeros_like(total)
+            for batch in self.batches:
+                form = batch[k]
+                if form is not None:
+                    total += form.sqsum()
+                    mean += form.total()
+            if self._centered:  # with one row for each example
+                total = (total - mean.square() / n).clamp_min(0)
+            placed += layout.scatter(total.unsqueeze(-1))
+        return assemble(placed).squeeze(-1)
+
+    def gram(self) -> Tensor:
+        """J J^T, in tiles of examples."""
+        rows = []
+        for batch in self.batches:
+            across = [self._gram_tile(batch, other) for other in self.batches]
+            rows.append(torch.cat(across, 1))
+        full = torch.cat(rows)
+        full = (full + full.mT) / 2
+        return self._less_mean(self._less_mean(full).mT)
+
+    def _gram_tile(self, left: list[Form | None], right: list[Form | None]) -> Tensor:
+        """Inner products of the rows of two batches, (N R, N' R')."""
+        total: Tensor | None = None
+        for one, other in zip(left, right, strict=True):
+            if one is None or other is None:
+                continue
+            if isinstance(one, Outer) and isinstance(other, Outer) and one.g.shape[3] == 1:
+                tile = gram(one, other).permute(1, 0, 3, 2).flatten(2).flatten(0, 1)
+            else:
+                made = []
+                for a, b in one.tiles():
+                    rows = one.rows(a, b).transpose(0, 1).flatten(0, 1)  # (n R, p)
+                    made.append(other.jvp(rows.mT).transpose(0, 1).flatten(0, 1).mT)
+                tile = torch.cat(made)
+            total = tile if total is None else total + tile
+        if total is None:
+            raise ValueError("a Jacobian without parts")
+        return total
+
+    @property
+    def _centered(self) -> bool:
+        known: FactoredInfo = self.info  # type: ignore[assignment]
+        return known.center
+
+    def _less_mean(self, rows: Tensor) -> Tensor:
+        """Rows (N R, k) less their mean over examples, where that is subtracted."""
+        if not self._centered:
+            return rows
+        by_example = rows.unflatten(0, (-1, self.row_shapes[0][1]))
+        centered: Tensor = (by_example - by_example.mean(0)).flatten(0, 1)
+        return centered
+
+    def _kind(self) -> str:
+        return f"factored {self.shape[0]}x{self.shape[1]}"
+
+
+class FactoredGaussNewtonLinearOperator(LazyLinearOperator):
+    r"""B^T B + d I from a factored B, K x P: a Gauss-Newton or Fisher matrix.
+
+    .. math:: (B^T B + d I)^{-1} v = (v - B^T (B B^T + d I)^{-1} B v) / d
+
+    is how it is solved where K is at most half of P: in the space of samples, by the Gram matrix
+    of the rows, which is made once. Elsewhere by conjugate gradients.
+
+    Args:
+        root: B.
+        shift: d, 0-d; none by default.
+        info: what is known besides the numbers.
+    """
+
+    def __init__(
+        self,
+        root: FactoredJacobianLinearOperator,
+        shift: Tensor | None = None,
+        *,
+        info: Info | None = None,
+    ) -> None:
+        super().__init__(root, *(() if shift is None else (shift,)), info=info)
+        self.root, self.shift = root, shift
+        self._cache = Cache()
+
+    def _size(self) -> torch.Size:
+        n = self.root.shape[-1]
+        return torch.Size((n, n))
+
+    def _transpose_nonbatch(self) -> BaseLinearOperator:
+        return self
+
+    def _apply(self, v: Tensor) -> Tensor:
+        product = self.root._apply_transposed(self.root._apply(v))
+        return product if self.shift is None else product + self.shift * v
+
+    def _damp(self, damping: Damping, method: str) -> BaseLinearOperator:
+        if damping.value.dim() > 0:
+            return add_diagonal_lazily(self, damping.value)
+        shift = damping.value if self.shift is None else self.shift + damping.value
+        damped = FactoredGaussNewtonLinearOperator(self.root, shift, info=self.info)
+        damped._cache = self._cache  # the Gram matrix is that of the root
+        return damped
+
+    def _diagonal(self) -> Tensor:
+        diagonal = self.root.squares()
+        return diagonal if self.shift is None else diagonal + self.shift
+
+    @property
+    def iterates(self) -> bool:
+        return not self.in_sample_space
+
+    @property
+    def in_sample_space(self) -> bool:
+        """Whether it is solved by the Gram matrix of the rows."""
+        rows, n = self.root.shape
+        return self.shift is not None and 2 * rows <= n and rows <= SAMPLE_SPACE
+
+    def _gram(self) -> Tensor:
+        made: Tensor = self._cache.get("gram", [], lambda: self.root.gram().double())
+        return made
+
+    def _factor(self) -> Tensor | None:
+        """The Cholesky factor of B B^T + d I in float64; None where it is singular."""
+        if not self.in_sample_space or self.shift is None or not bool(self.shift > 0):
+            return None
+        gram_matrix = self._gram()
+        eye = torch.eye(len(gram_matrix), dtype=gram_matrix.dtype, device=gram_matrix.device)
+        factor, failed = torch.linalg.cholesky_ex(gram_matrix + self.shift.double() * eye)
+        return None if bool(failed) else factor
+
+    def _solve_columns(self, v: Tensor, krylov: Krylov) -> Tensor:
+        factor = self._factor()
+        if factor is None or self.shift is None:
+            return super()._solve_columns(v, krylov)
+        x = self._sample_space(v, factor, self.shift)
+        return x + self._sample_space(v - self._apply(x), factor, self.shift)  # what cancelled
+
+    def _sample_space(self, v: Tensor, factor: Tensor, d: Tensor) -> Tensor:
+        u = self.root._apply(v).double()
+        u = torch.cholesky_solve(u, factor).to(v.dtype)
+        return (v - self.root._apply_transposed(u)) / d
+
+    def _logdet(self) -> Tensor:
+        factor = self._factor()
+        if factor is None or self.shift is None or self.shift.requires_grad:
+            return super()._logdet()
+        rows, n = self.root.shape
+        inside = 2 * factor.diagonal().log().sum()
+        whole: Tensor = inside + (n - rows) * self.shift.double().log()
+        return whole.to(self.dtype)
+
+    def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
+        like = {"dtype": self.dtype, "device": self.device, "generator": generator}
+        z = torch.randn(self.root.shape[0], n, **like)
+        draw = self.root._apply_transposed(z)
+        if self.shift is None:
+            return draw
+        more = torch.randn(self.shape[-1], n, **like)
+        return draw + self.shift.sqrt() * more
+
+    def _kind(self) -> str:
+        return self.root._kind()
+
+
+def _taken_apart(value: Any, tensors: list[Tensor]) -> Rebuild:
+    """Append the tensors that a structure of forms holds; how to put others in their place."""
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        k = len(tensors) - 1
+        return lambda given: given[k]
+    if isinstance(value, (list, tuple)):
+        kind = type(value)
+        inner = [_taken_apart(entry, tensors) for entry in value]
+        return lambda given: kind(make(given) for make in inner)
+    if is_dataclass(value) and not isinstance(value, (type, Layout)):
+        made = {f.name: _taken_apart(getattr(value, f.name), tensors) for f in fields(value)}
+
+        def rebuild(given: list[Tensor]) -> Any:
+            new = replace(value, **{name: make(given) for name, make in made.items()})
+            if isinstance(new, Outer) and new.inputs is not None:
+                return replace(new, inputs=new.inputs.to(new.g.dtype))
+            return new
+
+        return rebuild
+    return lambda given: value

@@ -1,0 +1,196 @@
+"""The matrix-free operators: a Gauss-Newton or Fisher matrix, a Hessian, a Jacobian."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import UnsupportedLayerError
+from ..base import BaseLinearOperator, Krylov, flat_positions
+from ..info import Info
+from ..lazy import LazyLinearOperator
+from ..opaque import Map, apply_map
+from ..vectors import flattened
+from ..views import RestrictedLinearOperator
+from .products import GaussNewtonMap, HessianMap, JacobianMap, TransposedMap
+from .source import ImplicitInfo, Source
+
+__all__ = [
+    "GaussNewtonLinearOperator",
+    "HessianLinearOperator",
+    "ImplicitLinearOperator",
+    "JacobianLinearOperator",
+    "TransposedLinearOperator",
+]
+
+
+class ImplicitLinearOperator(LazyLinearOperator):
+    """A matrix of derivatives that is never stored: each product passes over the data.
+
+    Differentiable in the parameters, any number of times, and so are its solves.
+
+    Args:
+        parameters: the point (P,), all parameters as one flat vector.
+        info: with the network and its data.
+    """
+
+    def __init__(self, parameters: Tensor, *, info: ImplicitInfo) -> None:
+        super().__init__(parameters, info=info)
+        self.parameters = parameters
+
+    @abstractmethod
+    def _map(self) -> Map:
+        """The product as a function of (columns, parameters)."""
+
+    @property
+    def source(self) -> Source:
+        """The network and its data."""
+        info = self.info
+        if not isinstance(info, ImplicitInfo) or info.source is None:
+            raise RuntimeError("a matrix-free operator without a network")
+        return info.source
+
+    def _size(self) -> torch.Size:
+        n = self.parameters.shape[-1]
+        return torch.Size((n, n))
+
+    def _transpose_nonbatch(self) -> BaseLinearOperator:
+        return self
+
+    def _apply(self, v: Tensor) -> Tensor:
+        return _apply(self._map(), v, self.parameters)
+
+    def _at(self, parameters: Tensor) -> BaseLinearOperator:
+        here: ImplicitInfo = self.info  # type: ignore[assignment]
+        operator: BaseLinearOperator = self.__class__(parameters, info=here.elsewhere())
+        return operator
+
+    def _kind(self) -> str:
+        return "matrix-free"
+
+
+class GaussNewtonLinearOperator(ImplicitLinearOperator):
+    """J^T S S^T J, summed over examples and divided by the total: a Fisher or Gauss-Newton matrix.
+
+    Args:
+        parameters: the point (P,).
+        info: with the network and its data.
+    """
+
+    def _map(self) -> GaussNewtonMap:
+        return GaussNewtonMap(self.source, self.info.memory)  # type: ignore[attr-defined]
+
+    def _diagonal(self) -> Tensor:
+        if self.parameters.requires_grad and torch.is_grad_enabled():
+            return super()._diagonal()  # by products, which have a gradient
+        streamed = self.source.diagonal(self.parameters.detach())
+        return super()._diagonal() if streamed is None else streamed
+
+    def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
+        with torch.no_grad():
+            return self._map().draw(n, self.parameters.detach(), generator).mT
+
+
+class HessianLinearOperator(ImplicitLinearOperator):
+    """The Hessian of a loss, indefinite in general: solve it with `ng.solve(method="minres")`.
+
+    Args:
+        parameters: the point (P,).
+        info: with the network and its data.
+    """
+
+    def _map(self) -> Map:
+        return HessianMap(self.source, self.info.memory)  # type: ignore[attr-defined]
+
+
+class RectangularLinearOperator(LazyLinearOperator):
+    """What is not square has no solve of its own."""
+
+    maps_to_parameters = False
+    _implicit_in_tensors = False
+    _implicit_in_vector = False
+
+    def _solve_columns(self, v: Tensor, krylov: Krylov) -> Tensor:
+        raise UnsupportedLayerError(
+            "solve needs a square matrix, and a Jacobian is none: take ng.solve(J, b), the least-"
+            "squares solution, or solve with a GGN or an empirical Fisher"
+        )
+
+    def _norm(self, ord: Any) -> Tensor:
+        if ord == "fro" and self.shape[-2] < self.shape[-1]:
+            norm: Tensor = self._transpose_nonbatch()._norm(ord)
+            return norm
+        return super()._norm(ord)
+
+    def _dense(self) -> Tensor:
+        if self.shape[-2] < self.shape[-1]:  # fewer products from the other side
+            transposed: Any = self._transpose_nonbatch()
+            dense: Tensor = LazyLinearOperator._dense(transposed)
+            return dense.mT
+        return super()._dense()
+
+
+class JacobianLinearOperator(RectangularLinearOperator, ImplicitLinearOperator):
+    """The Jacobian of outputs, or of the losses of examples, in the parameters.
+
+    Args:
+        parameters: the point (P,).
+        info: with the network and its data.
+    """
+
+    def _size(self) -> torch.Size:
+        return torch.Size((self.source.num_rows, self.parameters.shape[-1]))
+
+    def _map(self) -> Map:
+        return JacobianMap(self.source, self.info.memory)  # type: ignore[attr-defined]
+
+    def _apply_transposed(self, u: Tensor) -> Tensor:
+        memory = self.info.memory  # type: ignore[attr-defined]
+        return _apply(TransposedMap(self.source, memory), u, self.parameters)
+
+    def _transpose_nonbatch(self) -> BaseLinearOperator:
+        return TransposedLinearOperator(self)
+
+    def _restrict(self, names: tuple[str, ...]) -> BaseLinearOperator:
+        return columns_of(self, names)
+
+
+class TransposedLinearOperator(RectangularLinearOperator):
+    """J^T of a Jacobian that knows both products.
+
+    Args:
+        base: J.
+        info: what is known besides the numbers.
+    """
+
+    def __init__(self, base: Any, *, info: Info | None = None) -> None:
+        super().__init__(base, info=info)
+        self.base = base
+
+    def _size(self) -> torch.Size:
+        return torch.Size((self.base.shape[-1], self.base.shape[-2]))
+
+    def _transpose_nonbatch(self) -> BaseLinearOperator:
+        base: BaseLinearOperator = self.base
+        return base
+
+    def _apply(self, v: Tensor) -> Tensor:
+        product: Tensor = self.base._apply_transposed(v)
+        return product
+
+
+def columns_of(J: BaseLinearOperator, names: tuple[str, ...]) -> BaseLinearOperator:
+    """The columns of some parameters."""
+    if J.space is None or names == J.space.names:
+        return J
+    rows = torch.arange(J.shape[-2], device=J.device)
+    columns = flat_positions(J.space, names, J.device)
+    return RestrictedLinearOperator(J, rows, columns, info=J.info.restrict(names))
+
+
+def _apply(function: Map, v: Tensor, parameters: Tensor) -> Tensor:
+    wide, back = flattened(v)
+    return back(apply_map(function, wide, parameters))

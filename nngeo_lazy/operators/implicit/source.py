@@ -1,0 +1,152 @@
+"""What a matrix-free operator is made of besides its parameters, and what it remembers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ...space import ParamSpace
+from ..info import Info
+
+__all__ = ["Batch", "ImplicitInfo", "Memory", "Metric", "Source"]
+
+
+class Metric(Protocol):
+    """The middle S_n S_n^T of J^T S S^T J, on one batch."""
+
+    @property
+    def product(self) -> Callable[[Tensor], Tensor]:
+        """A vector shaped like the values to S S^T v."""
+
+    @property
+    def sample(self) -> Callable[[int, torch.Generator | None], Tensor]:
+        """(n, generator) to draws (n, *values) from N(0, S S^T)."""
+
+
+class Batch(Protocol):
+    """One batch as a function of the parameters."""
+
+    def values(self, parameters: Any) -> Tensor:
+        """What is differentiated: outputs, losses of examples, or the sum of the losses."""
+
+    def metric(self, values: Tensor) -> Metric:
+        """The metric at these values, which may be differentiable in them."""
+
+
+class Source(Protocol):
+    """A network with its data and a quantity: everything but the point."""
+
+    @property
+    def space(self) -> ParamSpace: ...
+
+    @property
+    def total(self) -> float:
+        """What sums over examples are divided by."""
+
+    @property
+    def num_rows(self) -> int:
+        """Of the Jacobian: the number of all values."""
+
+    @property
+    def num_examples(self) -> int: ...
+
+    @property
+    def held(self) -> bool:
+        """Whether the batches lie in memory in any case, in one order."""
+
+    @property
+    def center(self) -> bool:
+        """Whether the mean row is subtracted."""
+
+    @property
+    def random(self) -> bool:
+        """Whether the metric is drawn, so that it has no derivative."""
+
+    @property
+    def mode(self) -> str: ...
+
+    @property
+    def cache(self) -> str | bool: ...
+
+    @property
+    def chunk_size(self) -> int | None: ...
+
+    def scope(self) -> AbstractContextManager[None]:
+        """In which batches are evaluated and differentiated."""
+
+    def batches(self, start: int = 0) -> Iterator[Batch]:
+        """The batches, from the given one on."""
+
+    def diagonal(self, parameters: Tensor) -> Tensor | None:
+        """The diagonal (P,) at these parameters, from streamed rows; None where they cannot be."""
+
+    def moved(self, dtype: torch.dtype | None, device: Any) -> Source:
+        """The same in another dtype or on another device."""
+
+
+@dataclass
+class Memory:
+    """What an operator remembers between products: graphs, and what was found to work.
+
+    Attributes:
+        failed: modes that this network does not have.
+        too_large: whether graphs do not all fit into the budget.
+        complete: whether the graphs of all batches are kept.
+        batched: whether vmap follows.
+        graph_bytes: of the largest batch: what a column takes at least, too.
+    """
+
+    failed: dict[str, str] = field(default_factory=dict)
+    too_large: bool = False
+    complete: bool = False
+    batched: bool = True
+    graph_bytes: int = 0
+    _key: tuple[Any, ...] | None = None
+    _point: Tensor | None = None  # held, so that its address is not given to another tensor
+    _kept: list[tuple[Any, Any]] = field(default_factory=list)
+
+    def kept(self, point: Tensor) -> list[tuple[Any, Any]]:
+        """The graphs of the first batches at this point; an empty list where there are none."""
+        key = (point.data_ptr(), point._version, point.dtype)
+        if key != self._key:
+            self.forget()
+            self._key, self._point = key, point.detach()
+        return self._kept
+
+    @property
+    def partial(self) -> bool:
+        """Whether the graphs of some batches are kept, and those of others do not fit."""
+        return self.too_large and bool(self._kept)
+
+    def forget(self) -> None:
+        """Free all graphs."""
+        self._key, self._point, self._kept, self.complete = None, None, [], False
+
+
+@dataclass(frozen=True)
+class ImplicitInfo(Info):
+    """Info of a matrix-free operator.
+
+    Attributes:
+        source: its data.
+        memory: of its products; it belongs to one point.
+    """
+
+    source: Source | None = None
+    memory: Memory = field(default_factory=Memory, compare=False)
+
+    def moved(self, dtype: torch.dtype | None, device: Any) -> ImplicitInfo:
+        source = None if self.source is None else self.source.moved(dtype, device)
+        space = None if self.space is None else self.space.to(dtype=dtype, device=device)
+        return replace(self, space=space, source=source, memory=Memory())
+
+    def elsewhere(self) -> ImplicitInfo:
+        """The same at another point."""
+        remembered = Memory(dict(self.memory.failed), self.memory.too_large)
+        remembered.graph_bytes = self.memory.graph_bytes
+        return replace(self, memory=remembered, quantity={})
