@@ -261,10 +261,11 @@ class Outputs(Quantity):
     def directions(
         self, outputs: Tensor, target: Tensor | None, generator: torch.Generator | None
     ) -> Iterator[Tensor]:
-        for j in range(outputs[0].numel()):
-            unit = torch.zeros_like(outputs)
-            unit.flatten(1)[:, j] = 1
-            yield unit
+        count = outputs[0].numel()
+        for j in range(count):
+            unit = outputs.new_zeros(outputs.shape[0], count)
+            unit[:, j] = 1
+            yield unit.view(outputs.shape)
 
     def described(self) -> dict[str, str | int | None]:
         return {"matrix": "Jacobian"}

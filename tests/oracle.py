@@ -7,6 +7,7 @@ gradients are taken by `torch.func`, and matrices are sums over examples of dens
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn import functional as F
 
 # name -> (options for the package's object, negative log-density of one example (f, y) -> scalar)
@@ -107,3 +108,22 @@ def fisher(model, call, examples, likelihood: str, estimator: str, labels: Tenso
             H = hessian(nll)(f, y).reshape(f.numel(), f.numel())
         total = total + j.T @ H @ j
     return total / len(examples)
+
+
+def loss_hessian(model: nn.Module, call, examples: list, nll, labels) -> Tensor:
+    """(P, P): the sum over examples of the Hessian of nll(outputs, label), reverse over reverse."""
+    total = 0.0
+    shapes = parameters(model)
+    for example, y in zip(examples, labels, strict=True):
+
+        def loss(params, example=example, y=y):
+            return nll(call(lambda *a, **k: functional_call(model, params, a, k), example)[0], y)
+
+        with sdpa_kernel(SDPBackend.MATH):
+            by_name = jacrev(torch.func.grad(loss), chunk_size=1)(shapes)
+        rows = [
+            torch.cat([block.reshape(p.numel(), -1) for block in by_name[name].values()], 1)
+            for name, p in shapes.items()
+        ]
+        total = total + torch.cat(rows)
+    return total

@@ -243,7 +243,7 @@ def test_fresh_diagonal_refusals():
         EKFAC(basis=case.build("diagonal"))
 
 
-@pytest.mark.parametrize("name", [*NETS, "conv1d", "recurrent", "mapping"])
+@pytest.mark.parametrize("name", [*NETS, "conv1d", "recurrent", "mapping", "matmul"])
 def test_dense_jacobian(name):
     case = case_of(name)
     net = case.net

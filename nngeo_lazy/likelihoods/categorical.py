@@ -92,7 +92,7 @@ class Categorical(Likelihood):
                 f"expected at least two classes in dimension {dim} of the outputs, got shape "
                 f"{tuple(outputs.shape)}: for one logit take 'bernoulli'"
             )
-        if self.weight is not None and len(self.weight) != classes:
+        if self.weight is not None and len(self._weight) != classes:
             raise DataError(
                 f"expected {classes} class weights for outputs {tuple(outputs.shape)} with the "
                 f"classes in dimension {dim}, got {len(self.weight)}"

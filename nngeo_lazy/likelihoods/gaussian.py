@@ -68,7 +68,7 @@ class Gaussian(Elementwise):
                     f"{tuple(example)}, or a covariance of their last dimension, got shape "
                     f"{tuple(variance.shape)}"
                 )
-            _ = self._root_of_precision
+            _ = self._precision  # made here, and not within a transformed function
         elif variance.dim() == 2 and not bool((variance > 0).all()):
             raise DataError(
                 f"expected a positive, finite variance for each output of an example "

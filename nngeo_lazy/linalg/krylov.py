@@ -99,7 +99,7 @@ def refined(
             x = torch.where(residual < before[1], x, before[0])
             residual = torch.minimum(residual, before[1])
         best = x, residual
-        converged = not bool((residual > tol).any())
+        converged = bool((residual <= tol).all())
         stalled = done == 0 or (
             before is not None and not bool((residual <= before[1] / 2)[residual > tol].any())
         )

@@ -102,7 +102,7 @@ def _descend(
     |A^T r| fall in every step.
     """
     eps = torch.finfo(b.dtype).eps
-    beta = norms(b)
+    size = beta = norms(b)
     u = b / _safe(beta)
     v = rmatvec(u)
     alpha = norms(v)
@@ -134,11 +134,12 @@ def _descend(
         cbar, sbar = cbar * rho / _safe(rhobar), theta / _safe(rhobar)
         zeta, zetabar = cbar * zetabar, -sbar * zetabar
         hbar = h - hbar * (thetabar * rho / _safe(rho_old * rhobar_old))
-        step = torch.where(live, zeta / _safe(rho * rhobar), 0.0)
-        x = x + step * hbar
+        x = x + torch.where(live, zeta / _safe(rho * rhobar) * hbar, 0.0)
         h = v - h * (theta / _safe(rho))
         exhausted = (alpha <= eps * largest) | (beta <= eps * largest)
-        live = live & (zetabar.abs() > target) & ~exhausted
+        # below rounding the recurrence means nothing
+        reached = zetabar.abs() <= torch.maximum(target, eps / 100 * largest * size)
+        live = live & ~reached & ~exhausted
     return x, max_iter
 
 

@@ -21,6 +21,7 @@ from .krylov import (
 __all__ = ["minres"]
 
 _METHOD = "minimal residuals"
+_PATIENCE = 20  # iterations, and once more those until then, before a null vector is taken for one
 
 
 def minres(
@@ -62,10 +63,11 @@ def minres(
     unit, sizes = scaled(b, _METHOD)
     x = torch.zeros_like(unit) if x0 is None else x0 / sizes
     r = unit if x0 is None else unit - matvec(x)
+    largest = torch.zeros_like(sizes)
     found = refined(
         lambda x: unit - matvec(x),
         lambda r: norms(r).squeeze(0),
-        lambda r, tol, most: _descend(matvec, r, tol, most, preconditioner),
+        lambda r, tol, most: _descend(matvec, r, tol, most, preconditioner, largest),
         x,
         r,
         tol,
@@ -75,37 +77,49 @@ def minres(
 
 
 def _descend(
-    matvec: Matvec, b: Tensor, tol: float, max_iter: int, preconditioner: Matvec | None
+    matvec: Matvec,
+    b: Tensor,
+    tol: float,
+    max_iter: int,
+    preconditioner: Matvec | None,
+    largest: Tensor,
 ) -> tuple[Tensor, int]:
     """MINRES from zero for the right-hand sides b, to residuals of size tol.
 
     Lanczos vectors v with beta v_{k+1} = A v_k - alpha v_k - beta v_{k-1}, and a QR factorisation
-    of their tridiagonal matrix by one rotation (c, s) a step.
+    of their tridiagonal matrix by one rotation (c, s) a step. `largest` (1, k), the size of A as
+    far as it is known, is kept from one call to the next.
+
+    Where |A r| falls below sqrt(eps) |A| |r|, r may be in the null space, and going on would then
+    add null vectors without bound. So x is kept from there, and given back unless the residual soon
+    falls by half.
     """
     eps = torch.finfo(b.dtype).eps
+    tol = max(tol, eps / 100)  # below rounding the recurrence means nothing
+    live = norms(b) > tol
     require_finite(norms(b), "a product with the matrix", _METHOD)
-    live = norms(b) > max(tol, eps / 100)
-    if not bool(live.any()):
-        return torch.zeros_like(b), 0
     r_old, r = torch.zeros_like(b), b
     y = r if preconditioner is None else preconditioner(r)
-    beta = _root(r, y, live)
+    beta = _root(r, y, live, first=True)
     # Residuals are known in M^-1's norm: it is brought to the plain one by that of the start.
-    ratio = torch.where(live, norms(b) / torch.where(live, beta, 1.0), 0.0)
+    ratio = torch.where(live, norms(b) / _safe(beta), 0.0)
     phi = torch.where(live, beta, 0.0)
     one, zero = torch.ones_like(beta), torch.zeros_like(beta)
     c, s, beta_old, delta, epsilon = -one, zero, zero, zero, zero
     x, w, w_old = torch.zeros_like(b), torch.zeros_like(b), torch.zeros_like(b)
-    largest = zero
+    held, kept, phi_kept, since = torch.zeros_like(live), x, zero, zero
+    least = torch.full_like(one, torch.inf)
+    plain = zero  # the size of A where `largest` is that of M^-1/2 A M^-1/2
     for iteration in range(max_iter):
         if not bool(live.any()):
-            return x, iteration
-        v = y / torch.where(live, beta, 1.0)
+            return torch.where(held, kept, x), iteration
+        v = torch.where(live, y / _safe(beta), 0.0)
         y = matvec(v)
         _require_products(y, live)
-        y = y - r_old * torch.where(live & (beta_old > 0), beta / _safe(beta_old), 0.0)
+        plain = torch.maximum(plain, norms(y) / _safe(norms(v)))
+        y = y - r_old * torch.where(live, beta / _safe(beta_old), 0.0)
         alpha = (v * y).sum(0, keepdim=True)
-        y = y - r * (alpha / torch.where(live, beta, 1.0))
+        y = y - r * (alpha / _safe(beta))
         r_old, r = r, y
         beta_old = beta
         y = r if preconditioner is None else preconditioner(r)
@@ -114,32 +128,41 @@ def _descend(
         delta_bar, epsilon_new = c * delta + s * alpha, s * beta
         gamma_bar, delta_new = s * delta - c * alpha, -c * beta
         gamma = torch.hypot(gamma_bar, beta)
-        largest = torch.maximum(largest, torch.maximum(gamma, alpha.abs()))
+        largest.copy_(torch.maximum(largest, torch.maximum(gamma, alpha.abs())))
+        # |A r| = |r| hypot(gamma_bar, delta_new), with r from before this step
+        null = torch.hypot(gamma_bar, delta_new) <= eps**0.5 * largest
+        meets = live & null & ~held
+        kept, phi_kept = torch.where(meets, x, kept), torch.where(meets, phi, phi_kept)
+        since, held = torch.where(meets, iteration, since), held | meets
         usable = gamma > eps * largest  # else this direction is in the null space
         safe = torch.where(usable, gamma, 1.0)
-        c, s = (
-            torch.where(usable, gamma_bar / safe, -1.0),
-            torch.where(usable, beta / safe, 0.0),
-        )
-        w_new = (v - w_old * epsilon - w * delta_bar) / safe
-        step = torch.where(live & usable, c * phi, 0.0)
-        x = x + step * w_new
+        c, s = torch.where(usable, gamma_bar / safe, -1.0), torch.where(usable, beta / safe, 0.0)
+        w_new = torch.where(live, (v - w_old * epsilon - w * delta_bar) / safe, 0.0)
+        x = x + torch.where(live & usable, c * phi, 0.0) * w_new
         phi = torch.where(usable, s * phi, phi)
         w_old, w = w, w_new
         delta, epsilon = delta_new, epsilon_new
+        rounding = eps * plain * norms(x)
+        falls = (phi.abs() <= phi_kept.abs() / 2) & (rounding <= phi_kept.abs() * ratio / 10)
+        held = held & ~(live & falls)
+        # a step along a null vector of b is known as one when the size of A is
+        least = torch.where(live & usable, torch.minimum(least, gamma), least)
+        held = held | (least <= 10 * eps * largest)
+        live = live & (least > 10 * eps * largest)
         reached = (phi.abs() * ratio <= tol) | (beta <= eps * largest) | ~usable
-        live = live & ~reached
-    return x, max_iter
+        live = live & ~reached & ~(held & (iteration >= 2 * since + _PATIENCE))
+    return torch.where(held, kept, x), max_iter
 
 
-def _root(r: Tensor, y: Tensor, live: Tensor) -> Tensor:
+def _root(r: Tensor, y: Tensor, live: Tensor, *, first: bool = False) -> Tensor:
     """sqrt(r . M^-1 r) of each column."""
     square = (r * y).sum(0, keepdim=True)
     inside = square[live]
     if not bool(inside.isfinite().all()):
         raise NonFiniteError(f"{_METHOD}: NaN or infinity in a product with the preconditioner")
     rounding = -torch.finfo(r.dtype).eps * norms(r) * norms(y)
-    if bool((square < rounding)[live].any()):
+    negative = square <= 0 if first else square < rounding  # later, r may be zero
+    if bool(negative[live].any()):
         raise NotPositiveDefiniteError(
             f"{_METHOD}: the preconditioner is not positive definite (a vector met on the way has "
             f"r.M^-1 r = {float(inside.min()):.3g}): pass one that is, such as a damped 'kfac' or "

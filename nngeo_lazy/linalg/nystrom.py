@@ -20,6 +20,7 @@ def nystrom(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     generator: torch.Generator | None = None,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Eigenvectors U (n, rank) and eigenvalues (rank,) of a Nystrom approximation of A.
 
@@ -29,12 +30,13 @@ def nystrom(
     where A has no larger rank.
 
     Args:
-        matmat: V (n, rank) to A V, A symmetric positive semidefinite.
+        matmat: V (n, k) to A V, A symmetric positive semidefinite.
         n: the size of A.
         rank: how many directions, from 1 to n.
         dtype: of A.
         device: of A.
         generator: of the test matrix.
+        chunk: at most so many columns in one product; by default all at once.
 
     Returns:
         U with orthonormal columns, and the eigenvalues, falling, none negative.
@@ -50,7 +52,7 @@ def nystrom(
         raise ValueError(f"expected a rank from 1 to {n}, got {rank}")
     test = torch.randn(n, rank, dtype=dtype, device=device, generator=generator)
     test = torch.linalg.qr(test).Q
-    sketch = matmat(test)
+    sketch = torch.cat([matmat(part) for part in test.split(chunk or rank, dim=1)], dim=1)
     size = float(sketch.abs().max())
     if not size < float("inf"):
         raise NonFiniteError("nystrom: NaN or infinity in a product with the matrix")
@@ -69,8 +71,13 @@ def nystrom(
         )
     shift = max(shift, -2 * lowest)
     y = y + shift * test.double()
-    factor = torch.linalg.cholesky(core + shift * torch.eye(rank, dtype=y.dtype, device=y.device))
-    root = torch.linalg.solve_triangular(factor, y.mT, upper=False).mT  # Y C^-T
+    core = core + shift * torch.eye(rank, dtype=y.dtype, device=y.device)
+    factor, failed = torch.linalg.cholesky_ex(core)
+    if bool(failed):  # by rounding alone: what is not positive carries nothing
+        kept, vectors = torch.linalg.eigh(core)
+        root = (y @ vectors) * torch.where(kept > shift / 10, kept, torch.inf).rsqrt()
+    else:
+        root = torch.linalg.solve_triangular(factor, y.mT, upper=False).mT  # Y C^-T
     u, s, _ = torch.linalg.svd(root, full_matrices=False)
     values = (s.square() - shift).clamp_min(0) * size
     return u.to(dtype), values.to(dtype)

@@ -211,9 +211,21 @@ class _JacobianSourceMap(_SourceMap):
     ) -> tuple[JacobianOf, Metric]:
         made = jacobian_of(mode, batch.values, parameters, keep=keep, taped=taped)
         values = made.values if taped else made.values.detach()
+        if not taped and mode == "forward_over_reverse" and not self._memory.proved:
+            self._prove(made, parameters)
         return made, batch.metric(values)
 
-    def _by_batch(self, w: Tensor, mode: str, taped: bool) -> Iterator[tuple[JacobianOf, Metric]]:
+    def _prove(self, made: JacobianOf, parameters: Sequence[Tensor]) -> None:
+        """That forward and reverse mode differentiate the same function: <u, J v> = <J^T u, v>."""
+        v = _random(parameters)
+        (u,) = _random([made.values])
+        along = made.jvp(v)
+        _require_equal((u * along).sum(), _inner(made.vjp(u), v), along.norm())
+        self._memory.proved = True
+
+    def _by_batch(
+        self, w: Tensor, mode: str, taped: bool
+    ) -> Iterator[tuple[JacobianOf, Metric]]:
         return self._linearised(w, mode, taped)
 
 
@@ -294,7 +306,14 @@ class HessianMap(_SourceMap):
     def _linearise(
         self, batch: Batch, parameters: Sequence[Tensor], mode: str, keep: bool, taped: bool
     ) -> tuple[HessianOf, None]:
-        return hessian_of(mode, batch.values, parameters, keep=keep, taped=taped), None
+        made = hessian_of(mode, batch.values, parameters, keep=keep, taped=taped)
+        if not taped and mode == "forward_over_reverse" and not self._memory.proved:
+            u, v = _random(parameters), _random(list(reversed(parameters)))[::-1]
+            along = made.product(v)
+            size = torch.stack([part.norm() for part in along]).norm()
+            _require_equal(_inner(u, along), _inner(v, made.product(u)), size)
+            self._memory.proved = True
+        return made, None
 
     def _run(self, rows: Tensor, w: Tensor, mode: str, taped: bool) -> Tensor:
         total: Tensor | None = None
@@ -387,6 +406,26 @@ class _Dropped(Map):
     def traced(self, *tensors: Tensor) -> Tensor:
         h, g, v, w = tensors
         return torch.zeros_like(v) if self._k == 1 else self._inner.traced(h, g, w)
+
+
+def _random(like: Sequence[Tensor]) -> list[Tensor]:
+    """Random signs, the same in every call."""
+    device = like[0].device
+    generator = torch.Generator(device=device).manual_seed(0)
+    bits = (torch.randint(2, p.shape, device=device, generator=generator) for p in like)
+    return [(2 * b - 1).to(p.dtype) for b, p in zip(bits, like, strict=True)]
+
+
+def _inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    return torch.stack([(x * y).sum() for x, y in zip(a, b, strict=True)]).sum()
+
+
+def _require_equal(a: Tensor, b: Tensor, size: Tensor) -> None:
+    if not bool((a - b).abs() <= torch.finfo(a.dtype).eps ** 0.5 * (size + a.abs())):
+        raise RuntimeError(
+            "forward mode is not the transpose of reverse mode: a gradient is no derivative, as "
+            "that of an embedding with padding_idx"
+        )
 
 
 def _flat(parts: Sequence[Tensor]) -> Tensor:

@@ -98,6 +98,7 @@ class Memory:
         too_large: whether graphs do not all fit into the budget.
         complete: whether the graphs of all batches are kept.
         batched: whether vmap follows.
+        proved: whether forward mode was seen to be the transpose of reverse mode.
         graph_bytes: of the largest batch: what a column takes at least, too.
     """
 
@@ -105,6 +106,7 @@ class Memory:
     too_large: bool = False
     complete: bool = False
     batched: bool = True
+    proved: bool = False
     graph_bytes: int = 0
     _key: tuple[Any, ...] | None = None
     _point: Tensor | None = None  # held, so that its address is not given to another tensor
