@@ -139,7 +139,8 @@ def _info(sweep: DataSweep, options: Implicit) -> ImplicitInfo:
                 with torch.enable_grad():
                     again = network(leaves, batch.raw)
                 _require_differentiable(again)
-                if options.check:
+                quantity.values(outputs, batch.target)  # whether it has the labels that it needs
+                if options.check and bool(outputs.isfinite().all()):
                     _require_fixed(outputs, again)
                 del again
             one_each = quantity.estimator == "empirical"

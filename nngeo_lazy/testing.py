@@ -42,16 +42,20 @@ class LargestTensor(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         before = {_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for tensor in tree_leaves(out):
-            if not isinstance(tensor, Tensor) or _storage(tensor) in before:
-                continue  # a view, or an update in place
+            if not isinstance(tensor, Tensor) or _storage(tensor) in (None, *before):
+                continue  # a view, an update in place, or a wrapper of a tensor seen by itself
             numel = tensor.untyped_storage().nbytes() // tensor.element_size()
             if numel > self.numel:
                 self.numel, self.operation = numel, str(func)
         return out
 
 
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+def _storage(tensor: Tensor) -> int | None:
+    """The address of a tensor's memory, None for a wrapper of torch.func that has none."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except RuntimeError:
+        return None
 
 
 def check_operator(

@@ -7,8 +7,8 @@ gradients are taken by `torch.func`, and matrices are sums over examples of dens
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # name -> (options for the package's object, negative log-density of one example (f, y) -> scalar)
 VARIANCE = 0.7

@@ -56,14 +56,12 @@ def close_operator(operator, matrix):
 @pytest.mark.parametrize("engine", ENGINES, ids=repr)
 @pytest.mark.parametrize("name", NETS)
 def test_every_builder(name, engine):
-    if name in ("checkpointed", "gpt") and engine.mode == "forward_over_reverse":
+    if name == "gpt" and engine.mode == "forward_over_reverse":
         pytest.skip("has no forward mode: see test_modes_that_a_model_lacks")
     net = net_of(name)
     case = Case(net, "gaussian", "exact")
     J = oracle.jacobian(net.model, net.call, net.examples)
-    close_operator(
-        ng.Jacobian(net.model, net.batch, engine, forward=net.forward), J.flatten(0, 1)
-    )
+    close_operator(ng.Jacobian(net.model, net.batch, engine, forward=net.forward), J.flatten(0, 1))
     close_operator(case.build(engine), J.flatten(0, 1).mT @ J.flatten(0, 1) / 0.7 / len(J))
     labels = {"target": lambda batch: case.labels, "forward": net.forward}
     losses = ng.Jacobian(net.model, net.batch, engine, loss=case.object, **labels)

@@ -71,6 +71,7 @@ def refined(
     r: Tensor,
     tol: float,
     max_iter: int,
+    margin: float = 1.0,
 ) -> KrylovResult:
     """Iterate until the true residual of every column is small, or cannot become so.
 
@@ -85,11 +86,12 @@ def refined(
         r: the residual there.
         tol: relative size to reach.
         max_iter: at most so many products.
+        margin: where it starts again it aims at so much of tol, which the truth then meets.
     """
     iterations = 0
     best: tuple[Tensor, Tensor] | None = None
     while True:
-        step, done = descend(r, tol, max_iter - iterations)
+        step, done = descend(r, tol if best is None else margin * tol, max_iter - iterations)
         iterations += done
         if done:
             x = x + step

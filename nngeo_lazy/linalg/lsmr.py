@@ -89,6 +89,7 @@ def lsmr(
         r,
         tol,
         max_iter,
+        margin=0.5,
     )
     return replace(found, x=found.x * sizes)
 

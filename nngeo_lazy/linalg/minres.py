@@ -72,6 +72,7 @@ def minres(
         r,
         tol,
         max_iter,
+        margin=0.5,
     )
     return replace(found, x=found.x * sizes)
 
@@ -101,13 +102,12 @@ def _descend(
     r_old, r = torch.zeros_like(b), b
     y = r if preconditioner is None else preconditioner(r)
     beta = _root(r, y, live, first=True)
-    # Residuals are known in M^-1's norm: it is brought to the plain one by that of the start.
-    ratio = torch.where(live, norms(b) / _safe(beta), 0.0)
+    residual, size = b, norms(b)  # phi is the size in M^-1's norm, which tells little of the plain
     phi = torch.where(live, beta, 0.0)
     one, zero = torch.ones_like(beta), torch.zeros_like(beta)
     c, s, beta_old, delta, epsilon = -one, zero, zero, zero, zero
     x, w, w_old = torch.zeros_like(b), torch.zeros_like(b), torch.zeros_like(b)
-    held, kept, phi_kept, since = torch.zeros_like(live), x, zero, zero
+    held, kept, size_kept, since = torch.zeros_like(live), x, zero, zero
     least = torch.full_like(one, torch.inf)
     plain = zero  # the size of A where `largest` is that of M^-1/2 A M^-1/2
     for iteration in range(max_iter):
@@ -132,7 +132,7 @@ def _descend(
         # |A r| = |r| hypot(gamma_bar, delta_new), with r from before this step
         null = torch.hypot(gamma_bar, delta_new) <= eps**0.5 * largest
         meets = live & null & ~held
-        kept, phi_kept = torch.where(meets, x, kept), torch.where(meets, phi, phi_kept)
+        kept, size_kept = torch.where(meets, x, kept), torch.where(meets, size, size_kept)
         since, held = torch.where(meets, iteration, since), held | meets
         usable = gamma > eps * largest  # else this direction is in the null space
         safe = torch.where(usable, gamma, 1.0)
@@ -140,16 +140,19 @@ def _descend(
         w_new = torch.where(live, (v - w_old * epsilon - w * delta_bar) / safe, 0.0)
         x = x + torch.where(live & usable, c * phi, 0.0) * w_new
         phi = torch.where(usable, s * phi, phi)
+        moved = s.square() * residual - r * (c * phi / _safe(beta))
+        residual = torch.where(live & usable, moved, residual)
+        size = norms(residual)
         w_old, w = w, w_new
         delta, epsilon = delta_new, epsilon_new
-        rounding = eps * plain * norms(x)
-        falls = (phi.abs() <= phi_kept.abs() / 2) & (rounding <= phi_kept.abs() * ratio / 10)
-        held = held & ~(live & falls)
-        # a step along a null vector of b is known as one when the size of A is
+        falls = size <= torch.where(size_kept / 2 > tol, size_kept / 2, tol)
+        true = eps * plain * norms(x - kept) <= size_kept / 10  # else it may be rounding that fell
+        held = held & ~(live & falls & true)
+        # a first step along a null vector is known as one when the size of A is
         least = torch.where(live & usable, torch.minimum(least, gamma), least)
         held = held | (least <= 10 * eps * largest)
         live = live & (least > 10 * eps * largest)
-        reached = (phi.abs() * ratio <= tol) | (beta <= eps * largest) | ~usable
+        reached = (size <= tol) | (beta <= eps * largest) | ~usable
         live = live & ~reached & ~(held & (iteration >= 2 * since + _PATIENCE))
     return torch.where(held, kept, x), max_iter
 

@@ -22,6 +22,11 @@ from .dense import DenseLinearOperator, MatrixLinearOperator
 from .diagonal import DiagonalLinearOperator
 from .eigen_kronecker import EigenKroneckerLinearOperator
 from .eigen_low_rank import EigenLowRankLinearOperator
+from .implicit import (
+    FactoredGaussNewtonLinearOperator,
+    FactoredJacobianLinearOperator,
+    ImplicitLinearOperator,
+)
 from .info import BlockInfo, Info, Origin
 from .kronecker import KroneckerLinearOperator
 from .lazy import ProductLinearOperator, ScaledLinearOperator, SumLinearOperator
@@ -142,13 +147,27 @@ def state_of(F: BaseLinearOperator) -> dict[str, Any]:
 # --- writing --------------------------------------------------------------------------------------
 
 
+def _why_not(op: Any) -> str:
+    if isinstance(op, ImplicitLinearOperator):
+        return (
+            "it holds a network and its data, and not only tensors: save the model's state_dict "
+            "and build it again, or save a 'kfac' or 'low_rank' matrix in its place"
+        )
+    if isinstance(op, (FactoredJacobianLinearOperator, FactoredGaussNewtonLinearOperator)):
+        return (
+            "it holds the forms of every layer, which no file format describes: build it again, or "
+            "save a 'low_rank' matrix, which has the same numbers"
+        )
+    return (
+        "it is not made of tensors alone: save what it was made from, or "
+        "DenseLinearOperator(F.to_dense()) where that fits"
+    )
+
+
 def _describe(op: Any, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
     kind = type(op).__name__
     if kind not in _CLASSES:
-        raise UnsupportedLayerError(
-            f"{kind} cannot be saved, since it is not made of tensors alone: save what it was made "
-            "from, or DenseLinearOperator(F.to_dense()) where that fits"
-        )
+        raise UnsupportedLayerError(f"{kind} cannot be saved, since {_why_not(op)}")
     args: list[Any] = []
     for name, arg in zip(_names(op), op._args, strict=True):
         key = f"{prefix}{name}"

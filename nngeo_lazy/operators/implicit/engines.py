@@ -35,6 +35,9 @@ Function: TypeAlias = Callable[[Sequence[Tensor]], Tensor]
 MODES = ("double_vjp", "forward_over_reverse")
 
 
+_ONCE = "a function's backward pass cannot be differentiated twice"
+
+
 class JacobianOf(ABC):
     """The Jacobian of a function of the parameters at one point, as products.
 
@@ -108,7 +111,9 @@ class _DoubleVJP(JacobianOf):
         outputs = [g for _, g in self._linear]
         weights = [tangents[k] for k, _ in self._linear]
         (out,) = _grad(outputs, [self._u], weights, self._taped)
-        return torch.zeros_like(self.values) if out is None else out
+        if out is None:
+            raise RuntimeError(_ONCE)
+        return out
 
     def vjp(self, cotangent: Tensor) -> list[Tensor]:
         found = _grad(self.values, self._parameters, cotangent, self._taped)
@@ -154,6 +159,8 @@ class _DoubleBackward(HessianOf):
             outputs = [g for _, g in self._gradients]
             weights = [tangents[k] for k, _ in self._gradients]
             found = _grad(outputs, self._parameters, weights, self._taped)
+            if all(g is None for g in found):
+                raise RuntimeError(_ONCE)
         return _filled(found, self._parameters)
 
 

@@ -165,6 +165,7 @@ class _SourceMap(Map):
                 growing.append(made)
             yield made
             del made
+        memory.proved = True  # on every batch
         if kept is not None:
             kept += growing
             memory.complete, memory.too_large = fits, not fits
@@ -211,21 +212,18 @@ class _JacobianSourceMap(_SourceMap):
     ) -> tuple[JacobianOf, Metric]:
         made = jacobian_of(mode, batch.values, parameters, keep=keep, taped=taped)
         values = made.values if taped else made.values.detach()
-        if not taped and mode == "forward_over_reverse" and not self._memory.proved:
+        if not taped and not self._memory.proved:
             self._prove(made, parameters)
         return made, batch.metric(values)
 
     def _prove(self, made: JacobianOf, parameters: Sequence[Tensor]) -> None:
-        """That forward and reverse mode differentiate the same function: <u, J v> = <J^T u, v>."""
+        """That both directions differentiate the same function: <u, J v> = <J^T u, v>."""
         v = _random(parameters)
         (u,) = _random([made.values])
         along = made.jvp(v)
         _require_equal((u * along).sum(), _inner(made.vjp(u), v), along.norm())
-        self._memory.proved = True
 
-    def _by_batch(
-        self, w: Tensor, mode: str, taped: bool
-    ) -> Iterator[tuple[JacobianOf, Metric]]:
+    def _by_batch(self, w: Tensor, mode: str, taped: bool) -> Iterator[tuple[JacobianOf, Metric]]:
         return self._linearised(w, mode, taped)
 
 
@@ -307,12 +305,11 @@ class HessianMap(_SourceMap):
         self, batch: Batch, parameters: Sequence[Tensor], mode: str, keep: bool, taped: bool
     ) -> tuple[HessianOf, None]:
         made = hessian_of(mode, batch.values, parameters, keep=keep, taped=taped)
-        if not taped and mode == "forward_over_reverse" and not self._memory.proved:
+        if not taped and not self._memory.proved:
             u, v = _random(parameters), _random(list(reversed(parameters)))[::-1]
             along = made.product(v)
             size = torch.stack([part.norm() for part in along]).norm()
             _require_equal(_inner(u, along), _inner(v, made.product(u)), size)
-            self._memory.proved = True
         return made, None
 
     def _run(self, rows: Tensor, w: Tensor, mode: str, taped: bool) -> Tensor:
@@ -423,8 +420,8 @@ def _inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
 def _require_equal(a: Tensor, b: Tensor, size: Tensor) -> None:
     if not bool((a - b).abs() <= torch.finfo(a.dtype).eps ** 0.5 * (size + a.abs())):
         raise RuntimeError(
-            "forward mode is not the transpose of reverse mode: a gradient is no derivative, as "
-            "that of an embedding with padding_idx"
+            "the derivative along a vector is not the transpose of the gradient: the gradient is "
+            "no derivative, as that of padding in an embedding, or has none of its own"
         )
 
 

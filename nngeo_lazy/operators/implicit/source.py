@@ -98,7 +98,7 @@ class Memory:
         too_large: whether graphs do not all fit into the budget.
         complete: whether the graphs of all batches are kept.
         batched: whether vmap follows.
-        proved: whether forward mode was seen to be the transpose of reverse mode.
+        proved: whether products were seen to be those of one matrix and its transpose.
         graph_bytes: of the largest batch: what a column takes at least, too.
     """
 
@@ -150,5 +150,5 @@ class ImplicitInfo(Info):
     def elsewhere(self) -> ImplicitInfo:
         """The same at another point."""
         remembered = Memory(dict(self.memory.failed), self.memory.too_large)
-        remembered.graph_bytes = self.memory.graph_bytes
+        remembered.graph_bytes, remembered.proved = self.memory.graph_bytes, self.memory.proved
         return replace(self, memory=remembered, quantity={})
