@@ -26,7 +26,7 @@ from .algebra import ours
 from .approximate import nystrom
 from .base import BaseLinearOperator
 from .block_diagonal import BlockDiagonalLinearOperator
-from .convert import aslinearoperator
+from .convert import FromScipyLinearOperator, aslinearoperator
 from .dense import DenseLinearOperator, MatrixLinearOperator
 from .diagonal import DiagonalLinearOperator, identity
 from .eigen_kronecker import EigenKroneckerLinearOperator
@@ -68,6 +68,7 @@ __all__ = [
     "FactoredGaussNewtonLinearOperator",
     "FactoredJacobianLinearOperator",
     "ForeignLinearOperator",
+    "FromScipyLinearOperator",
     "GaussNewtonLinearOperator",
     "HessianLinearOperator",
     "ImplicitLinearOperator",

@@ -39,10 +39,6 @@ class LazyLinearOperator(BaseLinearOperator):
     _implicit_in_tensors = True
     _implicit_in_vector = True
 
-    @property
-    def iterates(self) -> bool:
-        return True
-
     def _solve_columns(self, v: Tensor, krylov: Krylov) -> Tensor:
         b, back = flattened(v)
         x0 = None if krylov.x0 is None else flattened(krylov.x0.expand(v.shape))[0]
@@ -271,10 +267,6 @@ class ProductLinearOperator(LazyLinearOperator):
     @property
     def maps_to_parameters(self) -> bool:  # type: ignore[override]
         return self.left.maps_to_parameters
-
-    @property
-    def iterates(self) -> bool:
-        return False  # the factors are solved one after the other
 
     def _size(self) -> torch.Size:
         batch = torch.broadcast_shapes(self.left.batch_shape, self.right.batch_shape)

@@ -64,7 +64,7 @@ class PrimitiveLinearOperator(LinearOperator):
     @property
     def iterates(self) -> bool:
         """Whether a solve is an iteration, for lack of a closed form."""
-        return False
+        return self._implicit_in_vector
 
     def __init__(self, *args: Any, info: Info | None = None) -> None:
         super().__init__(*args, info=Info() if info is None else info)

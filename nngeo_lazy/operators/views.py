@@ -95,10 +95,6 @@ class InverseLinearOperator(LazyLinearOperator):
     _implicit_in_tensors = False
     _implicit_in_vector = False
 
-    @property
-    def iterates(self) -> bool:
-        return False
-
     def _size(self) -> torch.Size:
         return cast(torch.Size, self.base.shape)
 
@@ -181,10 +177,6 @@ class BroadcastLinearOperator(LazyLinearOperator):
     # the matrix has its own way of solving
     _implicit_in_tensors = False
     _implicit_in_vector = False
-
-    @property
-    def iterates(self) -> bool:
-        return self.base.iterates
 
     def _size(self) -> torch.Size:
         return torch.Size((*self.repeats, *self.base.shape[-2:]))
