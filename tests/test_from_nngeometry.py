@@ -34,7 +34,7 @@ SETUP_THEIRS = """\
 from nngeometry.metrics import FIM, FIM_MonteCarlo
 from nngeometry.object import pspace
 from nngeometry.object.pspace import PMatDense, PMatBlockDiag, PMatDiag, PMatKFAC
-from nngeometry.object.pspace import PMatEKFAC, PMatQuasiDiag, PMatLowRank
+from nngeometry.object.pspace import PMatEKFAC, PMatQuasiDiag, PMatLowRank, PMatImplicit
 from nngeometry.object.vector import PVector
 from nngeometry.jacobian import Jacobian
 from nngeometry.gram import GramMatrix
@@ -70,6 +70,24 @@ SECTIONS = {
             "FIM_MonteCarlo(model, loader, PMatDense, trials=500)",
             'ng.FIM(model, loader, "dense", estimator="mc", samples=500, seed=0)',
             "other draws of the same expectation; ours are seeded",
+        ),
+    ],
+    "Without a matrix": [
+        Row(
+            "FIM(model, loader, PMatImplicit).mv(v).to_torch()",
+            'ng.FIM(model, loader, "implicit") @ w',
+        ),
+        Row(
+            "FIM(model, loader, PMatImplicit).vTMv(v)",
+            'ng.FIM(model, loader, "implicit").vTMv(w)',
+        ),
+        Row(
+            "FIM(model, loader, PMatImplicit).trace()",
+            'ng.FIM(model, loader, "implicit").trace()',
+        ),
+        Row(
+            "D.solve(v, regul=1e-1).to_torch()",
+            'ng.FIM(model, loader, "implicit").solve(w, damping=1e-1)',
         ),
     ],
     "Numbers of a matrix": [

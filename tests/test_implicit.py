@@ -312,9 +312,9 @@ def test_samples(likelihood, representation, estimator):
 def test_callable_loss_has_draws():
     net, x = nn.Linear(2, 3), torch.randn(5, 2)
     G = ng.GGN(net, (x, torch.randn(5, 3)), loss=cosh)
-    draws = G.sample(20000, seed=0)
+    draws = G.sample(5000, seed=0)
     dense = G.to_dense()
-    assert (draws.mT @ draws / 20000 - dense).norm() < 0.05 * dense.norm()
+    assert (draws.mT @ draws / 5000 - dense).norm() < 0.1 * dense.norm()
 
 
 def test_gaussian_of_each_output():

@@ -237,8 +237,8 @@ def test_attention_needs_nothing(mode):
 
 
 @pytest.mark.parametrize("mode", engines.MODES)
-@pytest.mark.parametrize("name", ["convolutions", "conv_transpose", "conv3d", "conv1d"])
-def test_convolutions_are_linearised_exactly(name, mode):
+@pytest.mark.parametrize("name", ["convolutions", "conv_transpose", "conv3d", "conv1d", "norms"])
+def test_layers_are_linearised_exactly(name, mode):
     net = getattr(zoo, name)()
     J = ng.Jacobian(net.model, net.batch, Implicit(mode), forward=net.forward)
     dense = ng.Jacobian(net.model, net.batch, "dense", forward=net.forward).to_dense()

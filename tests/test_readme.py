@@ -1,15 +1,20 @@
-"""The README's example runs as it stands."""
+"""The examples of the README and of the pages run as they stand."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parent.parent / "README.md"
-EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("code", EXAMPLES)
-def test_example_runs(code, tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", ["README.md", "docs/matrix_free.md"])
+def test_examples_run(page, tmp_path, monkeypatch):
+    """One after the other, as a reader would run them."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert examples
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, str(README), "exec"), {})
+    names = {}
+    for code in examples:
+        exec(compile(code, page, "exec"), names)

@@ -101,7 +101,7 @@ def test_bad_preconditioners(digits):
     net, batch, F, _, g = digits
     with pytest.raises(SpaceMismatchError, match="expected a preconditioner of shape"):
         F.solve(g, damping=0.1, preconditioner=ng.FIM(net, batch, "kfac", params="0.*"))
-    with pytest.raises(SpaceMismatchError, match="preconditioner of torch.float64"):
+    with pytest.raises(SpaceMismatchError, match=r"preconditioner of torch\.float64"):
         ng.solve(F, g, preconditioner=ng.identity(F.space).to(torch.float32))
     for method in ("cg", "minres"):
         with pytest.raises(NotPositiveDefiniteError, match="the preconditioner is not positive"):
@@ -195,8 +195,9 @@ def test_warm_start_limits_and_nan(digits):
         assert not short.converged
         assert short.iterations == 5
         assert caught[0].message.residual == float(short.residual)
-    with pytest.warns(ConvergenceWarning, match="conjugate gradients stopped"):
+    with pytest.warns(ConvergenceWarning, match="conjugate gradients stopped") as caught:
         F.solve(g, damping=d, max_iter=5)
+    assert caught[0].filename == __file__
     broken = g.clone()
     broken[0] = float("nan")
     with pytest.raises(NonFiniteError, match="NaN or infinity in the right-hand side"):

@@ -37,6 +37,8 @@ REPRESENTATIONS = {
     "low_rank": "low_rank",
     "mixed": Mixed("ekfac", {"0": "dense", "2": "quasi_diagonal"}),
     "kfac + kfac": "kfac",
+    "factored": "factored",
+    "implicit": "implicit",
 }
 
 
@@ -125,6 +127,7 @@ MEMBERS = {
     "F.lerp(G, w)": (lambda F, G: F.lerp(G, 0.3), lambda A, B: 0.7 * A + 0.3 * B),
     "F @ G": (lambda F, G: F @ G, lambda A, B: A @ B),
     "ng.merge([F, G])": (lambda F, G: ng.merge([F, G]), None),
+    "F.at(w)": (lambda F, G: F.at(V / 2), None),
     "block(selector)": (lambda F, G: F.block("4"), lambda A, B: A[-15:, -15:]),
     "blocks": (lambda F, G: F.blocks["0"], lambda A, B: A[:12, :12]),
     "num_examples, num_terms": (
@@ -207,7 +210,8 @@ def page():
 Made by `tests/test_support_matrix.py` from the code itself, which also compares every entry with
 the dense matrix. To write it again: `python tests/test_support_matrix.py`.
 
-- **closed**: numbers in closed form, from the structure; nothing of size P x P is made.
+- **closed**: exact numbers without an iteration, from the structure, from products or from streamed
+  rows; nothing of size P x P is made.
 - **structured**: an operator of the same family, whose members are closed again.
 - **lazy**: an operator that keeps its terms: products are exact, solves iterate.
 - **iterative**: conjugate gradients to a relative residual (`tol`), with a warning where they stop.

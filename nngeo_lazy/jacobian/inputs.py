@@ -143,6 +143,9 @@ class DenseInputs(Inputs):
         return DenseInputs(self.x.to(dtype))
 
     def times(self, matrix: Tensor) -> Tensor:
+        n, groups, t, i = self.x.shape
+        if groups == 1:  # one large product, where a batched one would be N small ones
+            return (self.x.reshape(n * t, i) @ matrix[0]).view(n, 1, t, -1)
         return self.x @ matrix
 
     def against(self, g: Tensor) -> Tensor:

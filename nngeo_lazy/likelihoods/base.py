@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ __all__ = [
     "check_estimator",
     "check_outputs",
     "labels_needed",
+    "standard_normal",
     "wide",
 ]
 
@@ -92,9 +93,7 @@ class Likelihood(ABC):
             generator: of the draws, on the outputs' device.
         """
         with torch.no_grad():
-            outputs = outputs.detach()
-            draws = [self._normal(wide(outputs), target, generator) for _ in range(n)]
-            return torch.stack(draws).to(outputs.dtype)
+            return self._normal(wide(outputs.detach()), target, n, generator).to(outputs.dtype)
 
     @abstractmethod
     def num_terms(self, outputs: Tensor, target: Tensor | None) -> Tensor:
@@ -132,9 +131,9 @@ class Likelihood(ABC):
 
     @abstractmethod
     def _normal(
-        self, outputs: Tensor, target: Tensor | None, generator: torch.Generator | None
+        self, outputs: Tensor, target: Tensor | None, n: int, generator: torch.Generator | None
     ) -> Tensor:
-        """A draw from N(0, H_n), shaped like the outputs."""
+        """Draws (n, *outputs) from N(0, H_n)."""
 
     @abstractmethod
     def _observed(self, outputs: Tensor, target: Tensor) -> Tensor:
@@ -228,6 +227,13 @@ def labels_needed(weights: str) -> DataError:
         f"the Hessian of a loss with {weights} depends on the labels, but the batch has no target: "
         "pass (inputs, target) batches, or target="
     )
+
+
+def standard_normal(
+    n: int, shape: Sequence[int], like: Tensor, generator: torch.Generator | None
+) -> Tensor:
+    """Draws (n, *shape) in the dtype and on the device of a tensor."""
+    return torch.randn((n, *shape), dtype=like.dtype, device=like.device, generator=generator)
 
 
 def wide(tensor: Tensor) -> Tensor:

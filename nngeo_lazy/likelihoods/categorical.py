@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import DataError
-from .base import NOT_FINITE, Likelihood, check_outputs, labels_needed, wide
+from .base import NOT_FINITE, Likelihood, check_outputs, labels_needed, standard_normal, wide
 
 __all__ = ["Categorical"]
 
@@ -200,12 +200,11 @@ class Categorical(Likelihood):
         return self._embed(score * self._kappa(labels, mask, target).sqrt(), outputs, target)
 
     def _normal(
-        self, outputs: Tensor, target: Tensor | None, generator: torch.Generator | None
+        self, outputs: Tensor, target: Tensor | None, n: int, generator: torch.Generator | None
     ) -> Tensor:
         logits, labels, mask = self._canonical(outputs, target)
         p = logits.softmax(-1)
-        z = torch.randn(p.shape, dtype=p.dtype, device=p.device, generator=generator)
-        root = p.sqrt() * z
+        root = p.sqrt() * standard_normal(n, p.shape, p, generator)
         draw = root - p * root.sum(-1, keepdim=True)  # its covariance is diag(p) - p p^T
         return self._embed(draw * self._kappa(labels, mask, target).sqrt(), outputs, target)
 

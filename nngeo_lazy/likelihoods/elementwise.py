@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import DataError
-from .base import NOT_FINITE, Likelihood, broadcasts, check_outputs, labels_needed
+from .base import NOT_FINITE, Likelihood, broadcasts, check_outputs, labels_needed, standard_normal
 
 __all__ = ["Bernoulli", "Elementwise", "Poisson"]
 
@@ -52,11 +52,9 @@ class Elementwise(Likelihood):
         return math.prod(outputs.shape[1:])
 
     def _normal(
-        self, outputs: Tensor, target: Tensor | None, generator: torch.Generator | None
+        self, outputs: Tensor, target: Tensor | None, n: int, generator: torch.Generator | None
     ) -> Tensor:
-        z = torch.randn(
-            outputs.shape, dtype=outputs.dtype, device=outputs.device, generator=generator
-        )
+        z = standard_normal(n, outputs.shape, outputs, generator)
         return z * self._root(outputs, target)
 
     def _exact(self, outputs: Tensor, target: Tensor | None) -> Iterator[Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
-from .base import broadcasts, wide
+from .base import broadcasts, standard_normal, wide
 from .elementwise import Elementwise
 
 __all__ = ["Gaussian"]
@@ -135,17 +135,16 @@ class Gaussian(Elementwise):
     def _sampled(
         self, outputs: Tensor, target: Tensor | None, generator: torch.Generator | None
     ) -> Tensor:
-        noise = torch.randn(
-            outputs.shape, dtype=outputs.dtype, device=outputs.device, generator=generator
-        )
+        # y - f is normal, so that the score is
+        return self._normal(outputs, target, 1, generator).squeeze(0)
+
+    def _normal(
+        self, outputs: Tensor, target: Tensor | None, n: int, generator: torch.Generator | None
+    ) -> Tensor:
+        noise = standard_normal(n, outputs.shape, outputs, generator)
         if self._correlated(outputs):
             return noise @ self._root_of_precision.mT.to(outputs)
         return noise * self._root(outputs, target)
-
-    def _normal(
-        self, outputs: Tensor, target: Tensor | None, generator: torch.Generator | None
-    ) -> Tensor:
-        return self._sampled(outputs, target, generator)
 
     def _observed(self, outputs: Tensor, target: Tensor) -> Tensor:
         return self.hessian_product(outputs, target, outputs - target)

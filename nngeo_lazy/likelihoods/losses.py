@@ -18,7 +18,7 @@ from ..errors import (
     NotPositiveDefiniteError,
     UnsupportedLayerError,
 )
-from .base import NOT_FINITE, Likelihood, broadcasts, check_outputs, wide
+from .base import NOT_FINITE, Likelihood, broadcasts, check_outputs, standard_normal, wide
 from .categorical import Categorical
 from .elementwise import Bernoulli, Poisson
 from .gaussian import Gaussian
@@ -150,13 +150,11 @@ class CallableLoss(Likelihood):
         return next(self._draws(outputs, target, generator, 1))
 
     def _normal(
-        self, outputs: Tensor, target: Tensor | None, generator: torch.Generator | None
+        self, outputs: Tensor, target: Tensor | None, n: int, generator: torch.Generator | None
     ) -> Tensor:
         roots = self._roots(outputs, target)
-        z = torch.randn(
-            (*roots.shape[:2], 1), dtype=roots.dtype, device=roots.device, generator=generator
-        )
-        return (roots @ z).view(outputs.shape)
+        z = standard_normal(n, (*roots.shape[:2], 1), roots, generator)
+        return (roots @ z).view(n, *outputs.shape)
 
     def _observed(self, outputs: Tensor, target: Tensor) -> Tensor:
         return self._gradient(target)(outputs)

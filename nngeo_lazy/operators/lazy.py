@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from typing import Any, cast
 
@@ -57,7 +58,7 @@ class LazyLinearOperator(BaseLinearOperator):
             preconditioner=precondition,
             x0=x0,
         )
-        warn_unless_converged(found, krylov.tol, v.dtype, "conjugate gradients", stacklevel=5)
+        warn_unless_converged(found, krylov.tol, v.dtype, "conjugate gradients")
         return back(found.x)
 
     def _damp(self, damping: Damping, method: str) -> BaseLinearOperator:
@@ -313,7 +314,7 @@ class ProductLinearOperator(LazyLinearOperator):
 
 
 def warn_unless_converged(
-    found: KrylovResult, tol: float | None, dtype: torch.dtype, method: str, *, stacklevel: int
+    found: KrylovResult, tol: float | None, dtype: torch.dtype, method: str
 ) -> None:
     """A ConvergenceWarning where an iteration stopped short of its tolerance."""
     if found.converged:
@@ -332,8 +333,17 @@ def warn_unless_converged(
             worst,
             found.iterations,
         ),
-        stacklevel=stacklevel,
+        stacklevel=_callers_level(),
     )
+
+
+def _callers_level() -> int:
+    """The stacklevel of a warning that points at the code outside of this package."""
+    own = (__name__.partition(".")[0], "torch", "linear_operator")
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(own):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def add_diagonal_lazily(operator: BaseLinearOperator, d: Tensor) -> BaseLinearOperator:

@@ -158,7 +158,7 @@ def _iterated(
         preconditioner=None if close is None else lambda r: close._solve_any(r, Krylov()),
         x0=x0,
     )
-    warn_unless_converged(found, krylov.tol, b.dtype, _NAMES[method], stacklevel=5)
+    warn_unless_converged(found, krylov.tol, b.dtype, _NAMES[method])
     return Solution(
         restore(back(found.x)), found.residual, found.iterations, found.converged, method
     )
@@ -192,7 +192,7 @@ def _least_squares(
         max_iter=max_iter,
         x0=None if start is None else flattened(start)[0],
     )
-    warn_unless_converged(found, tol, b_.dtype, _NAMES["lsmr"], stacklevel=4)
+    warn_unless_converged(found, tol, b_.dtype, _NAMES["lsmr"])
     x = back(found.x)
     x = x.squeeze(-1) if isinstance(b, Tensor) and b.dim() == 1 else x
     return Solution(x, found.residual, found.iterations, found.converged, "lsmr")

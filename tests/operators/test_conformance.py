@@ -8,7 +8,9 @@ from linear_operator.test.linear_operator_test_case import (
     LinearOperatorTestCase,
     RectangularLinearOperatorTestCase,
 )
+from torch import nn
 
+import nngeo_lazy as ng
 from nngeo_lazy.errors import UnsupportedLayerError
 
 from . import examples
@@ -134,6 +136,97 @@ class TestRestricted(_LazyWithoutRoots, unittest.TestCase):
 
 class TestInverse(_LazyWithoutRoots, unittest.TestCase):
     make = staticmethod(examples.inverse)
+
+
+def network_function(w, x):
+    """tanh(W x + b) of a (2, 3) weight and its bias as one vector: (N, 2)."""
+    return torch.tanh(x.to(w) @ w[:6].view(2, 3).mT + w[6:])
+
+
+class _Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return torch.tanh(self.fc(x))
+
+
+def inputs():
+    return torch.randn(30, 3, generator=torch.Generator().manual_seed(0))
+
+
+def implicit(builder, **options):
+    """A matrix-free operator whose parameters want a gradient; well conditioned."""
+    model = _Network()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.linspace(-0.3, 0.4, p.numel()).view(p.shape))
+    return builder(model, inputs(), **options).requires_grad_(True)
+
+
+def dense_jacobian(w):
+    function = torch.autograd.functional.jacobian
+    return function(lambda w: network_function(w, inputs()).flatten(), w, create_graph=True)
+
+
+class TestGaussNewton(_LazyWithoutRoots, unittest.TestCase):
+    def create_linear_op(self):
+        return implicit(ng.FIM, representation="implicit", likelihood="gaussian")
+
+    def evaluate_linear_op(self, op):
+        J = dense_jacobian(op.parameters)
+        return J.mT @ J / 30
+
+
+class TestHessian(_LazyWithoutRoots, unittest.TestCase):
+    """Of sum log cosh W x, by its outputs' sum: positive definite."""
+
+    def create_linear_op(self):
+        return implicit(ng.Hessian, loss="output", forward=_log_cosh)
+
+    def evaluate_linear_op(self, op):
+        def loss(w):
+            return log_cosh(inputs().to(w) @ w[:6].view(2, 3).mT + w[6:]).sum() / 30
+
+        return torch.autograd.functional.hessian(loss, op.parameters, create_graph=True)
+
+
+def log_cosh(z):
+    return z.cosh().log()
+
+
+def _log_cosh(model, x):
+    return log_cosh(model.fc(x))
+
+
+class TestJacobian(RectangularLinearOperatorTestCase, unittest.TestCase):
+    seed = 0
+
+    def create_linear_op(self):
+        return implicit(ng.Jacobian)
+
+    def evaluate_linear_op(self, op):
+        return dense_jacobian(op.parameters)
+
+
+class TestFactoredJacobian(RectangularLinearOperatorTestCase, unittest.TestCase):
+    seed = 0
+
+    def create_linear_op(self):
+        return implicit(ng.Jacobian, representation="factored")
+
+    def evaluate_linear_op(self, op):
+        return op @ torch.eye(op.shape[-1], dtype=op.dtype)
+
+
+class TestFactored(_LazyWithoutRoots, unittest.TestCase):
+    def create_linear_op(self):
+        return implicit(ng.FIM, representation="factored", likelihood="gaussian")
+
+    def evaluate_linear_op(self, op):
+        J = op.root @ torch.eye(op.shape[-1], dtype=op.dtype)
+        return J.mT @ J
 
 
 class TestMatrix(RectangularLinearOperatorTestCase, unittest.TestCase):

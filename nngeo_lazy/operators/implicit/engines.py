@@ -19,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .convolution import frozen_convolutions
+from .frozen import frozen_layers
 
 __all__ = [
     "MODES",
@@ -97,7 +97,7 @@ class _DoubleVJP(JacobianOf):
             if taped:
                 self.values = function(parameters)
             else:  # the graph of u -> J^T u alone: cheaper, and linear in u
-                with frozen_convolutions():
+                with frozen_layers():
                     self.values = function(parameters)
             # Products do not depend on u: one number, whatever the size of the outputs.
             zero = torch.zeros((), dtype=self.values.dtype, device=self.values.device)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +26,6 @@ __all__ = [
 ]
 
 SAMPLE_SPACE = 2**14  # rows up to which their Gram matrix is decomposed: 2 GiB in float64
-Rebuild: TypeAlias = Callable[[list[Tensor]], Any]
 
 
 @dataclass(frozen=True)
@@ -35,12 +34,14 @@ class FactoredInfo(Info):
 
     Attributes:
         layouts: where each part lies in the flat vector.
-        rebuild: the forms of each part in each batch from the operator's tensors.
+        template: the forms of each part in each batch, with slots for the tensors.
+        order: which of the operator's tensors goes into each slot.
         center: whether the mean row is subtracted from every row.
     """
 
     layouts: tuple[Layout, ...] = ()
-    rebuild: Rebuild | None = None
+    template: Any = None
+    order: tuple[int, ...] = ()
     center: bool = False
 
 
@@ -54,10 +55,8 @@ class FactoredJacobianLinearOperator(RectangularLinearOperator):
 
     def __init__(self, *tensors: Tensor, info: FactoredInfo) -> None:
         super().__init__(*tensors, info=info)
-        rebuild = info.rebuild
-        if rebuild is None:
-            raise ValueError("factored operators are made by FactoredJacobianLinearOperator.of")
-        self.batches: list[list[Form | None]] = rebuild(list(tensors))
+        slots = [tensors[k] for k in info.order]
+        self.batches: list[list[Form | None]] = _put_together(info.template, slots)
         shapes = [next(form.shape for form in batch if form is not None) for batch in self.batches]
         self.row_shapes = [(n, r) for r, n, _ in shapes]
 
@@ -72,10 +71,9 @@ class FactoredJacobianLinearOperator(RectangularLinearOperator):
     ) -> FactoredJacobianLinearOperator:
         """The Jacobian of the forms of each part in each batch; None is a zero part."""
         tensors: list[Tensor] = []
-        rebuild = _taken_apart([list(batch) for batch in batches], tensors)
+        template = _taken_apart([list(batch) for batch in batches], tensors)
         # the first one gives dtype and device
         order = sorted(range(len(tensors)), key=lambda k: not tensors[k].is_floating_point())
-        back = [order.index(k) for k in range(len(tensors))]
         known = FactoredInfo(
             info.space,
             info.num_examples,
@@ -83,7 +81,8 @@ class FactoredJacobianLinearOperator(RectangularLinearOperator):
             info.origins,
             info.quantity,
             layouts=tuple(layouts),
-            rebuild=lambda given: rebuild([given[k] for k in back]),
+            template=template,
+            order=tuple(order.index(k) for k in range(len(tensors))),
             center=center,
         )
         return cls(*(tensors[k] for k in order), info=known)
@@ -310,24 +309,36 @@ class FactoredGaussNewtonLinearOperator(LazyLinearOperator):
         return self.root._kind()
 
 
-def _taken_apart(value: Any, tensors: list[Tensor]) -> Rebuild:
-    """Append the tensors that a structure of forms holds; how to put others in their place."""
+@dataclass(frozen=True)
+class _Slot:
+    """Where a tensor goes."""
+
+    index: int
+
+
+def _taken_apart(value: Any, tensors: list[Tensor]) -> Any:
+    """A structure of forms with slots for the tensors that it holds, which are appended."""
     if isinstance(value, Tensor):
         tensors.append(value)
-        k = len(tensors) - 1
-        return lambda given: given[k]
+        return _Slot(len(tensors) - 1)
     if isinstance(value, (list, tuple)):
-        kind = type(value)
-        inner = [_taken_apart(entry, tensors) for entry in value]
-        return lambda given: kind(make(given) for make in inner)
+        return type(value)(_taken_apart(entry, tensors) for entry in value)
     if is_dataclass(value) and not isinstance(value, (type, Layout)):
         made = {f.name: _taken_apart(getattr(value, f.name), tensors) for f in fields(value)}
+        return replace(value, **made)
+    return value
 
-        def rebuild(given: list[Tensor]) -> Any:
-            new = replace(value, **{name: make(given) for name, make in made.items()})
-            if isinstance(new, Outer) and new.inputs is not None:
-                return replace(new, inputs=new.inputs.to(new.g.dtype))
-            return new
 
-        return rebuild
-    return lambda given: value
+def _put_together(template: Any, tensors: Sequence[Tensor]) -> Any:
+    """The structure of forms with tensors in its slots."""
+    if isinstance(template, _Slot):
+        return tensors[template.index]
+    if isinstance(template, (list, tuple)):
+        return type(template)(_put_together(entry, tensors) for entry in template)
+    if is_dataclass(template) and not isinstance(template, (type, Layout)):
+        made = {f.name: _put_together(getattr(template, f.name), tensors) for f in fields(template)}
+        new = replace(template, **made)
+        if isinstance(new, Outer) and new.inputs is not None:
+            return replace(new, inputs=new.inputs.to(new.g.dtype))  # indices have a dtype of x, too
+        return new
+    return template

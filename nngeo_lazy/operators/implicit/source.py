@@ -112,6 +112,9 @@ class Memory:
     _point: Tensor | None = None  # held, so that its address is not given to another tensor
     _kept: list[tuple[Any, Any]] = field(default_factory=list)
 
+    def __reduce__(self) -> tuple[type[Memory], tuple[()]]:
+        return Memory, ()  # a pickle holds no graphs
+
     def kept(self, point: Tensor) -> list[tuple[Any, Any]]:
         """The graphs of the first batches at this point; an empty list where there are none."""
         key = (point.data_ptr(), point._version, point.dtype)

@@ -1,7 +1,7 @@
-"""Convolutions whose backward pass is cheap to differentiate in the output gradient.
+"""Layers whose backward pass is cheap to differentiate in the output gradient: all else is frozen.
 
-J v is the derivative of u -> J^T u in u (see `engines`). torch's rule for it also makes the
-gradients in the input and in the weight, which nothing here asks for: three times the work.
+J v is the derivative of u -> J^T u in u (see `engines`). torch's rules for it also make the
+gradients in the layer's input and weight, which nothing here asks for: two to three times the work.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["frozen_convolutions"]
+__all__ = ["frozen_layers"]
 
 _FORWARD = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 _TRANSPOSED = {torch.conv_transpose1d: 1, torch.conv_transpose2d: 2, torch.conv_transpose3d: 3}
@@ -91,8 +92,85 @@ class _GradWeight(torch.autograd.Function):
         return torch.convolution(x, t, None, *ctx.geometry), None, None, None
 
 
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, w: Tensor | None, b: Tensor | None, shape: list[int], eps: float
+    ) -> Tensor:
+        y, mean, rstd = torch.native_layer_norm(x, shape, w, b, eps)
+        ctx.save_for_backward(x, mean, rstd, w, b)
+        ctx.shape = shape
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        mask = list(ctx.needs_input_grad[:3])
+        if torch.is_grad_enabled():
+            saved = (None if t is None else t.detach() for t in ctx.saved_tensors)
+            made = _apply(_GradLayerNorm, g, *saved, ctx.shape, mask)
+        else:
+            x, mean, rstd, w, b = ctx.saved_tensors
+            made = _layer_norm_backward(g, x, mean, rstd, w, b, ctx.shape, mask)
+        return (*made, None, None)
+
+
+class _GradLayerNorm(torch.autograd.Function):
+    """g to the gradients in x, w and b: linear in g, and the derivative along (t, tw, tb) likewise.
+
+    With z = (x - mean) rstd: w rstd (t - mean(t) - z mean(t z)) + z tw + tb.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        g: Tensor,
+        x: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        w: Tensor | None,
+        b: Tensor | None,
+        shape: list[int],
+        mask: list[bool],
+    ) -> tuple[Tensor | None, ...]:
+        ctx.save_for_backward(x, mean, rstd, w)
+        ctx.dims = tuple(range(-len(shape), 0))
+        ctx.set_materialize_grads(False)
+        return _layer_norm_backward(g, x, mean, rstd, w, b, shape, mask)
+
+    @staticmethod
+    def backward(
+        ctx: Any, t: Tensor | None, tw: Tensor | None, tb: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        x, mean, rstd, w = ctx.saved_tensors
+        z = (x - mean) * rstd
+        parts = []
+        if t is not None:
+            inner = t - t.mean(ctx.dims, keepdim=True) - z * (t * z).mean(ctx.dims, keepdim=True)
+            parts.append(inner * (rstd if w is None else rstd * w))
+        if tw is not None:
+            parts.append(z * tw)
+        total = sum(parts[1:], parts[0]) if parts else None
+        if tb is not None:
+            total = tb.expand_as(x) if total is None else total + tb
+        return (total, *[None] * 7)
+
+
+def _layer_norm_backward(
+    g: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    w: Tensor | None,
+    b: Tensor | None,
+    shape: list[int],
+    mask: list[bool],
+) -> tuple[Tensor | None, ...]:
+    made = torch.ops.aten.native_layer_norm_backward(g, x, shape, mean, rstd, w, b, mask)
+    return tuple(t if wanted else None for t, wanted in zip(made, mask, strict=True))
+
+
 class _Frozen(TorchFunctionMode):
-    """Takes the place of the convolutions of batches."""
+    """Takes the place of these layers."""
 
     def __torch_function__(
         self,
@@ -102,12 +180,15 @@ class _Frozen(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        made = None
+        made: tuple[Any, ...] | None = None
+        layer: Any = _Convolution
         if func in _FORWARD:
             made = _bind(_FORWARD[func], *args, **kwargs)
         elif func in _TRANSPOSED:
             made = _bind_transposed(_TRANSPOSED[func], *args, **kwargs)
-        return func(*args, **kwargs) if made is None else _apply(_Convolution, *made)
+        elif func is functional.layer_norm:
+            made, layer = _bind_layer_norm(*args, **kwargs), _LayerNorm
+        return func(*args, **kwargs) if made is None else _apply(layer, *made)
 
 
 def _apply(function: Any, *args: Any) -> Any:
@@ -115,8 +196,8 @@ def _apply(function: Any, *args: Any) -> Any:
 
 
 @contextmanager
-def frozen_convolutions() -> Iterator[None]:
-    """Inside, backward passes of convolutions are differentiable in their output gradient alone."""
+def frozen_layers() -> Iterator[None]:
+    """Inside, layers have backward passes that are differentiable in output gradients alone."""
     with _Frozen():
         yield
 
@@ -167,6 +248,19 @@ def _bind_transposed(
         groups,
     )
     return input, weight, bias, geometry
+
+
+def _bind_layer_norm(
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor | None, Tensor | None, list[int], float] | None:
+    plain = all(p is None or p.dtype == input.dtype for p in (weight, bias))
+    if not plain or torch.is_autocast_enabled(input.device.type):
+        return None
+    return input, weight, bias, list(normalized_shape), eps
 
 
 def _plain(x: Tensor, w: Tensor, n: int) -> bool:
