@@ -26,10 +26,10 @@ from .quantities import (
 )
 from .representations import EKFAC, Dense, Factored, Implicit, Representation
 from .representations import resolve as resolve_representation
-from .representations.factored import factored_jacobian
+from .representations.factored import FormStack, factored_jacobian
 from .representations.recipes import info_of, require_finite
 from .selectors import Selector, space_of
-from .statistics import FormStack, RowStack
+from .statistics import RowStack
 from .sweep import DataSweep
 
 __all__ = ["FIM", "GGN", "Hessian", "Jacobian", "plan", "update_diag"]

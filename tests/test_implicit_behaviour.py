@@ -153,6 +153,72 @@ def test_at():
         ng.FIM(net, batch, "kfac").at(other)
 
 
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mix, self.norm = nn.MultiheadAttention(4, 2, batch_first=True), nn.LayerNorm(4)
+        self.inner, self.head = nn.Linear(2, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        h = self.inner(x).unsqueeze(1).expand(-1, 3, -1).cumsum(1)
+        return self.head(nn.functional.gelu(self.norm(h + self.mix(h, h, h)[0]))).mean(1)
+
+
+THIRD_ORDER = {
+    "layer_norm": lambda: nn.Sequential(
+        nn.Linear(2, 4), nn.LayerNorm(4), nn.GELU(), nn.Linear(4, 2)
+    ),
+    "group_norm": lambda: nn.Sequential(
+        nn.Linear(2, 4), nn.GroupNorm(2, 4), nn.SiLU(), nn.Linear(4, 2)
+    ),
+    "rms_norm": lambda: nn.Sequential(nn.Linear(2, 4), nn.RMSNorm(4), nn.Tanh(), nn.Linear(4, 2)),
+    "instance_norm": lambda: nn.Sequential(
+        nn.Linear(2, 6),
+        nn.Unflatten(1, (2, 3)),
+        nn.InstanceNorm1d(2, affine=True),
+        nn.ELU(),
+        nn.Flatten(),
+        nn.Linear(6, 2),
+    ),
+    "convolution": lambda: nn.Sequential(
+        nn.Linear(2, 6), nn.Unflatten(1, (2, 3)), nn.Conv1d(2, 2, 2), nn.Mish(), nn.Flatten()
+    ),
+    "weight_norm": lambda: nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Linear(2, 4)), nn.Softplus(), nn.Linear(4, 2)
+    ),
+    "attention": lambda: Attending(),
+    "lstm": lambda: LSTM(),
+}
+
+
+@pytest.mark.parametrize("name", THIRD_ORDER)
+def test_third_derivatives(name):
+    """torch's own are wrong for some norms; here they are those of finite differences."""
+    net, (x, y) = THIRD_ORDER[name](), data(3)
+    x = x.unsqueeze(1).expand(-1, 3, -1).cumsum(1) if name == "lstm" else x
+    y = torch.randint(4, (3,)) if name == "convolution" else y
+    for F in (
+        ng.FIM(net, (x, y), "implicit"),
+        ng.Hessian(net, (x, y), loss="categorical"),
+        ng.Jacobian(net, (x, y)),
+    ):
+        w = F.space.values(net).detach().requires_grad_()
+        u, v, t = torch.randn(F.shape[0]), torch.randn(F.shape[1]), torch.randn_like(w)
+        (found,) = torch.autograd.grad(u @ (F.at(w) @ v), w)
+        step = 1e-5 * t
+        ahead, behind = (u @ (F.at(w.detach() + s * step) @ v) for s in (1, -1))
+        torch.testing.assert_close(found @ t, (ahead - behind) / 2e-5, rtol=1e-5, atol=1e-7)
+    H = ng.Hessian(net, (x, y), loss="categorical")
+
+    def gradient(w):
+        w = w.detach().requires_grad_()
+        outputs = torch.func.functional_call(net, H.space.unravel(w), (x,))
+        return torch.autograd.grad(nn.functional.cross_entropy(outputs, y), w)[0]
+
+    difference = (gradient(w + step) - gradient(w - step)) / 2e-5
+    torch.testing.assert_close(H @ t, difference, rtol=1e-5, atol=1e-7)
+
+
 def test_mc_has_no_derivative_in_the_parameters():
     net, batch = small(), data()
     F = ng.FIM(net, batch, "implicit", estimator="mc", seed=0)

@@ -2,20 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from ..jacobian.forms import Form, Outer, Stored, Summed
+import torch
+from torch import Tensor
+
+from ..errors import TooLargeError
+from ..jacobian.forms import Form, Outer, Rows, Stored, Summed
+from ..jacobian.plan import Part
 from ..operators import BaseLinearOperator, Info
 from ..operators.implicit import (
     FactoredGaussNewtonLinearOperator,
     FactoredJacobianLinearOperator,
 )
-from ..statistics import FormStack, Sweep
+from ..statistics import MAX_BLOCK_BYTES, Cost, Sample, Statistic, Sweep
 from .base import Representation
 from .recipes import Block, Recipe, block_name, flat_layout, require_finite, whole
 
-__all__ = ["Factored", "factored_jacobian"]
+__all__ = ["Factored", "FormStack", "factored_jacobian"]
+
+
+class FormStack(Statistic):
+    """The forms themselves, all directions of all examples: inputs and output gradients."""
+
+    def __init__(self, indices: Sequence[int], parts: Sequence[Part]) -> None:
+        super().__init__(*indices)
+        self._parts = parts
+        self._chunks: list[list[Form | None]] = []  # of the current batch
+        self._bytes = 0
+        self.batches: list[list[Form | None]] = []  # a form for each part, None where it is zero
+
+    def costs(self, sample: Sample) -> Iterator[Cost]:
+        for k, part in zip(self.indices, self._parts, strict=True):
+            form = sample.forms[k]
+            numbers = 0
+            if isinstance(form, Outer):
+                inputs = 0 if form.inputs is None else form.inputs.shape[2] * form.inputs.shape[3]
+                g = form.g[0, 0].numel() * sample.directions
+                numbers = sample.examples * (g + inputs)
+            elif form is not None:
+                numbers = sample.examples * sample.directions * part.layout.size
+            yield Cost(k, f"factored {part.layout.size}", numbers, 0)
+
+    def update(self, forms: Sequence[Form | None], first: bool, last: bool) -> None:
+        self._chunks.append([_stored(form) for form in forms])
+        self._bytes += sum(_bytes_of(form, first) for form in self._chunks[-1])
+        if self._bytes > MAX_BLOCK_BYTES:
+            raise TooLargeError(
+                "the layers' inputs and output gradients of all examples and output directions "
+                f"take more than the limit of {MAX_BLOCK_BYTES / 2**30:.0f} GiB: take "
+                "estimator='mc' or 'empirical' (one direction for each example), fewer examples, "
+                "or 'implicit'"
+            )
+        if last:
+            self.batches.append([_joined(chunks) for chunks in zip(*self._chunks, strict=True)])
+            self._chunks = []
+
+
+def _stored(form: Form | None) -> Form | None:
+    """A form that holds nothing of the pass; rows that are streamed are made."""
+    if isinstance(form, Rows):
+        return Stored(torch.cat([form.rows(a, b) for a, b in form.tiles()], 1))
+    return form
+
+
+def _bytes_of(form: Form | None, first: bool) -> int:
+    """What is kept of a chunk; its inputs are those of the first chunk of a batch."""
+    if isinstance(form, Summed):
+        return sum(_bytes_of(outer, first) for outer in form.outers)
+    if isinstance(form, Stored):
+        return form.values.nbytes
+    if not isinstance(form, Outer):
+        return 0
+    inputs = vars(form.inputs).values() if first and form.inputs is not None else ()
+    return form.bytes + sum(x.nbytes for x in inputs if isinstance(x, Tensor))
+
+
+def _joined(chunks: Sequence[Form | None]) -> Form | None:
+    """Chunks of directions of one batch as one form."""
+    first = chunks[0]
+    if len(chunks) == 1 or first is None:
+        return first
+    if isinstance(first, Summed):
+        outers = zip(*(chunk.outers for chunk in chunks if isinstance(chunk, Summed)), strict=True)
+        return replace(first, outers=tuple(_joined(each) for each in outers))  # type: ignore[misc]
+    if isinstance(first, Outer):
+        return replace(first, g=torch.cat([c.g for c in chunks if isinstance(c, Outer)]))
+    return Stored(torch.cat([c.values for c in chunks if isinstance(c, Stored)]))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .frozen import frozen_layers
+from .layers import composed, frozen
 
 __all__ = [
     "MODES",
@@ -76,6 +76,7 @@ def jacobian_of(
         keep: whether many products are to come, so that forward mode is linearised once.
         taped: whether products are to be differentiable in the parameters.
     """
+    function = composed(function, taped)
     if mode == "double_vjp":
         return _DoubleVJP(function, parameters, taped)
     return _Forward(function, parameters, keep, taped)
@@ -85,6 +86,7 @@ def hessian_of(
     mode: str, function: Function, parameters: Sequence[Tensor], *, keep: bool, taped: bool
 ) -> HessianOf:
     """The Hessian at `parameters`; arguments as `jacobian_of`."""
+    function = composed(function, taped)
     if mode == "double_vjp":
         return _DoubleBackward(function, parameters, taped)
     return _ForwardOverReverse(function, parameters, keep, taped)
@@ -94,11 +96,8 @@ class _DoubleVJP(JacobianOf):
     def __init__(self, function: Function, parameters: Sequence[Tensor], taped: bool) -> None:
         self._parameters, self._taped = list(parameters), taped
         with torch.enable_grad():
-            if taped:
-                self.values = function(parameters)
-            else:  # the graph of u -> J^T u alone: cheaper, and linear in u
-                with frozen_layers():
-                    self.values = function(parameters)
+            # without a tape, the graph of u -> J^T u alone: cheaper, and linear in u
+            self.values = function(parameters) if taped else frozen(function)(parameters)
             # Products do not depend on u: one number, whatever the size of the outputs.
             zero = torch.zeros((), dtype=self.values.dtype, device=self.values.device)
             self._u = zero.expand(self.values.shape).detach().requires_grad_()

@@ -1,13 +1,13 @@
-"""Layers whose backward pass is cheap to differentiate in the output gradient: all else is frozen.
+"""Layers with other derivatives than torch gives them: cheaper ones, and ones of higher order.
 
-J v is the derivative of u -> J^T u in u (see `engines`). torch's rules for it also make the
-gradients in the layer's input and weight, which nothing here asks for: two to three times the work.
+*Frozen* layers have a backward pass that is differentiable in the output gradient alone. J v is the
+derivative of u -> J^T u in u (see `engines`), and torch's rules for it also make the gradients in
+the input and the weight, which nothing here asks for: two to three times the work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["frozen_layers"]
+__all__ = ["composed", "frozen"]
 
 _FORWARD = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 _TRANSPOSED = {torch.conv_transpose1d: 1, torch.conv_transpose2d: 2, torch.conv_transpose3d: 3}
@@ -195,11 +195,97 @@ def _apply(function: Any, *args: Any) -> Any:
     return function.apply(*args)
 
 
-@contextmanager
-def frozen_layers() -> Iterator[None]:
-    """Inside, layers have backward passes that are differentiable in output gradients alone."""
-    with _Frozen():
-        yield
+class _Composed(TorchFunctionMode):
+    """Functions from elementary ones, where torch's derivatives of higher order are wrong.
+
+    It differentiates the double-backward pass of a norm with mean and deviation held fixed: third
+    derivatives, those of a product in the parameters, come out wrong. Of the weight norm the second
+    ones do.
+    """
+
+    def __init__(self, table: Mapping[Callable[..., Any], Callable[..., Any]]) -> None:
+        super().__init__()
+        self._table = table
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        return self._table.get(func, func)(*args, **kwargs)
+
+
+def _composed_layer_norm(
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    out = _standardised(input, range(-len(normalized_shape), 0), eps)
+    out = out if weight is None else out * weight
+    return out if bias is None else out + bias
+
+
+def _composed_instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if not use_input_stats:
+        return functional.instance_norm(
+            input, running_mean, running_var, weight, bias, False, momentum, eps
+        )
+    shape = (-1, *(1,) * (input.dim() - 2))
+    out = _standardised(input, range(2, input.dim()), eps)
+    out = out if weight is None else out * weight.view(shape)
+    return out if bias is None else out + bias.view(shape)
+
+
+def _composed_weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    norm = torch.norm_except_dim(v, 2, dim)
+    return v * (g / norm)
+
+
+def _standardised(x: Tensor, dims: range, eps: float) -> Tensor:
+    centered = x - x.mean(tuple(dims), keepdim=True)
+    return centered * (centered.square().mean(tuple(dims), keepdim=True) + eps).rsqrt()
+
+
+_SECOND: dict[Callable[..., Any], Callable[..., Any]] = {torch._weight_norm: _composed_weight_norm}
+_THIRD: dict[Callable[..., Any], Callable[..., Any]] = {
+    **_SECOND,
+    functional.layer_norm: _composed_layer_norm,
+    functional.instance_norm: _composed_instance_norm,
+}
+
+
+def frozen(function: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
+    """The function with backward passes that are differentiable in output gradients alone."""
+    return _within(_Frozen, function)
+
+
+def composed(function: Callable[[Any], Tensor], taped: bool) -> Callable[[Any], Tensor]:
+    """The function with layers whose second derivatives are right; taped, those of every order."""
+    return _within(lambda: _Composed(_THIRD if taped else _SECOND), function)
+
+
+def _within(
+    mode: Callable[[], TorchFunctionMode], function: Callable[[Any], Tensor]
+) -> Callable[[Any], Tensor]:
+    def run(parameters: Any) -> Tensor:
+        with mode():
+            return function(parameters)
+
+    return run
 
 
 def _bind(
