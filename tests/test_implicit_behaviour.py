@@ -15,6 +15,7 @@ from nngeo_lazy.errors import (
     NonFiniteError,
     SpaceMismatchError,
     StochasticModelError,
+    TooLargeError,
     UnsupportedLayerError,
 )
 from nngeo_lazy.operators.implicit import engines, products
@@ -321,6 +322,56 @@ def test_kept_linearisation():
         close(F.to_dense(), dense, 1e-9)
     H = ng.Hessian(net, batch, Implicit("forward_over_reverse", True), loss="categorical")
     close(H.to_dense(), ng.Hessian(net, batch, loss="categorical").to_dense(), 1e-9)
+
+
+def test_autocast():
+    """A model that computes in bfloat16 inside is not taken for one with wrong derivatives."""
+
+    class Autocast(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.norm, self.b = nn.Linear(8, 64), nn.LayerNorm(64), nn.Linear(64, 3)
+
+        def forward(self, x):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return self.b(torch.tanh(self.norm(self.a(x)))).float()
+
+    net, x = Autocast().float(), torch.randn(50, 8, dtype=torch.float32)
+    dense = ng.Jacobian(net, x, "dense")
+    v = torch.randn(dense.shape[1], dtype=torch.float32)
+    for mode in engines.MODES:
+        J = ng.Jacobian(net, x, Implicit(mode))
+        close(J @ v, dense @ v, 0.03)
+        close(J.mT @ (J @ v), dense.mT @ (dense @ v), 0.03)
+
+
+class WrongBackward(torch.autograd.Function):
+    """Its backward pass is that of something else, without a way through for u."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return 2 * x * g.detach() + 0.1 * g
+
+
+def test_wrong_derivatives_are_found():
+    class Wrong(nn.Linear):
+        def forward(self, x):
+            return WrongBackward.apply(super().forward(x))
+
+    with pytest.raises(UnsupportedLayerError, match="is not the transpose of the gradient"):
+        ng.Jacobian(Wrong(2, 2), torch.randn(3, 2)) @ torch.ones(6)
+
+
+def test_forms_past_the_limit(monkeypatch):
+    monkeypatch.setattr("nngeo_lazy.representations.factored.MAX_BLOCK_BYTES", 100)
+    with pytest.raises(TooLargeError, match="estimator='mc' or 'empirical'"):
+        ng.FIM(small(), data(), "factored")
 
 
 @pytest.mark.parametrize("chunk_size", [None, 1, 2, 100])

@@ -19,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .layers import composed, frozen
+from .layers import composed, frozen, without_padding
 
 __all__ = [
     "MODES",
@@ -79,7 +79,7 @@ def jacobian_of(
     function = composed(function, taped)
     if mode == "double_vjp":
         return _DoubleVJP(function, parameters, taped)
-    return _Forward(function, parameters, keep, taped)
+    return _Forward(without_padding(function), parameters, keep, taped)
 
 
 def hessian_of(
@@ -89,7 +89,7 @@ def hessian_of(
     function = composed(function, taped)
     if mode == "double_vjp":
         return _DoubleBackward(function, parameters, taped)
-    return _ForwardOverReverse(function, parameters, keep, taped)
+    return _ForwardOverReverse(without_padding(function), parameters, keep, taped)
 
 
 class _DoubleVJP(JacobianOf):

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["composed", "frozen"]
+__all__ = ["composed", "frozen", "without_padding"]
 
 _FORWARD = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 _TRANSPOSED = {torch.conv_transpose1d: 1, torch.conv_transpose2d: 2, torch.conv_transpose3d: 3}
@@ -271,6 +271,22 @@ _THIRD: dict[Callable[..., Any], Callable[..., Any]] = {
 def frozen(function: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
     """The function with backward passes that are differentiable in output gradients alone."""
     return _within(_Frozen, function)
+
+
+def _unpadded_embedding(
+    input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any
+) -> Tensor:
+    if padding_idx is not None:
+        raise RuntimeError(
+            "forward mode takes the derivative in an embedding's padding, which its gradient does "
+            "not have"
+        )
+    return functional.embedding(input, weight, None, *args, **kwargs)
+
+
+def without_padding(function: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
+    """The function, refused where reverse mode leaves out what forward mode differentiates."""
+    return _within(lambda: _Composed({functional.embedding: _unpadded_embedding}), function)
 
 
 def composed(function: Callable[[Any], Tensor], taped: bool) -> Callable[[Any], Tensor]:

@@ -223,9 +223,6 @@ class _JacobianSourceMap(_SourceMap):
         along = made.jvp(v)
         _require_equal((u * along).sum(), _inner(made.vjp(u), v), along.norm())
 
-    def _by_batch(self, w: Tensor, mode: str, taped: bool) -> Iterator[tuple[JacobianOf, Metric]]:
-        return self._linearised(w, mode, taped)
-
 
 class GaussNewtonMap(_JacobianSourceMap):
     """sum_n J_n^T S_n S_n^T J_n v / total; symmetric."""
@@ -244,7 +241,7 @@ class GaussNewtonMap(_JacobianSourceMap):
         total: Tensor | None = None
         inner, ones = _zero(rows), _zero(rows)
         scale = 1 / self._source.total  # in the outputs, which are fewer
-        for jacobian, metric in self._by_batch(w, mode, taped):
+        for jacobian, metric in self._linearised(w, mode, taped):
 
             def product(
                 row: Tensor, jacobian: JacobianOf = jacobian, metric: Metric = metric
@@ -274,7 +271,7 @@ class GaussNewtonMap(_JacobianSourceMap):
                 generator.set_state(state)
             total = torch.zeros(n, len(self._source.space), dtype=w.dtype, device=w.device)
             inner, ones = _zero(total), _zero(total)
-            for jacobian, metric in self._by_batch(w, mode, False):
+            for jacobian, metric in self._linearised(w, mode, False):
                 z = metric.sample(n, generator)
 
                 def pulled(u: Tensor, jacobian: JacobianOf = jacobian) -> Tensor:
@@ -333,7 +330,7 @@ class JacobianMap(_JacobianSourceMap):
 
     def _run(self, rows: Tensor, w: Tensor, mode: str, taped: bool) -> Tensor:
         parts = []
-        for jacobian, _ in self._by_batch(w, mode, taped):
+        for jacobian, _ in self._linearised(w, mode, taped):
 
             def product(row: Tensor, jacobian: JacobianOf = jacobian) -> Tensor:
                 return jacobian.jvp(self._split(row)).flatten()
@@ -354,7 +351,7 @@ class TransposedMap(_JacobianSourceMap):
         rows = _centered(rows, self._source)
         total: Tensor | None = None
         start = 0
-        for jacobian, _ in self._by_batch(w, mode, taped):
+        for jacobian, _ in self._linearised(w, mode, taped):
             values = jacobian.values
             own = rows[:, start : start + values.numel()].unflatten(1, values.shape)
             start += values.numel()
@@ -418,10 +415,12 @@ def _inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
 
 
 def _require_equal(a: Tensor, b: Tensor, size: Tensor) -> None:
-    if not bool((a - b).abs() <= torch.finfo(a.dtype).eps ** 0.5 * (size + a.abs())):
+    # in float32 a model may compute in less inside: TF32, or bfloat16 under autocast
+    tolerance = 1e-8 if a.dtype == torch.float64 else 0.05
+    if not bool((a - b).abs() <= tolerance * (size + a.abs())):
         raise RuntimeError(
-            "the derivative along a vector is not the transpose of the gradient: the gradient is "
-            "no derivative, as that of padding in an embedding, or has none of its own"
+            "the derivative along a vector is not the transpose of the gradient: a backward pass "
+            "is no derivative, or has a wrong one"
         )
 
 
