@@ -9,32 +9,38 @@ from . import errors, likelihoods, representations
 from .builders import FIM, GGN, Hessian, Jacobian, plan, update_diag
 from .jacobian.registry import register_layer
 from .jacobian.uses import Grid, Use
-from .operators import (
-    Solution,
-    aslinearoperator,
-    identity,
-    load,
-    merge,
-    nystrom,
-    save,
-    solve,
-)
+from .linalg import Estimate, SpectralDensity
+from .operators import aslinearoperator, identity, load, merge, save
+from .operators.approximate import low_rank, nystrom
+from .operators.estimation import diagonal, effective_dimension, logdet, matrix_function, trace
+from .operators.solution import Solution, solve
+from .operators.spectra import SingularValues, Spectrum, eigsh, spectral_density, svds
 from .space import ParamSpace
 
 __all__ = [
     "FIM",
     "GGN",
+    "Estimate",
     "Grid",
     "Hessian",
     "Jacobian",
     "ParamSpace",
+    "SingularValues",
     "Solution",
+    "SpectralDensity",
+    "Spectrum",
     "Use",
     "aslinearoperator",
+    "diagonal",
+    "effective_dimension",
+    "eigsh",
     "errors",
     "identity",
     "likelihoods",
     "load",
+    "logdet",
+    "low_rank",
+    "matrix_function",
     "merge",
     "nystrom",
     "plan",
@@ -42,6 +48,9 @@ __all__ = [
     "representations",
     "save",
     "solve",
+    "spectral_density",
+    "svds",
+    "trace",
     "update_diag",
 ]
 __version__ = "0.3.0"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = [
     "ConvergenceWarning",
     "DataError",
+    "EstimateWarning",
     "NNGeoError",
     "NonFiniteError",
     "NotPositiveDefiniteError",
@@ -59,3 +62,15 @@ class ConvergenceWarning(UserWarning):
         super().__init__(message)
         self.residual = residual
         self.iterations = iterations
+
+
+class EstimateWarning(UserWarning):
+    """A number is an estimate where an exact one was asked for, or a worse one than was asked for.
+
+    Attributes:
+        estimate: the `Estimate`, with its standard error.
+    """
+
+    def __init__(self, message: str, estimate: Any) -> None:
+        super().__init__(message)
+        self.estimate = estimate

@@ -69,6 +69,7 @@ def check_operator(
     """Check every member of an operator against the matrix that it stands for.
 
     A member may have no closed form, and say so by `UnsupportedLayerError`; it must never be wrong.
+    An estimate must lie within its own interval.
 
     Args:
         op: the operator (P, P).

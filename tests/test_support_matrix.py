@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 import nngeo_lazy as ng
+from nngeo_lazy import linalg
 from nngeo_lazy.errors import DataError, NotPositiveDefiniteError, UnsupportedLayerError
-from nngeo_lazy.operators import BaseLinearOperator, BlockDiagonalLinearOperator
+from nngeo_lazy.operators import BaseLinearOperator, BlockDiagonalLinearOperator, estimation
 from nngeo_lazy.operators import lazy as lazy_module
 from nngeo_lazy.operators.eigen_low_rank import EigenLowRankLinearOperator
 from nngeo_lazy.operators.lazy import LazyLinearOperator
@@ -168,7 +169,13 @@ def cell(name, member):
     """How a member answers; raises AssertionError where it is wrong."""
     call, expected = MEMBERS[member]
     F, G = build(name)
-    with mock.patch.object(lazy_module, "cg", wraps=lazy_module.cg) as iterations:
+    with (
+        mock.patch.object(lazy_module, "cg", wraps=lazy_module.cg) as solves,
+        mock.patch.object(linalg, "svds", wraps=linalg.svds) as decompositions,
+        mock.patch.object(
+            estimation, "estimated_logdet", wraps=estimation.estimated_logdet
+        ) as estimates,
+    ):
         try:
             result = call(F, G)
         except UnsupportedLayerError:
@@ -177,7 +184,8 @@ def cell(name, member):
             if "merge" not in member:
                 raise
             return "refused"
-        how = "iterative" if iterations.called else "closed"
+        how = "iterative" if solves.called or decompositions.called else "closed"
+        how = "estimate" if estimates.called else how
     if isinstance(result, BaseLinearOperator):
         how = "lazy" if is_lazy(result) else "structured"
         result = result.to_dense()
@@ -214,7 +222,10 @@ the dense matrix. To write it again: `python tests/test_support_matrix.py`.
   rows; nothing of size P x P is made.
 - **structured**: an operator of the same family, whose members are closed again.
 - **lazy**: an operator that keeps its terms: products are exact, solves iterate.
-- **iterative**: conjugate gradients to a relative residual (`tol`), with a warning where they stop.
+- **iterative**: conjugate gradients or Lanczos to a relative residual (`tol`), with a warning where
+  they stop.
+- **estimate**: from random vectors, with an `EstimateWarning` that carries the standard error;
+  exact for up to 300 parameters.
 - **refused**: a named error says what has a closed form. `DenseLinearOperator(F.to_dense())` has
   every member, where it fits.
 

@@ -19,11 +19,11 @@
 | `SumLinearOperator`, ... | what has no structure of its own | its terms |
 
 All are `BaseLinearOperator`s and share one interface, and all are subclasses of
-`linear_operator.operators.LinearOperator`.
+`linear_operator.operators.LinearOperator`. Functions on any of them have modules of their own:
+`solution`, `spectra`, `estimation` and `approximate`.
 """
 
 from .algebra import ours
-from .approximate import nystrom
 from .base import BaseLinearOperator
 from .block_diagonal import BlockDiagonalLinearOperator
 from .convert import FromScipyLinearOperator, aslinearoperator
@@ -48,7 +48,6 @@ from .merge import merge
 from .quasi_diagonal import QuasiDiagonalLinearOperator
 from .report import Report, Row
 from .scipy import ScipyOperator
-from .solution import Solution, solve
 from .views import (
     BroadcastLinearOperator,
     ForeignLinearOperator,
@@ -87,14 +86,11 @@ __all__ = [
     "Row",
     "ScaledLinearOperator",
     "ScipyOperator",
-    "Solution",
     "SumLinearOperator",
     "aslinearoperator",
     "identity",
     "load",
     "merge",
-    "nystrom",
     "ours",
     "save",
-    "solve",
 ]

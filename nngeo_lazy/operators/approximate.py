@@ -8,9 +8,78 @@ import torch
 
 from .. import linalg
 from .convert import aslinearoperator
+from .estimation import diagonal, trace
 from .low_rank import LowRankLinearOperator
+from .primitives import seeded
+from .spectra import eigsh, require_symmetric_operator
 
-__all__ = ["nystrom"]
+__all__ = ["low_rank", "nystrom"]
+
+RESTS = ("zero", "constant", "diagonal")
+
+
+def low_rank(
+    A: Any,
+    rank: int,
+    *,
+    method: str = "lanczos",
+    rest: str = "zero",
+    tol: float | None = None,
+    seed: int | None = None,
+    progress: bool = False,
+) -> LowRankLinearOperator:
+    r"""A low-rank-plus-diagonal approximation of a symmetric operator.
+
+    .. math:: A \approx U \Lambda U^T + D \qquad\text{or}\qquad U \Lambda U^T + c\,(I - U U^T)
+
+    with the eigenpairs of largest magnitude. As a preconditioner (`F.solve(g, damping=d,
+    preconditioner=low)`), or for a posterior (`low.inverse(damping=d).sample(n)`).
+
+    Args:
+        A: a symmetric operator, a tensor, or whatever `aslinearoperator` takes.
+        rank: how many eigenpairs.
+        method: "lanczos" (the best of that rank, of any signs), or "nystrom" (one product with
+            `rank` columns; positive semidefinite).
+        rest: of the spectrum: "zero"; "constant", the mean c of the other eigenvalues, so that the
+            trace is that of A; or "diagonal", a D by which the diagonal is. Neither is negative.
+            Where the trace or the diagonal is no closed form it is an estimate.
+        tol: of the eigenpairs, as of `eigsh`.
+        seed: of what is random; by default from torch's global generator.
+        progress: whether to show a bar.
+
+    Returns:
+        The operator, over the parameters that A is over.
+
+    Raises:
+        ValueError: an unknown method or rest, or a rank outside of 1 to the size of A.
+
+    Example:
+        >>> A = torch.diag(torch.tensor([9.0, 2.0, 1.0]))
+        >>> low_rank(A, 1, rest="constant").to_dense().diagonal()
+        tensor([9.0000, 1.5000, 1.5000])
+
+    Source: Daxberger et al. (2021), Laplace redux, section 3.
+    """
+    if method not in ("lanczos", "nystrom"):
+        raise ValueError(f"expected method 'lanczos' or 'nystrom', got {method!r}")
+    if rest not in RESTS:
+        raise ValueError(f"expected rest to be one of {list(RESTS)}, got {rest!r}")
+    operator = require_symmetric_operator(A, "low_rank")
+    if method == "nystrom":
+        low = nystrom(operator, rank, seed=seed)
+    else:
+        values, vectors = eigsh(operator, rank, "LM", tol=tol, seed=seed, progress=progress)
+        info = operator.info.plain().altered()
+        low = LowRankLinearOperator(vectors.flip(1), values.flip(0), info=info)
+    if rest == "zero" or rank == operator.shape[-1]:
+        return low
+    with torch.no_grad():
+        if rest == "constant":
+            total = trace(operator, seed=seed, progress=progress).value
+            c = ((total - low._trace()) / (operator.shape[-1] - rank)).clamp_min(0)
+            return LowRankLinearOperator(low.root, low.core - c, c, info=low.info)
+        left = diagonal(operator, seed=seed, progress=progress).value - low._diagonal()
+    return LowRankLinearOperator(low.root, low.core, left.clamp_min(0), info=low.info)
 
 
 def nystrom(A: Any, rank: int, *, seed: int | None = None) -> LowRankLinearOperator:
@@ -43,9 +112,6 @@ def nystrom(A: Any, rank: int, *, seed: int | None = None) -> LowRankLinearOpera
     """
     operator = aslinearoperator(A)
     operator._require_square("nystrom")
-    generator = None
-    if seed is not None:
-        generator = torch.Generator(device=operator.device).manual_seed(seed)
     with torch.no_grad():
         basis, values = linalg.nystrom(
             operator._apply,
@@ -53,6 +119,6 @@ def nystrom(A: Any, rank: int, *, seed: int | None = None) -> LowRankLinearOpera
             rank,
             dtype=operator.dtype,
             device=operator.device,
-            generator=generator,
+            generator=seeded(seed, operator.device),
         )
     return LowRankLinearOperator(basis, values, info=operator.info.plain().altered())

@@ -15,7 +15,7 @@ from ..selectors import Selector, select
 from ..space import ParamSpace
 from .contract import ContractLinearOperator
 from .damping import Damping, DampingLike, is_zero, resolve_damping
-from .primitives import Krylov, flat_positions
+from .primitives import Krylov, flat_positions, seeded
 from .report import Report, make_report
 from .scipy import ScipyOperator
 from .vectors import VectorLike, columns, require_fitting, require_vector
@@ -274,10 +274,7 @@ class BaseLinearOperator(ContractLinearOperator):
         Raises:
             NotPositiveDefiniteError: F has a negative eigenvalue.
         """
-        generator = None
-        if seed is not None:
-            generator = torch.Generator(device=self.device).manual_seed(seed)
-        return self._draw(n, generator).mT
+        return self._draw(n, seeded(seed, self.device)).mT
 
     # --- parts -----------------------------------------------------------------------------------
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from ..errors import ConvergenceWarning, NotPositiveDefiniteError, SpaceMismatchError
-from ..linalg import KrylovResult, cg, default_tolerance
+from ..errors import NotPositiveDefiniteError, SpaceMismatchError, UnsupportedLayerError
+from ..linalg import cg
 from .base import BaseLinearOperator, Krylov, flat_positions
 from .damping import Damping
 from .diagonal import DiagonalLinearOperator
 from .info import Info
 from .vectors import flattened
+from .warn import warn_unless_converged
 
 __all__ = [
     "LazyLinearOperator",
@@ -23,10 +25,31 @@ __all__ = [
     "ScaledLinearOperator",
     "SumLinearOperator",
     "add_diagonal_lazily",
-    "warn_unless_converged",
+    "closed_forms_only",
 ]
 
 _CHUNK_BYTES = 2**26  # of identity columns at a time, where only products are known
+_CLOSED_ONLY: ContextVar[bool] = ContextVar("closed_forms_only", default=False)
+
+
+@contextmanager
+def closed_forms_only() -> Iterator[None]:
+    """Within it, a number that no structure knows raises UnsupportedLayerError.
+
+    However an operator is composed, it then either answers at the price of its structure, or says
+    that n products or an estimate would be needed.
+    """
+    token = _CLOSED_ONLY.set(True)
+    try:
+        yield
+    finally:
+        _CLOSED_ONLY.reset(token)
+
+
+def require_products(operator: BaseLinearOperator, what: str) -> None:
+    """Raise where only closed forms are wanted."""
+    if _CLOSED_ONLY.get():
+        raise UnsupportedLayerError(f"{what} of {type(operator).__name__} has no closed form")
 
 
 class LazyLinearOperator(BaseLinearOperator):
@@ -74,11 +97,17 @@ class LazyLinearOperator(BaseLinearOperator):
         return self._diagonal().sum()
 
     def _logdet(self) -> Tensor:
-        raise self._unsupported("logdet")
+        from .estimation import estimated_logdet
+
+        return estimated_logdet(self)
 
     def _norm(self, ord: Any) -> Tensor:
         if ord == "fro":
             return torch.stack([part.square().sum() for part in product_chunks(self)]).sum().sqrt()
+        if ord == 2:
+            from .spectra import spectral_norm
+
+            return spectral_norm(self)
         raise self._unsupported(f"norm({ord!r})")
 
     def _inverse(self) -> BaseLinearOperator:
@@ -313,39 +342,6 @@ class ProductLinearOperator(LazyLinearOperator):
         return self.left._apply(self.right._dense())
 
 
-def warn_unless_converged(
-    found: KrylovResult, tol: float | None, dtype: torch.dtype, method: str
-) -> None:
-    """A ConvergenceWarning where an iteration stopped short of its tolerance."""
-    if found.converged:
-        return
-    worst = float(found.residual.max())
-    tol = default_tolerance(dtype) if tol is None else tol
-    advice = (
-        f"rounding in {dtype} is the limit: add damping=, take float64 or raise tol="
-        if found.stalled
-        else "add damping=, pass a preconditioner= or a larger max_iter="
-    )
-    warnings.warn(
-        ConvergenceWarning(
-            f"{method} stopped at a relative residual of {worst:.2e} after {found.iterations} "
-            f"iterations, short of tol={tol:.0e}: {advice}",
-            worst,
-            found.iterations,
-        ),
-        stacklevel=_callers_level(),
-    )
-
-
-def _callers_level() -> int:
-    """The stacklevel of a warning that points at the code outside of this package."""
-    own = (__name__.partition(".")[0], "torch", "linear_operator")
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(own):
-        frame, level = frame.f_back, level + 1
-    return level
-
-
 def add_diagonal_lazily(operator: BaseLinearOperator, d: Tensor) -> BaseLinearOperator:
     """A + d I or A + diag(d) as a sum, whose diagonal terms are one."""
     info = operator.info.plain()
@@ -362,6 +358,7 @@ def add_diagonal_lazily(operator: BaseLinearOperator, d: Tensor) -> BaseLinearOp
 
 def product_chunks(operator: BaseLinearOperator) -> Any:
     """The matrix, some columns at a time, by products with the identity's."""
+    require_products(operator, "the matrix")
     n = operator.shape[-1]
     step = max(1, _CHUNK_BYTES // max(1, n * torch.finfo(operator.dtype).bits // 8))
     for start in range(0, n, step):

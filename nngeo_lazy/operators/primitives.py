@@ -19,7 +19,14 @@ from .info import Info
 if TYPE_CHECKING:
     from .base import BaseLinearOperator
 
-__all__ = ["Krylov", "PrimitiveLinearOperator", "flat_positions", "positions", "tensors_of"]
+__all__ = [
+    "Krylov",
+    "PrimitiveLinearOperator",
+    "flat_positions",
+    "positions",
+    "seeded",
+    "tensors_of",
+]
 
 
 @dataclass(frozen=True)
@@ -199,3 +206,8 @@ def flat_positions(space: ParamSpace, names: tuple[str, ...], device: Any) -> Te
     """Where some parameters lie in the flat vector."""
     chosen = [space.slices[name] for name in names]
     return torch.cat([torch.arange(s.start, s.stop, device=device) for s in chosen])
+
+
+def seeded(seed: int | None, device: torch.device) -> torch.Generator | None:
+    """A generator of its own; None is torch's global one."""
+    return None if seed is None else torch.Generator(device=device).manual_seed(seed)

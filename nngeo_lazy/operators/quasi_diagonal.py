@@ -193,7 +193,7 @@ class QuasiDiagonalLinearOperator(LazyLinearOperator):
 
     def _norm(self, ord: Any) -> Tensor:
         if ord != "fro":
-            raise self._unsupported(f"norm({ord!r})")
+            return super()._norm(ord)
         p, q, r, _ = self._terms
         bb = self.cross.square().sum(-1, keepdim=True)
         weights = self.diag.square().sum(-1, keepdim=True) + (p * bb).square()

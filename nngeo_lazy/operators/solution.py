@@ -14,9 +14,9 @@ from .base import BaseLinearOperator
 from .convert import aslinearoperator
 from .damping import DampingLike, is_zero
 from .dense import MatrixLinearOperator
-from .lazy import warn_unless_converged
 from .primitives import Krylov
 from .vectors import VectorLike, columns, flattened, require_fitting
+from .warn import warn_unless_converged
 
 __all__ = ["METHODS", "Solution", "solve"]
 

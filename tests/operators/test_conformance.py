@@ -70,12 +70,7 @@ for _name in (
     "test_eigh",
     "test_eigvalsh",
     "test_svd",
-    "test_inv_quad_logdet",
-    "test_inv_quad_logdet_no_reduce",
-    "test_inv_quad_logdet_no_reduce_cholesky",
-    "test_logdet",
     "test_root_decomposition",
-    "test_root_decomposition_cholesky",
     "test_root_inv_decomposition",
     "test_sqrt_inv_matmul",
     "test_sqrt_inv_matmul_no_lhs",
@@ -96,16 +91,6 @@ class TestQuasiDiagonal(_LazyWithoutRoots, unittest.TestCase):
 
     make = staticmethod(examples.quasi_diagonal)
     should_test_sample = True
-
-
-for _name in (
-    "test_inv_quad_logdet",
-    "test_inv_quad_logdet_no_reduce",
-    "test_inv_quad_logdet_no_reduce_cholesky",
-    "test_logdet",
-):
-    setattr(TestQuasiDiagonal, _name, getattr(LinearOperatorTestCase, _name))
-TestQuasiDiagonal.test_root_decomposition_cholesky = None  # of its damped self, which has one
 
 
 class TestLowRank(_Closed, unittest.TestCase):

@@ -1,0 +1,201 @@
+"""The density of a spectrum, by stochastic Lanczos quadrature."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .krylov import Matvec
+from .lanczos import Lanczos
+from .products import Products
+from .subspace import orthogonalised
+
+__all__ = ["SpectralDensity", "spectral_density"]
+
+_DEFLATED = -1  # stands for a probe
+
+
+@dataclass(frozen=True)
+class SpectralDensity:
+    r"""A discrete approximation of the distribution of eigenvalues.
+
+    .. math:: \frac1n \sum_i \delta(t - \lambda_i) \approx \sum_j w_j\, \delta(t - \theta_j)
+
+    Attributes:
+        nodes: theta (K,), of all probes.
+        weights: w (K,), which sum to 1.
+        probe: (K,) of which probe a node is; -1 for an eigenvalue that was known, which has 1 / n.
+        size: n.
+        matvecs: how many products were made.
+        interrupted: whether the user stopped it.
+    """
+
+    nodes: Tensor
+    weights: Tensor
+    probe: Tensor
+    size: int
+    matvecs: int
+    interrupted: bool = False
+
+    @property
+    def outliers(self) -> Tensor:
+        """The eigenvalues that were known and deflated."""
+        return self.nodes[self.probe == _DEFLATED]
+
+    @property
+    def probes(self) -> int:
+        """How many probes there were."""
+        return int(self.probe.max()) + 1
+
+    def density(self, grid: Tensor, width: float | None = None, *, log: bool = False) -> Tensor:
+        """The density on a grid, each node a Gaussian.
+
+        Args:
+            grid: values (g,).
+            width: standard deviation of the Gaussians; by default a hundredth of the span of the
+                nodes, on a log scale a tenth of a decade.
+            log: whether the density is that of log10 |eigenvalue|, and the width in decades, of the
+                eigenvalues that have the sign of the grid's value.
+
+        Returns:
+            (g,); its integral over all the grid's scale is 1.
+        """
+        return self.samples(grid, width, log=log).mean(0)
+
+    def standard_error(
+        self, grid: Tensor, width: float | None = None, *, log: bool = False
+    ) -> Tensor:
+        """The standard error (g,) of `density` over the probes.
+
+        Raises:
+            ValueError: there was only one probe.
+        """
+        if self.probes < 2:
+            raise ValueError("a standard error needs at least 2 probes=, got 1")
+        spread: Tensor = self.samples(grid, width, log=log).std(0) / self.probes**0.5
+        return spread
+
+    def samples(self, grid: Tensor, width: float | None = None, *, log: bool = False) -> Tensor:
+        """The density that each probe gives (probes, g)."""
+        grid = grid.to(self.nodes)
+        width = self._width(log) if width is None else width
+        if not width > 0:
+            raise ValueError(f"expected a positive width, got {width}")
+        at, nodes = grid.unsqueeze(0), self.nodes.unsqueeze(1)
+        if log:
+            same = at.sign() == nodes.sign()
+            at, nodes = at.abs().log10(), nodes.abs().log10()
+        bumps = torch.exp(-0.5 * ((at - nodes) / width).square()) / (width * (2 * torch.pi) ** 0.5)
+        if log:
+            bumps = torch.where(same & nodes.isfinite(), bumps, 0.0)
+        return self._by_probe(self.weights.unsqueeze(1) * bumps)
+
+    def expectation(self, f: Callable[[Tensor], Tensor]) -> Tensor:
+        """The mean of f over the eigenvalues, tr f(A) / n: the sum of weights f(nodes)."""
+        return (self.weights * f(self.nodes)).sum()
+
+    def grid(self, points: int = 500, *, log: bool = False) -> Tensor:
+        """A grid that covers the nodes: evenly spaced, or on a log scale over those that are > 0.
+
+        The log grid goes down to 1e-8 times the largest.
+        """
+        low, high = float(self.nodes.min()), float(self.nodes.max())
+        if log:
+            if not high > 0:
+                raise ValueError(
+                    f"a log grid needs positive eigenvalues, the largest is {high:.3g}"
+                )
+            low = max(low, 1e-8 * high)
+            low, high = math.log10(low / 2), math.log10(2 * high)
+            return torch.logspace(low, high, points, dtype=torch.float64).to(self.nodes)
+        margin = 6 * self._width(False)  # where a Gaussian is below 1e-7 of its height
+        grid = torch.linspace(low - margin, high + margin, points, dtype=torch.float64)
+        return grid.to(self.nodes)
+
+    def _width(self, log: bool) -> float:
+        if log:
+            return 0.1
+        span = float(self.nodes.max() - self.nodes.min())
+        largest = float(self.nodes.abs().max())
+        return span / 100 if span > 0 else largest / 1000 if largest > 0 else 1.0
+
+    def _by_probe(self, terms: Tensor) -> Tensor:
+        own = self.probe != _DEFLATED
+        each = terms.new_zeros(self.probes, terms.shape[1])
+        each = each.index_add(0, self.probe[own], terms[own]) * self.probes
+        return each + terms[~own].sum(0)
+
+
+def spectral_density(
+    matvec: Matvec,
+    n: int,
+    probes: int,
+    steps: int,
+    like: Tensor,
+    *,
+    known: tuple[Tensor, Tensor] | None = None,
+    reorthogonalize: bool = True,
+    at_once: int | None = None,
+    generator: torch.Generator | None = None,
+    progress: bool = False,
+) -> SpectralDensity:
+    """The density of the spectrum of a symmetric A.
+
+    Args:
+        matvec: v (n, k) to A v.
+        n: the size of A.
+        probes: how many random vectors.
+        steps: nodes of each, and products.
+        like: an empty tensor of A's dtype and device.
+        known: eigenvalues (k,) and orthonormal eigenvectors (n, k), which are counted exactly; the
+            probes are orthogonal to them.
+        reorthogonalize: whether every Lanczos vector is held.
+        at_once: how many probes one product has; all by default.
+        generator: of the probes.
+        progress: whether to show a bar.
+
+    Source: Lin, Saad and Yang (2016), Approximating spectral densities of large matrices; Ghorbani,
+        Krishnan and Xiao (2019) for networks.
+    """
+    found = 0 if known is None else len(known[0])
+    nodes, weights, probe = [], [], []
+    if known is not None:
+        nodes.append(known[0].double().cpu())
+        weights.append(torch.full((found,), 1 / n, dtype=torch.float64))
+        probe.append(torch.full((found,), _DEFLATED))
+
+    def product(v: Tensor) -> Tensor:
+        w = products(v)
+        return w if known is None else orthogonalised(w, known[1])[0]
+
+    done = 0
+    with Products(matvec, "spectral density", progress=progress) as products:
+        while done < probes and found < n and not products.interrupted:
+            k = min(probes - done, probes if at_once is None else at_once)
+            z = torch.randn(n, k, dtype=like.dtype, device=like.device, generator=generator)
+            z = z if known is None else orthogonalised(z, known[1])[0]
+            run = Lanczos(
+                product, z, min(steps, n - found), reorthogonalize=reorthogonalize, method="slq"
+            )
+            try:
+                while not run.finished:
+                    run.step()
+            except KeyboardInterrupt:
+                if run.steps == 0 and done == 0:
+                    raise
+                products.interrupted = True
+            if run.steps:
+                theta, w = run.quadrature()
+                nodes.append(theta.flatten())
+                weights.append(w.flatten() * (n - found) / n)
+                probe.append(torch.arange(done, done + k).repeat_interleave(run.steps))
+                done += k
+    of, each = torch.cat(probe), torch.cat(weights)
+    each[of != _DEFLATED] /= max(done, 1)
+    at = torch.cat(nodes).to(like)
+    of = of.to(like.device)
+    return SpectralDensity(at, each.to(like), of, n, products.count, products.interrupted)

@@ -1,0 +1,250 @@
+"""Eigenpairs at the ends of a symmetric spectrum: thick-restart block Lanczos on closures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .krylov import Matvec, default_tolerance
+from .products import Products
+from .subspace import orthogonalised, orthonormal, random_block, require_symmetric
+
+__all__ = ["ENDS", "Eigenpairs", "eigsh", "wanted"]
+
+ENDS = ("LA", "SA", "LM", "BE")
+
+
+@dataclass(frozen=True)
+class Eigenpairs:
+    """What an iteration found.
+
+    Attributes:
+        values: eigenvalues (k,), ascending.
+        vectors: orthonormal eigenvectors (n, k).
+        residuals: |A v - value v| (k,); true ones, unless interrupted.
+        matvecs: how many products with A were made.
+        converged: whether all residuals are within the tolerance.
+        interrupted: whether the user stopped it.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    residuals: Tensor
+    matvecs: int
+    converged: bool
+    interrupted: bool = False
+
+
+def wanted(values: Tensor, k: int, which: str) -> Tensor:
+    """Positions of the k wanted among ascending values, ascending."""
+    n = len(values)
+    k = min(k, n)
+    if which == "SA":
+        return torch.arange(k)
+    if which == "LA":
+        return torch.arange(n - k, n)
+    if which == "LM":
+        return values.abs().argsort(stable=True)[n - k :].sort().values
+    high = (k + 1) // 2  # one more at the upper end, as scipy has it
+    return torch.cat([torch.arange(k - high), torch.arange(n - high, n)])
+
+
+def eigsh(
+    matvec: Matvec,
+    n: int,
+    k: int,
+    which: str = "LA",
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    tol: float | None = None,
+    subspace: int | None = None,
+    block_size: int = 1,
+    start: Tensor | None = None,
+    max_matvecs: int | None = None,
+    generator: torch.Generator | None = None,
+    progress: bool = False,
+) -> Eigenpairs:
+    """The k eigenpairs at an end of the spectrum of a symmetric A of any signs.
+
+    Block Lanczos with full reorthogonalisation. When the subspace is full it is restarted with its
+    best Ritz vectors (thick restart, which is implicit restart with exact shifts). A breakdown is
+    an invariant subspace: it is kept, and the iteration goes on orthogonally to it, so that all k
+    pairs of a matrix of low rank are found. With blocks of b vectors eigenvalues of multiplicity up
+    to b have as many vectors.
+
+    Args:
+        matvec: v (n, b) to A v (n, b).
+        n: the size of A.
+        k: how many, from 1 to n.
+        which: "LA" largest, "SA" smallest, "LM" largest magnitude, "BE" half from each end.
+        dtype: of A.
+        device: of A.
+        tol: |A v - value v| to reach, as a multiple of |value|, or of |A| / 1000 where that is
+            larger; not below rounding, 10 eps |A|. 1e-6 in float32, 1e-10 in float64.
+        subspace: how many vectors are held; by default max(2 k, k + 30) and two blocks.
+        block_size: how many vectors each product has.
+        start: (n, j) where to start, such as earlier eigenvectors.
+        max_matvecs: at most so many products before the residuals are computed; 10 n, at least
+            1,000, by default.
+        generator: of the start.
+        progress: whether to show a bar.
+
+    Raises:
+        ValueError: k outside 1 to n, a subspace that does not hold k and two blocks, or a matrix
+            that is not symmetric.
+        NonFiniteError: NaN or infinity in a product.
+
+    Source:
+        Wu and Simon (2000), Thick-restart Lanczos method for large symmetric eigenvalue problems;
+        Grimes, Lewis and Simon (1994) for blocks.
+    """
+    if not 1 <= k <= n:
+        raise ValueError(f"expected k from 1 to {n}, the size of the matrix, got {k}")
+    if which not in ENDS:
+        raise ValueError(f"expected which to be one of {list(ENDS)}, got {which!r}")
+    if not 1 <= block_size <= n:
+        raise ValueError(f"expected a block_size from 1 to {n}, got {block_size}")
+    if subspace is None:
+        subspace = max(2 * k, k + 30) + 2 * block_size
+    if subspace < min(k + 2 * block_size, n):
+        raise ValueError(
+            f"expected a subspace of at least k + 2 block_size = {k + 2 * block_size} vectors, got "
+            f"{subspace}"
+        )
+    tol = default_tolerance(dtype) if tol is None else tol
+    most = max(10 * n, 1000) if max_matvecs is None else max_matvecs
+    with Products(matvec, "eigsh", progress=progress) as products:
+        block = random_block(n, block_size, dtype, device, generator)
+        run = _Lanczos(products, block, min(subspace, n), generator)
+        if start is not None:
+            run.start_from(start)
+        interrupted = False
+        try:
+            run.until_converged(k, which, tol, most)
+        except KeyboardInterrupt:
+            if run.size == 0:
+                raise
+            interrupted = True
+        values, small, estimates = run.ritz()
+        chosen = wanted(values, k, which)
+        vectors = run.combined(small[:, chosen])
+        values = values[chosen].to(vectors)
+        residuals = estimates[chosen].to(vectors)
+        if not interrupted:
+            residuals = torch.linalg.vector_norm(products(vectors) - vectors * values, dim=0)
+        converged = not interrupted and bool((residuals <= run.target(values, tol)).all())
+    return Eigenpairs(values, vectors, residuals, products.count, converged, interrupted)
+
+
+class _Lanczos:
+    """A V = V H + Q B with orthonormal (V, Q): V the basis, Q the next block."""
+
+    def __init__(
+        self,
+        products: Products,
+        block: Tensor,
+        capacity: int,
+        generator: torch.Generator | None,
+    ) -> None:
+        self._products, self._generator = products, generator
+        self._V = torch.empty(capacity, len(block), dtype=block.dtype, device=block.device)
+        self._H = torch.zeros(capacity, capacity, dtype=torch.float64)
+        self._Q = orthonormal(block)
+        self._B = torch.zeros(block.shape[1], 0, dtype=torch.float64)
+        self.size = 0
+        self.norm = 0.0  # of A, from below
+
+    @property
+    def capacity(self) -> int:
+        """How many vectors the basis holds at most."""
+        return len(self._V)
+
+    def start_from(self, start: Tensor) -> None:
+        """Begin with vectors (n, j), added up to as many as a block has."""
+        b = self._Q.shape[1]
+        folded = self._Q * 0
+        for j, column in enumerate((start / torch.linalg.vector_norm(start, dim=0)).unbind(1)):
+            folded[:, j % b] += column
+        if bool(folded.isfinite().all()) and orthonormal(folded).shape[1] == b:
+            self._Q = orthonormal(folded)
+        else:
+            raise ValueError("expected start to have finite columns that are independent, not zero")
+
+    def until_converged(self, k: int, which: str, tol: float, most: int) -> None:
+        """Expand and restart until the wanted pairs are there, or so many products are done."""
+        while True:
+            self._expand()
+            full = self.size + max(self._Q.shape[1], 1) > self.capacity
+            if self.size < k or not (full or self.size % 3 == 0 or self._Q.shape[1] == 0):
+                continue
+            values, small, estimates = self.ritz()
+            self.norm = max(self.norm, float(values.abs().max()))
+            done = estimates <= self.target(values, tol)
+            if bool(done[wanted(values, k, which)].all()) or self._products.count >= most:
+                return
+            if full:
+                if self.size == self._V.shape[1]:
+                    return
+                kept = k + max(int(done.sum()), (self.capacity - k) // 3)
+                kept = min(kept, self.capacity - 2 * self._Q.shape[1])
+                self._restart(small[:, wanted(values, kept, which)], values, kept, which)
+
+    def target(self, values: Tensor, tol: float) -> Tensor:
+        """The residuals (k,) that count as converged."""
+        rounding = 10 * torch.finfo(self._V.dtype).eps * self.norm
+        return (tol * values.abs().clamp_min(1e-3 * self.norm)).clamp_min(rounding)
+
+    def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Ritz values, ascending, vectors in the basis, and the residuals they should have."""
+        values, small = torch.linalg.eigh(self._H[: self.size, : self.size])
+        return values, small, torch.linalg.vector_norm(self._B @ small, dim=0)
+
+    def combined(self, small: Tensor) -> Tensor:
+        """Vectors (n, m) with these coefficients in the basis."""
+        return self._V[: self.size].mT @ small.to(self._V)
+
+    def _expand(self) -> None:
+        Q, start = self._Q, self.size
+        stop = start + Q.shape[1]
+        W = self._products(Q)
+        self._V[start:stop] = Q.mT
+        basis = self._V[:stop].mT
+        W, inside = orthogonalised(W, basis)
+        inside = inside.double().cpu()
+        coupling = self._B.mT
+        self.norm = max(self.norm, float(inside.abs().max()))
+        require_symmetric(inside[:start], coupling, inside[start:], self.norm, W.dtype, "eigsh")
+        self._H[:start, start:stop] = coupling
+        self._H[start:stop, :start] = coupling.mT
+        self._H[start:stop, start:stop] = (inside[start:] + inside[start:].mT) / 2
+        self.size = stop
+        Q, R = self._next(W, basis)
+        self._Q = Q
+        self._B = torch.zeros(Q.shape[1], stop, dtype=torch.float64)
+        self._B[: len(R), start:] = R
+
+    def _next(self, W: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+        """The next block, and how W is made of it; after a breakdown some of it is random."""
+        n, b = W.shape
+        left, sizes, right = torch.linalg.svd(W, full_matrices=False)
+        limit = 10 * torch.finfo(W.dtype).eps * n**0.5 * max(self.norm, float(sizes[0]))
+        rank = int((sizes > limit).sum())
+        R = (sizes[:rank, None] * right[:rank]).double().cpu()
+        room = n - basis.shape[1]
+        Q = left[:, :rank]
+        if rank < min(b, room):
+            more = random_block(n, min(b, room) - rank, W.dtype, W.device, self._generator)
+            whole = torch.cat([basis, Q], 1)
+            fresh = orthonormal(orthogonalised(more, whole)[0])
+            Q = torch.cat([Q, orthogonalised(fresh, whole)[0]], 1)
+        return Q[:, :room], R[:room]
+
+    def _restart(self, small: Tensor, values: Tensor, kept: int, which: str) -> None:
+        self._V[:kept] = self.combined(small).mT
+        self._H.zero_()
+        self._H[:kept, :kept].diagonal().copy_(values[wanted(values, kept, which)])
+        self._B = self._B @ small
+        self.size = kept

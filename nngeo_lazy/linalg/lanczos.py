@@ -1,0 +1,145 @@
+"""Krylov spaces of several vectors side by side, and the quadrature that they give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..errors import NotPositiveDefiniteError
+from .krylov import Matvec, norms
+from .subspace import require_symmetric
+
+__all__ = ["Lanczos", "evaluated"]
+
+
+class Lanczos:
+    """For each column v of a start, orthonormal V_m with V_m e_1 = v / |v| and V_m^T A V_m = T_m.
+
+    Columns are independent, and multiplied together. One that has found an invariant subspace stays
+    as it is. Reorthogonalised in full, it holds every vector; else three, and eigenvalues may come
+    several times, with weights that add up (Greenbaum 1989): quadrature is as good.
+
+    Args:
+        matvec: v (n, k) to A v, A symmetric.
+        start: (n, k).
+        steps: at most so many.
+        reorthogonalize: whether to hold every vector.
+        method: what uses it, for messages.
+
+    Attributes:
+        steps: how many were done.
+        sizes: |v| of each column (k,).
+        live: which columns have not found an invariant subspace (k,).
+
+    Source: Golub and Meurant (2010), Matrices, moments and quadrature with applications.
+    """
+
+    def __init__(
+        self, matvec: Matvec, start: Tensor, steps: int, *, reorthogonalize: bool, method: str
+    ) -> None:
+        self._matvec, self._method = matvec, method
+        n, k = start.shape
+        self.capacity = min(steps, n)
+        held = self.capacity if reorthogonalize else 2
+        self._basis = start.new_zeros(k, held, n)
+        self._full = reorthogonalize
+        self.sizes = norms(start).squeeze(0)
+        self._v = start / torch.where(self.sizes == 0, 1.0, self.sizes)
+        self.live = self.sizes > 0
+        self._alphas: list[Tensor] = []
+        self._betas: list[Tensor] = []
+        self._norm = torch.zeros_like(self.sizes)
+        self.steps = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether another step would bring nothing."""
+        return self.steps >= self.capacity or not bool(self.live.any())
+
+    def step(self) -> None:
+        """One product, and one more row of every T."""
+        j, v = self.steps, self._v
+        w = self._matvec(v)
+        alpha = (v * w).sum(0)
+        previous = self._basis[:, (j - 1) % self._basis.shape[1]].mT if j else torch.zeros_like(v)
+        beta = self._betas[-1] if j else torch.zeros_like(alpha)
+        self._norm = torch.maximum(self._norm, torch.maximum(alpha.abs(), beta))
+        largest = float(self._norm.max())
+        seen, expected = (previous * w).sum(0)[None], torch.where(self.live, beta, 0.0)[None]
+        require_symmetric(seen, expected, alpha[None, :1], largest, w.dtype, self._method)
+        self._basis[:, j % self._basis.shape[1]] = v.mT
+        w = w - alpha * v - beta * previous
+        if self._full:
+            basis = self._basis[:, : j + 1]
+            for _ in range(2):
+                inside = basis @ w.mT.unsqueeze(-1)  # (k, j, n), (k, n, 1) -> (k, j, 1)
+                w = w - (basis.mT @ inside).squeeze(-1).mT
+        beta = norms(w).squeeze(0)
+        limit = 10 * torch.finfo(w.dtype).eps * len(w) ** 0.5 * torch.maximum(self._norm, beta)
+        # past its end a column gets a diagonal that its T does not see
+        self._alphas.append(torch.where(self.live, alpha, self._alphas[0] if j else alpha))
+        self.live = self.live & (beta > limit)
+        beta = torch.where(self.live, beta, 0.0)
+        self._betas.append(beta)
+        self._v = torch.where(self.live, w / torch.where(self.live, beta, 1.0), 0.0)
+        self.steps = j + 1
+
+    def tridiagonal(self, steps: int | None = None) -> Tensor:
+        """T (k, m, m) after all steps, or only so many; in float64, on the CPU."""
+        m = self.steps if steps is None else steps
+        alphas = torch.stack(self._alphas[:m]).double().cpu()  # (m, k)
+        T = torch.diag_embed(alphas.mT)
+        if m > 1:
+            betas = torch.stack(self._betas[: m - 1]).double().cpu().mT
+            T = T + torch.diag_embed(betas, 1) + torch.diag_embed(betas, -1)
+        return T
+
+    def quadrature(self, steps: int | None = None) -> tuple[Tensor, Tensor]:
+        """Nodes and weights (k, m) with v.f(A) v / |v|^2 = sum weights f(nodes); weights sum to 1.
+
+        Exact for polynomials f of degree 2 m - 1.
+        """
+        nodes, vectors = torch.linalg.eigh(self.tridiagonal(steps))
+        return nodes, vectors[:, 0].square()
+
+    def coefficients(self, f: Callable[[Tensor], Tensor]) -> Tensor:
+        """f(T) e_1 |v| (k, m): f(A) v is V times this."""
+        nodes, vectors = torch.linalg.eigh(self.tridiagonal())
+        first = vectors[:, 0]
+        values = evaluated(f, nodes, first.square(), nodes.abs().max(), self._basis.dtype, "f(A) v")
+        sizes = self.sizes.double().cpu().unsqueeze(-1)
+        y: Tensor = (vectors @ (values * first).unsqueeze(-1)).squeeze(-1) * sizes
+        return y
+
+    def combined(self, y: Tensor) -> Tensor:
+        """V y (n, k) for coefficients (k, m)."""
+        basis = self._basis[:, : y.shape[1]]
+        return (basis.mT @ y.to(basis).unsqueeze(-1)).squeeze(-1).mT
+
+
+def evaluated(
+    f: Callable[[Tensor], Tensor],
+    nodes: Tensor,
+    weights: Tensor,
+    norm: Tensor,
+    dtype: torch.dtype,
+    what: str,
+) -> Tensor:
+    """f at nodes that have a weight; a node that is zero up to rounding is taken as zero.
+
+    Raises:
+        NotPositiveDefiniteError: f is not finite at an eigenvalue.
+    """
+    rounding = 100 * torch.finfo(dtype).eps * norm
+    nodes = torch.where(nodes.abs() <= rounding, 0.0, nodes)
+    values = torch.where(weights > 0, f(nodes), 0.0)
+    if not bool(values.isfinite().all()):
+        worst = float(nodes[~values.isfinite()].min())
+        near = " (up to rounding)" if worst == 0 else ""
+        raise NotPositiveDefiniteError(
+            f"{what}: the function is not finite at {worst:.3g}{near}, which is in the matrix's "
+            "spectrum; add damping with F.damped(...)"
+        )
+    return values

@@ -1,0 +1,58 @@
+"""Products with a matrix, counted, checked and shown."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..errors import NonFiniteError
+from .krylov import Matvec, norms
+
+__all__ = ["Products"]
+
+
+class Products:
+    """A matvec that counts its columns, refuses NaN, and moves a progress bar.
+
+    Args:
+        matvec: v (n, k) to A v.
+        method: what uses it, for messages.
+        progress: whether to show a bar.
+
+    Attributes:
+        count: how many columns have been multiplied.
+        interrupted: whether the user has stopped what it is used for, which keeps what it has.
+    """
+
+    def __init__(self, matvec: Matvec, method: str, *, progress: bool = False) -> None:
+        self._matvec, self._method = matvec, method
+        self.count, self.interrupted = 0, False
+        self._bar = tqdm(desc=method, unit=" products", disable=not progress, leave=False)
+
+    def __call__(self, v: Tensor) -> Tensor:
+        return self.through(self._matvec, v)
+
+    def through(self, matvec: Matvec, v: Tensor) -> Tensor:
+        """A product with another matrix, such as the transpose, counted alike."""
+        product = matvec(v)
+        self.count += v.shape[1]
+        if not bool(norms(product).isfinite().all()):
+            raise NonFiniteError(
+                f"{self._method}: NaN or infinity in product {self.count}: look for it in the "
+                "parameters, the data and the matrix"
+            )
+        self._bar.update(v.shape[1])
+        return product
+
+    def __enter__(self) -> Products:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.close()

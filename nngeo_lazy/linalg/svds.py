@@ -1,0 +1,227 @@
+"""The largest singular triplets of a rectangular matrix: thick-restart Golub-Kahan on closures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .krylov import Matvec, default_tolerance
+from .products import Products
+from .subspace import orthogonalised, orthonormal, random_block
+
+__all__ = ["Triplets", "svds"]
+
+
+@dataclass(frozen=True)
+class Triplets:
+    """What an iteration found.
+
+    Attributes:
+        left: orthonormal left singular vectors (m, k).
+        values: singular values (k,), ascending.
+        right: orthonormal right singular vectors (n, k).
+        residuals: (|A v - s u|^2 + |A^T u - s v|^2)^(1/2) (k,); true ones, unless interrupted.
+        matvecs: how many products with A and A^T were made.
+        converged: whether all residuals are within the tolerance.
+        interrupted: whether the user stopped it.
+    """
+
+    left: Tensor
+    values: Tensor
+    right: Tensor
+    residuals: Tensor
+    matvecs: int
+    converged: bool
+    interrupted: bool = False
+
+
+def svds(
+    matvec: Matvec,
+    rmatvec: Matvec,
+    shape: tuple[int, int],
+    k: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    tol: float | None = None,
+    subspace: int | None = None,
+    start: Tensor | None = None,
+    max_matvecs: int | None = None,
+    generator: torch.Generator | None = None,
+    progress: bool = False,
+) -> Triplets:
+    """The k largest singular values of A (m, n), and their vectors.
+
+    Golub-Kahan bidiagonalisation with full reorthogonalisation of both sides, restarted with its
+    best Ritz vectors; it never squares A, so that small values keep their digits.
+
+    Args:
+        matvec: v (n, b) to A v.
+        rmatvec: u (m, b) to A^T u.
+        shape: (m, n).
+        k: how many, from 1 to the smaller side.
+        dtype: of A.
+        device: of A.
+        tol: residual to reach, as a multiple of the largest value; 1e-6 in float32, 1e-10 in
+            float64.
+        subspace: how many vectors are held on each side; by default max(2 k, k + 30).
+        start: a vector (n,) or vectors (n, j), which are added up, such as right vectors from
+            earlier.
+        max_matvecs: at most so many products before the residuals are computed; by default 20 times
+            the smaller side, at least 1,000.
+        generator: of the start.
+        progress: whether to show a bar.
+
+    Raises:
+        ValueError: k outside 1 to the smaller side, or a subspace that does not hold k + 2.
+        NonFiniteError: NaN or infinity in a product.
+
+    Source: Baglama and Reichel (2005), Augmented implicitly restarted Lanczos bidiagonalization
+        methods.
+    """
+    m, n = shape
+    side = min(m, n)
+    if not 1 <= k <= side:
+        raise ValueError(f"expected k from 1 to {side}, the smaller side of {m} x {n}, got {k}")
+    subspace = max(2 * k, k + 30) if subspace is None else subspace
+    if subspace < min(k + 2, side):
+        raise ValueError(f"expected a subspace of at least k + 2 = {k + 2} vectors, got {subspace}")
+    if start is not None and start.dim() == 2:
+        start = (start / torch.linalg.vector_norm(start, dim=0)).sum(1)
+    with Products(matvec, "svds", progress=progress) as products:
+        if m < n:  # the recurrence ends by itself on the smaller side
+            first = None if start is None else products(start.unsqueeze(1))
+            run = _GolubKahan(products, rmatvec, matvec, (n, m), min(subspace, side), generator)
+        else:
+            first = None if start is None else start.unsqueeze(1)
+            run = _GolubKahan(products, matvec, rmatvec, (m, n), min(subspace, side), generator)
+        run.begin(dtype, device, first)
+        tol = default_tolerance(dtype) if tol is None else tol
+        most = max(20 * side, 1000) if max_matvecs is None else max_matvecs
+        interrupted = False
+        try:
+            run.until_converged(k, tol, most)
+        except KeyboardInterrupt:
+            if run.size == 0:
+                raise
+            interrupted = True
+        found = run.result(k, interrupted, tol)
+    return replace(found, left=found.right, right=found.left) if m < n else found
+
+
+class _GolubKahan:
+    """A V = U B and A^T U = V B^T + q g^T with orthonormal U and (V, q), for m >= n."""
+
+    def __init__(
+        self,
+        products: Products,
+        matvec: Matvec,
+        rmatvec: Matvec,
+        shape: tuple[int, int],
+        capacity: int,
+        generator: torch.Generator | None,
+    ) -> None:
+        self._products, self._matvec, self._rmatvec = products, matvec, rmatvec
+        self._shape, self._capacity, self._generator = shape, capacity, generator
+        self._B = torch.zeros(capacity, capacity, dtype=torch.float64)
+        self._g = torch.zeros(0, dtype=torch.float64)
+        self.size = 0
+        self.norm = 0.0
+
+    def begin(self, dtype: torch.dtype, device: torch.device | str, start: Tensor | None) -> None:
+        """Begin with a vector (n, 1), or a random one."""
+        (m, n), capacity = self._shape, self._capacity
+        self._U = torch.empty(capacity, m, dtype=dtype, device=device)
+        self._V = torch.empty(capacity, n, dtype=dtype, device=device)
+        if start is None:
+            start = random_block(n, 1, dtype, device, self._generator)
+        size = float(torch.linalg.vector_norm(start))
+        if not 0 < size < float("inf"):
+            raise ValueError("expected start to have finite columns, not zero")
+        self._q = start / size
+
+    def until_converged(self, k: int, tol: float, most: int) -> None:
+        while True:
+            self._expand()
+            full = self.size == self._capacity
+            if self.size < k or not (full or self.size % 3 == 0):
+                continue
+            left, values, right = self._small()
+            estimates = (self._g @ left).abs()
+            done = estimates <= tol * values[0]
+            if bool(done[:k].all()) or self._products.count >= most:
+                return
+            if full:
+                if self.size == self._V.shape[1]:
+                    return
+                kept = k + max(int(done.sum()), (self._capacity - k) // 3)
+                self._restart(left, values, right, min(kept, self._capacity - 2))
+
+    def result(self, k: int, interrupted: bool, tol: float) -> Triplets:
+        """The best k of what is there, ascending; with two more products each, unless hurried."""
+        left, values, right = self._small()
+        k = min(k, self.size)
+        u = self._U[: self.size].mT @ left[:, :k].flip(1).to(self._U)
+        v = self._V[: self.size].mT @ right[:, :k].flip(1).to(self._V)
+        s = values[:k].flip(0).to(u)
+        if interrupted:
+            residuals = (self._g @ left)[:k].abs().flip(0).to(u)
+        else:
+            forth = self._products.through(self._matvec, v) - u * s
+            back = self._products.through(self._rmatvec, u) - v * s
+            residuals = torch.hypot(
+                torch.linalg.vector_norm(forth, dim=0), torch.linalg.vector_norm(back, dim=0)
+            )
+        eps = torch.finfo(u.dtype).eps
+        limit = max(tol, 10 * eps) * s[-1]
+        converged = not interrupted and bool((residuals <= limit).all())
+        return Triplets(u, s, v, residuals, self._products.count, converged, interrupted)
+
+    def _small(self) -> tuple[Tensor, Tensor, Tensor]:
+        left, values, right = torch.linalg.svd(self._B[: self.size, : self.size])
+        return left, values, right.mT
+
+    def _expand(self) -> None:
+        j = self.size
+        self._V[j] = self._q.squeeze(1)
+        u, inside = orthogonalised(self._products.through(self._matvec, self._q), self._U[:j].mT)
+        self._require_adjoint(inside.squeeze(1))
+        u, alpha = self._unit(u, self._U[:j].mT)
+        self._U[j] = u.squeeze(1)
+        self._B[:j, j] = self._g
+        self._B[j, j] = alpha
+        self.size = j + 1
+        w, inside = orthogonalised(self._products.through(self._rmatvec, u), self._V[: j + 1].mT)
+        self._g = torch.zeros(j + 1, dtype=torch.float64)
+        if j + 1 < self._shape[1]:
+            self._q, self._g[j] = self._unit(w, self._V[: j + 1].mT)
+
+    def _unit(self, w: Tensor, basis: Tensor) -> tuple[Tensor, float]:
+        """A unit vector orthogonal to the basis, and how long w was; random after a breakdown."""
+        size = float(torch.linalg.vector_norm(w))
+        self.norm = max(self.norm, size)
+        if size > 10 * torch.finfo(w.dtype).eps * len(w) ** 0.5 * self.norm:
+            return w / size, size
+        fresh = random_block(len(w), 1, w.dtype, w.device, self._generator)
+        fresh = orthonormal(orthogonalised(fresh, basis)[0])
+        return orthonormal(orthogonalised(fresh, basis)[0]), 0.0
+
+    def _require_adjoint(self, inside: Tensor) -> None:
+        expected = self._g.to(inside)
+        self.norm = max([self.norm, *inside.abs().tolist()])
+        error = float((inside - expected).abs().max()) if len(inside) else 0.0
+        if error > (1e-6 if inside.dtype == torch.float64 else 1e-2) * self.norm:
+            raise ValueError(
+                f"svds needs products with A and with its transpose: here u.(A v) and (A^T u).v "
+                f"differ by {error:.2g}, of |A| = {self.norm:.2g}"
+            )
+
+    def _restart(self, left: Tensor, values: Tensor, right: Tensor, kept: int) -> None:
+        self._U[:kept] = left[:, :kept].mT.to(self._U) @ self._U[: self.size]
+        self._V[:kept] = right[:, :kept].mT.to(self._V) @ self._V[: self.size]
+        self._B.zero_()
+        self._B[:kept, :kept].diagonal().copy_(values[:kept])
+        self._g = self._g @ left[:, :kept]
+        self.size = kept
