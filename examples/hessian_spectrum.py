@@ -80,7 +80,7 @@ def main():
     x, y = data()
     model = network()
     batches = list(zip(x.split(600), y.split(600), strict=True))
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     norms, sides = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
     for when, ax, side in zip(("at initialisation", "after training"), axes, sides, strict=True):
         if when == "after training":

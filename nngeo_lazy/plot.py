@@ -64,9 +64,10 @@ def density(
             ax.fill_between(shown, *band, color=line.get_color(), alpha=0.2, linewidth=0)
         outliers = one.outliers.cpu().numpy()
         if len(outliers):
-            where = (outliers, [0.02] * len(outliers), "|")
-            bottom = {"transform": ax.get_xaxis_transform(), "color": line.get_color()}
-            ax.plot(*where, markersize=10, markeredgewidth=1.5, **bottom)
+            (ticks,) = ax.plot(
+                outliers, [0.02] * len(outliers), "|", color=line.get_color(), markersize=10
+            )
+            ticks.set_transform(ax.get_xaxis_transform())
         peak = max(peak, float(height.max()))
     ax.set_yscale("log")
     ax.set_ylim(peak * 1e-7, peak * 10)
@@ -159,9 +160,8 @@ def factor_spectra(F: Any, *, ax: Axes | None = None) -> Axes:
     ax = _axes(ax)
     for k, (name, block) in enumerate(blocks.items()):
         for factor, style, side in ((block.right, "-", "input"), (block.left, "--", "output")):
-            values = (
-                factor_eigvalsh(factor.detach().double()).flatten().sort(descending=True).values
-            )
+            values = factor_eigvalsh(factor.detach().double()).flatten()
+            values = values.sort(descending=True).values
             shares = torch.arange(len(values)) / max(1, len(values) - 1)
             shown = (values / values.max()).clamp_min(_FLOOR)
             label = f"{name}: {side} ({factor.shape[1]})"
@@ -238,8 +238,9 @@ def _image(entries: Tensor, ax: Axes | None, label: str) -> Axes:
     high = largest if largest > 0 else 1.0
     positive = entries[entries > 0]
     low = max(float(positive.min()) if len(positive) else high * _FLOOR, high * _FLOOR)
-    norm = LogNorm(min(low, high / 10), high)
-    shown = entries.clamp_min(norm.vmin).numpy()  # a zero has the lowest colour
+    low = min(low, high / 10)
+    norm = LogNorm(low, high)
+    shown = entries.clamp_min(low).numpy()  # a zero has the lowest colour
     image = from_axes.imshow(shown, norm=norm, cmap="viridis")
     from_axes.figure.colorbar(image, ax=from_axes, label=label, shrink=0.8)
     return from_axes
@@ -257,8 +258,8 @@ def _layers(ax: Axes, operator: BaseLinearOperator) -> Axes:
         ends[space.owner(name)] = space.slices[name].stop
     starts = [0, *list(ends.values())[:-1]]
     for stop in list(ends.values())[:-1]:
-        ax.axhline(stop - 0.5, color="white", linewidth=0.5)
-        ax.axvline(stop - 0.5, color="white", linewidth=0.5)
+        ax.axhline(stop - 0.5, color="grey", linewidth=0.5)
+        ax.axvline(stop - 0.5, color="grey", linewidth=0.5)
     middles = [(a + b - 1) / 2 for a, b in zip(starts, ends.values(), strict=True)]
     ax.set_xticks(middles, list(ends), rotation=90)
     ax.set_yticks(middles, list(ends))
