@@ -121,7 +121,7 @@ class SpectralDensity:
             return 0.1
         span = float(self.nodes.max() - self.nodes.min())
         largest = float(self.nodes.abs().max())
-        return span / 100 if span > 0 else largest / 1000 if largest > 0 else 1.0
+        return max(span / 100, largest / 1e5) or 1.0  # rounding may be all of the span
 
     def _by_probe(self, terms: Tensor) -> Tensor:
         own = self.probe != _DEFLATED
@@ -179,7 +179,11 @@ def spectral_density(
             z = torch.randn(n, k, dtype=like.dtype, device=like.device, generator=generator)
             z = z if known is None else orthogonalised(z, known[1])[0]
             run = Lanczos(
-                product, z, min(steps, n - found), reorthogonalize=reorthogonalize, method="slq"
+                product,
+                z,
+                min(steps, n - found),
+                reorthogonalize=reorthogonalize,
+                method="spectral density",
             )
             try:
                 while not run.finished:

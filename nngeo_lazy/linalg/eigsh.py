@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +24,8 @@ class Eigenpairs:
     Attributes:
         values: eigenvalues (k,), ascending.
         vectors: orthonormal eigenvectors (n, k).
-        residuals: |A v - value v| (k,); true ones, unless interrupted.
+        residuals: |A v - value v| (k,), as the products of the iteration have them; where these
+            were not symmetric to within the tolerance, from products of their own.
         matvecs: how many products with A were made.
         converged: whether all residuals are within the tolerance.
         interrupted: whether the user stopped it.
@@ -133,14 +135,19 @@ def eigsh(
         vectors = run.combined(small[:, chosen])
         values = values[chosen].to(vectors)
         residuals = estimates[chosen].to(vectors)
-        if not interrupted:
+        target = run.target(values, tol)
+        if not interrupted and run.asymmetry > float(target.min()):
             residuals = torch.linalg.vector_norm(products(vectors) - vectors * values, dim=0)
-        converged = not interrupted and bool((residuals <= run.target(values, tol)).all())
+        converged = not interrupted and bool((residuals <= target).all())
     return Eigenpairs(values, vectors, residuals, products.count, converged, interrupted)
 
 
 class _Lanczos:
-    """A V = V H + Q B with orthonormal (V, Q): V the basis, Q the next block."""
+    """A V = V H + Q B + E with orthonormal (V, Q): V the basis, Q the next block.
+
+    E is what symmetry of H leaves of the products; rounding, unless they are not those of one
+    symmetric matrix. Only its norm is known.
+    """
 
     def __init__(
         self,
@@ -156,6 +163,7 @@ class _Lanczos:
         self._B = torch.zeros(block.shape[1], 0, dtype=torch.float64)
         self.size = 0
         self.norm = 0.0  # of A, from below
+        self.asymmetry = 0.0  # |E|
 
     @property
     def capacity(self) -> int:
@@ -178,7 +186,7 @@ class _Lanczos:
         while True:
             self._expand()
             full = self.size + max(self._Q.shape[1], 1) > self.capacity
-            if self.size < k or not (full or self.size % 3 == 0 or self._Q.shape[1] == 0):
+            if self.size < k:
                 continue
             values, small, estimates = self.ritz()
             self.norm = max(self.norm, float(values.abs().max()))
@@ -217,6 +225,8 @@ class _Lanczos:
         coupling = self._B.mT
         self.norm = max(self.norm, float(inside.abs().max()))
         require_symmetric(inside[:start], coupling, inside[start:], self.norm, W.dtype, "eigsh")
+        off = torch.cat([inside[:start] - coupling, (inside[start:] - inside[start:].mT) / 2])
+        self.asymmetry = math.hypot(self.asymmetry, float(torch.linalg.matrix_norm(off)))
         self._H[:start, start:stop] = coupling
         self._H[start:stop, :start] = coupling.mT
         self._H[start:stop, start:stop] = (inside[start:] + inside[start:].mT) / 2

@@ -111,7 +111,7 @@ def hutchinson(
         return _mean(torch.cat(samples, 1), diagonal)
 
     with Products(matvec, "hutchinson", progress=progress) as products:
-        return _refined(more, products, probes, 1, tol, max_matvecs, like)
+        return _refined(more, products, probes, 1, tol, min(max_matvecs, n), like)
 
 
 def hutchpp(
@@ -135,6 +135,7 @@ def hutchpp(
 
     Source: Meyer, Musco, Musco and Woodruff (2021), Hutch++.
     """
+    _require_probes(probes)
     with Products(matvec, "hutch++", progress=progress) as products:
         Q = orthonormal(products(signs(n, probes, like, generator)))
         inside = (Q * products(Q)).double().sum()
@@ -272,7 +273,7 @@ def quadrature_trace(
 
     def more(k: int) -> tuple[Tensor, Tensor]:
         z = signs(n, k, like, generator)
-        run = Lanczos(products, z, steps, reorthogonalize=reorthogonalize, method="slq")
+        run = Lanczos(products, z, steps, reorthogonalize=reorthogonalize, method=what)
         try:
             while not run.finished:
                 run.step()
@@ -289,7 +290,7 @@ def quadrature_trace(
         biases.append(n * bias)
         return _mean(torch.cat(samples).unsqueeze(0), False)
 
-    with Products(matvec, "slq", progress=progress) as products:
+    with Products(matvec, what, progress=progress) as products:
         found = _refined(more, products, probes, steps, tol, max_matvecs, like)
     return replace(found, bias=max(biases))
 
@@ -326,8 +327,7 @@ def _refined(
     like: Tensor,
 ) -> Estimate:
     """Double the probes until the standard error is small enough; keep what an interrupt leaves."""
-    if probes < 2:
-        raise ValueError(f"expected at least 2 probes, which a standard error needs, got {probes}")
+    _require_probes(probes)
     done, more_probes = 0, probes
     found: Estimate | None = None
     while True:
@@ -345,6 +345,11 @@ def _refined(
         short = tol is not None and float(error.norm()) > tol * float(mean.norm())
         if not short or products.count + cost * more_probes > max_matvecs:
             return found
+
+
+def _require_probes(probes: int) -> None:
+    if probes < 2:
+        raise ValueError(f"expected at least 2 probes, which a standard error needs, got {probes}")
 
 
 class _Sketch:

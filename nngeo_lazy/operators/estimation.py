@@ -19,7 +19,7 @@ from .lazy import closed_forms_only, require_products
 from .primitives import Krylov, seeded
 from .spectra import require_symmetric_operator
 from .vectors import VectorLike, columns, flattened
-from .warn import warn, warn_of_estimate, warn_unless_converged
+from .warn import falls_short, warn, warn_of_estimate, warn_unless_converged
 
 __all__ = [
     "diagonal",
@@ -64,7 +64,8 @@ def trace(
             the closed form, else "xtrace" or "slq".
         probes: how many random vectors, at least 2; by default 30, for a function 10.
         steps: of Lanczos at most, for a function.
-        tol: relative standard error to reach, by doubling the probes; not for "hutch++".
+        tol: relative standard error to reach, by doubling the probes, and exactly where that
+            would take more than P products; not for "hutch++".
         max_matvecs: at most so many products, with tol.
         seed: of the probes; by default from torch's global generator.
         progress: whether to show a bar.
@@ -111,6 +112,7 @@ def trace(
         else:
             common |= {"tol": tol, "max_matvecs": max_matvecs}
             found = linalg.xtrace(operator._apply, n, probes, _like(operator), **common)
+        found = _or_exact(found, operator._trace, n, tol, max_matvecs)
     return warn_of_estimate(found, "the trace", tol)
 
 
@@ -134,7 +136,7 @@ def diagonal(
         method: "exact" (P products where the structure does not know), "hutchinson" (1 product a
             probe), "xdiag" (2; symmetric matrices); "auto" takes the closed form, else "xdiag".
         probes: how many random vectors, at least 2.
-        tol: relative standard error to reach, in the 2-norm of the diagonal.
+        tol: relative standard error to reach, in the 2-norm of the diagonal, as of `trace`.
         max_matvecs: at most so many products, with tol.
         seed: of the probes; by default from torch's global generator.
         progress: whether to show a bar.
@@ -168,6 +170,7 @@ def diagonal(
             return Estimate(value, torch.zeros_like(value), n)
         else:
             found = linalg.xdiag(operator._apply, n, probes, _like(operator), **options)
+        found = _or_exact(found, operator._diagonal, n, tol, max_matvecs)
     return warn_of_estimate(found, "the diagonal", tol)
 
 
@@ -413,6 +416,16 @@ def _exact(known: Callable[[], Tensor], method: str) -> Estimate | None:
     else:
         return None
     return Estimate(value, torch.zeros_like(value), 0)
+
+
+def _or_exact(
+    found: Estimate, known: Callable[[], Tensor], n: int, tol: float | None, max_matvecs: int
+) -> Estimate:
+    """The estimate; where it is short of tol after nearly n products, what n more make exact."""
+    if found.interrupted or found.matvecs + n > max_matvecs or not falls_short(found, tol):
+        return found
+    value = known()
+    return Estimate(value, torch.zeros_like(value), found.matvecs + n)
 
 
 def _evaluated(

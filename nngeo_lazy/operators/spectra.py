@@ -39,7 +39,8 @@ class Spectrum:
     Attributes:
         eigenvalues: (k,), ascending.
         eigenvectors: (P, k), orthonormal columns.
-        residuals: |A v - value v| of each pair (k,), from a product of its own.
+        residuals: |A v - value v| of each pair (k,), from the products that were made; from further
+            ones where these were not symmetric to within the tolerance.
         matvecs: how many products were made; 0 for a closed form.
         converged: whether all residuals are within the tolerance.
         space: the parameters that the eigenvectors are over, if any.

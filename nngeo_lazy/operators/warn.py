@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 
@@ -10,7 +11,7 @@ import torch
 from ..errors import ConvergenceWarning, EstimateWarning
 from ..linalg import Estimate, KrylovResult, default_tolerance
 
-__all__ = ["warn", "warn_of_estimate", "warn_unless_converged"]
+__all__ = ["falls_short", "warn", "warn_of_estimate", "warn_unless_converged"]
 
 
 def warn(warning: Warning) -> None:
@@ -41,6 +42,12 @@ def warn_unless_converged(
     )
 
 
+def falls_short(found: Estimate, tol: float | None) -> bool:
+    """Whether the standard error is larger than wanted."""
+    wanted = math.inf if tol is None else tol * float(found.value.norm())
+    return float(found.standard_error.norm()) > wanted
+
+
 def warn_of_estimate(found: Estimate, what: str, tol: float | None) -> Estimate:
     """The estimate, with an EstimateWarning where it is not what was asked for."""
     error = float(found.standard_error.norm())
@@ -51,7 +58,7 @@ def warn_of_estimate(found: Estimate, what: str, tol: float | None) -> Estimate:
             f"has a quadrature that has not converged: it may be off by {found.bias:.2g}, and the "
             f"standard error is {error:.2g}; raise steps=, or add damping"
         )
-    elif tol is not None and error > tol * float(found.value.norm()):
+    elif falls_short(found, tol):
         reason = (
             f"stopped at a standard error of {error:.2g} after {found.matvecs} products, short of "
             f"tol={tol:g}: raise max_matvecs="
