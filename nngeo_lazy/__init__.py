@@ -53,4 +53,4 @@ __all__ = [
     "trace",
     "update_diag",
 ]
-__version__ = "0.3.0"
+__version__ = "0.4.0"
