@@ -6,13 +6,14 @@ Fisher information matrices, Gauss-Newton matrices, Hessians and Jacobians of an
 """
 
 from . import errors, likelihoods, representations
-from .builders import FIM, GGN, Hessian, Jacobian, plan, update_diag
+from .builders import FIM, GGN, NTK, Hessian, Jacobian, plan, update_diag
 from .jacobian.registry import register_layer
 from .jacobian.uses import Grid, Use
 from .linalg import Estimate, SpectralDensity
 from .operators import aslinearoperator, identity, load, merge, save
 from .operators.approximate import low_rank, nystrom
 from .operators.estimation import diagonal, effective_dimension, logdet, matrix_function, trace
+from .operators.function_space import Eigenfunctions, alignment, eigenfunctions, sample_space
 from .operators.solution import Solution, solve
 from .operators.spectra import SingularValues, Spectrum, eigsh, spectral_density, svds
 from .space import ParamSpace
@@ -20,6 +21,8 @@ from .space import ParamSpace
 __all__ = [
     "FIM",
     "GGN",
+    "NTK",
+    "Eigenfunctions",
     "Estimate",
     "Grid",
     "Hessian",
@@ -30,9 +33,11 @@ __all__ = [
     "SpectralDensity",
     "Spectrum",
     "Use",
+    "alignment",
     "aslinearoperator",
     "diagonal",
     "effective_dimension",
+    "eigenfunctions",
     "eigsh",
     "errors",
     "identity",
@@ -46,6 +51,7 @@ __all__ = [
     "plan",
     "register_layer",
     "representations",
+    "sample_space",
     "save",
     "solve",
     "spectral_density",

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from nngeo_lazy.jacobian import forms, inputs
-from nngeo_lazy.jacobian.forms import Outer, Rows, Stored, Summed, gram, second_moment
+from nngeo_lazy.jacobian import forms, grams, inputs
+from nngeo_lazy.jacobian.forms import Outer, Rows, Stored, Summed, second_moment
 from nngeo_lazy.jacobian.inputs import DenseInputs, IndexInputs, PatchInputs
 from nngeo_lazy.jacobian.moments import moment
 from nngeo_lazy.jacobian.patches import Geometry, patch_moment, unfold
@@ -121,7 +121,38 @@ def test_operations(form):
     torch.testing.assert_close(form.jvp(v), J @ v)
     torch.testing.assert_close(form.vjp(w), torch.einsum("rnk,rnp->pk", w, J))
     torch.testing.assert_close(second_moment([form]), torch.einsum("rnp,rnq->pq", J, J))
-    torch.testing.assert_close(gram(form, form), torch.einsum("rnp,smp->rnsm", J, J))
+    torch.testing.assert_close(form.examples(1, 3).rows(), J[:, 1:3])
+    torch.testing.assert_close(form.direction(r - 1).rows(), J[r - 1 :])
+    torch.testing.assert_close(grams.row_squares(form), J.square().sum(-1).mT)
+    torch.testing.assert_close(grams.row_products(form), torch.einsum("rnp,snp->nrs", J, J))
+
+
+@pytest.mark.usefixtures("_tiles")
+@pytest.mark.parametrize("way", ["auto", "pairs", "rows"])
+@pytest.mark.parametrize("small", [False, True])
+def test_inner_products_of_rows(form, way, small, monkeypatch):
+    if small:
+        for name in ("PAIR_NUMBERS", "ROW_BYTES", "HALVED"):
+            monkeypatch.setattr(grams, name, 2)
+    J = reference(form)
+    r, n, _ = J.shape
+    one, other = form.examples(0, n - 1), form.direction(0)
+    full = torch.einsum("rnp,smp->nrms", J, J).flatten(2).flatten(0, 1)
+    out = torch.ones(n * r, n * r)
+    grams.add_products(form, form, "all", out, way)
+    torch.testing.assert_close(out - 1, full)
+    grams.add_products(form, form, "all", out, way, half=True)
+    grams.mirror(out, 3)
+    torch.testing.assert_close(out - 1, 2 * full)
+    out = torch.zeros((n - 1) * r, n)
+    grams.add_products(one, other, "all", out, way)
+    torch.testing.assert_close(out, full.view(n, r, n, r)[:-1, :, :, 0].flatten(0, 1))
+    out = torch.zeros(n, n)
+    grams.add_products(form, form, "same", out, way)
+    torch.testing.assert_close(out, torch.einsum("rnp,rmp->nm", J, J))
+    out.zero_()
+    grams.add_products(form, form, "same", out, way, half=True)
+    torch.testing.assert_close(out.tril(), torch.einsum("rnp,rmp->nm", J, J).tril())
 
 
 @pytest.mark.usefixtures("_tiles")

@@ -213,6 +213,11 @@ class Capture:
         The outputs must be the same as within the batch: one fixed function, one example at a time.
         """
         n, outputs = record.n, record.outputs.detach()
+        if n < 1:
+            raise DataError(
+                f"expected at least one example in each batch, got outputs {tuple(outputs.shape)}: "
+                "drop empty batches from the loader"
+            )
         index = torch.tensor(sorted({0, n // 2, n - 1})[:PROBED])
         alone = None
         if n > 1:

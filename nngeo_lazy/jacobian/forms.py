@@ -23,7 +23,7 @@ from ..layout import Layout
 from .inputs import IndexInputs, Inputs, rotate
 from .moments import moment
 
-__all__ = ["Form", "Outer", "Rows", "Stored", "Summed", "gram", "second_moment"]
+__all__ = ["Form", "Outer", "Rows", "Stored", "Summed", "second_moment"]
 
 TILE_BYTES = 2**23  # rows are made a tile of examples at a time, small enough to stay in cache
 
@@ -64,6 +64,14 @@ class Form(ABC):
             for a, b in self.tiles()
         ]
         return torch.stack(parts).sum(0)
+
+    def examples(self, start: int, stop: int) -> Form:
+        """The same of a range of examples."""
+        return Stored(self.rows(start, stop))
+
+    def direction(self, r: int) -> Form:
+        """The same in one direction."""
+        return Stored(self.rows()[r : r + 1])
 
     def tiles(self, copies: int = 1) -> Iterator[tuple[int, int]]:
         """Ranges of examples whose rows fill about one tile."""
@@ -149,6 +157,13 @@ class Outer(Form):
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]
         return self.g.dtype
+
+    def examples(self, start: int, stop: int) -> Outer:
+        inputs = None if self.inputs is None else self.inputs.examples(start, stop)
+        return replace(self, g=self.g[:, start:stop], inputs=inputs)
+
+    def direction(self, r: int) -> Outer:
+        return replace(self, g=self.g[r : r + 1])
 
     def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
         g = self.g[:, start:stop]
@@ -323,6 +338,12 @@ class Summed(Form):
     def dtype(self) -> torch.dtype:  # type: ignore[override]
         return self.outers[0].dtype
 
+    def examples(self, start: int, stop: int) -> Summed:
+        return replace(self, outers=tuple(outer.examples(start, stop) for outer in self.outers))
+
+    def direction(self, r: int) -> Summed:
+        return replace(self, outers=tuple(outer.direction(r) for outer in self.outers))
+
     def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
         return self._sum(lambda outer: outer.rows(start, stop).unsqueeze(-1)).squeeze(-1)
 
@@ -376,20 +397,3 @@ def second_moment(forms: Sequence[Form]) -> Tensor:
     if total is None:
         raise ValueError("forms without examples")
     return total
-
-
-def gram(left: Form, right: Form) -> Tensor:
-    """Inner products of rows, (R, N, R', N'): a block of the neural tangent kernel.
-
-    For two `Outer`s by pairs of positions, (x x'^T) * (g g'^T), where that is cheaper than rows.
-    """
-    if isinstance(left, Outer) and isinstance(right, Outer) and left.g.shape[3] == 1:
-        out: Tensor | float = 0.0
-        gg = torch.einsum("rngto,smguo->rnsmgtu", left.g, right.g)
-        if left.inputs is not None and right.inputs is not None:
-            xx = torch.einsum("ngti,mgui->nmgtu", left.inputs.dense(), right.inputs.dense())
-            out = torch.einsum("rnsmgtu,nmgtu->rnsm", gg, xx)
-        if left.bias and right.bias:
-            out = out + gg.sum((-3, -2, -1))
-        return torch.as_tensor(out)
-    return torch.einsum("rnp,smp->rnsm", left.rows(), right.rows())

@@ -68,6 +68,10 @@ class Inputs(ABC):
         Added to `into` where given.
         """
 
+    @abstractmethod
+    def examples(self, start: int, stop: int) -> Inputs:
+        """The same of a range of examples."""
+
     def square_sum(self, bias: bool) -> Tensor:
         """The diagonal of `moment`, (G, w)."""
         n, groups, t, _ = self.shape
@@ -139,6 +143,9 @@ class DenseInputs(Inputs):
     def dense(self, start: int = 0, stop: int | None = None) -> Tensor:
         return self.x[start:stop]
 
+    def examples(self, start: int, stop: int) -> DenseInputs:
+        return DenseInputs(self.x[start:stop])
+
     def to(self, dtype: torch.dtype) -> DenseInputs:
         return DenseInputs(self.x.to(dtype))
 
@@ -180,6 +187,10 @@ class IndexInputs(Inputs):
     def shape(self) -> tuple[int, int, int, int]:
         n, t = self.index.shape
         return n, 1, t, self.width
+
+    def examples(self, start: int, stop: int) -> IndexInputs:
+        mask = None if self.mask is None else self.mask[start:stop]
+        return replace(self, index=self.index[start:stop], mask=mask)
 
     def to(self, dtype: torch.dtype) -> IndexInputs:
         return replace(self, dtype=dtype)
@@ -274,6 +285,9 @@ class PatchInputs(Inputs):
         positions = g.positions(self.images.shape[2:]) * self.uses
         return self.images.shape[0] // self.uses, g.groups, positions, width
 
+    def examples(self, start: int, stop: int) -> PatchInputs:
+        return replace(self, images=self.images[start * self.uses : stop * self.uses])
+
     def to(self, dtype: torch.dtype) -> PatchInputs:
         return replace(self, images=self.images.to(dtype))
 
@@ -323,6 +337,9 @@ class RotatedInputs(Inputs):
     def shape(self) -> tuple[int, int, int, int]:
         n, groups, t, _ = self.base.shape
         return n, groups, t, self.basis.shape[-1]
+
+    def examples(self, start: int, stop: int) -> RotatedInputs:
+        return replace(self, base=self.base.examples(start, stop))
 
     def to(self, dtype: torch.dtype) -> RotatedInputs:
         return RotatedInputs(self.base.to(dtype), self.basis.to(dtype), self.bias)

@@ -15,10 +15,17 @@ from .block_diagonal import BlockDiagonalLinearOperator
 from .dense import DenseLinearOperator, MatrixLinearOperator
 from .diagonal import DiagonalLinearOperator
 from .eigen_kronecker import EigenKroneckerLinearOperator
+from .implicit import (
+    FactoredJacobianLinearOperator,
+    JacobianLinearOperator,
+    TransposedLinearOperator,
+    kernel_of,
+)
 from .info import Info, joint
 from .kronecker import KroneckerLinearOperator
 from .lazy import ProductLinearOperator, SumLinearOperator
 from .low_rank import LowRankLinearOperator
+from .stack import StackLinearOperator
 from .views import ForeignLinearOperator
 
 __all__ = ["add", "multiply", "ours"]
@@ -39,6 +46,8 @@ def ours(A: Any) -> BaseLinearOperator:
     if isinstance(A, Tensor):
         if A.dim() == 2 and A.shape[0] == A.shape[1]:
             return DenseLinearOperator(A)
+        if A.dim() == 3:
+            return StackLinearOperator(*map(ours, A))
         return (
             MatrixLinearOperator(A)
             if A.dim() == 2
@@ -97,7 +106,26 @@ def multiply(A: BaseLinearOperator, B: Any) -> BaseLinearOperator:
         return BlockDiagonalLinearOperator(*blocks, info=_richer(A, B))
     if isinstance(A, EigenKroneckerLinearOperator) and A.same_basis(B):
         return A._with_values(A.values * B.values, info)
-    return ProductLinearOperator(A, B, info=info)
+    kernel = _kernel(A, B)
+    return ProductLinearOperator(A, B, info=info) if kernel is None else kernel
+
+
+def _kernel(A: BaseLinearOperator, B: BaseLinearOperator) -> BaseLinearOperator | None:
+    """J1 M J2^T, however it is put in brackets."""
+    factors = [*_factors(A), *_factors(B)]
+    first, last = factors[0], factors[-1]
+    if not (isinstance(last, TransposedLinearOperator) and len(factors) in (2, 3)):
+        return None
+    kinds = (JacobianLinearOperator, FactoredJacobianLinearOperator)
+    if not (isinstance(first, kinds) and isinstance(last.base, kinds)):
+        return None
+    return kernel_of(first, last.base, *factors[1:-1])
+
+
+def _factors(A: BaseLinearOperator) -> tuple[BaseLinearOperator, ...]:
+    if isinstance(A, ProductLinearOperator):
+        return (*_factors(A.left), *_factors(A.right))
+    return (A,)
 
 
 def _require_like(A: BaseLinearOperator, B: BaseLinearOperator) -> None:

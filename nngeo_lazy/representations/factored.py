@@ -26,9 +26,11 @@ __all__ = ["Factored", "FormStack", "factored_jacobian"]
 class FormStack(Statistic):
     """The forms themselves, all directions of all examples: inputs and output gradients."""
 
-    def __init__(self, indices: Sequence[int], parts: Sequence[Part]) -> None:
+    def __init__(
+        self, indices: Sequence[int], parts: Sequence[Part], limit: int = MAX_BLOCK_BYTES
+    ) -> None:
         super().__init__(*indices)
-        self._parts = parts
+        self._parts, self._limit = parts, limit
         self._chunks: list[list[Form | None]] = []  # of the current batch
         self._bytes = 0
         self.batches: list[list[Form | None]] = []  # a form for each part, None where it is zero
@@ -48,10 +50,10 @@ class FormStack(Statistic):
     def update(self, forms: Sequence[Form | None], first: bool, last: bool) -> None:
         self._chunks.append([_stored(form) for form in forms])
         self._bytes += sum(_bytes_of(form, first) for form in self._chunks[-1])
-        if self._bytes > MAX_BLOCK_BYTES:
+        if self._bytes > self._limit:
             raise TooLargeError(
                 "the layers' inputs and output gradients of all examples and output directions "
-                f"take more than the limit of {MAX_BLOCK_BYTES / 2**30:.0f} GiB: take "
+                f"take more than the limit of {self._limit / 2**30:.3g} GiB: take "
                 "estimator='mc' or 'empirical' (one direction for each example), fewer examples, "
                 "or 'implicit'"
             )

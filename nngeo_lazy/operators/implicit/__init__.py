@@ -6,6 +6,7 @@ from .factored import (
     FactoredInfo,
     FactoredJacobianLinearOperator,
 )
+from .kernel import KINDS, KernelInfo, KernelLinearOperator, kernel_of
 from .operators import (
     GaussNewtonLinearOperator,
     HessianLinearOperator,
@@ -16,6 +17,7 @@ from .operators import (
 from .source import Batch, ImplicitInfo, Metric, Source
 
 __all__ = [
+    "KINDS",
     "MODES",
     "Batch",
     "FactoredGaussNewtonLinearOperator",
@@ -26,7 +28,10 @@ __all__ = [
     "ImplicitInfo",
     "ImplicitLinearOperator",
     "JacobianLinearOperator",
+    "KernelInfo",
+    "KernelLinearOperator",
     "Metric",
     "Source",
     "TransposedLinearOperator",
+    "kernel_of",
 ]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...jacobian.forms import Form, Outer, gram
+from ...jacobian.forms import Form, Outer
+from ...jacobian.grams import add_products, mirror, row_products, row_squares
 from ...layout import Layout, assemble
 from ..base import BaseLinearOperator, Krylov
 from ..damping import Damping
@@ -23,8 +24,10 @@ __all__ = [
     "FactoredGaussNewtonLinearOperator",
     "FactoredInfo",
     "FactoredJacobianLinearOperator",
+    "inner_products",
 ]
 
+COLUMN_BYTES = 2**26  # of columns of J^T at a time
 SAMPLE_SPACE = 2**14  # rows up to which their Gram matrix is decomposed: 2 GiB in float64
 
 
@@ -58,7 +61,7 @@ class FactoredJacobianLinearOperator(RectangularLinearOperator):
         slots = [tensors[k] for k in info.order]
         self.batches: list[list[Form | None]] = _put_together(info.template, slots)
         shapes = [next(form.shape for form in batch if form is not None) for batch in self.batches]
-        self.row_shapes = [(n, r) for r, n, _ in shapes]
+        self.row_shapes: list[tuple[int, int]] = [(n, r) for r, n, _ in shapes]
 
     @classmethod
     def of(
@@ -160,32 +163,51 @@ class FactoredJacobianLinearOperator(RectangularLinearOperator):
 
     def gram(self) -> Tensor:
         """J J^T, in tiles of examples."""
-        rows = []
-        for batch in self.batches:
-            across = [self._gram_tile(batch, other) for other in self.batches]
-            rows.append(torch.cat(across, 1))
-        full = torch.cat(rows)
-        full = (full + full.mT) / 2
+        full = inner_products(self, self, "all", "auto")
         return self._less_mean(self._less_mean(full).mT)
 
-    def _gram_tile(self, left: list[Form | None], right: list[Form | None]) -> Tensor:
-        """Inner products of the rows of two batches, (N R, N' R')."""
-        total: Tensor | None = None
-        for one, other in zip(left, right, strict=True):
-            if one is None or other is None:
-                continue
-            if isinstance(one, Outer) and isinstance(other, Outer) and one.g.shape[3] == 1:
-                tile = gram(one, other).permute(1, 0, 3, 2).flatten(2).flatten(0, 1)
-            else:
-                made = []
-                for a, b in one.tiles():
-                    rows = one.rows(a, b).transpose(0, 1).flatten(0, 1)  # (n R, p)
-                    made.append(other.jvp(rows.mT).transpose(0, 1).flatten(0, 1).mT)
-                tile = torch.cat(made)
-            total = tile if total is None else total + tile
-        if total is None:
-            raise ValueError("a Jacobian without parts")
-        return total
+    def direction(self, r: int) -> FactoredJacobianLinearOperator:
+        """The rows of one output, N x P."""
+        return self._of([[form and form.direction(r) for form in batch] for batch in self.batches])
+
+    def examples(self, start: int, stop: int) -> FactoredJacobianLinearOperator:
+        """The rows of a range of examples."""
+        batches, first = [], 0
+        for batch, (n, _) in zip(self.batches, self.row_shapes, strict=True):
+            a, b = max(start - first, 0), min(stop - first, n)
+            if a < b:
+                batches.append([form and form.examples(a, b) for form in batch])
+            first += n
+        return self._of(batches)
+
+    def columns(self) -> Iterator[Tensor]:
+        """J^T, (P, n R) of some examples at a time."""
+        for batch, (n, r) in zip(self.batches, self.row_shapes, strict=True):
+            step = max(1, COLUMN_BYTES // (r * self.shape[1] * torch.finfo(self.dtype).bits // 8))
+            for a in range(0, n, step):
+                b = min(a + step, n)
+                placed = []
+                for form, layout in zip(batch, self.layouts, strict=True):
+                    if form is None:
+                        made = torch.zeros(layout.size, (b - a) * r).to(self.dtype, self.device)
+                    else:
+                        made = form.rows(a, b).transpose(0, 1).flatten(0, 1).mT
+                    placed += layout.scatter(made)
+                yield assemble(placed)
+
+    def row_squares(self) -> Tensor:
+        """The squared norm of each row, (N R,)."""
+        parts = [torch.stack([row_squares(f) for f in b if f]).sum(0) for b in self.batches]
+        return torch.cat([part.flatten() for part in parts])
+
+    def row_products(self) -> Tensor:
+        """The inner products of the rows of each example, (N, R, R)."""
+        parts = [torch.stack([row_products(f) for f in b if f]).sum(0) for b in self.batches]
+        return torch.cat(parts)
+
+    def _of(self, batches: list[list[Form | None]]) -> FactoredJacobianLinearOperator:
+        known = self.info.plain()
+        return self.of(batches, self.layouts, known, center=self._centered)
 
     @property
     def _centered(self) -> bool:
@@ -202,6 +224,36 @@ class FactoredJacobianLinearOperator(RectangularLinearOperator):
 
     def _kind(self) -> str:
         return f"factored {self.shape[0]}x{self.shape[1]}"
+
+
+def inner_products(
+    left: FactoredJacobianLinearOperator,
+    right: FactoredJacobianLinearOperator,
+    directions: str,
+    way: str,
+) -> Tensor:
+    """J J'^T from the forms, a pair of batches at a time; where both are one, each pair once.
+
+    Args:
+        left: (N R) x P.
+        right: (N' R') x P.
+        directions: "all", or "same" for the sum over r = s, (N, N').
+        way: "pairs" of positions, "rows", or "auto", for each layer the cheaper one.
+    """
+    same, every = left is right, directions == "all"
+    heights = [n * r if every else n for n, r in left.row_shapes]
+    widths = [n * r if every else n for n, r in right.row_shapes]
+    out = torch.zeros(sum(heights), sum(widths), dtype=left.dtype, device=left.device)
+    for i, across in enumerate(out.split(heights)):
+        for j, tile in enumerate(across.split(widths, 1)):
+            if same and j > i:
+                continue
+            for one, other in zip(left.batches[i], right.batches[j], strict=True):
+                if one is not None and other is not None:
+                    add_products(one, other, directions, tile, way, half=same and i == j)
+    if same:
+        mirror(out)
+    return out
 
 
 class FactoredGaussNewtonLinearOperator(LazyLinearOperator):

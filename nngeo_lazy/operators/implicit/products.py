@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ...errors import DataError, NNGeoError, UnsupportedLayerError
+from ...errors import DataError, NNGeoError, NonFiniteError, UnsupportedLayerError
 from ..opaque import Map
 from .engines import MODES, HessianOf, JacobianOf, hessian_of, jacobian_of, kept_bytes
 from .source import Batch, Memory, Metric, Source
@@ -218,6 +218,11 @@ class _JacobianSourceMap(_SourceMap):
 
     def _prove(self, made: JacobianOf, parameters: Sequence[Tensor]) -> None:
         """That both directions differentiate the same function: <u, J v> = <J^T u, v>."""
+        if not bool(made.values.isfinite().all()):
+            raise NonFiniteError(
+                "the network's values hold NaN or infinity: look for it in the inputs and the "
+                "layers (torch.autograd.detect_anomaly says where)"
+            )
         v = _random(parameters)
         (u,) = _random([made.values])
         along = made.jvp(v)

@@ -1,0 +1,168 @@
+"""What is said of a network in the space of its functions, by kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import SpaceMismatchError, UnsupportedLayerError
+from .base import BaseLinearOperator
+from .convert import aslinearoperator
+from .implicit import FactoredGaussNewtonLinearOperator, KernelLinearOperator, kernel_of
+from .spectra import eigsh, require_symmetric_operator
+
+__all__ = ["Eigenfunctions", "alignment", "eigenfunctions", "sample_space"]
+
+
+def alignment(K: Any, y: Tensor, *, center: bool = False) -> Tensor:
+    r"""How much a kernel looks like the labels' own, from -1 to 1.
+
+    .. math:: \frac{\langle K, Y Y^T \rangle_F}{\|K\|_F \, \|Y Y^T\|_F}
+
+    Args:
+        K: a symmetric kernel (N x N), or a full one (N C x N C): any operator or tensor.
+        y: labels (N,) or (N, k); whole numbers are classes, and Y their indicators. For a full
+            kernel, Y (N, C) is one vector.
+        center: whether K and Y are centered over the examples first, without which a large constant
+            in the kernel hides the rest.
+
+    Returns:
+        A 0-d tensor.
+
+    Raises:
+        SpaceMismatchError: y has another number of examples.
+
+    Example:
+        >>> y = torch.tensor([1.0, -1.0])
+        >>> alignment(torch.outer(y, y), y)
+        tensor(1.)
+
+    Source: Cristianini et al. (2001), On kernel-target alignment; Cortes, Mohri and Rostamizadeh
+        (2012), eq. 2, centered.
+    """
+    operator = require_symmetric_operator(K, "alignment")
+    Y = _indicators(operator, y)
+    n, outputs = operator.shape[0], operator.shape[0] // len(Y)
+    if n % len(Y) or outputs not in (1, Y.shape[1]):
+        raise SpaceMismatchError(
+            f"expected labels of {n} examples, or of the examples of a kernel with {n} rows, got "
+            f"{tuple(y.shape)}"
+        )
+    if center:
+        Y = Y - Y.mean(0)
+        if isinstance(operator, KernelLinearOperator):
+            operator = operator.center()
+        else:
+            dense = operator._dense().unflatten(0, (-1, outputs)).unflatten(2, (-1, outputs))
+            dense = dense - dense.mean(0, keepdim=True)
+            dense = (dense - dense.mean(2, keepdim=True)).flatten(2).flatten(0, 1)
+            operator = aslinearoperator(dense)
+    if outputs > 1:
+        Y = Y.reshape(n, 1)
+    inner = (Y * operator._apply(Y)).sum()
+    found: Tensor = inner / (operator._norm("fro") * torch.linalg.matrix_norm(Y.mT @ Y))
+    return found
+
+
+@dataclass(frozen=True)
+class Eigenfunctions:
+    """The leading eigenfunctions of a kernel, by N inputs.
+
+    Attributes:
+        eigenvalues: of the kernel's integral operator (k,), falling: those of K divided by N.
+        values: (N, k), at the inputs; the mean of each square is 1.
+    """
+
+    eigenvalues: Tensor
+    values: Tensor
+
+    def __call__(self, cross: Any) -> Tensor:
+        """The eigenfunctions at other inputs (M, k).
+
+        Args:
+            cross: the kernel (M x N) between those and the inputs, such as `ng.NTK(model, x, x1)`.
+        """
+        operator = aslinearoperator(cross)
+        n = len(self.values)
+        if operator.shape[-1] != n:
+            raise SpaceMismatchError(
+                f"expected a kernel (M x {n}) of other inputs with the {n} known ones, got "
+                f"{tuple(operator.shape)}"
+            )
+        return operator._apply(self.values) / (n * self.eigenvalues)
+
+
+def eigenfunctions(K: Any, k: int, **options: Any) -> Eigenfunctions:
+    r"""The k leading eigenfunctions of a positive semidefinite kernel, at any inputs.
+
+    .. math:: \psi_i(x) = \frac{\sqrt N}{\lambda_i} \sum_n K(x, x_n)\, u_{ni}, \qquad
+        K u_i = \lambda_i u_i
+
+    Args:
+        K: the kernel (N x N): any operator or tensor.
+        k: how many, at most the rank of K.
+        **options: of `eigsh`.
+
+    Raises:
+        ValueError: K has fewer than k positive eigenvalues.
+
+    Example:
+        >>> x = torch.tensor([[1.0], [-1.0], [2.0]])
+        >>> found = eigenfunctions(x @ x.mT, 1)
+        >>> ratio = found(torch.tensor([[4.0]]) @ x.mT) / found.values[0]
+        >>> round(float(ratio), 3)
+        4.0
+
+    Source: Williams and Seeger (2001), Using the Nystrom method to speed up kernel machines.
+    """
+    found = eigsh(K, k, "LA", **options)
+    values = found.eigenvalues.flip(0)
+    vectors = found.eigenvectors.flip(1)
+    n = len(vectors)
+    floor = n * torch.finfo(values.dtype).eps * values.abs().max()
+    if not bool((values > floor).all()):
+        raise ValueError(
+            f"expected a kernel with {k} positive eigenvalues, and it has "
+            f"{int((values > floor).sum())}: ask for fewer"
+        )
+    return Eigenfunctions(values / n, n**0.5 * vectors)
+
+
+def sample_space(F: BaseLinearOperator) -> BaseLinearOperator:
+    r"""The twin B B^T of a Fisher or Gauss-Newton matrix B^T B, over examples and directions.
+
+    Both have the same eigenvalues but for zeros, and B B^T is small where examples are few.
+
+    Args:
+        F: built with the representation "factored", not damped.
+
+    Returns:
+        A kernel (N R x N R), example slowest.
+
+    Raises:
+        UnsupportedLayerError: another representation.
+
+    Example:
+        >>> import nngeo_lazy as ng
+        >>> F = ng.FIM(torch.nn.Linear(3, 2), torch.randn(5, 3), "factored", likelihood="gaussian")
+        >>> sample_space(F).shape
+        torch.Size([10, 10])
+
+    Source: Dangel et al. (2022), ViViT, section 3.
+    """
+    if not isinstance(F, FactoredGaussNewtonLinearOperator) or F.shift is not None:
+        raise UnsupportedLayerError(
+            f"sample_space needs a matrix B^T B of which B is known, got {type(F).__name__}: build "
+            "it with the representation 'factored', without damping"
+        )
+    return kernel_of(F.root, F.root)
+
+
+def _indicators(operator: BaseLinearOperator, y: Tensor) -> Tensor:
+    """Labels (N, k) in the kernel's dtype; classes as indicators."""
+    if y.dim() == 1 and not y.is_floating_point():
+        y = torch.nn.functional.one_hot(y.long())
+    return (y if y.dim() == 2 else y.unsqueeze(1)).to(operator.device, operator.dtype)

@@ -1,0 +1,407 @@
+"""Neural tangent kernels: J1 M J2^T with Jacobians J1, J2 and any M over the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import SpaceMismatchError, UnsupportedLayerError
+from ..base import BaseLinearOperator, Krylov
+from ..damping import Damping
+from ..decompose import Cache
+from ..dense import DenseLinearOperator, MatrixLinearOperator
+from ..info import Info
+from ..lazy import LazyLinearOperator, ProductLinearOperator, require_products
+from ..stack import StackLinearOperator
+from .factored import SAMPLE_SPACE, FactoredJacobianLinearOperator, inner_products
+
+__all__ = ["KINDS", "KernelInfo", "KernelLinearOperator", "kernel_of"]
+
+KINDS = ("full", "mean", "per_output", "per_example")
+
+
+@dataclass(frozen=True)
+class KernelInfo(Info):
+    """Info of a kernel.
+
+    Attributes:
+        symmetric: whether the second Jacobian is the first.
+        outputs: "full" for all pairs of outputs, "mean" for the mean over equal ones.
+        num_outputs: C, rows of one example.
+        centered: whether the mean over examples is subtracted from rows and columns.
+        way: how inner products of rows are made: "auto", "pairs" or "rows".
+    """
+
+    symmetric: bool = False
+    outputs: str = "full"
+    num_outputs: int = 1
+    centered: bool = False
+    way: str = "auto"
+
+
+class KernelLinearOperator(LazyLinearOperator):
+    r"""J1 M J2^T, example slowest, or its mean over outputs: P x N is never formed.
+
+    .. math:: K_{(n,c),(m,d)} = J_1[n,c] \, M \, J_2[m,d]^T, \qquad
+        \bar K_{nm} = \frac1C \sum_c K_{(n,c),(m,c)}
+
+    Products are those of the Jacobians. The matrix, its diagonal and its blocks are made from the
+    forms of factored Jacobians, a tile of examples at a time. A symmetric kernel of factored
+    Jacobians with at most 16,384 rows has the closed forms of a dense matrix, which is then made
+    once; elsewhere solves are conjugate gradients.
+
+    Args:
+        left: J1.
+        right: J2; left out where it is J1.
+        middle: M; left out where it is the identity.
+        info: with what the kernel is.
+    """
+
+    maps_to_parameters = False
+
+    def __init__(self, left: BaseLinearOperator, *more: BaseLinearOperator, info: Info) -> None:
+        super().__init__(left, *more, info=info)
+        operands = list(more)
+        self.left = left
+        self.right = left if self._known.symmetric else operands.pop(0)
+        self.middle = operands.pop() if operands else None
+        self._cache = Cache()
+
+    @property
+    def _known(self) -> KernelInfo:
+        info: KernelInfo = self.info  # type: ignore[assignment]
+        return info
+
+    # --- what it is ------------------------------------------------------------------------------
+
+    @property
+    def num_outputs(self) -> int:
+        """C: how many outputs an example has."""
+        return self._known.num_outputs
+
+    def outputs(self, kind: str) -> BaseLinearOperator:
+        """Which pairs of outputs the kernel is over.
+
+        Args:
+            kind: "full" (N C x N' C); "mean" (N x N'), the trace over outputs divided by C;
+                "per_output" (C, N, N'), a kernel for each output; "per_example" (N, C, C), the
+                diagonal blocks of a symmetric kernel.
+
+        Raises:
+            ValueError: an unknown kind, or one that this kernel has lost.
+        """
+        if kind not in KINDS:
+            raise ValueError(f"expected outputs to be one of {list(KINDS)}, got {kind!r}")
+        if kind == self._known.outputs:
+            return self
+        if self._known.outputs == "mean":
+            raise ValueError(f"a kernel with outputs 'mean' has no {kind!r}: take the full one's")
+        if kind == "mean":
+            mean: KernelLinearOperator = self._with_info(replace(self._known, outputs="mean"))
+            return mean
+        if kind == "per_output":
+            return StackLinearOperator(*self._each_output())
+        if not self._known.symmetric:
+            raise ValueError("outputs 'per_example' needs a kernel of one set of inputs")
+        return StackLinearOperator(*map(DenseLinearOperator, self._example_blocks()))
+
+    def center(self) -> KernelLinearOperator:
+        r"""H K H with H = I - 1 1^T / N over the examples, for each pair of outputs.
+
+        Raises:
+            ValueError: a kernel of two sets of inputs.
+
+        Source: Cortes, Mohri and Rostamizadeh (2012), Algorithms for learning kernels based on
+            centered alignment, eq. 1.
+        """
+        if not self._known.symmetric:
+            raise ValueError("center() needs a kernel of one set of inputs, got two")
+        centered: KernelLinearOperator = self._with_info(replace(self._known, centered=True))
+        return centered
+
+    # --- primitives ------------------------------------------------------------------------------
+
+    def _size(self) -> torch.Size:
+        c = 1 if self._known.outputs == "full" else self._known.num_outputs
+        return torch.Size((self.left.shape[0] // c, self.right.shape[0] // c))
+
+    def _transpose_nonbatch(self) -> BaseLinearOperator:
+        if self._known.symmetric:
+            return self
+        more = () if self.middle is None else (self.middle,)
+        return KernelLinearOperator(self.right, self.left, *more, info=self.info)
+
+    def _apply(self, v: Tensor) -> Tensor:
+        v = self._less_mean(v)
+        if self._known.outputs == "full":
+            return self._less_mean(self._product(self.left, self.right, v))
+        total: Tensor | None = None
+        for one in self._each_output():
+            part = one._apply(v)
+            total = part if total is None else total + part
+        if total is None:
+            raise ValueError("a kernel without outputs")
+        return self._less_mean(total / self._known.num_outputs)
+
+    def _product(self, left: BaseLinearOperator, right: BaseLinearOperator, v: Tensor) -> Tensor:
+        u = right._transpose_nonbatch()._apply(v)
+        return left._apply(u if self.middle is None else self.middle._apply(u))
+
+    def _diagonal(self) -> Tensor:
+        diagonal = self._raw_diagonal()
+        if not self._known.centered:
+            return diagonal
+        # (H K H)_ii = K_ii - 2 (K 1)_i / N + 1.K 1 / N^2, for each output
+        parts = []
+        for one, own in zip(self._each_output(), self._by_output(diagonal), strict=True):
+            ones = own.new_full((len(own), 1), 1 / len(own))
+            row = one._with_info(replace(one._known, centered=False))._apply(ones).squeeze(-1)
+            parts.append(own - 2 * row + row.mean())
+        if self._known.outputs == "mean":
+            return torch.stack(parts).mean(0)
+        return torch.stack(parts, 1).flatten()
+
+    def _dense(self) -> Tensor:
+        kernel = self._tiles()
+        if kernel is None:
+            return super()._dense()
+        kernel = self._less_mean(self._less_mean(kernel).mT).mT
+        return (kernel + kernel.mT) / 2 if self._rounded else kernel
+
+    def _getitem(self, row_index: Any, col_index: Any, *batch_indices: Any) -> Any:
+        rows = self._examples(row_index, self.shape[0])
+        cols = self._examples(col_index, self.shape[1])
+        if rows is None or cols is None or self._known.centered:
+            return super()._getitem(row_index, col_index, *batch_indices)
+        return self._narrowed(rows, cols)
+
+    # --- closed forms of what is small -----------------------------------------------------------
+
+    @property
+    def iterates(self) -> bool:
+        return self._closed() is None
+
+    def _closed(self) -> DenseLinearOperator | None:
+        """The symmetric matrix itself, where it is made from forms and not too large."""
+        if not (self._known.symmetric and self._factored and self.shape[0] <= SAMPLE_SPACE):
+            return None
+        made: DenseLinearOperator = self._cache.get(
+            "dense", [], lambda: DenseLinearOperator(self._dense())
+        )
+        return made
+
+    def _solve_columns(self, v: Tensor, krylov: Krylov) -> Tensor:
+        if not self._known.symmetric:
+            raise UnsupportedLayerError(
+                "a kernel between two sets of inputs is not symmetric: solve with that of one set, "
+                "or take ng.solve(K, b), the least-squares solution"
+            )
+        closed = self._closed()
+        return super()._solve_columns(v, krylov) if closed is None else closed._solve_any(v, krylov)
+
+    def _damp(self, damping: Damping, method: str) -> BaseLinearOperator:
+        closed = self._closed()
+        return super()._damp(damping, method) if closed is None else closed._damp(damping, method)
+
+    def _logdet(self) -> Tensor:
+        closed = self._closed()
+        return super()._logdet() if closed is None else closed._logdet()
+
+    def _norm(self, ord: Any) -> Tensor:
+        if ord == "fro" and self._factored:
+            require_products(self, "norm('fro')")
+            norm: Tensor = torch.linalg.matrix_norm(self._dense())
+            return norm
+        closed = self._closed()
+        return super()._norm(ord) if closed is None else closed._norm(ord)
+
+    def _inverse(self) -> BaseLinearOperator:
+        closed = self._closed()
+        return super()._inverse() if closed is None else closed._inverse()
+
+    def _power(self, p: float) -> BaseLinearOperator:
+        closed = self._closed()
+        return super()._power(p) if closed is None else closed._power(p)
+
+    def _pinv(self, rcond: float | None) -> BaseLinearOperator:
+        closed = self._closed()
+        return super()._pinv(rcond) if closed is None else closed._pinv(rcond)
+
+    def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
+        closed = self._closed()
+        return super()._draw(n, generator) if closed is None else closed._draw(n, generator)
+
+    def _eigensystem(self) -> tuple[Tensor, BaseLinearOperator]:
+        closed = self._closed()
+        return super()._eigensystem() if closed is None else closed._eigensystem()
+
+    def _kind(self) -> str:
+        return f"kernel {self.shape[0]}x{self.shape[1]}"
+
+    @property
+    def _rounded(self) -> bool:
+        """Whether what was done to the tiles of a symmetric kernel leaves it so to rounding."""
+        return self._known.symmetric and (self._known.centered or self.middle is not None)
+
+    # --- tiles -----------------------------------------------------------------------------------
+
+    @property
+    def _factored(self) -> bool:
+        return isinstance(self.left, FactoredJacobianLinearOperator) and isinstance(
+            self.right, FactoredJacobianLinearOperator
+        )
+
+    def _tiles(self) -> Tensor | None:
+        """The matrix before it is centered, where forms are known."""
+        left, right = self.left, self.right
+        if not isinstance(left, FactoredJacobianLinearOperator) or not isinstance(
+            right, FactoredJacobianLinearOperator
+        ):
+            return None
+        mean, c = self._known.outputs == "mean", self._known.num_outputs
+        if self.middle is None:
+            made = inner_products(left, right, "same" if mean else "all", self._known.way)
+            return made / c if mean else made
+        parts = []
+        for columns in right.columns():
+            part = left._apply(self.middle._apply(columns))  # (N C, n C)
+            if mean:
+                part = torch.einsum("ncmc->nm", part.unflatten(1, (-1, c)).unflatten(0, (-1, c)))
+            parts.append(part)
+        made = torch.cat(parts, 1)
+        return made / c if mean else made
+
+    def _raw_diagonal(self) -> Tensor:
+        left = self.left
+        if not (self._known.symmetric and isinstance(left, FactoredJacobianLinearOperator)):
+            plain = self._with_info(replace(self._known, centered=False))
+            diagonal: Tensor = LazyLinearOperator._diagonal(plain)
+            return diagonal
+        if self.middle is None:
+            full = left.row_squares()
+        else:
+            full = torch.cat([(c * self.middle._apply(c)).sum(0) for c in left.columns()])
+        if self._known.outputs == "full":
+            return full
+        mean: Tensor = full.unflatten(0, (-1, self._known.num_outputs)).mean(1)
+        return mean
+
+    def _example_blocks(self) -> Tensor:
+        """The diagonal blocks (N, C, C)."""
+        c, left = self._known.num_outputs, self.left
+        plain = self.middle is None and not self._known.centered
+        if plain and isinstance(left, FactoredJacobianLinearOperator):
+            products: Tensor = left.row_products()
+            return products
+        blocks = []
+        for start in range(0, self.shape[0], c):
+            unit = torch.zeros(self.shape[0], c, dtype=self.dtype, device=self.device)
+            unit[start : start + c].fill_diagonal_(1)
+            blocks.append(self._apply(unit)[start : start + c])
+        return torch.stack(blocks)
+
+    def _each_output(self) -> Iterator[KernelLinearOperator]:
+        """The kernels of single outputs."""
+        known = replace(self._known, outputs="full", num_outputs=1)
+        more = () if self.middle is None else (self.middle,)
+        for c in range(self._known.num_outputs):
+            left = _of_output(self.left, c, self._known.num_outputs)
+            if not self._known.symmetric:
+                right = _of_output(self.right, c, self._known.num_outputs)
+                yield KernelLinearOperator(left, right, *more, info=known)
+            else:
+                yield KernelLinearOperator(left, *more, info=known)
+
+    def _by_output(self, diagonal: Tensor) -> Iterator[Tensor]:
+        """The diagonal of each single output's kernel, before it is centered."""
+        if self._known.outputs == "full":
+            yield from diagonal.unflatten(0, (-1, self._known.num_outputs)).unbind(1)
+        else:
+            for one in self._each_output():
+                yield one._raw_diagonal()
+
+    def _less_mean(self, v: Tensor) -> Tensor:
+        """Rows (N C, k) or (N, k) less their mean over the examples, where that is subtracted."""
+        if not self._known.centered:
+            return v
+        c = self._known.num_outputs if self._known.outputs == "full" else 1
+        by_example = v.unflatten(-2, (-1, c))
+        centered: Tensor = (by_example - by_example.mean(-3, keepdim=True)).flatten(-3, -2)
+        return centered
+
+    def _examples(self, index: Any, n: int) -> tuple[int, int] | None:
+        """The range of examples that a slice takes whole, of factored Jacobians."""
+        if not isinstance(index, slice) or not self._factored:
+            return None
+        start, stop, step = index.indices(n)
+        c = self._known.num_outputs if self._known.outputs == "full" else 1
+        if step != 1 or start % c or stop % c or stop <= start:
+            return None
+        return start // c, stop // c
+
+    def _narrowed(self, rows: tuple[int, int], cols: tuple[int, int]) -> KernelLinearOperator:
+        left: Any = self.left
+        right: Any = self.right
+        symmetric = self._known.symmetric and rows == cols
+        operands = [left.examples(*rows)]
+        operands += [] if symmetric else [right.examples(*cols)]
+        operands += [] if self.middle is None else [self.middle]
+        known = replace(self._known, symmetric=symmetric)
+        return KernelLinearOperator(*operands, info=known)
+
+
+def kernel_of(
+    left: BaseLinearOperator,
+    right: BaseLinearOperator,
+    middle: BaseLinearOperator | None = None,
+    *,
+    outputs: str = "full",
+    way: str = "auto",
+) -> BaseLinearOperator:
+    """J1 M J2^T.
+
+    Raises:
+        SpaceMismatchError: other parameters, or other numbers of outputs for an example.
+    """
+    if left.space != right.space:
+        raise SpaceMismatchError("a kernel needs two Jacobians over the same parameters")
+    counts = [_rows_of_an_example(J) for J in (left, right)]
+    if counts[0] != counts[1]:
+        raise SpaceMismatchError(
+            f"a kernel needs two Jacobians with as many rows for an example, got {counts[0]} and "
+            f"{counts[1]}"
+        )
+    symmetric = left is right and (middle is None or _is_symmetric(middle))
+    operands = [left, *([] if symmetric else [right]), *([] if middle is None else [middle])]
+    known = KernelInfo(symmetric=symmetric, num_outputs=counts[0], way=way)
+    return KernelLinearOperator(*operands, info=known).outputs(outputs)
+
+
+def _is_symmetric(M: BaseLinearOperator) -> bool:
+    """Whether a matrix is symmetric by what it is made of."""
+    if isinstance(M, (MatrixLinearOperator, ProductLinearOperator)) or not M.is_square:
+        return False
+    return all(_is_symmetric(part) for part in M._args if isinstance(part, BaseLinearOperator))
+
+
+def _rows_of_an_example(J: BaseLinearOperator) -> int:
+    if isinstance(J, FactoredJacobianLinearOperator):
+        return J.row_shapes[0][1]
+    if not J.num_examples:
+        raise SpaceMismatchError("a kernel needs Jacobians that know how many examples they have")
+    rows: int = J.shape[0]
+    return rows // J.num_examples
+
+
+def _of_output(J: BaseLinearOperator, c: int, count: int) -> BaseLinearOperator:
+    """The rows of one output."""
+    if count == 1:
+        return J
+    if isinstance(J, FactoredJacobianLinearOperator):
+        return J.direction(c)
+    rows: BaseLinearOperator = J._getitem(slice(c, None, count), slice(None))
+    return rows

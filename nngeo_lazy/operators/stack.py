@@ -1,0 +1,115 @@
+"""Several matrices of one shape as one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import BaseLinearOperator, Krylov
+from .damping import Damping
+from .info import Info
+from .lazy import LazyLinearOperator
+
+__all__ = ["StackLinearOperator"]
+
+
+class StackLinearOperator(LazyLinearOperator):
+    """Matrices (B, m, n), each with a structure of its own.
+
+    Args:
+        *members: of one shape, without batch dimensions.
+        info: what is known besides the numbers.
+
+    Example:
+        >>> from nngeo_lazy.operators import DiagonalLinearOperator
+        >>> stack = StackLinearOperator(*map(DiagonalLinearOperator, torch.tensor([[1.0], [4.0]])))
+        >>> stack.shape, stack.solve(torch.ones(2, 1, 1)).flatten()
+        (torch.Size([2, 1, 1]), tensor([1.0000, 0.2500]))
+    """
+
+    def __init__(self, *members: BaseLinearOperator, info: Info | None = None) -> None:
+        super().__init__(*members, info=info)
+        self.members = members
+
+    # every member has its own way of solving
+    _implicit_in_tensors = False
+    _implicit_in_vector = False
+
+    @property
+    def iterates(self) -> bool:
+        return any(member.iterates for member in self.members)
+
+    def _size(self) -> torch.Size:
+        return torch.Size((len(self.members), *self.members[0].shape))
+
+    def _transpose_nonbatch(self) -> BaseLinearOperator:
+        return self._mapped(lambda member: member._transpose_nonbatch())
+
+    def _apply(self, v: Tensor) -> Tensor:
+        return self._each(v, lambda member, part: member._apply(part))
+
+    def _solve_columns(self, v: Tensor, krylov: Krylov) -> Tensor:
+        return self._each(v, lambda member, part: member._solve_any(part, krylov))
+
+    def _damp(self, damping: Damping, method: str) -> BaseLinearOperator:
+        return self._mapped(lambda member: member._damp(damping, method))
+
+    def _scale(self, c: float | Tensor) -> BaseLinearOperator:
+        return self._mapped(lambda member: member._scale(c))
+
+    def _diagonal(self) -> Tensor:
+        return self._stacked(lambda member: member._diagonal())
+
+    def _trace(self) -> Tensor:
+        return self._stacked(lambda member: member._trace())
+
+    def _logdet(self) -> Tensor:
+        return self._stacked(lambda member: member._logdet())
+
+    def _norm(self, ord: Any) -> Tensor:
+        return self._stacked(lambda member: member._norm(ord))
+
+    def _inverse(self) -> BaseLinearOperator:
+        return self._mapped(lambda member: member._inverse())
+
+    def _power(self, p: float) -> BaseLinearOperator:
+        return self._mapped(lambda member: member._power(p))
+
+    def _pinv(self, rcond: float | None) -> BaseLinearOperator:
+        return self._mapped(lambda member: member._pinv(rcond))
+
+    def _dense(self) -> Tensor:
+        return self._stacked(lambda member: member._dense())
+
+    def _getitem(self, row_index: Any, col_index: Any, *batch_indices: Any) -> Any:
+        chosen: Any = self.members
+        if batch_indices:
+            (index,) = batch_indices
+            if isinstance(index, Tensor):
+                chosen = tuple(self.members[k] for k in index.tolist())
+            else:
+                chosen = self.members[index]
+        if isinstance(chosen, BaseLinearOperator):
+            return chosen._getitem(row_index, col_index)
+        return StackLinearOperator(*(member._getitem(row_index, col_index) for member in chosen))
+
+    def _kind(self) -> str:
+        return f"{len(self.members)} of {self.members[0]._kind()}"
+
+    def _mapped(
+        self, function: Callable[[BaseLinearOperator], BaseLinearOperator]
+    ) -> BaseLinearOperator:
+        return StackLinearOperator(*map(function, self.members), info=self.info.plain())
+
+    def _stacked(self, function: Callable[[BaseLinearOperator], Tensor]) -> Tensor:
+        return torch.stack([function(member) for member in self.members])
+
+    def _each(self, v: Tensor, function: Callable[[BaseLinearOperator, Tensor], Tensor]) -> Tensor:
+        """(..., B, n, k) or (n, k) to (..., B, m, k)."""
+        lead = torch.broadcast_shapes(v.shape[:-2], (len(self.members),))
+        parts = v.expand(*lead, *v.shape[-2:]).unbind(-3)
+        made = [function(*pair) for pair in zip(self.members, parts, strict=True)]
+        return torch.stack(made, -3)
