@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from .forms import Form, Outer
-from .inputs import IndexInputs, Inputs
+from .inputs import DenseInputs, IndexInputs, Inputs, with_bias
 
 __all__ = ["add_products", "mirror", "row_products", "row_squares"]
 
 PAIR_NUMBERS = 2**21  # of a tile of g g'^T, small enough to stay in cache
+LEAST_NUMBERS = 2**17  # of a smaller tile, made for symmetry's sake
 ROW_BYTES = 2**26  # of a tile of rows
-HALVED = 512  # below it a symmetric product is too small to be worth halving
+HALVED = 192  # below it a symmetric product is too small to be worth halving
 ELEMENTWISE = 8  # what touching a number costs, in multiply-adds of a matrix product
 
 
@@ -107,6 +108,8 @@ def _from_pairs(left: Outer, right: Outer, directions: str, out: Tensor, half: b
     a, b = (r, s) if every else (1, 1)
     one = (n * a * t) * (m * b * u) // (n * m)  # numbers of a pair of examples
     step = max(1, int((PAIR_NUMBERS / max(1, one)) ** 0.5))
+    if half:
+        step = min(step, max(-(-n // 4), int((LEAST_NUMBERS / max(1, one)) ** 0.5), 1))
     block = out.unflatten(1, (m, b)).unflatten(0, (n, a))  # (N,a,N',b)
     for rows in _ranges(n, step):
         gl = _paired(left.g[:, rows.start : rows.stop], every)
@@ -215,8 +218,13 @@ def _add_product(x: Tensor, y: Tensor, out: Tensor, half: bool) -> None:
 
 
 def _ready(form: Outer) -> Outer:
-    inputs: Inputs | None = form.inputs
-    return form if inputs is None else replace(form, inputs=inputs.prepared(None, form.bias))
+    """The same with dense inputs, where they fit, that have the homogeneous coordinate."""
+    if form.inputs is None:
+        return form
+    inputs: Inputs = form.inputs.prepared(None, form.bias)
+    if form.bias and isinstance(inputs, DenseInputs):
+        return replace(form, inputs=DenseInputs(with_bias(inputs.x)), bias=False)
+    return replace(form, inputs=inputs)
 
 
 def _ranges(n: int, step: int) -> Iterator[range]:
@@ -224,7 +232,7 @@ def _ranges(n: int, step: int) -> Iterator[range]:
         yield range(start, min(start + step, n))
 
 
-def mirror(out: Tensor, step: int = 1024) -> None:
+def mirror(out: Tensor, step: int = 256) -> None:
     """Copy the lower triangle to the upper one, in place."""
     for part in _ranges(len(out), step):
         a, b = part.start, part.stop

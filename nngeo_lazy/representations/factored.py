@@ -90,7 +90,9 @@ def _joined(chunks: Sequence[Form | None]) -> Form | None:
         outers = zip(*(chunk.outers for chunk in chunks if isinstance(chunk, Summed)), strict=True)
         return replace(first, outers=tuple(_joined(each) for each in outers))  # type: ignore[misc]
     if isinstance(first, Outer):
-        return replace(first, g=torch.cat([c.g for c in chunks if isinstance(c, Outer)]))
+        # (N,G,R,o,T) in memory: rows of all directions are then one product, without a copy
+        stacked = torch.cat([c.g.permute(1, 2, 0, 4, 3) for c in chunks if isinstance(c, Outer)], 2)
+        return replace(first, g=stacked.permute(2, 0, 1, 4, 3))
     return Stored(torch.cat([c.values for c in chunks if isinstance(c, Stored)]))
 
 
@@ -135,6 +137,8 @@ def factored_jacobian(
 
 
 def _scaled(form: Form | None, scale: float) -> Form | None:
+    if scale == 1:
+        return form
     if isinstance(form, Outer):
         return replace(form, g=form.g * scale)
     if isinstance(form, Summed):
