@@ -5,8 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from linear_operator.operators import (
+    ConstantMulLinearOperator,
+    DiagLinearOperator,
+    LinearOperator,
+)
 from linear_operator.operators import DenseLinearOperator as TheirDenseLinearOperator
-from linear_operator.operators import DiagLinearOperator, LinearOperator
+from linear_operator.operators import SumLinearOperator as TheirSumLinearOperator
 from torch import Tensor
 
 from ..errors import SpaceMismatchError
@@ -18,12 +23,13 @@ from .eigen_kronecker import EigenKroneckerLinearOperator
 from .implicit import (
     FactoredJacobianLinearOperator,
     JacobianLinearOperator,
+    KernelLinearOperator,
     TransposedLinearOperator,
     kernel_of,
 )
 from .info import Info, joint
 from .kronecker import KroneckerLinearOperator
-from .lazy import ProductLinearOperator, SumLinearOperator
+from .lazy import ProductLinearOperator, ScaledLinearOperator, SumLinearOperator
 from .low_rank import LowRankLinearOperator
 from .stack import StackLinearOperator
 from .views import ForeignLinearOperator
@@ -59,6 +65,13 @@ def ours(A: Any) -> BaseLinearOperator:
         return DiagonalLinearOperator(A._diag)
     if type(A) is TheirDenseLinearOperator:
         return ours(A.tensor)
+    if isinstance(A, TheirSumLinearOperator) and A.dim() == 2:  # also one with a diagonal
+        first, *rest = map(ours, A.linear_ops)
+        for term in rest:
+            first = add(first, term)
+        return first
+    if type(A) is ConstantMulLinearOperator and A.dim() == 2:
+        return ours(A.base_linear_op)._scale(A._constant)
     return ForeignLinearOperator(A)
 
 
@@ -140,6 +153,10 @@ def _closed(A: BaseLinearOperator) -> bool:
     """Whether forming A costs no products with vectors."""
     if isinstance(A, BlockDiagonalLinearOperator):
         return all(_closed(member) for member in A.members)
+    if isinstance(A, ScaledLinearOperator):
+        return _closed(A.base)
+    if isinstance(A, KernelLinearOperator):
+        return not A.iterates  # it is dense as soon as it is solved
     return isinstance(A, _CLOSED)
 
 

@@ -251,6 +251,12 @@ class ScaledLinearOperator(LazyLinearOperator):
     def _scale(self, c: float | Tensor) -> BaseLinearOperator:
         return ScaledLinearOperator(self.base, self.constant * c, info=self.info)
 
+    def _damp(self, damping: Damping, method: str) -> BaseLinearOperator:
+        if self.base.iterates or damping.value.dim() > 0:
+            return super()._damp(damping, method)
+        inner = Damping(damping.value / self.constant)  # c (A + d/c I)
+        return self.base._damp(inner, method)._scale(self.constant)
+
     def _diagonal(self) -> Tensor:
         return self.constant * self.base._diagonal()
 

@@ -1,0 +1,174 @@
+"""Neural tangent kernels inside GPyTorch (the extra `gp`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+try:
+    import gpytorch
+    from gpytorch.kernels import Kernel
+except ImportError as error:
+    raise ImportError("nngeo_lazy.gp needs GPyTorch: pip install 'nngeo_lazy[gp]'") from error
+
+from .builders import NTK
+from .operators import BaseLinearOperator, aslinearoperator
+from .operators.implicit import kernel_of
+from .selectors import Selector
+
+__all__ = ["NTKKernel", "wrap"]
+
+_HELD = 4  # sets of inputs whose Jacobians are kept: training and test inputs, and their parts
+_OUTPUTS = ("mean", "full")
+
+
+@dataclass(frozen=True)
+class _Known:
+    """The Jacobian at some inputs, and the parameters that it is of."""
+
+    inputs: Tensor
+    state: tuple[Any, ...]
+    jacobian: BaseLinearOperator
+
+
+class NTKKernel(Kernel):  # type: ignore[misc]
+    """The neural tangent kernel of a network as a GPyTorch kernel: `ng.NTK` at the inputs.
+
+    The network is not a submodule: its parameters are not among the kernel's, not trained with the
+    Gaussian process and not in its `state_dict`. A later change of them is seen. The kernel has no
+    gradient in its inputs; scales, noises and other kernels are trained around it. Jacobians of the
+    last inputs are kept, so that a training loop differentiates the network once.
+
+    Args:
+        model: the network, whose inputs are rows of the inputs (N, D).
+        outputs: "mean" (N x N, the trace over outputs divided by C), or "full" (N C x N C, for
+            multitask models: the tasks of an example lie side by side).
+        params: which parameters.
+        forward: `(model, inputs) -> outputs` in place of the call; the place to reshape rows.
+
+    Example:
+        >>> kernel = gpytorch.kernels.ScaleKernel(NTKKernel(nn.Linear(3, 1)))
+        >>> kernel(torch.ones(4, 3)).shape
+        torch.Size([4, 4])
+
+    Source: Jacot, Gabriel and Hongler (2018), Neural tangent kernel.
+    """
+
+    has_lengthscale = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        outputs: str = "mean",
+        params: Selector | None = None,
+        forward: Callable[[nn.Module, Any], Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        if outputs not in _OUTPUTS:
+            raise ValueError(f"expected outputs to be one of {list(_OUTPUTS)}, got {outputs!r}")
+        self._network = (model,)  # in a tuple, so that it is no submodule
+        self._outputs, self._params, self._forward = outputs, params, forward
+        self._known: list[_Known] = []
+
+    def forward(
+        self,
+        x1: Tensor,
+        x2: Tensor,
+        diag: bool = False,
+        last_dim_is_batch: bool = False,
+        **params: Any,
+    ) -> Any:
+        """The kernel between x1 (..., N, D) and x2 (..., M, D), or its diagonal.
+
+        Raises:
+            ValueError: `last_dim_is_batch`, which would feed single features to the network.
+        """
+        if last_dim_is_batch:
+            raise ValueError("an NTKKernel takes whole rows: last_dim_is_batch has no meaning here")
+        if x1.dim() > 2 or x2.dim() > 2:
+            lead = torch.broadcast_shapes(x1.shape[:-2], x2.shape[:-2])
+            pairs = zip(
+                x1.expand(*lead, *x1.shape[-2:]).flatten(0, -3),
+                x2.expand(*lead, *x2.shape[-2:]).flatten(0, -3),
+                strict=True,
+            )
+            each = torch.stack([self._between(*pair, diag=diag, dense=True) for pair in pairs])
+            return each.unflatten(0, lead)
+        return self._between(x1, x2, diag=diag, dense=False)
+
+    def num_outputs_per_input(self, x1: Tensor, x2: Tensor) -> int:
+        """Rows of the kernel for each example: C with outputs "full"."""
+        if self._outputs == "mean":
+            return 1
+        jacobian = self._jacobian(x1[..., :1, :].reshape(1, -1))
+        return int(kernel_of(jacobian, jacobian).shape[0])
+
+    def _between(self, x1: Tensor, x2: Tensor, *, diag: bool, dense: bool) -> Any:
+        first, second = self._jacobian(x1), self._jacobian(x2)
+        kernel = kernel_of(first, second, outputs=self._outputs)
+        if diag:
+            return kernel.diagonal()
+        return kernel.to_dense() if dense else kernel
+
+    def _jacobian(self, x: Tensor) -> BaseLinearOperator:
+        (model,) = self._network
+        tensors = [*model.parameters(), *model.buffers()]
+        state = (*((id(t), t._version) for t in tensors), model.training)
+        for known in self._known:
+            same = known.inputs.shape == x.shape and known.inputs.dtype == x.dtype
+            if same and known.state == state and torch.equal(known.inputs, x):
+                return known.jacobian
+        x = x.detach()
+        kernel: Any = NTK(model, x, params=self._params, forward=self._forward)
+        made = _Known(x.clone(), state, kernel.left)
+        self._known = [made, *self._known][:_HELD]
+        return made.jacobian
+
+
+class _WrappedKernel(Kernel):  # type: ignore[misc]
+    """See `wrap`."""
+
+    def __init__(self, base_kernel: Kernel) -> None:
+        super().__init__()
+        self.base_kernel = base_kernel
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        shape: torch.Size = self.base_kernel.batch_shape
+        return shape
+
+    def __call__(
+        self, x1: Tensor, x2: Tensor | None = None, diag: bool = False, **params: Any
+    ) -> Any:
+        if diag:
+            return self.base_kernel(x1, x2, diag=True, **params)
+        with gpytorch.settings.lazily_evaluate_kernels(False):
+            return aslinearoperator(self.base_kernel(x1, x2, **params))
+
+    def num_outputs_per_input(self, x1: Tensor, x2: Tensor) -> int:
+        count: int = self.base_kernel.num_outputs_per_input(x1, x2)
+        return count
+
+
+def wrap(kernel: Kernel) -> Kernel:
+    """A kernel whose matrices are operators of this package, whatever it is made of.
+
+    GPyTorch solves systems of more than 800 rows by conjugate gradients to a loose tolerance.
+    Wrapped, a kernel (also a sum, a product or a multiple) is solved in closed form where its
+    parts are held or made from forms, and else to a true relative residual.
+
+    Args:
+        kernel: any GPyTorch kernel; its hyperparameters are trained as before.
+
+    Example:
+        >>> ntk = NTKKernel(nn.Linear(3, 1))
+        >>> kernel = wrap(gpytorch.kernels.RBFKernel() + ntk)
+        >>> type(kernel(torch.ones(4, 3)).add_diagonal(1.0)).__name__
+        'DenseLinearOperator'
+    """
+    return _WrappedKernel(kernel)
