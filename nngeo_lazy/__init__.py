@@ -6,9 +6,10 @@ Fisher information matrices, Gauss-Newton matrices, Hessians and Jacobians of an
 """
 
 from . import errors, likelihoods, representations
-from .builders import FIM, GGN, NTK, Hessian, Jacobian, plan, update_diag
+from .builders import FIM, GGN, Hessian, Jacobian, plan, update_diag
 from .jacobian.registry import register_layer
 from .jacobian.uses import Grid, Use
+from .kernels import NTK
 from .linalg import Estimate, SpectralDensity
 from .operators import aslinearoperator, identity, load, merge, save
 from .operators.approximate import low_rank, nystrom
@@ -59,4 +60,4 @@ __all__ = [
     "trace",
     "update_diag",
 ]
-__version__ = "0.4.0"
+__version__ = "0.5.0"

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
-from .data import Batches, refuse_shuffling
-from .errors import DataError, TooLargeError
+from .data import refuse_shuffling
+from .errors import DataError
 from .likelihoods import Likelihood
 from .matrix_free import gauss_newton, hessian, jacobian
 from .operators import BaseLinearOperator, DenseLinearOperator, MatrixLinearOperator
-from .operators.implicit import KINDS, kernel_of
 from .planning import Plan, make_plan
 from .quantities import (
     Fisher,
@@ -25,20 +22,17 @@ from .quantities import (
     LossHessian,
     LossLike,
     Outputs,
-    Quantity,
 )
 from .representations import EKFAC, Dense, Factored, Implicit, Representation
 from .representations import resolve as resolve_representation
-from .representations.factored import FormStack, factored_jacobian
+from .representations.factored import factored_rows
 from .representations.recipes import info_of, require_finite
-from .selectors import Selector, space_of
-from .statistics import MAX_BLOCK_BYTES, RowStack
-from .sweep import DataSweep
+from .selectors import Selector
+from .statistics import RowStack
+from .sweep import DataSweep, make_sweep
 
-__all__ = ["FIM", "GGN", "NTK", "Hessian", "Jacobian", "plan", "update_diag"]
+__all__ = ["FIM", "GGN", "Hessian", "Jacobian", "plan", "update_diag"]
 
-WAYS = {"auto": "auto", "structured": "pairs", "contraction": "rows", "matrix-free": "auto"}
-FACTORED_BYTES = 2**31  # of layers' inputs and output gradients that a kernel keeps by default
 Prepared = tuple[Representation | Implicit, DataSweep]
 
 
@@ -250,7 +244,7 @@ def Hessian(
     """
     wanted = _one_of(representation, "Hessian", Implicit, Dense)
     with torch.inference_mode(False):
-        sweep = _sweep(
+        sweep = make_sweep(
             LossHessian(loss),
             model,
             loader,
@@ -317,7 +311,7 @@ def Jacobian(
     refuse_shuffling(loader, "Jacobian")
     quantity = Outputs() if loss is None else LossGradients(loss)
     with torch.inference_mode(False):
-        sweep = _sweep(
+        sweep = make_sweep(
             quantity,
             model,
             loader,
@@ -331,85 +325,11 @@ def Jacobian(
         if isinstance(wanted, Implicit):
             return jacobian(sweep, wanted)
         if isinstance(wanted, Factored):
-            return _factored(sweep)
+            return factored_rows(sweep)
         (stack,) = sweep(lambda parts: [RowStack(range(len(parts)), parts)])
         rows = stack.rows(sweep).flatten(0, 1)  # type: ignore[attr-defined]
         require_finite(rows, "the network")
         return MatrixLinearOperator(rows, info=info_of(sweep, []))
-
-
-def NTK(
-    model: nn.Module,
-    x1: Any,
-    x2: Any = None,
-    *,
-    outputs: str = "full",
-    method: str = "auto",
-    params: Selector | None = None,
-    forward: Callable[[nn.Module, Any], Tensor] | None = None,
-    max_directions: int = 1000,
-    progress: bool = False,
-) -> BaseLinearOperator:
-    r"""The neural tangent kernel of a network of finite width, J(x1) J(x2)^T, as a lazy operator.
-
-    .. math:: K_{(n,c),(m,d)} = \langle \nabla_w f_c(x_n), \nabla_w f_d(x'_m) \rangle
-
-    Arguments that are not listed are those of `FIM`.
-
-    Args:
-        model: the network.
-        x1: inputs: a tensor, or whatever a loader may be; its order is that of the rows.
-        x2: the inputs of the columns; those of the rows by default.
-        outputs: "full" (N C x N' C, example slowest), "mean" (N x N', the trace over outputs
-            divided by C), "per_output" (C, N, N') or "per_example" (N, C, C).
-        method: "structured": from the inputs x and output gradients g of every layer, by (x x'^T) *
-            (g g'^T) at pairs of positions; "contraction": from the rows of J, a tile at a time;
-            "auto": for each layer the cheaper one, and "matrix-free" where keeping x and g would
-            take more than 2 GiB: each product differentiates the network.
-        params: which parameters.
-        forward: in place of the default call.
-        max_directions: the most outputs of one example, unless matrix-free.
-        progress: whether to show a progress bar.
-
-    Returns:
-        The kernel: products, `K[a:b, c:d]`, `diagonal()`, `to_dense(limit)`, `center()`,
-        `outputs(kind)`, solves, and sums and products with any other linear operator.
-
-    Raises:
-        DataError: a shuffling loader, no examples, inputs that do not fit each other.
-        StochasticModelError: the model is random, or mixes examples.
-        NonFiniteError: NaN or infinity in the parameters or the layers.
-        TooLargeError: more outputs than `max_directions`, or a dense matrix past its limit.
-
-    Example:
-        >>> model, x = torch.nn.Linear(3, 2), torch.ones(5, 3)
-        >>> NTK(model, x, outputs="mean").to_dense()[0]  # x.x' + 1
-        tensor([4., 4., 4., 4., 4.])
-
-    Source: Jacot, Gabriel and Hongler (2018), Neural tangent kernel; Novak, Sohl-Dickstein and
-        Schoenholz (2022), Fast finite width neural tangent kernel, on the ways of computing it.
-    """
-    if method not in WAYS:
-        raise ValueError(f"expected method to be one of {list(WAYS)}, got {method!r}")
-    if outputs not in KINDS:
-        raise ValueError(f"expected outputs to be one of {list(KINDS)}, got {outputs!r}")
-    sweeps = []
-    with torch.inference_mode(False):
-        for x in (x1,) if x2 is None else (x1, x2):
-            refuse_shuffling(x, "NTK")
-            sweep = _sweep(
-                Outputs(),
-                model,
-                x,
-                params=params,
-                forward=forward,
-                max_directions=max_directions,
-                progress=progress,
-            )
-            sweeps.append(sweep)
-        _require_one_kind([sweep.batches for sweep in sweeps])
-        jacobians = _jacobians(sweeps, method)
-        return kernel_of(jacobians[0], jacobians[-1], outputs=outputs, way=WAYS[method])
 
 
 def update_diag(
@@ -471,46 +391,6 @@ def plan(builder: Callable[..., BaseLinearOperator], *args: Any, **options: Any)
         return make_plan(*prepare(*args, **options))
 
 
-def _jacobians(sweeps: Sequence[DataSweep], method: str) -> list[BaseLinearOperator]:
-    """The Jacobians of a kernel: factored, or matrix-free."""
-    if method != "matrix-free":
-        limit = FACTORED_BYTES if method == "auto" else MAX_BLOCK_BYTES
-        try:
-            return [_factored(sweep, limit // len(sweeps)) for sweep in sweeps]
-        except TooLargeError:
-            if method != "auto":
-                raise
-    for sweep in sweeps:
-        sweep.sampled()  # which proves that the model treats each example on its own
-    return [jacobian(sweep, Implicit()) for sweep in sweeps]
-
-
-def _require_one_kind(inputs: Sequence[Batches]) -> None:
-    """Raise DataError where the inputs of two loaders are no arguments of one function."""
-    kinds = []
-    for batches in inputs:
-        with closing(iter(batches)) as each:
-            batch = next(each)
-        leaves, structure = tree_flatten((batch.args, batch.kwargs) if batch.args else batch.raw)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        kinds.append((str(structure), [f"{t.dtype} of {t.dim()} dimensions" for t in tensors]))
-    if kinds[0] != kinds[-1]:
-        (_, first), (_, second) = kinds
-        raise DataError(
-            f"expected x1 and x2 of one kind, but x1 holds {first} and x2 holds {second}"
-            + ("" if first != second else ", arranged in another way")
-        )
-
-
-def _factored(sweep: DataSweep, limit: int = MAX_BLOCK_BYTES) -> BaseLinearOperator:
-    (forms,) = sweep(lambda parts: [FormStack(range(len(parts)), parts, limit)])
-    every = range(len(sweep.parts))
-    known = info_of(sweep, [])
-    factored = factored_jacobian(sweep, every, forms, known)  # type: ignore[arg-type]
-    require_finite(factored, "the network")
-    return factored
-
-
 def _fisher(
     model: nn.Module,
     loader: Any,
@@ -529,7 +409,7 @@ def _fisher(
             "(its scores have mean zero): take estimator='empirical'"
         )
     wanted = resolve_representation(representation)
-    return wanted, _sweep(quantity, model, loader, center=center, **data)
+    return wanted, make_sweep(quantity, model, loader, center=center, **data)
 
 
 def _gauss_newton(
@@ -543,25 +423,7 @@ def _gauss_newton(
     **data: Any,
 ) -> Prepared:
     wanted = resolve_representation(representation)
-    return wanted, _sweep(GaussNewton(loss, estimator, samples), model, loader, **data)
-
-
-def _sweep(
-    quantity: Quantity,
-    model: nn.Module,
-    loader: Any,
-    *,
-    params: Selector | None = None,
-    forward: Callable[[nn.Module, Any], Tensor] | None = None,
-    target: Callable[[Any], Tensor] | None = None,
-    progress: bool = False,
-    **options: Any,
-) -> DataSweep:
-    space = space_of(model, params)
-    batches = Batches(
-        loader, device=space.device, forward=forward, target=target, progress=progress
-    )
-    return DataSweep(model, space, batches, quantity, **options)
+    return wanted, make_sweep(GaussNewton(loss, estimator, samples), model, loader, **data)
 
 
 def _one_of(

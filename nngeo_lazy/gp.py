@@ -15,7 +15,7 @@ try:
 except ImportError as error:
     raise ImportError("nngeo_lazy.gp needs GPyTorch: pip install 'nngeo_lazy[gp]'") from error
 
-from .builders import NTK
+from .kernels import NTK
 from .operators import BaseLinearOperator, aslinearoperator
 from .operators.implicit import kernel_of
 from .selectors import Selector

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,11 @@ from .jacobian.forms import Form, Outer
 from .jacobian.plan import Part
 from .jacobian.record import recording, refuse_training_mode
 from .quantities import Quantity
+from .selectors import Selector, space_of
 from .space import ParamSpace
 from .statistics import Make, Sample, Statistic, all_finite
 
-__all__ = ["DataSweep", "Totals"]
+__all__ = ["DataSweep", "Totals", "make_sweep"]
 
 Chunk = tuple[list[Form | None], bool, bool]
 KEPT_BYTES = 2**26  # the forms of a whole pass are kept for a second one up to this size
@@ -158,6 +160,25 @@ class DataSweep:
                 "max_directions (ng.plan says what it costs)"
             )
         return recorded.chunks(quantity.directions(outputs, target, generator), count)
+
+
+def make_sweep(
+    quantity: Quantity,
+    model: nn.Module,
+    loader: Any,
+    *,
+    params: Selector | None = None,
+    forward: Callable[[nn.Module, Any], Tensor] | None = None,
+    target: Callable[[Any], Tensor] | None = None,
+    progress: bool = False,
+    **options: Any,
+) -> DataSweep:
+    """A sweep from what the builders take; see `FIM`."""
+    space = space_of(model, params)
+    batches = Batches(
+        loader, device=space.device, forward=forward, target=target, progress=progress
+    )
+    return DataSweep(model, space, batches, quantity, **options)
 
 
 class Totals:

@@ -135,7 +135,7 @@ SECTIONS = {
         ),
         Row(
             "GramMatrix(model, loader).to_torch().permute(1, 0, 3, 2).flatten(2).flatten(0, 1)",
-            "(J @ J.mT).to_dense()",
+            "ng.NTK(model, loader).to_dense()",
         ),
     ],
 }
@@ -152,7 +152,7 @@ WORDS = [
     ("`F.get_eigendecomposition()`", "`F.eigh()`, lazily, with negative eigenvalues kept"),
     ("layers: `WeightNorm1d`, `Cosine1d`, `Affine1d`", "any module; nothing has to be known to the package"),
     ("parameters in the order of layers", "in the order of `named_parameters()`"),
-    ("`GramMatrix`: axes (output, example, output', example')", "`J @ J.mT`: rows (example, output), example slowest"),
+    ("`GramMatrix`: axes (output, example, output', example')", "`ng.NTK(model, loader)`: rows (example, output), example slowest"),
 ]  # fmt: skip
 
 

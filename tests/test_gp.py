@@ -115,7 +115,7 @@ def test_exact_gp(name, outputs):
 def test_large_sums_solve_accurately():
     n = 1200  # past the size from which GPyTorch iterates
     x, b = torch.randn(n, 2), torch.randn(n)
-    kernel = ScaleKernel(NTKKernel(network())) + RBFKernel()
+    kernel = RBFKernel() + ScaleKernel(NTKKernel(network()))
     with torch.no_grad():
         matrix = dense(kernel, x, x) + 0.1 * torch.eye(n)
         solved = wrap(kernel)(x).add_diagonal(torch.tensor(0.1)).solve(b)

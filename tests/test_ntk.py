@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import nngeo_lazy as ng
-from nngeo_lazy import builders
+from nngeo_lazy import kernels
 from nngeo_lazy.errors import (
     DataError,
     NonFiniteError,
@@ -335,6 +335,7 @@ def test_eigenfunctions_past_the_rank():
         found(torch.randn(2, 5))
 
 
+@pytest.mark.peers
 def test_agrees_with_nngeometry():
     gram = pytest.importorskip("nngeometry.gram")
     model, x = small().float(), torch.randn(12, 4).float()
@@ -382,7 +383,7 @@ def test_a_kernel_past_the_limit_is_refused_with_its_size():
 def test_auto_goes_matrix_free_where_forms_are_too_large(monkeypatch):
     model, x = small(), torch.randn(6, 4)
     assert "factored" in ng.NTK(model, x).left._kind()
-    monkeypatch.setattr(builders, "FACTORED_BYTES", 100)
+    monkeypatch.setattr(kernels, "FACTORED_BYTES", 100)
     K = ng.NTK(model, x)
     assert K.left._kind() == "matrix-free"
     close(K.to_dense(), reference(jacobian(model, x))["full"], TOLERANCE)

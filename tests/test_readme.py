@@ -8,7 +8,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/matrix_free.md", "docs/spectra.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/matrix_free.md", "docs/spectra.md", "docs/kernels.md"]
+)
 def test_examples_run(page, tmp_path, monkeypatch):
     """One after the other, as a reader would run them."""
     text = (ROOT / page).read_text(encoding="utf-8")

@@ -18,19 +18,20 @@ from ..operators.implicit import (
 )
 from ..statistics import MAX_BLOCK_BYTES, Cost, Sample, Statistic, Sweep
 from .base import Representation
-from .recipes import Block, Recipe, block_name, flat_layout, require_finite, whole
+from .recipes import Block, Recipe, block_name, flat_layout, info_of, require_finite, whole
 
-__all__ = ["Factored", "FormStack", "factored_jacobian"]
+__all__ = ["Factored", "FormStack", "factored_rows"]
 
 
 class FormStack(Statistic):
     """The forms themselves, all directions of all examples: inputs and output gradients."""
 
     def __init__(
-        self, indices: Sequence[int], parts: Sequence[Part], limit: int = MAX_BLOCK_BYTES
+        self, indices: Sequence[int], parts: Sequence[Part], limit: int | None = None
     ) -> None:
         super().__init__(*indices)
-        self._parts, self._limit = parts, limit
+        self._parts = parts
+        self._limit = MAX_BLOCK_BYTES if limit is None else limit
         self._chunks: list[list[Form | None]] = []  # of the current batch
         self._bytes = 0
         self.batches: list[list[Form | None]] = []  # a form for each part, None where it is zero
@@ -114,7 +115,7 @@ class Factored(Representation):
         stack = FormStack(indices, [sweep.parts[k] for k in indices])
         yield [stack]
         scale = sweep.denominator**-0.5
-        root = factored_jacobian(sweep, indices, stack, Info(), scale)
+        root = _jacobian_of(sweep, indices, stack, Info(), scale)
         require_finite(root, block_name(sweep, indices))
         operator = FactoredGaussNewtonLinearOperator(root)
         return [Block(tuple(indices), flat_layout(sweep, indices), operator)]
@@ -123,7 +124,7 @@ class Factored(Representation):
         return whole(sweep, blocks[0])
 
 
-def factored_jacobian(
+def _jacobian_of(
     sweep: Sweep, indices: Sequence[int], stack: FormStack, info: Info, scale: float = 1.0
 ) -> FactoredJacobianLinearOperator:
     """The rows of a pass as an operator on the parameters of some parts."""
@@ -134,6 +135,20 @@ def factored_jacobian(
     layouts = [sweep.parts[k].layout.shifted(starts) for k in indices]
     batches = [[_scaled(form, scale) for form in batch] for batch in stack.batches]
     return FactoredJacobianLinearOperator.of(batches, layouts, info, center=sweep.center)
+
+
+def factored_rows(sweep: Sweep, limit: int | None = None) -> FactoredJacobianLinearOperator:
+    """The rows of all parts, of one pass.
+
+    Raises:
+        TooLargeError: their forms take more than `limit` bytes.
+        NonFiniteError: NaN or infinity in them.
+    """
+    stack: FormStack
+    (stack,) = sweep(lambda parts: [FormStack(range(len(parts)), parts, limit)])  # type: ignore[assignment]
+    factored = _jacobian_of(sweep, range(len(sweep.parts)), stack, info_of(sweep, []))
+    require_finite(factored, "the network")
+    return factored
 
 
 def _scaled(form: Form | None, scale: float) -> Form | None:
