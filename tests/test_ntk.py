@@ -21,7 +21,7 @@ from nngeo_lazy.errors import (
     TooLargeError,
     UnsupportedLayerError,
 )
-from nngeo_lazy.operators.implicit import KernelLinearOperator, factored
+from nngeo_lazy.operators.implicit import KernelLinearOperator, factored, kernel_of
 from nngeo_lazy.operators.stack import StackLinearOperator
 from nngeo_lazy.testing import LargestTensor, check_operator
 
@@ -532,8 +532,13 @@ def test_jacobians_that_do_not_fit():
         J @ ng.Jacobian(model, x, params="0.*").mT
     with pytest.raises(SpaceMismatchError, match="same parameters"):
         J @ ng.Jacobian(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)), x).mT
+    losses = ng.Jacobian(model, (x, torch.zeros(6).long()), loss="categorical")
+    product = J @ losses.mT  # no kernel, but a product
+    close(product.to_dense(), J.to_dense() @ losses.to_dense().mT)
     with pytest.raises(SpaceMismatchError, match="as many rows for an example, got 3 and 1"):
-        J @ ng.Jacobian(model, (x, torch.zeros(6).long()), loss="categorical").mT
+        kernel_of(J, losses)
+    nothing = (0.0 * ng.NTK(model, x)).damped(2.0)
+    close(nothing.solve(torch.ones(18)), torch.full((18,), 0.5))
 
 
 def test_labels_of_other_examples():

@@ -26,6 +26,7 @@ from .implicit import (
     KernelLinearOperator,
     TransposedLinearOperator,
     kernel_of,
+    rows_of_an_example,
 )
 from .info import Info, joint
 from .kronecker import KroneckerLinearOperator
@@ -132,6 +133,8 @@ def _kernel(A: BaseLinearOperator, B: BaseLinearOperator) -> BaseLinearOperator 
     kinds = (JacobianLinearOperator, FactoredJacobianLinearOperator)
     if not (isinstance(first, kinds) and isinstance(last.base, kinds)):
         return None
+    if rows_of_an_example(first) != rows_of_an_example(last.base):
+        return None  # such as gradients of outputs with those of losses
     return kernel_of(first, last.base, *factors[1:-1])
 
 

@@ -252,7 +252,7 @@ class ScaledLinearOperator(LazyLinearOperator):
         return ScaledLinearOperator(self.base, self.constant * c, info=self.info)
 
     def _damp(self, damping: Damping, method: str) -> BaseLinearOperator:
-        if self.base.iterates or damping.value.dim() > 0:
+        if self.base.iterates or damping.value.dim() > 0 or bool(self.constant == 0):
             return super()._damp(damping, method)
         inner = Damping(damping.value / self.constant)  # c (A + d/c I)
         return self.base._damp(inner, method)._scale(self.constant)

@@ -6,7 +6,7 @@ from .factored import (
     FactoredInfo,
     FactoredJacobianLinearOperator,
 )
-from .kernel import KINDS, KernelInfo, KernelLinearOperator, kernel_of
+from .kernel import KINDS, KernelInfo, KernelLinearOperator, kernel_of, rows_of_an_example
 from .operators import (
     GaussNewtonLinearOperator,
     HessianLinearOperator,
@@ -34,4 +34,5 @@ __all__ = [
     "Source",
     "TransposedLinearOperator",
     "kernel_of",
+    "rows_of_an_example",
 ]

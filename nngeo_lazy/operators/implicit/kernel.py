@@ -19,7 +19,7 @@ from ..lazy import LazyLinearOperator, ProductLinearOperator, require_products
 from ..stack import StackLinearOperator
 from .factored import SAMPLE_SPACE, FactoredJacobianLinearOperator, inner_products
 
-__all__ = ["KINDS", "KernelInfo", "KernelLinearOperator", "kernel_of"]
+__all__ = ["KINDS", "KernelInfo", "KernelLinearOperator", "kernel_of", "rows_of_an_example"]
 
 KINDS = ("full", "mean", "per_output", "per_example")
 
@@ -369,7 +369,7 @@ def kernel_of(
     """
     if left.space != right.space:
         raise SpaceMismatchError("a kernel needs two Jacobians over the same parameters")
-    counts = [_rows_of_an_example(J) for J in (left, right)]
+    counts = [rows_of_an_example(J) for J in (left, right)]
     if counts[0] != counts[1]:
         raise SpaceMismatchError(
             f"a kernel needs two Jacobians with as many rows for an example, got {counts[0]} and "
@@ -388,7 +388,8 @@ def _is_symmetric(M: BaseLinearOperator) -> bool:
     return all(_is_symmetric(part) for part in M._args if isinstance(part, BaseLinearOperator))
 
 
-def _rows_of_an_example(J: BaseLinearOperator) -> int:
+def rows_of_an_example(J: BaseLinearOperator) -> int:
+    """How many rows of a Jacobian each example has."""
     if isinstance(J, FactoredJacobianLinearOperator):
         return J.row_shapes[0][1]
     if not J.num_examples:
