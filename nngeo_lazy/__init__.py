@@ -10,6 +10,7 @@ from .builders import FIM, GGN, Hessian, Jacobian, plan, update_diag
 from .jacobian.registry import register_layer
 from .jacobian.uses import Grid, Use
 from .kernels import NTK
+from .laplace import Laplace
 from .linalg import Estimate, SpectralDensity
 from .operators import aslinearoperator, identity, load, merge, save
 from .operators.approximate import low_rank, nystrom
@@ -28,6 +29,7 @@ __all__ = [
     "Grid",
     "Hessian",
     "Jacobian",
+    "Laplace",
     "ParamSpace",
     "SingularValues",
     "Solution",
@@ -60,4 +62,4 @@ __all__ = [
     "trace",
     "update_diag",
 ]
-__version__ = "0.5.0"
+__version__ = "0.6.0"

@@ -166,7 +166,9 @@ def _info(sweep: DataSweep, options: Implicit) -> ImplicitInfo:
         chunk_size=options.chunk_size,
     )
     described = {**sweep.described, "representation": repr(options)}
-    return ImplicitInfo(space, num_examples, num_terms, {}, described, source=source)
+    return ImplicitInfo(
+        space, num_examples, num_terms, {}, described, totals.log_likelihood, source=source
+    )
 
 
 def _require_differentiable(outputs: Tensor) -> None:

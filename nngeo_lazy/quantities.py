@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -86,6 +87,10 @@ class Quantity(ABC):
         """How many scalar labels a batch scores."""
         return outputs.numel()
 
+    def log_likelihood(self, outputs: Tensor, target: Tensor | None) -> Tensor | None:
+        """log p(y | f) of a batch's labels, 0-d; None where none were observed that fit."""
+        return None
+
     def denominator(self, outputs: Tensor, target: Tensor | None) -> Tensor | float:
         """A batch's part of what the sum over examples is divided by."""
         return outputs.shape[0]
@@ -137,6 +142,19 @@ class _OfLoss(Quantity):
 
     def num_terms(self, outputs: Tensor, target: Tensor | None) -> Tensor | int:
         return self._known().num_terms(outputs, self._read(target))
+
+    def log_likelihood(self, outputs: Tensor, target: Tensor | None) -> Tensor | None:
+        known = self._known()
+        if target is None or known.reweighted:
+            return None
+        try:
+            known.check(outputs, target)
+        except DataError:  # a target that the matrix does not read may be anything
+            return None
+        outputs = outputs.detach()
+        wrong = torch.stack([flag.reshape(()) for flag in known.flags(outputs, target).values()])
+        total = known.log_prob(outputs, target).sum(dtype=torch.float64)
+        return total.masked_fill(wrong.any(), math.nan)
 
     def values(self, outputs: Tensor, target: Tensor | None) -> Tensor:
         return self._losses(outputs, target) if self.estimator == "empirical" else outputs

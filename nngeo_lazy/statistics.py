@@ -109,6 +109,7 @@ class Sweep(Protocol):
     space: ParamSpace
     num_examples: int
     num_terms: int
+    log_likelihood: float | None
     denominator: float  # what sums are divided by: the number of examples, or a loss's own
     dtype: torch.dtype
     center: bool  # whether the mean row is subtracted from every row

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from itertools import islice
@@ -69,6 +70,7 @@ class DataSweep:
         self.num_examples = 0
         self.num_terms = 0
         self.denominator = 0.0
+        self.log_likelihood: float | None = None
 
     @property
     def parts(self) -> Sequence[Part]:
@@ -100,6 +102,7 @@ class DataSweep:
                         _update(statistics, chunk)
                         kept = _keep(kept, chunk)
         self.num_examples, self.num_terms, self.denominator = totals.finish()
+        self.log_likelihood = totals.log_likelihood
         self._kept = kept
         return statistics or ()
 
@@ -190,6 +193,7 @@ class Totals:
         self._terms = torch.zeros((), dtype=torch.int64, device=device)
         self._denominator = torch.zeros((), dtype=torch.float64, device=device)
         self._flags: dict[str, Tensor] = {}
+        self._log_likelihood: Tensor | None = torch.zeros_like(self._denominator)
 
     def add(self, outputs: Tensor, target: Tensor | None) -> None:
         for message, wrong in self.quantity.flags(outputs, target).items():
@@ -198,6 +202,15 @@ class Totals:
         self._examples += outputs.shape[0]
         self._terms += self.quantity.num_terms(outputs, target)
         self._denominator += self.quantity.denominator(outputs, target)
+        if self._log_likelihood is not None:
+            added = self.quantity.log_likelihood(outputs, target)
+            self._log_likelihood = None if added is None else self._log_likelihood + added
+
+    @property
+    def log_likelihood(self) -> float | None:
+        """Of all observed labels; None where there are none, or some do not fit."""
+        value = math.nan if self._log_likelihood is None else float(self._log_likelihood)
+        return value if math.isfinite(value) else None
 
     def finish(self) -> tuple[int, int, float]:
         """Examples, terms, denominator.

@@ -13,7 +13,7 @@ from .categorical import Categorical
 from .elementwise import Bernoulli, Poisson
 from .gaussian import Gaussian
 from .losses import CallableLoss, Reduction, resolve_loss
-from .names import NAMES, resolve
+from .names import NAMES, described, resolve
 
 __all__ = [
     "ESTIMATORS",
@@ -26,6 +26,7 @@ __all__ = [
     "Poisson",
     "Reduction",
     "check_estimator",
+    "described",
     "resolve",
     "resolve_loss",
 ]

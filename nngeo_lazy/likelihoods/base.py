@@ -69,6 +69,10 @@ class Likelihood(ABC):
     def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
         """-log p(y | f) up to a constant, summed over positions: (N,). Differentiable."""
 
+    def log_prob(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """log p(y | f) itself, normalised over y and summed over positions: (N,)."""
+        return -self.loss(outputs, target)
+
     @abstractmethod
     def hessian_product(self, outputs: Tensor, target: Tensor | None, vectors: Tensor) -> Tensor:
         """H_n v_n with H_n the Hessian of the loss in the outputs, shaped like vectors.

@@ -186,6 +186,10 @@ class Poisson(Elementwise):
         each = outputs.exp() - target.to(outputs) * outputs
         return each.reshape(outputs.shape[0], -1).sum(1)
 
+    def log_prob(self, outputs: Tensor, target: Tensor) -> Tensor:
+        factorials = torch.lgamma(target.to(outputs) + 1)
+        return -self.loss(outputs, target) - factorials.reshape(outputs.shape[0], -1).sum(1)
+
     def flags(self, outputs: Tensor, target: Tensor | None) -> dict[str, Tensor]:
         flags = super().flags(outputs, target)
         overflow = "expected log rates with a finite rate, but exp of some outputs overflows"

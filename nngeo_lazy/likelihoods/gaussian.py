@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -58,6 +59,11 @@ class Gaussian(Elementwise):
             return
         raise DataError(f"expected a positive, finite variance, got {self.variance}")
 
+    def __repr__(self) -> str:
+        """With all digits, so that what prints alike is alike."""
+        given = self.variance
+        return f"Gaussian(variance={given.tolist() if isinstance(given, Tensor) else given!r})"
+
     def check(self, outputs: Tensor, target: Tensor | None) -> None:
         super().check(outputs, target)
         variance, example = torch.as_tensor(self.variance), outputs.shape[1:]
@@ -80,6 +86,15 @@ class Gaussian(Elementwise):
         residual = target - outputs
         each = residual * self.hessian_product(outputs, target, residual) / 2
         return each.reshape(outputs.shape[0], -1).sum(1)
+
+    def log_prob(self, outputs: Tensor, target: Tensor) -> Tensor:
+        if self._correlated(outputs):
+            positions = outputs[0].numel() // outputs.shape[-1]
+            logdet = 2 * positions * self._root_of_precision.diagonal().log().sum().to(outputs)
+        else:
+            logdet = 2 * self._root(outputs[0], None).log().sum()
+        constant = (logdet - outputs[0].numel() * math.log(2 * math.pi)) / 2
+        return constant - self.loss(outputs, target)
 
     def hessian_product(self, outputs: Tensor, target: Tensor | None, vectors: Tensor) -> Tensor:
         if not self._correlated(outputs):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable
 
 from torch import Tensor
@@ -12,7 +13,7 @@ from .categorical import Categorical
 from .elementwise import Bernoulli, Poisson
 from .gaussian import Gaussian
 
-__all__ = ["NAMES", "resolve"]
+__all__ = ["NAMES", "described", "resolve"]
 
 NAMES: dict[str, Callable[[], Likelihood]] = {
     "categorical": Categorical,
@@ -50,3 +51,23 @@ def resolve(
             f"likelihood= with one of {sorted(NAMES)}, or an object from nngeo_lazy.likelihoods"
         ) from None
     return guess
+
+
+def described(text: str) -> Likelihood | None:
+    """The likelihood that prints as a text; None where the text is that of another loss.
+
+    >>> described("Categorical(shift=1)").shift
+    1
+    """
+    kinds = {kind.__name__: kind for kind in (Bernoulli, Categorical, Gaussian, Poisson)}
+    try:
+        call = ast.parse(text, mode="eval").body
+    except SyntaxError:
+        return None
+    if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)):
+        return None
+    if call.func.id not in kinds or call.args:
+        return None
+    options = {str(given.arg): ast.literal_eval(given.value) for given in call.keywords}
+    made: Likelihood = kinds[call.func.id](**options)
+    return made

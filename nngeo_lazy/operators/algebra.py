@@ -171,6 +171,7 @@ def _richer(A: BlockDiagonalLinearOperator, B: BlockDiagonalLinearOperator) -> I
         space=known.space,
         num_examples=known.num_examples,
         num_terms=known.num_terms,
+        log_likelihood=known.log_likelihood,
         origins=known.origins,
         quantity={},
     )

@@ -193,6 +193,7 @@ def _info_state(info: Info) -> dict[str, Any]:
     state: dict[str, Any] = {
         "num_examples": info.num_examples,
         "num_terms": info.num_terms,
+        "log_likelihood": info.log_likelihood,
         "quantity": dict(info.quantity),
         "origins": {
             name: [o.layer, o.form, o.note, o.positions] for name, o in info.origins.items()
@@ -286,7 +287,14 @@ def _info(state: Mapping[str, Any], dtype: torch.dtype, device: torch.device) ->
             },
         )
     origins = {name: Origin(*values) for name, values in state["origins"].items()}
-    info = Info(space, state["num_examples"], state["num_terms"], origins, dict(state["quantity"]))
+    info = Info(
+        space,
+        state["num_examples"],
+        state["num_terms"],
+        origins,
+        dict(state["quantity"]),
+        state.get("log_likelihood"),  # not written before 0.6
+    )
     if "blocks" not in state:
         return info
     names = [name for name, *_ in state["blocks"]]

@@ -7,8 +7,8 @@ has `to`, `clone`, `cpu` or `detach`: these classes have none of them, on purpos
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,6 +16,7 @@ from ..errors import SpaceMismatchError
 from ..layout import Layout
 from ..space import ParamSpace
 
+Number = TypeVar("Number", int, float)
 __all__ = ["BatchInfo", "BlockInfo", "Info", "Origin", "joint"]
 
 
@@ -47,6 +48,7 @@ class Info:
         origins: for each parameter, where its block comes from.
         quantity: which build made it: matrix, likelihood, estimator, seed, representation; empty
             for what was altered since (damped, inverted, scaled, added).
+        log_likelihood: of all observed labels at the parameters of the build, where there were any.
     """
 
     space: ParamSpace | None = None
@@ -54,6 +56,7 @@ class Info:
     num_terms: int | None = None
     origins: Mapping[str, Origin] = field(default_factory=dict)
     quantity: Mapping[str, str | int | None] = field(default_factory=dict)
+    log_likelihood: float | None = None
 
     def restrict(self, names: Iterable[str]) -> Info:
         """The same for some of the parameters; which blocks they lie in is forgotten."""
@@ -61,17 +64,15 @@ class Info:
             raise SpaceMismatchError("this operator has no parameter space to choose from")
         space = self.space.subspace(names)
         origins = {name: self.origins[name] for name in space.names if name in self.origins}
-        return Info(space, self.num_examples, self.num_terms, origins, self.quantity)
+        return replace(self.plain(), space=space, origins=origins)
 
     def plain(self) -> Info:
         """The same without a block structure."""
-        kept = (self.space, self.num_examples, self.num_terms, self.origins, self.quantity)
-        return Info(*kept)
+        return Info(**{each.name: getattr(self, each.name) for each in fields(Info)})
 
     def blocks(self, names: Iterable[str], layouts: Iterable[Layout]) -> BlockInfo:
         """The same with a block structure."""
-        kept = (self.space, self.num_examples, self.num_terms, self.origins, self.quantity)
-        return BlockInfo(*kept, names=tuple(names), layouts=tuple(layouts))
+        return BlockInfo(**vars(self.plain()), names=tuple(names), layouts=tuple(layouts))
 
     def altered(self) -> Any:
         """The same of a matrix that is no build's any more: its statistics cannot be pooled."""
@@ -124,10 +125,11 @@ def joint(first: Info, second: Info) -> Info:
         _agreed(first.num_examples, second.num_examples),
         _agreed(first.num_terms, second.num_terms),
         first.origins or second.origins,
+        log_likelihood=_agreed(first.log_likelihood, second.log_likelihood),
     )
 
 
-def _agreed(first: int | None, second: int | None) -> int | None:
+def _agreed(first: Number | None, second: Number | None) -> Number | None:
     if first is None or second is None:
         return second if first is None else first
     return first if first == second else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -244,7 +245,7 @@ def _mean(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def _pooled_info(ops: Sequence[BaseLinearOperator], counts: Sequence[float], exact: bool) -> Info:
-    def added(values: list[int | None]) -> int | None:
+    def added(values: list[Any]) -> Any:
         known = [v for v in values if v is not None]
         return sum(known) if len(known) == len(values) else None
 
@@ -258,6 +259,7 @@ def _pooled_info(ops: Sequence[BaseLinearOperator], counts: Sequence[float], exa
         num_examples=added([op.num_examples for op in ops]),
         num_terms=added([op.num_terms for op in ops]),
         origins=origins,
+        log_likelihood=added([op.info.log_likelihood for op in ops]),
     )
 
 

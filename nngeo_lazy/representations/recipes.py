@@ -179,7 +179,14 @@ def info_of(sweep: Sweep, blocks: Sequence[Block]) -> Info:
         origins.update(dict.fromkeys(part.names, origin))
     space = sweep.space.to(dtype=sweep.dtype)
     ordered = {name: replace(origins[name], layer=space.owner(name)) for name in space.names}
-    return Info(space, sweep.num_examples, sweep.num_terms, ordered, sweep.described)
+    return Info(
+        space,
+        sweep.num_examples,
+        sweep.num_terms,
+        ordered,
+        sweep.described,
+        sweep.log_likelihood,
+    )
 
 
 def flat_layout(sweep: Sweep, indices: Sequence[int]) -> Layout:

@@ -17,7 +17,12 @@ from ..dense import DenseLinearOperator, MatrixLinearOperator
 from ..info import Info
 from ..lazy import LazyLinearOperator, ProductLinearOperator, require_products
 from ..stack import StackLinearOperator
-from .factored import SAMPLE_SPACE, FactoredJacobianLinearOperator, inner_products
+from .factored import (
+    SAMPLE_SPACE,
+    FactoredGaussNewtonLinearOperator,
+    FactoredJacobianLinearOperator,
+    inner_products,
+)
 
 __all__ = ["KINDS", "KernelInfo", "KernelLinearOperator", "kernel_of", "rows_of_an_example"]
 
@@ -297,6 +302,9 @@ class KernelLinearOperator(LazyLinearOperator):
         if plain and isinstance(left, FactoredJacobianLinearOperator):
             products: Tensor = left.row_products()
             return products
+        uncentered = self.middle is not None and not self._known.centered
+        if uncentered and isinstance(left, FactoredJacobianLinearOperator):
+            return torch.cat([_within(self.middle, rows, c) for rows in left.columns()])
         blocks = []
         for start in range(0, self.shape[0], c):
             unit = torch.zeros(self.shape[0], c, dtype=self.dtype, device=self.device)
@@ -385,7 +393,16 @@ def _is_symmetric(M: BaseLinearOperator) -> bool:
     """Whether a matrix is symmetric by what it is made of."""
     if isinstance(M, (MatrixLinearOperator, ProductLinearOperator)) or not M.is_square:
         return False
+    if isinstance(M, FactoredGaussNewtonLinearOperator):  # B^T B, with B rectangular
+        return True
     return all(_is_symmetric(part) for part in M._args if isinstance(part, BaseLinearOperator))
+
+
+def _within(middle: BaseLinearOperator | None, rows: Tensor, c: int) -> Tensor:
+    """J_n M J_n^T of each example (N, C, C), with J^T given (P, N C)."""
+    products = rows if middle is None else middle._apply(rows)
+    by_example = [each.unflatten(1, (-1, c)) for each in (rows, products)]
+    return torch.einsum("pnc,pnd->ncd", *by_example)
 
 
 def rows_of_an_example(J: BaseLinearOperator) -> int:

@@ -154,4 +154,4 @@ class ImplicitInfo(Info):
         """The same at another point."""
         remembered = Memory(dict(self.memory.failed), self.memory.too_large)
         remembered.graph_bytes, remembered.proved = self.memory.graph_bytes, self.memory.proved
-        return replace(self, memory=remembered, quantity={})
+        return replace(self, memory=remembered, quantity={}, log_likelihood=None)
