@@ -150,7 +150,8 @@ class Laplace:
     @cached_property
     def covariance(self) -> BaseLinearOperator:
         """(N F + Lambda)^-1, P x P, in the structure of F."""
-        inverse = self.operator.inverse(damping=self._per_example(self.prior_precision))
+        inverse = self._accurate.inverse(damping=self._per_example(self.prior_precision))
+        inverse = inverse.to(self.operator.dtype)
         return cast(BaseLinearOperator, (1 / self.num_examples) * inverse)
 
     def sample(self, n: int, *, seed: int | None = None) -> Tensor:
@@ -327,8 +328,9 @@ class Laplace:
                 raise UnsupportedLayerError(
                     f"the evidence with a {structure} prior precision needs the exact "
                     "log-determinant of F, of which this representation knows an estimate only "
-                    f"({estimate}): a scalar is closed for every stored representation, one for "
-                    "each layer for block-diagonal ones, a diagonal for 'diagonal' and 'dense'"
+                    f"({estimate}): a scalar or one for each layer is closed for 'kfac' and the "
+                    "other stored representations, a diagonal for those but 'kfac' "
+                    "and 'ekfac'"
                 ) from None
         if not found.success:
             warnings.warn(
@@ -355,7 +357,11 @@ class Laplace:
 
     @cached_property
     def _accurate(self) -> BaseLinearOperator:
-        """F in float64 where it is stored: the evidence is a difference of large sums."""
+        """F in float64 where it is stored.
+
+        The evidence is a difference of large sums, and a weak prior is below single precision's
+        rounding of F.
+        """
         return self.operator if self.operator.iterates else self.operator.to(torch.float64)
 
     def _per_example(self, prior: DampingLike) -> DampingLike:
@@ -395,7 +401,7 @@ class Laplace:
         with torch.inference_mode(False), torch.no_grad(), self._network.loaded(self.mean):
             for raw in self._batches(x):
                 with self._network.scope():
-                    means.append(self._network(parameters, raw))
+                    means.append(self._network(parameters, raw).detach())
                 J = Jacobian(self._model, raw, "factored", params=names, forward=self._forward)
                 kernel = kernel_of(J, J, self.covariance, outputs="per_example")
                 covariances.append(kernel.to_dense())

@@ -114,6 +114,7 @@ def test_posterior_of_some_parameters(params):
     model, x, y = problem()
     F = ng.FIM(model, (x, y), "dense", params=params)
     la = ng.Laplace(model, F)
+    assert not la.predictive(x).requires_grad
     everything = ng.FIM(model, (x, y), "dense").space
     index = torch.cat([torch.arange(len(everything))[everything.slices[n]] for n in F.space.names])
     J = oracle_jacobian(model, x)[..., index]
@@ -372,6 +373,23 @@ def test_the_bridge_is_that_of_the_paper():
     close(la.predictive(x, "bridge"), torch.stack(expected), 1e-8)
 
 
+@pytest.mark.parametrize("structure", ["scalar", "layer", "diagonal"])
+@pytest.mark.parametrize("representation", [*STORED, "factored"])
+def test_structures_that_a_representation_fits(structure, representation):
+    """As the page says; of a network with more parameters than an estimate multiplies out."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 3)).double()
+    x, y = torch.randn(30, 20).double(), torch.randint(3, (30,))
+    la = ng.Laplace(model, ng.FIM(model, (x, y), representation))
+    closed = {"scalar": True, "layer": representation != "factored"}
+    if closed.get(structure, representation not in ("kfac", "ekfac", "factored")):
+        fitted = la.fit_prior_precision(structure)
+        assert fitted.log_marginal_likelihood() > la.log_marginal_likelihood()
+    else:
+        with pytest.raises(UnsupportedLayerError, match="exact log-determinant"):
+            la.fit_prior_precision(structure)
+
+
 @pytest.mark.parametrize("variance", [0.3, [0.5, 2.0], [[1.0, 0.4], [0.4, 0.5]]])
 def test_gaussian_predictions_have_the_noise(variance):
     torch.manual_seed(0)
@@ -492,3 +510,16 @@ def test_no_warning_is_raised_in_plain_use():
         la = ng.Laplace(model, ng.FIM(model, (x, y), "ekfac")).fit_prior_precision("layer")
         la.predictive(x, "mc")
         assert "Laplace(" in repr(la)
+
+
+@pytest.mark.parametrize("representation", ["dense", "low_rank", "factored"])
+def test_a_weak_prior_in_float32(representation):
+    """The prior is far below the rounding of F, which is singular."""
+    model, x, y = problem(n=5)
+    exact = ng.Laplace(model, ng.FIM(model, (x, y), representation), prior_precision=1e-6)
+    single = model.float()
+    F = ng.FIM(single, (x.float(), y), representation)
+    la = ng.Laplace(single, F, prior_precision=1e-6)
+    found = la.functional(x.float() + 1).covariance.double()
+    single.double()
+    close(found, exact.functional(x + 1).covariance, 1e-2)

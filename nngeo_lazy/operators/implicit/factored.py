@@ -341,7 +341,7 @@ class FactoredGaussNewtonLinearOperator(LazyLinearOperator):
 
     def _logdet(self) -> Tensor:
         factor = self._factor()
-        if factor is None or self.shift is None or self.shift.requires_grad:
+        if factor is None or self.shift is None:
             return super()._logdet()
         rows, n = self.root.shape
         inside = 2 * factor.diagonal().log().sum()
