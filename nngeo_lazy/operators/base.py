@@ -274,7 +274,7 @@ class BaseLinearOperator(ContractLinearOperator):
         Raises:
             NotPositiveDefiniteError: F has a negative eigenvalue.
         """
-        return self._draw(n, seeded(seed, self.device)).mT
+        return self._draw(n, seeded(seed, self.device)).movedim(-1, 0)
 
     # --- parts -----------------------------------------------------------------------------------
 

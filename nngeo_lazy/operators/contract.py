@@ -85,7 +85,7 @@ class ContractLinearOperator(PrimitiveLinearOperator):
         return self.add_diagonal(jitter_val)
 
     def zero_mean_mvn_samples(self, num_samples: int) -> Tensor:
-        return self._draw(num_samples, None).mT
+        return self._draw(num_samples, None).movedim(-1, 0)
 
     def root_decomposition(self, method: str | None = None) -> Any:
         return RootLinearOperator(self._power(0.5))

@@ -17,10 +17,10 @@ __all__ = ["StackLinearOperator"]
 
 
 class StackLinearOperator(LazyLinearOperator):
-    """Matrices (B, m, n), each with a structure of its own.
+    """Matrices (B, ..., m, n), each with a structure of its own.
 
     Args:
-        *members: of one shape, without batch dimensions.
+        *members: of one shape.
         info: what is known besides the numbers.
 
     Example:
@@ -84,17 +84,57 @@ class StackLinearOperator(LazyLinearOperator):
     def _dense(self) -> Tensor:
         return self._stacked(lambda member: member._dense())
 
+    def _eigensystem(self) -> tuple[Tensor, BaseLinearOperator]:
+        values, bases = zip(*(member._eigensystem() for member in self.members), strict=True)
+        return torch.stack(values), StackLinearOperator(*bases)
+
+    def _svd(self) -> tuple[Any, Tensor, Any]:
+        left, values, right = zip(*(member._svd() for member in self.members), strict=True)
+        return StackLinearOperator(*left), torch.stack(values), StackLinearOperator(*right)
+
+    def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
+        return self._stacked(lambda member: member._draw(n, generator))
+
     def _getitem(self, row_index: Any, col_index: Any, *batch_indices: Any) -> Any:
-        chosen: Any = self.members
-        if batch_indices:
-            (index,) = batch_indices
-            if isinstance(index, Tensor):
-                chosen = tuple(self.members[k] for k in index.tolist())
-            else:
-                chosen = self.members[index]
-        if isinstance(chosen, BaseLinearOperator):
-            return chosen._getitem(row_index, col_index)
-        return StackLinearOperator(*(member._getitem(row_index, col_index) for member in chosen))
+        if not batch_indices:
+            return self._mapped(lambda member: member._getitem(row_index, col_index))
+        index, *rest = batch_indices
+        if isinstance(index, int):
+            return self.members[index]._getitem(row_index, col_index, *rest)
+        if isinstance(index, slice):
+            chosen = self.members[index]
+        elif index.dim() > 1:
+            parts = (self._getitem(row_index, col_index, part, *rest) for part in index)
+            return StackLinearOperator(*parts)
+        else:
+            chosen = tuple(self.members[k] for k in index.tolist())
+        return StackLinearOperator(*(m._getitem(row_index, col_index, *rest) for m in chosen))
+
+    def _get_indices(self, row_index: Any, col_index: Any, *batch_indices: Any) -> Tensor:
+        given = torch.broadcast_tensors(row_index, col_index, *batch_indices)
+        row, column, which, *rest = given
+        out = torch.zeros(which.shape, dtype=self.dtype, device=self.device)
+        for k, member in enumerate(self.members):
+            here = which % len(self.members) == k
+            if bool(here.any()):
+                found = member._get_indices(*(index[here] for index in (row, column, *rest)))
+                out = out.masked_scatter(here, found)
+        return out
+
+    def _expand_batch(self, batch_shape: Any) -> Any:
+        own, wanted = self.batch_shape, torch.Size(batch_shape)
+        if own == wanted:
+            return self
+        if len(wanted) > len(own):
+            each = self._expand_batch(wanted[1:])
+            return StackLinearOperator(*[each] * wanted[0])
+        members = [member._expand_batch(wanted[1:]) for member in self.members]
+        return StackLinearOperator(*(members * wanted[0] if len(members) == 1 else members))
+
+    def _unsqueeze_batch(self, dim: int) -> Any:
+        if dim == 0:
+            return StackLinearOperator(self)
+        return self._mapped(lambda member: member._unsqueeze_batch(dim - 1))
 
     def _kind(self) -> str:
         return f"{len(self.members)} of {self.members[0]._kind()}"
@@ -109,7 +149,7 @@ class StackLinearOperator(LazyLinearOperator):
 
     def _each(self, v: Tensor, function: Callable[[BaseLinearOperator, Tensor], Tensor]) -> Tensor:
         """(..., B, n, k) or (n, k) to (..., B, m, k)."""
-        lead = torch.broadcast_shapes(v.shape[:-2], (len(self.members),))
-        parts = v.expand(*lead, *v.shape[-2:]).unbind(-3)
+        lead, dim = torch.broadcast_shapes(v.shape[:-2], self.batch_shape), -self.dim()
+        parts = v.expand(*lead, *v.shape[-2:]).unbind(dim)
         made = [function(*pair) for pair in zip(self.members, parts, strict=True)]
-        return torch.stack(made, -3)
+        return torch.stack(made, dim)

@@ -232,3 +232,45 @@ class TestProduct(RectangularLinearOperatorTestCase, unittest.TestCase):
 
     def evaluate_linear_op(self, op):
         return examples.matrix(op)
+
+
+def wide_network():
+    """More parameters than rows of its kernel, so that the kernel is positive definite."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 40), nn.Tanh(), nn.Linear(40, 2))
+    return net, torch.randn(5, 8), torch.randn(4, 8)
+
+
+def _dense_kernel(op):
+    left = op.left @ torch.eye(op.left.shape[-1], dtype=op.dtype)
+    right = op.right @ torch.eye(op.right.shape[-1], dtype=op.dtype)
+    return left @ right.mT
+
+
+class TestKernel(_Closed, unittest.TestCase):
+    def create_linear_op(self):
+        net, x, _ = wide_network()
+        return ng.NTK(net, x).clone().requires_grad_(True)
+
+    def evaluate_linear_op(self, op):
+        return _dense_kernel(op)
+
+
+class TestCrossKernel(RectangularLinearOperatorTestCase, unittest.TestCase):
+    seed = 0
+
+    def create_linear_op(self):
+        net, x, x2 = wide_network()
+        return ng.NTK(net, x, x2).clone().requires_grad_(True)
+
+    def evaluate_linear_op(self, op):
+        return _dense_kernel(op)
+
+
+class TestStack(_Closed, unittest.TestCase):
+    def create_linear_op(self):
+        net, x, _ = wide_network()
+        return ng.NTK(net, x, outputs="per_output").clone().requires_grad_(True)
+
+    def evaluate_linear_op(self, op):
+        return torch.stack([_dense_kernel(member) for member in op.members])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -241,19 +242,24 @@ def inner_products(
         way: "pairs" of positions, "rows", or "auto", for each layer the cheaper one.
     """
     same, every = left is right, directions == "all"
-    heights = [n * r if every else n for n, r in left.row_shapes]
-    widths = [n * r if every else n for n, r in right.row_shapes]
-    out = torch.zeros(sum(heights), sum(widths), dtype=left.dtype, device=left.device)
-    for i, across in enumerate(out.split(heights)):
-        for j, tile in enumerate(across.split(widths, 1)):
-            if same and j > i:
-                continue
+    rows, columns = (
+        _slices([n * r if every else n for n, r in J.row_shapes]) for J in (left, right)
+    )
+    out = torch.zeros(rows[-1].stop, columns[-1].stop, dtype=left.dtype, device=left.device)
+    for i, across in enumerate(rows):
+        for j, along in enumerate(columns[: i + 1] if same else columns):
+            tile = out[across, along]  # not by split(), whose views autograd lets nobody add to
             for one, other in zip(left.batches[i], right.batches[j], strict=True):
                 if one is not None and other is not None:
                     add_products(one, other, directions, tile, way, half=same and i == j)
     if same:
         mirror(out)
     return out
+
+
+def _slices(sizes: Sequence[int]) -> list[slice]:
+    """Slices of these sizes, one after the other."""
+    return [slice(stop - size, stop) for stop, size in zip(accumulate(sizes), sizes, strict=True)]
 
 
 class FactoredGaussNewtonLinearOperator(LazyLinearOperator):
