@@ -7,6 +7,8 @@ Fisher information matrices, Gauss-Newton matrices, Hessians and Jacobians of an
 
 from . import errors, likelihoods, representations
 from .builders import FIM, GGN, Hessian, Jacobian, plan, update_diag
+from .ewc import ewc_penalty
+from .influence import influences
 from .jacobian.registry import register_layer
 from .jacobian.uses import Grid, Use
 from .kernels import NTK
@@ -18,6 +20,7 @@ from .operators.estimation import diagonal, effective_dimension, logdet, matrix_
 from .operators.function_space import Eigenfunctions, alignment, eigenfunctions, sample_space
 from .operators.solution import Solution, solve
 from .operators.spectra import SingularValues, Spectrum, eigsh, spectral_density, svds
+from .pruning import Pruned, prune, saliency
 from .space import ParamSpace
 
 __all__ = [
@@ -31,6 +34,7 @@ __all__ = [
     "Jacobian",
     "Laplace",
     "ParamSpace",
+    "Pruned",
     "SingularValues",
     "Solution",
     "SpectralDensity",
@@ -43,7 +47,9 @@ __all__ = [
     "eigenfunctions",
     "eigsh",
     "errors",
+    "ewc_penalty",
     "identity",
+    "influences",
     "likelihoods",
     "load",
     "logdet",
@@ -52,8 +58,10 @@ __all__ = [
     "merge",
     "nystrom",
     "plan",
+    "prune",
     "register_layer",
     "representations",
+    "saliency",
     "sample_space",
     "save",
     "solve",

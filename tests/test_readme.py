@@ -10,7 +10,14 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.parametrize(
     "page",
-    ["README.md", "docs/matrix_free.md", "docs/spectra.md", "docs/kernels.md", "docs/laplace.md"],
+    [
+        "README.md",
+        "docs/matrix_free.md",
+        "docs/spectra.md",
+        "docs/kernels.md",
+        "docs/laplace.md",
+        "docs/clients.md",
+    ],
 )
 def test_examples_run(page, tmp_path, monkeypatch):
     """One after the other, as a reader would run them."""
