@@ -18,7 +18,7 @@ def ewc_penalty(
     w: nn.Module | VectorLike,
     anchors: Sequence[tuple[BaseLinearOperator, VectorLike]],
     *,
-    strength: float | Sequence[float] = 1.0,
+    strength: float | Tensor | Sequence[float | Tensor] = 1.0,
 ) -> Tensor:
     r"""What elastic weight consolidation adds to the loss of a new task, differentiable in w.
 
@@ -28,8 +28,8 @@ def ewc_penalty(
         w: the network that learns, or its parameters, flat or by name.
         anchors: for each earlier task its Fisher (a mean over examples) in any representation, and
             the parameters after it: `(F, F.space.values(model).detach().clone())`.
-        strength: lambda, one for all tasks or one for each; `F.num_examples` makes the penalty the
-            negative log posterior of a Laplace approximation.
+        strength: lambda, one for all tasks or a list with one for each; `F.num_examples` makes the
+            penalty the negative log posterior of a Laplace approximation.
 
     Returns:
         A 0-d tensor.
@@ -52,7 +52,7 @@ def ewc_penalty(
     """
     if not anchors:
         raise DataError("expected at least one anchor (F, parameters), got none")
-    each = [strength] * len(anchors) if isinstance(strength, (int, float)) else list(strength)
+    each = list(strength) if isinstance(strength, Sequence) else [strength] * len(anchors)
     if len(each) != len(anchors):
         raise DataError(f"expected {len(anchors)} strengths, one for each anchor, got {len(each)}")
     terms = []

@@ -124,8 +124,7 @@ def _of_outputs(
     known: Likelihood | None = None
     scores, hessians = [], []
     for batch in batches:
-        with torch.no_grad():
-            outputs = batches.forward(model, batch.raw).detach()
+        outputs = batches.forward(model, batch.raw).detach()  # a forward may need autograd
         if known is None:
             known, _ = resolve_loss(loss, outputs, batch.target)
         (score,) = known.directions(outputs, batch.target, "empirical")

@@ -145,7 +145,7 @@ class _OfLoss(Quantity):
 
     def log_likelihood(self, outputs: Tensor, target: Tensor | None) -> Tensor | None:
         known = self._known()
-        if target is None or known.reweighted:
+        if target is None or target.is_complex() or known.reweighted:
             return None
         try:
             known.check(outputs, target)

@@ -192,6 +192,9 @@ def test_the_penalty_and_its_gradient(representation):
     close(torch.autograd.grad(found, w)[0], slope, 1e-9)
     ng.ewc_penalty(model, anchors, strength=2.0).backward()  # attached to the network
     assert model[0].weight.grad.norm() > 0
+    weight = torch.tensor(2.0).double().requires_grad_()
+    ng.ewc_penalty(w, anchors, strength=weight).backward()
+    assert weight.grad > 0
     named = anchors[0][0].space.unravel(w)
     close(ng.ewc_penalty(named, anchors, strength=[2.0, 3.0]), found, 1e-12)
 

@@ -320,6 +320,9 @@ def test_saved_pooled_and_altered_operators(tmp_path):
     assert loaded.likelihood == Categorical()
     halves = [ng.FIM(model, (x[s], y[s]), "kfac") for s in (slice(0, 10), slice(10, None))]
     close(ng.Laplace(model, ng.merge(halves)).log_marginal_likelihood(), expected, 1e-10)
+    implicit = ng.FIM(model, (x, y), "implicit")
+    assert implicit.info.log_likelihood is not None
+    assert implicit.at(implicit.parameters + 1).info.log_likelihood is None  # of another point
     tempered = ng.Laplace(model, 2 * F, likelihood="categorical")
     assert tempered.predictive(x).shape == (25, 3)
 
@@ -471,6 +474,10 @@ def test_a_likelihood_that_does_not_fit():
     for call in (lambda: la.predictive(x), la.log_marginal_likelihood):
         with pytest.raises(DataError, match="needs a likelihood, and F does not say which"):
             call()
+    for other in (torch.randn(25), torch.randn(25, 3).to(torch.complex64)):  # targets not read
+        F = ng.FIM(model, (x, other), "kfac", likelihood="gaussian")
+        with pytest.raises(DataError, match="that do not fit its likelihood"):
+            ng.Laplace(model, F).log_marginal_likelihood()
     unlabelled = ng.Laplace(model, ng.FIM(model, x, "kfac", likelihood="categorical"))
     assert unlabelled.predictive(x).shape == (25, 3)
     with pytest.raises(DataError, match="built from batches without labels"):
