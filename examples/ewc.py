@@ -102,6 +102,8 @@ def main():
     parser.add_argument("--save", type=Path, default=Path(__file__).parent)
     parser.add_argument("--seeds", type=int, default=5)
     options = parser.parse_args()
+    if options.seeds < 2:
+        parser.error("expected at least two seeds, for a spread")
 
     print(f"{'':<10}{'strength':>10}{'accuracy at the end':>22}{'forgetting':>20}")
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
