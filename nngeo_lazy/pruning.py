@@ -105,6 +105,8 @@ def prune(
 
     Raises:
         DataError: a fraction outside of [0, 1), or candidates that do not fit.
+        SpaceMismatchError: w does not fit F.
+        NotPositiveDefiniteError: "obs" of a singular F without damping.
 
     Example:
         >>> from nngeo_lazy.operators import DenseLinearOperator

@@ -425,6 +425,14 @@ def test_low_precision():
 # --- stacks ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("shape", [(5,), (2, 5), ()])
+def test_a_stack_is_not_expanded_to_another_number_of_matrices(shape):
+    stack = ng.aslinearoperator(torch.randn(3, 4, 4))
+    assert stack.expand(2, 3, 4, 4).shape == (2, 3, 4, 4)
+    with pytest.raises(ValueError, match=r"a batch shape that \(3,\) broadcasts to, got \("):
+        stack.expand(*shape, 4, 4)
+
+
 def test_a_stack_of_matrices():
     A = torch.randn(3, 4, 4)
     A = A @ A.mT + torch.eye(4)

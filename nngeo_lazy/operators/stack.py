@@ -123,6 +123,13 @@ class StackLinearOperator(LazyLinearOperator):
 
     def _expand_batch(self, batch_shape: Any) -> Any:
         own, wanted = self.batch_shape, torch.Size(batch_shape)
+        padded = (*(1,) * (len(wanted) - len(own)), *own)
+        if len(padded) > len(wanted) or any(
+            n not in (1, m) for n, m in zip(padded, wanted, strict=True)
+        ):
+            raise ValueError(
+                f"expected a batch shape that {tuple(own)} broadcasts to, got {tuple(wanted)}"
+            )
         if own == wanted:
             return self
         if len(wanted) > len(own):
