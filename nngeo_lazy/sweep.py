@@ -39,6 +39,8 @@ class DataSweep:
         seed: of label draws, and of the order of a shuffling loader in every pass.
         max_directions: the most directions of a batch in an exact computation.
         center: whether the mean row is subtracted from every row.
+        replayed: whether every pass repeats its random draws, so that a model in training mode is
+            one fixed function of a batch; only matrix-free operators may differentiate it.
     """
 
     def __init__(
@@ -51,9 +53,11 @@ class DataSweep:
         seed: int | None = None,
         max_directions: int = 1000,
         center: bool = False,
+        replayed: bool = False,
     ) -> None:
         _require_finite_parameters(model, space)
-        refuse_training_mode(model)
+        if not replayed:
+            refuse_training_mode(model)
         self.space = space
         self.center = center
         self.model = model

@@ -281,8 +281,8 @@ def test_shuffling_loader_reuses_draws_in_both_passes():
 @pytest.mark.parametrize("sampled", [3, 32])
 @pytest.mark.parametrize("net", [zoo.mlp, zoo.convolutions, zoo.norms, zoo.mapping, zoo.recurrent])
 def test_large_batches_are_cut_into_pieces(net, sampled, monkeypatch):
-    monkeypatch.setattr("nngeo_lazy.jacobian.capture.PIECE_BYTES", {"cpu": 1})
-    monkeypatch.setattr("nngeo_lazy.jacobian.capture.PIECE_EXAMPLES", 2)
+    monkeypatch.setattr("nngeo_lazy.jacobian.passes.PIECE_BYTES", {"cpu": 1})
+    monkeypatch.setattr("nngeo_lazy.jacobian.passes.PIECE_EXAMPLES", 2)
     monkeypatch.setattr("nngeo_lazy.jacobian.capture.SAMPLED", sampled)
     monkeypatch.setattr("nngeo_lazy.jacobian.capture.PROBED", 2)
     sizes = []

@@ -7,8 +7,7 @@ their number nor the number of examples in the loader.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import islice
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,98 +16,16 @@ from torch.utils import _pytree as pytree
 
 from ..errors import DataError, NonFiniteError, StochasticModelError, UnsupportedLayerError
 from ..space import ParamSpace
-from .forms import Form, Rows
 from .general import Forward, GeneralRows, cut, example_leaves
-from .inputs import Inputs
-from .plan import Fold, Part, Probe, agree, canonical, make_parts, probe_folds, probe_rows
-from .record import Call, Recorder
+from .passes import Cutter, Pass, Plan, Recorded, gradients_at
+from .plan import Fold, Part, Probe, agree, make_parts, probe_folds, probe_rows
+from .record import Recorder
 
 __all__ = ["Capture", "Recorded"]
 
-CHUNK_BYTES = 2**22  # gradients of several directions are stacked up to this size
-GENERAL_TILE_BYTES = 2**27  # rows of the general way; a tile costs a pass, so tiles are large
-PIECE_BYTES = {"cpu": 2**24}  # layer outputs of a piece of a batch: small memory is fast memory
-PIECE_BYTES_ELSEWHERE = 2**30
-PIECE_EXAMPLES = 16  # but no fewer: small products are slow
 SAMPLED = 32  # examples of the first batch that the plan is made from
 PROBED = 3  # of them, in the self-check
 OUTPUTS_AGREE = 0.25  # a power of eps: outputs that nearly cancel carry few digits
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """One recorded forward."""
-
-    raw: Any
-    outputs: Tensor
-    calls: list[Call]
-    formless: dict[str, str]
-
-    @property
-    def n(self) -> int:
-        return self.outputs.shape[0]
-
-    @property
-    def keys(self) -> list[tuple[str, str | None, str | None]]:
-        return [call.key for call in self.calls]
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What the self-check found; it holds for every batch that shows the same calls."""
-
-    keys: list[tuple[str, str | None, str | None]]
-    parts: list[Part]
-    folds: list[Fold | None]
-    general: dict[int, GeneralRows]
-    examples: int
-    cutter: Cutter | None = None
-
-    def fits(self, record: _Pass) -> bool:
-        if self.examples == 1 and record.n > 1:  # one example shows no example axis
-            return False
-        return record.keys == self.keys and all(
-            self.folds[k] is None or self.folds[k].fits(record.calls[k].shape, record.n)  # type: ignore[union-attr]
-            for part in self.parts
-            for k, _ in part.members
-        )
-
-    def bytes(self, record: _Pass) -> int:
-        """What the gradients at the layers' outputs take, for one direction."""
-        used = {k for part in self.parts for k, _ in part.members}
-        return sum(record.calls[k].shape.numel() for k in used) * record.outputs.element_size()
-
-
-@dataclass(frozen=True)
-class Cutter:
-    """Cuts batches into pieces of so many examples, which lie in front of the given leaves."""
-
-    leaves: tuple[int, ...]
-    size: int
-
-    @classmethod
-    def of(cls, raw: Any, n: int, total: int) -> Cutter | None:
-        """For batches like this one of n examples, whose layer outputs take `total` bytes."""
-        leaves = example_leaves(raw, n)
-        if not leaves:
-            return None
-        kind = pytree.tree_leaves(raw)[leaves[0]].device.type
-        limit = PIECE_BYTES.get(kind, PIECE_BYTES_ELSEWHERE)
-        return cls(leaves, max(PIECE_EXAMPLES, limit * n // max(1, total)))
-
-    def pieces(self, raw: Any) -> int:
-        """Into how many pieces a batch is cut."""
-        return max(1, -(-self._examples(raw) // self.size))
-
-    def __call__(self, raw: Any, target: Tensor | None) -> Iterator[tuple[Any, Tensor | None]]:
-        n, count = self._examples(raw), self.pieces(raw)
-        for k in range(count):
-            where = slice(n * k // count, n * (k + 1) // count)
-            labels = target if target is None or count == 1 else target[where]
-            yield raw if count == 1 else cut(raw, self.leaves, where), labels
-
-    def _examples(self, raw: Any) -> int:
-        return int(pytree.tree_leaves(raw)[self.leaves[0]].shape[0])
 
 
 class Capture:
@@ -125,7 +42,7 @@ class Capture:
         self._space = space
         self._forward = forward
         self._parameters = space.parameters(model)
-        self._plan: _Plan | None = None
+        self._plan: Plan | None = None
 
     @property
     def parts(self) -> list[Part]:
@@ -156,7 +73,18 @@ class Capture:
                 self._plan = self._replan(record)
             yield Recorded(record, self._plan), labels
 
-    def _sampled_plan(self, raw: Any) -> _Plan | None:
+    def prove(self, raw: Any) -> list[Part]:
+        """The plan, from a batch that is looked at for nothing else."""
+        self._plan = self._sampled_plan(raw) or self._replan(self._record(raw))
+        return self._plan.parts
+
+    def observed(self, raw: Any, outputs: Tensor, recorder: Recorder) -> Recorded | None:
+        """A pass that somebody else ran under a recorder, None where it does not fit the plan."""
+        record = Pass(raw, outputs, recorder.calls, recorder.formless)
+        fits = self._plan is not None and self._plan.fits(record)
+        return Recorded(record, self._plan) if fits and self._plan is not None else None
+
+    def _sampled_plan(self, raw: Any) -> Plan | None:
         """The plan from the first examples of a batch, or None where it cannot be cut.
 
         If dimension 0 were not the examples, cutting it twice would not cut the outputs twice.
@@ -174,13 +102,13 @@ class Capture:
         plan = self._replan(record)
         return plan if plan.cutter is not None else None
 
-    def _record(self, raw: Any) -> _Pass:
+    def _record(self, raw: Any) -> Pass:
         recorder = Recorder(self._parameters)
         with recorder:
             outputs = self._forward(self._model, raw)
-        return _Pass(raw, outputs, recorder.calls, recorder.formless)
+        return Pass(raw, outputs, recorder.calls, recorder.formless)
 
-    def _replan(self, record: _Pass) -> _Plan:
+    def _replan(self, record: Pass) -> Plan:
         if not bool(record.outputs.isfinite().all()):
             raise NonFiniteError(
                 "expected finite outputs, but the model gives NaN or infinity on the first batch: "
@@ -207,7 +135,7 @@ class Capture:
             return replace(plan, cutter=Cutter.of(record.raw, record.n, plan.bytes(record)))
         return plan
 
-    def _few(self, record: _Pass) -> _Pass | None:
+    def _few(self, record: Pass) -> Pass | None:
         """A few examples of the batch on their own, or None where the batch cannot be cut.
 
         The outputs must be the same as within the batch: one fixed function, one example at a time.
@@ -246,7 +174,7 @@ class Capture:
             )
         return same or alone
 
-    def _try(self, raw: Any, record: _Pass, n: int) -> _Pass | None:
+    def _try(self, raw: Any, record: Pass, n: int) -> Pass | None:
         try:
             alone = self._record(raw)
         except Exception:  # noqa: BLE001 - a batch that cannot be cut is probed whole
@@ -254,7 +182,7 @@ class Capture:
         same = alone.outputs.shape == (n, *record.outputs.shape[1:]) and alone.keys == record.keys
         return alone if same else None
 
-    def _prove(self, record: _Pass) -> _Plan:
+    def _prove(self, record: Pass) -> Plan:
         """The self-check (see `plan`) on a recorded pass."""
         outputs, calls, n = record.outputs, record.calls, record.n
         generator = torch.Generator(device=outputs.device).manual_seed(0)
@@ -265,11 +193,11 @@ class Capture:
             shape = outputs.shape[1:]
             noise = torch.randn(shape, generator=generator, device=outputs.device)
             cotangent[example] = noise.to(outputs.dtype)
-            at_calls = _gradients(outputs, edges, cotangent)
+            at_calls = gradients_at(outputs, edges, cotangent)
             probes.append(Probe(example, cotangent, at_calls))
         # Confined to its example each, the probes can be compared with autograd in one sum.
         both = torch.stack([probe.cotangent for probe in probes]).sum(0)
-        found = _gradients(outputs, list(self._parameters.values()), both)
+        found = gradients_at(outputs, list(self._parameters.values()), both)
         gradients = dict(zip(self._parameters, found, strict=True))
         if all(g is None for g in found):
             raise DataError("the outputs do not depend on any selected parameter")
@@ -282,11 +210,11 @@ class Capture:
                 general[k] = GeneralRows(self._model, chosen, self._forward)
                 examples = [(probe.example, probe.cotangent) for probe in probes]
                 general[k].probe(record.raw, outputs, examples)
-        return _Plan(record.keys, parts, folds, general, n)
+        return Plan(record.keys, parts, folds, general, n)
 
     def _demote(
         self,
-        record: _Pass,
+        record: Pass,
         folds: list[Fold | None],
         probes: Sequence[Probe],
         gradients: Mapping[str, Tensor | None],
@@ -304,87 +232,6 @@ class Capture:
                 note = f"its rows from {part.function} are not autograd's: it is used elsewhere too"
                 general.update(dict.fromkeys(part.names, note))
         return make_parts(self._space, record.calls, general, unused)
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """One batch, ready for output directions."""
-
-    record: _Pass
-    plan: _Plan
-    _inputs: dict[int, list[Inputs]] = field(default_factory=dict)
-
-    @property
-    def outputs(self) -> Tensor:
-        """The model's outputs (N, ...), detached."""
-        return self.record.outputs.detach()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What statistics are accumulated in: the outputs' dtype, at least float32."""
-        return torch.promote_types(self.record.outputs.dtype, torch.float32)
-
-    def chunks(
-        self, directions: Iterator[Tensor], count: int
-    ) -> Iterator[tuple[list[Form | None], bool, bool]]:
-        """For each chunk of directions: every part's form (None where unused), first, last.
-
-        Args:
-            directions: cotangents shaped like the outputs.
-            count: how many there are; the graph is freed behind the last.
-        """
-        used = sorted({k for part in self.plan.parts for k, _ in part.members})
-        edges = [self.record.calls[k].edge for k in used]
-        one = sum(self.record.calls[k].shape.numel() for k in used) * self.dtype.itemsize
-        step = max(1, CHUNK_BYTES // max(1, one))
-        keep = any(rows.way == "masked" for rows in self.plan.general.values())
-        done = 0
-        while chunk := [d.to(self.record.outputs.dtype) for d in islice(directions, step)]:
-            collected = []
-            for direction in chunk:
-                done += 1
-                retain = keep or done < count
-                collected.append(_gradients(self.record.outputs, edges, direction, retain))
-            by_call = {k: [grads[j] for grads in collected] for j, k in enumerate(used)}
-            yield self._forms(by_call, chunk), done == len(chunk), done == count
-
-    def _forms(
-        self, by_call: Mapping[int, list[Tensor | None]], chunk: list[Tensor]
-    ) -> list[Form | None]:
-        calls, folds, n = self.record.calls, self.plan.folds, self.record.n
-        gradients = {
-            k: canonical(calls[k], folds[k], grads, n).to(self.dtype)
-            for k, grads in by_call.items()
-        }
-        forms: list[Form | None] = []
-        for k, part in enumerate(self.plan.parts):
-            if part.kind == "unused":
-                forms.append(None)
-            elif part.kind == "general":
-                forms.append(self._general(self.plan.general[k], part, chunk))
-            else:
-                if k not in self._inputs:
-                    self._inputs[k] = [x.to(self.dtype) for x in part.inputs(calls, folds, n)]
-                forms.append(part.form(calls, folds, self._inputs[k], gradients))
-        return forms
-
-    def _general(self, make: GeneralRows, part: Part, chunk: list[Tensor]) -> Rows:
-        directions = torch.stack(chunk)
-
-        def compute(start: int, stop: int) -> Tensor:
-            raw, outputs = self.record.raw, self.record.outputs
-            return make(raw, outputs, directions, start, stop).to(self.dtype)
-
-        shape = (len(chunk), self.record.n, part.layout.size)
-        return Rows(compute, shape, self.dtype, GENERAL_TILE_BYTES)
-
-
-def _gradients(
-    outputs: Tensor, inputs: Sequence[Any], cotangent: Tensor, retain: bool = True
-) -> Sequence[Tensor | None]:
-    if not inputs:
-        return ()
-    return torch.autograd.grad(outputs, inputs, cotangent, retain_graph=retain, allow_unused=True)
 
 
 def _differing(

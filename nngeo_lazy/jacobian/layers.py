@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import StochasticModelError, UnsupportedLayerError
+from ..errors import UnsupportedLayerError
 from .inputs import IndexInputs, Inputs
 from .uses import Grid, Use, layer
 
@@ -151,12 +151,13 @@ def group_norm(call: Mapping[str, Any], output: Tensor) -> Use | str:
 
 @layer(F.batch_norm, "input running_mean running_var weight bias training momentum eps")
 def batch_norm(call: Mapping[str, Any], output: Tensor) -> Use | str:
-    if call.get("training"):
-        raise StochasticModelError(BATCH_STATISTICS)
+    """Statistics, running or the batch's, are constants of the form."""
+    own = call.get("training", False)  # given with them, running statistics would be updated
     normal = F.batch_norm(
         call["input"].detach(),
-        call["running_mean"],
-        call["running_var"],
+        None if own else call["running_mean"],
+        None if own else call["running_var"],
+        training=own,
         eps=call.get("eps", 1e-5),
     )
     return _channelwise(call, normal)

@@ -51,10 +51,13 @@ class Recorder(TorchFunctionMode):
 
     Args:
         parameters: the selected parameters by name.
+        batch_statistics: whether batch normalisation may use those of the batch, which count as
+            constants; otherwise such a model is refused, since it mixes examples.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], *, batch_statistics: bool = False) -> None:
         super().__init__()
+        self._refuses = not batch_statistics
         self._names = {id(p): name for name, p in parameters.items()}
         self.calls: list[Call] = []
         self.formless: dict[str, str] = {}  # parameter -> why it has no form
@@ -69,7 +72,9 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         known = find(func, args)
         call = {} if known is None else known.bind(args, kwargs)
-        if func is F.batch_norm and call.get("training"):  # before it changes running statistics
+        if (
+            self._refuses and func is F.batch_norm and call.get("training")
+        ):  # before it changes running statistics
             raise StochasticModelError(BATCH_STATISTICS)
         names = set(self._selected((*args, *kwargs.values())))
         if not names:

@@ -65,6 +65,17 @@ class Likelihood(ABC):
     def check(self, outputs: Tensor, target: Tensor | None) -> None:
         """Raise DataError where outputs or target cannot be this likelihood's."""
 
+    def target_of(self, outputs: Tensor, gradient: Tensor) -> Tensor | None:
+        """The labels and masks that a gradient of the loss in the outputs shows.
+
+        None where all that is read of a target cannot be seen, or nothing is read.
+
+        Args:
+            outputs: (N, ...).
+            gradient: of any positive multiple of the loss, shaped like them.
+        """
+        return None
+
     @abstractmethod
     def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
         """-log p(y | f) up to a constant, summed over positions: (N,). Differentiable."""

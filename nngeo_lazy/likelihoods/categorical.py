@@ -116,6 +116,25 @@ class Categorical(Likelihood):
                 f"with the classes in dimension {dim}, got {tuple(target.shape)}"
             )
 
+    def target_of(self, outputs: Tensor, gradient: Tensor) -> Tensor | None:
+        """Only the label's own logit is pushed up; masked positions have no gradient at all.
+
+        Neither has a label of probability one, which is told from a mask by the probability.
+        """
+        if self.weight is not None and self._smooth:
+            return None  # smoothed labels may be pushed down
+        dim = self._class_dim(outputs, None)
+        certain = wide(outputs.detach()).softmax(dim).amax(dim) == 1
+        scored = (gradient != 0).any(dim) | certain
+        labels = torch.where(certain, outputs.argmax(dim), gradient.argmin(dim))
+        labels = labels.masked_fill(~scored, self.ignore_index)
+        if self.shift:  # what is scored at t is the label at t + shift
+            ahead = labels[:, : -self.shift]
+            labels = torch.cat(
+                [torch.full_like(labels[:, : self.shift], self.ignore_index), ahead], 1
+            )
+        return labels
+
     def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
         logits, labels, mask = self._canonical(wide(outputs), target)
         log_p = logits.log_softmax(-1)

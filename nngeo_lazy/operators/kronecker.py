@@ -122,7 +122,11 @@ class KroneckerLinearOperator(SpectralLinearOperator):
                 "functions of a damped Kronecker product are not differentiable in its factors: "
                 "detach() it, or differentiate through solve"
             )
-        powers = []
+        return self._factor_powers(p)
+
+    def _factor_powers(self, p: float) -> BaseLinearOperator:
+        """The powers of both factors: two products to apply, where an eigenbasis takes four."""
+        powers, systems = [], []
         for factor, (own, vectors) in zip(
             (self.left, self.right), self._decomposition(), strict=True
         ):
@@ -130,13 +134,20 @@ class KroneckerLinearOperator(SpectralLinearOperator):
                 raise NotPositiveDefiniteError(f"power {p}: a factor has a negative eigenvalue")
             diagonal = factor.dim() == 2
             powers.append(factor.pow(p) if diagonal else matrix_power(factor, own, vectors, p))
-        return KroneckerLinearOperator(*powers, info=self.info)
+            systems.append((own.pow(p), vectors))
+        power = KroneckerLinearOperator(*powers, info=self.info)
+        for side, factor, system in zip(("left", "right"), powers, systems, strict=True):
+            power._cache.get(side, [factor], lambda known=system: known)  # type: ignore[misc]
+        return power
 
     def _inverse(self) -> BaseLinearOperator:
         if self._taped() and self.shift is not None:
             from .views import InverseLinearOperator
 
             return InverseLinearOperator(self, info=self.info)
+        if self.shift is None:
+            self._require_regular()
+            return self._factor_powers(-1.0)
         return super()._inverse()
 
     def _null(self, rcond: float | None) -> Tensor:

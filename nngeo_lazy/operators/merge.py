@@ -20,7 +20,7 @@ from .kronecker import KroneckerLinearOperator
 from .low_rank import LowRankLinearOperator
 from .quasi_diagonal import QuasiDiagonalLinearOperator
 
-__all__ = ["merge"]
+__all__ = ["merge", "pool"]
 
 
 def merge(
@@ -59,7 +59,7 @@ def merge(
     _require_linear(ops[0].info.quantity)
     counts = _counts(ops, weights)
     total = sum(counts)
-    pooled = _pool(ops, [c / total for c in counts], counts)
+    pooled = pool(ops, [c / total for c in counts], counts)
     return _with_info(pooled, _pooled_info(ops, counts, weights is None))
 
 
@@ -134,9 +134,19 @@ def _counts(ops: Sequence[BaseLinearOperator], weights: Sequence[float] | None) 
     return counts
 
 
-def _pool(
-    ops: Sequence[BaseLinearOperator], weights: Sequence[float], counts: Sequence[float]
+def pool(
+    ops: Sequence[BaseLinearOperator],
+    weights: Sequence[float],
+    counts: Sequence[float] | None = None,
 ) -> BaseLinearOperator:
+    """The statistics of operators over the same blocks, averaged.
+
+    Args:
+        ops: of one kind.
+        weights: they sum to one.
+        counts: the examples that each stands for, by which means over positions are weighted; by
+            default they are weighted as all else.
+    """
     kinds: dict[type, Callable[..., BaseLinearOperator]] = {
         DenseLinearOperator: _average,
         DiagonalLinearOperator: _average,
@@ -202,7 +212,7 @@ def _kronecker(
 def _blocks(
     ops: Sequence[BlockDiagonalLinearOperator],
     weights: Sequence[float],
-    counts: Sequence[float],
+    counts: Sequence[float] | None,
 ) -> BaseLinearOperator:
     if not all(ops[0].same_blocks(op) for op in ops):
         raise SpaceMismatchError("expected block-diagonal operators over the same blocks")
@@ -212,11 +222,13 @@ def _blocks(
         if len({type(member) for member in members}) > 1:
             raise DataError(f"block {name!r}: expected one representation in all operators")
         if isinstance(first, KroneckerLinearOperator):
-            start = layout.pieces[0].start
-            positions = [_positions(op, start, c) for op, c in zip(ops, counts, strict=True)]
+            positions: Sequence[float | None] = weights
+            if counts is not None:
+                start = layout.pieces[0].start
+                positions = [_positions(op, start, c) for op, c in zip(ops, counts, strict=True)]
             blocks.append(_kronecker(members, weights, positions))
         else:
-            blocks.append(_pool(members, weights, counts))
+            blocks.append(pool(members, weights, counts))
     return BlockDiagonalLinearOperator(*blocks, info=ops[0].info)
 
 

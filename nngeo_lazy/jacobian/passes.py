@@ -1,0 +1,199 @@
+"""One recorded pass, the plan that it follows, and the forms of its output directions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+from torch.utils import _pytree as pytree
+
+from .forms import Form, Rows
+from .general import GeneralRows, cut, example_leaves
+from .inputs import Inputs
+from .plan import Fold, Part, canonical
+from .record import Call
+
+__all__ = ["Cutter", "Pass", "Plan", "Recorded", "gradients_at"]
+
+CHUNK_BYTES = 2**22  # gradients of several directions are stacked up to this size
+GENERAL_TILE_BYTES = 2**27  # rows of the general way; a tile costs a pass, so tiles are large
+PIECE_BYTES = {"cpu": 2**24}  # layer outputs of a piece of a batch: small memory is fast memory
+PIECE_BYTES_ELSEWHERE = 2**30
+PIECE_EXAMPLES = 16  # but no fewer: small products are slow
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One recorded forward."""
+
+    raw: Any
+    outputs: Tensor
+    calls: list[Call]
+    formless: dict[str, str]
+
+    @property
+    def n(self) -> int:
+        return self.outputs.shape[0]
+
+    @property
+    def keys(self) -> list[tuple[str, str | None, str | None]]:
+        return [call.key for call in self.calls]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the self-check found; it holds for every batch that shows the same calls."""
+
+    keys: list[tuple[str, str | None, str | None]]
+    parts: list[Part]
+    folds: list[Fold | None]
+    general: dict[int, GeneralRows]
+    examples: int
+    cutter: Cutter | None = None
+
+    def fits(self, record: Pass) -> bool:
+        if self.examples == 1 and record.n > 1:  # one example shows no example axis
+            return False
+        return record.keys == self.keys and all(
+            self.folds[k] is None or self.folds[k].fits(record.calls[k].shape, record.n)  # type: ignore[union-attr]
+            for part in self.parts
+            for k, _ in part.members
+        )
+
+    def bytes(self, record: Pass) -> int:
+        """What the gradients at the layers' outputs take, for one direction."""
+        used = {k for part in self.parts for k, _ in part.members}
+        return sum(record.calls[k].shape.numel() for k in used) * record.outputs.element_size()
+
+
+@dataclass(frozen=True)
+class Cutter:
+    """Cuts batches into pieces of so many examples, which lie in front of the given leaves."""
+
+    leaves: tuple[int, ...]
+    size: int
+
+    @classmethod
+    def of(cls, raw: Any, n: int, total: int) -> Cutter | None:
+        """For batches like this one of n examples, whose layer outputs take `total` bytes."""
+        leaves = example_leaves(raw, n)
+        if not leaves:
+            return None
+        kind = pytree.tree_leaves(raw)[leaves[0]].device.type
+        limit = PIECE_BYTES.get(kind, PIECE_BYTES_ELSEWHERE)
+        return cls(leaves, max(PIECE_EXAMPLES, limit * n // max(1, total)))
+
+    def pieces(self, raw: Any) -> int:
+        """Into how many pieces a batch is cut."""
+        return max(1, -(-self._examples(raw) // self.size))
+
+    def __call__(self, raw: Any, target: Tensor | None) -> Iterator[tuple[Any, Tensor | None]]:
+        n, count = self._examples(raw), self.pieces(raw)
+        for k in range(count):
+            where = slice(n * k // count, n * (k + 1) // count)
+            labels = target if target is None or count == 1 else target[where]
+            yield raw if count == 1 else cut(raw, self.leaves, where), labels
+
+    def _examples(self, raw: Any) -> int:
+        return int(pytree.tree_leaves(raw)[self.leaves[0]].shape[0])
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One batch, ready for output directions."""
+
+    record: Pass
+    plan: Plan
+    _inputs: dict[int, list[Inputs]] = field(default_factory=dict)
+
+    @property
+    def outputs(self) -> Tensor:
+        """The model's outputs (N, ...), detached."""
+        return self.record.outputs.detach()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What statistics are accumulated in: the outputs' dtype, at least float32."""
+        return torch.promote_types(self.record.outputs.dtype, torch.float32)
+
+    def chunks(
+        self, directions: Iterator[Tensor], count: int, *, retain: bool = False
+    ) -> Iterator[tuple[list[Form | None], bool, bool]]:
+        """For each chunk of directions: every part's form (None where unused), first, last.
+
+        Args:
+            directions: cotangents shaped like the outputs.
+            count: how many there are.
+            retain: whether the graph is still needed behind the last; otherwise it is freed.
+        """
+        edges = self.edges
+        one = sum(self.record.calls[k].shape.numel() for k in self._used) * self.dtype.itemsize
+        step = max(1, CHUNK_BYTES // max(1, one))
+        retain = retain or any(rows.way == "masked" for rows in self.plan.general.values())
+        done = 0
+        while chunk := [d.to(self.record.outputs.dtype) for d in islice(directions, step)]:
+            collected = []
+            for direction in chunk:
+                done += 1
+                keep = retain or done < count
+                collected.append(gradients_at(self.record.outputs, edges, direction, keep))
+            yield self.forms(collected, chunk), done == len(chunk), done == count
+
+    @property
+    def edges(self) -> list[GradientEdge]:
+        """Where the output gradients of the layers arrive."""
+        return [self.record.calls[k].edge for k in self._used]
+
+    @property
+    def _used(self) -> list[int]:
+        return sorted({k for part in self.plan.parts for k, _ in part.members})
+
+    def forms(
+        self, collected: Sequence[Sequence[Tensor | None]], directions: Sequence[Tensor]
+    ) -> list[Form | None]:
+        """Every part's form, None where it is unused.
+
+        Args:
+            collected: for each direction the gradients at the `edges`, None where they are zero.
+            directions: what they are the gradients of; read for parts on the general way alone.
+        """
+        calls, folds, n = self.record.calls, self.plan.folds, self.record.n
+        gradients = {
+            k: canonical(calls[k], folds[k], [each[j] for each in collected], n).to(self.dtype)
+            for j, k in enumerate(self._used)
+        }
+        forms: list[Form | None] = []
+        for k, part in enumerate(self.plan.parts):
+            if part.kind == "unused":
+                forms.append(None)
+            elif part.kind == "general":
+                forms.append(self._general(self.plan.general[k], part, directions))
+            else:
+                if k not in self._inputs:
+                    self._inputs[k] = [x.to(self.dtype) for x in part.inputs(calls, folds, n)]
+                forms.append(part.form(calls, folds, self._inputs[k], gradients))
+        return forms
+
+    def _general(self, make: GeneralRows, part: Part, chunk: Sequence[Tensor]) -> Rows:
+        directions = torch.stack(list(chunk))
+
+        def compute(start: int, stop: int) -> Tensor:
+            raw, outputs = self.record.raw, self.record.outputs
+            return make(raw, outputs, directions, start, stop).to(self.dtype)
+
+        shape = (len(chunk), self.record.n, part.layout.size)
+        return Rows(compute, shape, self.dtype, GENERAL_TILE_BYTES)
+
+
+def gradients_at(
+    outputs: Tensor, inputs: Sequence[Any], cotangent: Tensor, retain: bool = True
+) -> Sequence[Tensor | None]:
+    """The gradients of <outputs, cotangent> at tensors or edges, None where they are zero."""
+    if not inputs:
+        return ()
+    return torch.autograd.grad(outputs, inputs, cotangent, retain_graph=retain, allow_unused=True)

@@ -1,0 +1,65 @@
+"""Running averages of statistics, and what solves with them: for optimizers."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .base import BaseLinearOperator
+from .block_diagonal import BlockDiagonalLinearOperator
+from .eigen_kronecker import EigenKroneckerLinearOperator
+from .kronecker import KroneckerLinearOperator
+from .merge import pool
+
+__all__ = ["averaged", "decomposed", "rebased"]
+
+
+def averaged(
+    before: BaseLinearOperator | None, fresh: BaseLinearOperator, weight: float
+) -> BaseLinearOperator:
+    """(1 - weight) before + weight fresh, of the statistics: Kronecker factors each on their own.
+
+    It knows what the fresh one knows.
+    """
+    if before is None:
+        return fresh
+    mean = pool([before, fresh], [1 - weight, weight])
+    known: BaseLinearOperator = mean._with_info(fresh.info)
+    return known
+
+
+def decomposed(F: BaseLinearOperator) -> BaseLinearOperator:
+    """The same matrix, its Kronecker blocks by their eigenvalues and eigenvectors."""
+    if not isinstance(F, BlockDiagonalLinearOperator):
+        return F
+    return F._map(lambda b: b.eigen() if isinstance(b, KroneckerLinearOperator) else b)
+
+
+def rebased(E: BaseLinearOperator, F: BaseLinearOperator) -> BaseLinearOperator:
+    r"""An EKFAC in the eigenbasis Q' of a KFAC F: the diagonal of Q'^T E Q'.
+
+    .. math:: s' = (U'^T U)^{\circ 2} \, s \, (V'^T V)^{\circ 2 T}
+
+    It is the closest matrix to E with those eigenvectors. Blocks without any stay as they are.
+    """
+    if not isinstance(E, BlockDiagonalLinearOperator) or not E.same_blocks(F):
+        raise TypeError("expected an EKFAC and a KFAC over the same blocks")
+    blocks = []
+    for old, new in zip(E.members, F.members, strict=True):
+        if isinstance(old, EigenKroneckerLinearOperator) and isinstance(
+            new, (KroneckerLinearOperator, EigenKroneckerLinearOperator)
+        ):
+            left, right = new.bases()
+            values = old.values  # (G,o,i)
+            if left.dim() == 3:
+                values = _overlaps(left, old.left_basis) @ values
+            if right.dim() == 3:
+                values = values @ _overlaps(right, old.right_basis).mT
+            blocks.append(EigenKroneckerLinearOperator(values, left, right))
+        else:
+            blocks.append(old)
+    return BlockDiagonalLinearOperator(*blocks, info=E.info)
+
+
+def _overlaps(new: Tensor, old: Tensor) -> Tensor:
+    """Squared inner products of two bases' vectors, (G, n, n)."""
+    return (new.mT @ old).square()
