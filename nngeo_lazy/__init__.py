@@ -5,7 +5,7 @@ Fisher information matrices, Gauss-Newton matrices, Hessians and Jacobians of an
 "implicit" and the code stays the same.
 """
 
-from . import errors, likelihoods, representations
+from . import errors, likelihoods, optim, representations
 from .builders import FIM, GGN, Hessian, Jacobian, plan, update_diag
 from .ewc import ewc_penalty
 from .influence import influences
@@ -57,6 +57,7 @@ __all__ = [
     "matrix_function",
     "merge",
     "nystrom",
+    "optim",
     "plan",
     "prune",
     "register_layer",

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from .errors import DataError
 
-__all__ = ["Batch", "Batches", "refuse_shuffling"]
+__all__ = ["Batch", "Batches", "outputs_of", "refuse_shuffling"]
 
 LABELS = ("labels", "label")
 FORMS = (
@@ -172,22 +172,7 @@ class Batches:
         else:
             args, kwargs = self._call(raw)
             outputs = model(*args, **kwargs)
-        if isinstance(outputs, Mapping) and "logits" in outputs:
-            outputs = outputs["logits"]
-        elif not isinstance(outputs, Tensor) and hasattr(outputs, "logits"):
-            outputs = outputs.logits
-        if not isinstance(outputs, Tensor):
-            raise DataError(
-                "expected the model's outputs to be a tensor, or to have .logits, got "
-                f"{type(outputs).__name__}: pass forward=lambda model, batch: ..."
-            )
-        if outputs.dim() == 0 or not outputs.is_floating_point():
-            raise DataError(
-                "expected floating-point outputs (N, ...) with the examples in dimension 0, got "
-                f"{outputs.dtype} of shape {tuple(outputs.shape)}: pass "
-                "forward=lambda model, batch: ..."
-            )
-        return outputs
+        return outputs_of(outputs, "pass forward=lambda model, batch: ...")
 
     def _call(self, raw: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments of the default call."""
@@ -201,6 +186,29 @@ class Batches:
         if isinstance(inputs, Mapping):
             return (), dict(inputs)
         return (tuple(inputs), {}) if _kind(inputs) == "sequence" else ((inputs,), {})
+
+
+def outputs_of(result: Any, remedy: str) -> Tensor:
+    """The outputs (N, ...) in what a model returned: a tensor, or its logits.
+
+    Raises:
+        DataError: there are none; the message ends with the remedy.
+    """
+    if isinstance(result, Mapping) and "logits" in result:
+        result = result["logits"]
+    elif not isinstance(result, Tensor) and hasattr(result, "logits"):
+        result = result.logits
+    if not isinstance(result, Tensor):
+        raise DataError(
+            "expected the model's outputs to be a tensor, or to have .logits, got "
+            f"{type(result).__name__}: {remedy}"
+        )
+    if result.dim() == 0 or not result.is_floating_point():
+        raise DataError(
+            "expected floating-point outputs (N, ...) with the examples in dimension 0, got "
+            f"{result.dtype} of shape {tuple(result.shape)}: {remedy}"
+        )
+    return result
 
 
 def refuse_shuffling(loader: Any, what: str) -> None:

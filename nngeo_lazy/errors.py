@@ -10,6 +10,7 @@ __all__ = [
     "EstimateWarning",
     "NNGeoError",
     "NonFiniteError",
+    "NonFiniteWarning",
     "NotPositiveDefiniteError",
     "SpaceMismatchError",
     "StochasticModelError",
@@ -74,3 +75,15 @@ class EstimateWarning(UserWarning):
     def __init__(self, message: str, estimate: Any) -> None:
         super().__init__(message)
         self.estimate = estimate
+
+
+class NonFiniteWarning(UserWarning):
+    """NaN or infinity was met in training, and what it touched was left out.
+
+    Attributes:
+        steps: how many steps were left out since the last warning.
+    """
+
+    def __init__(self, message: str, steps: int) -> None:
+        super().__init__(message)
+        self.steps = steps

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..layout import Layout
+from ..space import ParamSpace
 from .base import BaseLinearOperator
 from .block_diagonal import BlockDiagonalLinearOperator
+from .diagonal import DiagonalLinearOperator
 from .eigen_kronecker import EigenKroneckerLinearOperator
+from .info import Info
 from .kronecker import KroneckerLinearOperator
 from .merge import pool
 
-__all__ = ["averaged", "decomposed", "rebased"]
+__all__ = ["averaged", "decomposed", "extended", "rebased"]
 
 
 def averaged(
@@ -63,3 +67,25 @@ def rebased(E: BaseLinearOperator, F: BaseLinearOperator) -> BaseLinearOperator:
 def _overlaps(new: Tensor, old: Tensor) -> Tensor:
     """Squared inner products of two bases' vectors, (G, n, n)."""
     return (new.mT @ old).square()
+
+
+def extended(F: BaseLinearOperator, space: ParamSpace) -> BaseLinearOperator:
+    """F over a larger space: a multiple of the identity, its mean eigenvalue, on the rest."""
+    own = F.space
+    if own is None or own == space:
+        return F
+    starts = {own.slices[n].start: space.slices[space.resolve(n)].start for n in own.names}
+    names, layouts, blocks = ["known"], [Layout.flat([own.slices[n] for n in own.names])], [F]
+    if isinstance(F, BlockDiagonalLinearOperator):
+        names, layouts, blocks = list(F.names), list(F.layouts), list(F.members)
+    layouts = [layout.shifted(starts) for layout in layouts]
+    known = {space.resolve(name) for name in own.names}
+    mean = F.trace() / F.shape[-1]
+    for name in space.names:
+        if name not in known:
+            where = space.slices[name]
+            names.append(name)
+            layouts.append(Layout.flat([where]))
+            blocks.append(DiagonalLinearOperator(mean.expand(where.stop - where.start).clone()))
+    info = Info(space.to(dtype=F.dtype)).blocks(names, layouts)
+    return BlockDiagonalLinearOperator(*blocks, info=info)

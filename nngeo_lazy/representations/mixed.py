@@ -45,24 +45,26 @@ class Mixed(Representation):
     chosen: Mapping[Any, str | Representation] = field(default_factory=dict)
 
     @property
+    def members(self) -> list[Representation]:
+        """The representations that it is made of."""
+        given = [] if self.default is None else [self.default]
+        return [stored(each) for each in (*given, *self.chosen.values())]
+
+    @property
     def passes(self) -> int:
-        given = [self.default] if self.default is not None else []
-        return max(stored(each).passes for each in (*given, *self.chosen.values()))
+        return max(each.passes for each in self.members)
 
     def check(self, sweep: Sweep) -> None:
         self._groups(sweep.space)
-        given = [] if self.default is None else [self.default]
-        for each in (*given, *self.chosen.values()):
-            stored(each).check(sweep)
+        for each in self.members:
+            each.check(sweep)
 
     def recipe(self, sweep: Sweep, indices: Sequence[int]) -> Recipe:
         recipes = [each.recipe(sweep, inside) for each, inside in self._parts(sweep, indices)]
         return (yield from together(recipes))
 
     def described(self) -> str:
-        kinds = [self.default, *self.chosen.values()]
-        named = (stored(kind).described() for kind in kinds if kind is not None)
-        return f"Mixed({', '.join(named)})"
+        return f"Mixed({', '.join(each.described() for each in self.members)})"
 
     def outline(self, sweep: Sweep, indices: Sequence[int]) -> list[Sequence[Statistic]]:
         passes: list[list[Statistic]] = [[] for _ in range(self.passes)]

@@ -1,0 +1,506 @@
+"""What both optimizers do: watch a loop, keep its curvature, and solve with it."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import (
+    ConvergenceWarning,
+    DataError,
+    NonFiniteError,
+    NonFiniteWarning,
+    NotPositiveDefiniteError,
+    SpaceMismatchError,
+)
+from ..operators import BaseLinearOperator
+from ..operators.averages import extended
+from ..operators.block_diagonal import BlockDiagonalLinearOperator
+from ..operators.diagonal import DiagonalLinearOperator
+from ..operators.eigen_kronecker import EigenKroneckerLinearOperator
+from ..operators.report import Report, Row
+from ..operators.solution import solve
+from ..operators.warn import warn
+from ..quantities import LossLike
+from ..representations import Factored, Implicit, Representation, resolve
+from ..selectors import Selector, space_of
+from ..space import canonical_name
+from .curvature import Curvature
+from .exact import exact_curvature
+from .loop import Loop
+from .options import Damping, HessianFree, LevenbergMarquardt
+from .replay import float_math
+from .scores import Scores
+
+__all__ = ["CurvatureOptimizer", "Vectors"]
+
+Vectors: TypeAlias = dict[str, Tensor]  # by parameter name
+METHODS = ("exact", "factored")
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class _Inverse:
+    """An inverse, and what it is the inverse of."""
+
+    of: BaseLinearOperator
+    damping: tuple[float, ...]
+    operator: BaseLinearOperator
+
+
+class CurvatureOptimizer(torch.optim.Optimizer):
+    """The curvature of a loop, refreshed every so many steps, as a `torch.optim.Optimizer`.
+
+    Args:
+        model: the network whose forward passes are watched.
+        representation: what is averaged and solved with; see `NaturalGradient`.
+        likelihood: of the outputs.
+        defaults: of the parameter groups' options, with the damping.
+        estimator: of the curvature.
+        seed: of label draws.
+        params: a selector, or a list of groups {"params": selector, option: value, ...}.
+        factor_decay: of the averages.
+        update_every: steps between refreshes of the statistics.
+        invert_every: steps between decompositions; None for each refresh.
+        warmup: so many first steps refresh everything.
+        damping: a number, a schedule or a rule.
+        damping_method: "exact" or "factored".
+        outputs: picks the outputs from what the model returns.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        representation: str | Representation | Implicit | HessianFree,
+        likelihood: LossLike | None,
+        defaults: dict[str, Any],
+        *,
+        estimator: str,
+        seed: int | None,
+        params: Any,
+        factor_decay: float,
+        update_every: int,
+        invert_every: int | None,
+        warmup: int,
+        damping: Damping,
+        damping_method: str,
+        outputs: Callable[[Any], Tensor] | None,
+    ) -> None:
+        invert_every = update_every if invert_every is None else invert_every
+        _require_options(factor_decay, update_every, invert_every, warmup, damping_method)
+        self._model = model
+        self._rule = damping
+        defaults = {**defaults, "damping": _first_value(damping)}
+        super().__init__(_groups(model, params), defaults)
+        names = [name for group in self.param_groups for name in group["param_names"]]
+        self._space = space_of(model, names)
+        self._parameters = self._space.parameters(model)
+        self._dtype = torch.promote_types(self._space.dtype, torch.float32)
+        self._update_every, self._invert_every, self._warmup = update_every, invert_every, warmup
+        self._method = damping_method
+        self._steps = 0
+        self._skipped = torch.zeros((), dtype=torch.int64, device=self._space.device)
+        self._warned = 0
+        self._loop = Loop(model, self._space, outputs)
+        self._free, stored = _resolved(representation)
+        self._each_step = isinstance(stored, Factored)
+        self._curvature: Curvature | None = None
+        if stored is not None:
+            self._curvature = Curvature(
+                self._loop, stored, likelihood, estimator, factor_decay, seed
+            )
+        self._scores = (
+            Scores(likelihood, "exact") if self._curvature is None else self._curvature.scores
+        )
+        self._exact: BaseLinearOperator | None = None  # of this step's passes, once it is asked for
+        self._solution: Tensor | None = None  # where the next iteration starts
+        self._inverse: _Inverse | None = None
+        self._prepare()
+
+    # --- public ----------------------------------------------------------------------------------
+
+    @property
+    def operator(self) -> BaseLinearOperator:
+        """The curvature F, undamped: its running average, or for "implicit" that of the last step.
+
+        Raises:
+            DataError: there was no step yet.
+        """
+        held = None if self._curvature is None else self._curvature.operator
+        F = self._exact if self._free is not None else held
+        if F is None:
+            raise DataError(
+                "expected a step before the curvature is asked for: there is none before the first "
+                "backward pass"
+            )
+        return F
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were left out since their gradients were not finite."""
+        return int(self._skipped)
+
+    def report(self) -> Report:
+        """One row for each parameter: its block, or why it takes the plain gradient."""
+        rows = {row.parameter: row for row in self.operator.report()}
+        for name, note in self._loop.plain.items():
+            if name not in rows:
+                size = self._space.slices[name].stop - self._space.slices[name].start
+                owner = self._space.owner(name)
+                rows[name] = Row(name, owner, "", "none: plain gradient", size, 0, note)
+        return Report([rows[name] for name in self._space.names])
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset all gradients, and forget what their passes told of the curvature."""
+        super().zero_grad(set_to_none)
+        self._loop.forget()
+        if self._curvature is not None:
+            self._curvature.drop()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused behind the start: the curvature is one of fixed parameters."""
+        if hasattr(self, "_space"):
+            raise DataError(
+                "expected all parameter groups when the optimizer is made, since its curvature is "
+                "over their parameters: make a new optimizer with params=[...]"
+            )
+        super().add_param_group(param_group)
+
+    # --- state -----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of every optimizer, with the curvature: all that the next step depends on."""
+        state = super().state_dict()
+        state["curvature"] = {
+            "version": VERSION,
+            "parameters": {n: list(p.shape) for n, p in self._parameters.items()},
+            "steps": self._steps,
+            "skipped": self._skipped.clone(),
+            "warned": self._warned,
+            "solution": None if self._solution is None else self._solution.clone(),
+            "statistics": None if self._curvature is None else self._curvature.state(),
+        }
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from a state; the next steps are those that would have come.
+
+        Raises:
+            SpaceMismatchError: it is the state of other parameters.
+            DataError: it is no state of such an optimizer.
+        """
+        held = state_dict.get("curvature")
+        if not isinstance(held, Mapping) or held.get("version") != VERSION:
+            raise DataError(
+                "expected the state_dict of an optimizer of nngeo_lazy, got one "
+                + ("of another version" if isinstance(held, Mapping) else "without curvature")
+                + ": load it into the optimizer that wrote it"
+            )
+        shapes = {canonical_name(n): list(s) for n, s in held["parameters"].items()}
+        here = {canonical_name(n): list(p.shape) for n, p in self._parameters.items()}
+        if shapes != here:
+            other = [n for n in {**shapes, **here} if shapes.get(n) != here.get(n)]
+            raise SpaceMismatchError(
+                f"expected the state of this model's parameters, but {other[:4]} are missing, "
+                "extra or of another shape: load the state of the same model and the same params="
+            )
+        if (held["statistics"] is None) != (self._curvature is None):
+            raise DataError("expected the state of an optimizer with the same representation")
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != "curvature"})
+        device = self._space.device
+        self._steps, self._warned = int(held["steps"]), int(held["warned"])
+        self._skipped = held["skipped"].to(device).clone()
+        self._solution = None
+        if held["solution"] is not None:
+            self._solution = held["solution"].to(device).clone()
+        if self._curvature is not None:
+            self._curvature.restore(held["statistics"])
+        self._inverse = self._exact = None
+        self._prepare()
+
+    # --- a step ----------------------------------------------------------------------------------
+
+    @property
+    def _refreshing(self) -> bool:
+        due = self._steps % self._update_every == 0 or self._steps < self._warmup
+        return self._curvature is not None and (due or self._each_step)
+
+    @property
+    def _replays(self) -> bool:
+        """Whether a step's passes are run again."""
+        return self._free is not None
+
+    def _prepare(self) -> None:
+        """What the passes of the next step are wanted for."""
+        self._loop.recording, self._loop.replaying = self._refreshing, self._replays
+        self._loop.hooks.uncompiled(self._refreshing or self._replays)
+        if self._curvature is not None:
+            due = self._steps % self._invert_every == 0 or self._steps < self._warmup
+            self._curvature.rebase = due
+        if callable(self._rule):
+            value = float(self._rule(self._steps))
+            for group in self.param_groups:
+                group["damping"] = value
+
+    def _gradients(self) -> tuple[Vectors, Tensor]:
+        """The gradients, zero where there is none or where one is not finite; and whether all are.
+
+        On the device: nothing is waited for.
+        """
+        found: Vectors = {}
+        for name, p in self._parameters.items():
+            if p.grad is not None:
+                if p.grad.is_sparse:
+                    raise DataError(
+                        f"expected dense gradients, got a sparse one of {name}: make its embedding "
+                        "with sparse=False"
+                    )
+                found[name] = p.grad.to(self._dtype)
+        if not found:
+            raise DataError(
+                "expected gradients, but no parameter has one: call loss.backward() before step()"
+            )
+        largest = torch._foreach_norm(list(found.values()), math.inf)
+        finite = torch.stack(largest).isfinite().all()
+        zero = torch.zeros((), dtype=self._dtype, device=self._space.device)
+        masked = {name: torch.where(finite, g, zero) for name, g in found.items()}
+        self._skipped += ~finite
+        return masked, finite
+
+    def _refresh(self) -> None:
+        """Take the passes of this step into the curvature, where a refresh is due."""
+        if not self._refreshing or self._curvature is None:
+            return
+        self._require_passes()
+        reason = ""
+        try:
+            self._curvature.finish()
+        except NonFiniteError as error:
+            reason = str(error)
+        skipped = self.skipped_steps
+        if reason or skipped > self._warned:
+            many = f"the gradients of {skipped - self._warned} steps since the last refresh"
+            what = many + " were not finite, and they moved no parameter"
+            if reason:
+                what += f"; the curvature was not refreshed ({reason})"
+            message = f"{what}: lower lr, raise damping, or clip gradients"
+            warn(NonFiniteWarning(message, skipped - self._warned))
+            self._warned = skipped
+
+    def _require_passes(self) -> None:
+        if self._loop.passes:
+            return
+        if self._loop.seen:
+            raise DataError(
+                "expected a loss that is made from the outputs of the model's last forward pass, "
+                "but none of them got a gradient: call loss.backward() on it (not detached), and "
+                "make the loss from what the model itself returns"
+            )
+        raise DataError(
+            "expected a forward pass of the model in training mode since the last step, but saw "
+            "none: call the model that the optimizer was made with (the compiled one, where it is "
+            "compiled) as model(x), in model.train() and with autograd on"
+        )
+
+    def _directions(self, gradients: Vectors) -> Vectors:
+        """(F + damping)^-1 g, by parameter; the plain gradient where there is no curvature."""
+        if self._free is not None:
+            return self._by_products(gradients)
+        F = None if self._curvature is None else self._curvature.solved
+        if F is None or F.space is None:  # nothing finite was seen yet
+            return {name: torch.zeros_like(g) for name, g in gradients.items()}
+        inside = {self._space.resolve(name): name for name in F.space.names}
+        zeros = {n: torch.zeros_like(self._parameters[n], dtype=self._dtype) for n in inside}
+        solved = self._solve(F, {own: gradients.get(n, zeros[n]) for n, own in inside.items()})
+        return {n: solved[inside[n]] if n in inside else g for n, g in gradients.items()}
+
+    def _solve(self, F: BaseLinearOperator, v: Vectors) -> Vectors:
+        dampings = tuple(float(group["damping"]) for group in self.param_groups)
+        same = len(set(dampings)) == 1
+        if same and dampings[0] > 0 and self._method == "exact" and _shares_decomposition(F):
+            found: Vectors = F.solve(v, damping=dampings[0])
+            return found
+        held = self._inverse
+        if held is None or held.of is not F or held.damping != dampings:
+            damped = F.damped(dampings[0] if same else self._damping_by_name(F), self._method)
+            try:
+                inverse = damped.inverse()
+            except NotPositiveDefiniteError as error:
+                raise NotPositiveDefiniteError(
+                    f"the damped curvature is not positive definite ({error}): raise damping"
+                ) from error
+            held = self._inverse = _Inverse(F, dampings, inverse)
+        product: Vectors = held.operator @ v
+        return product
+
+    @property
+    def _damping_of(self) -> dict[str, float]:
+        """The damping of each parameter."""
+        by_name: dict[str, float] = {}
+        for group in self.param_groups:
+            by_name.update(dict.fromkeys(group["param_names"], float(group["damping"])))
+        return by_name
+
+    def _damping_by_name(self, F: BaseLinearOperator) -> dict[Any, float | Tensor]:
+        by_name = self._damping_of
+        for block, names in _blocks_of(F):
+            if len(cut := {by_name[self._space.resolve(name)] for name in names}) > 1:
+                raise DataError(
+                    f"expected one damping in each block, but the groups give {sorted(cut)} to "
+                    f"parts of {block!r}: put its parameters into one group, or give both the same "
+                    "damping"
+                )
+        known = () if F.space is None else F.space.names
+        return {name: by_name[self._space.resolve(name)] for name in known}
+
+    def _by_products(self, gradients: Vectors) -> Vectors:
+        """Conjugate gradients on the exact curvature of this step's passes."""
+        options = self._free
+        if options is None:
+            raise RuntimeError("not Hessian-free")
+        F = self._exact_curvature()
+        g = self._flat(gradients)
+        close = None if self._curvature is None else self._curvature.operator
+        close = None if close is None else extended(close, F.space)  # type: ignore[arg-type]
+        start = None if self._solution is None else options.decay * self._solution
+        with warnings.catch_warnings():  # to be cut off is no surprise here
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            found = solve(
+                F,
+                g,
+                damping=self._damping_vector(),
+                method="cg",
+                tol=options.tol,
+                max_iter=options.max_iter,
+                preconditioner=close,
+                x0=start,
+            )
+        self._solution = found.x
+        parts = self._space.unravel(found.x)
+        return {name: parts[name] for name in gradients}
+
+    def _exact_curvature(self) -> BaseLinearOperator:
+        self._require_passes()
+        if self._exact is None:
+            with torch.enable_grad():
+                self._exact = exact_curvature(
+                    self._model, self._space, self._loop.passes, self._scores
+                )
+        return self._exact
+
+    def _damping_vector(self) -> float | Tensor:
+        """One number, or one for each parameter (P,)."""
+        by_name = self._damping_of
+        if len(set(by_name.values())) == 1:
+            return next(iter(by_name.values()))
+        like: dict[str, Any] = {"dtype": self._dtype, "device": self._space.device}
+        sizes = zip(self._space.names, self._space.shapes, strict=True)
+        return torch.cat([torch.full((s.numel(),), by_name[n], **like) for n, s in sizes])
+
+    def _flat(self, vectors: Vectors) -> Tensor:
+        """(P,), zero where there is nothing."""
+        zeros = {
+            n: torch.zeros_like(p, dtype=self._dtype)
+            for n, p in self._parameters.items()
+            if n not in vectors
+        }
+        return self._space.ravel({**zeros, **vectors})
+
+    def _begin_step(self) -> tuple[Vectors, Tensor]:
+        gradients, finite = self._gradients()
+        if self._replays:
+            self._exact = None
+        self._refresh()
+        return gradients, finite
+
+    def _end_step(self) -> None:
+        self._steps += 1
+        self._loop.forget()
+        self._prepare()
+
+    def _math(self) -> Any:
+        return float_math(self._space.device)
+
+
+def _resolved(
+    representation: str | Representation | Implicit | HessianFree,
+) -> tuple[HessianFree | None, Representation | None]:
+    """Hessian-free options and a representation that is averaged, either or both."""
+    if representation == "kernel":
+        return None, Factored()
+    if isinstance(representation, HessianFree):
+        close = representation.preconditioner
+        kept = None if close is None else resolve(close)
+        if isinstance(kept, (Implicit, Factored)):
+            raise DataError(f"expected a preconditioner that is averaged over steps, got {close!r}")
+        return representation, kept
+    known = resolve(representation)
+    return (HessianFree(), None) if isinstance(known, Implicit) else (None, known)
+
+
+def _groups(model: nn.Module, params: Any) -> list[dict[str, Any]]:
+    """Parameter groups with their names, from selectors."""
+    listed = isinstance(params, Sequence) and not isinstance(params, str)
+    grouped = listed and len(params) > 0 and all(isinstance(each, Mapping) for each in params)
+    groups = list(params) if grouped else [{"params": params}]
+    made = []
+    for group in groups:
+        if "params" not in group:
+            raise DataError(
+                'expected groups {"params": selector, option: value, ...}, got one with '
+                f"{sorted(group)}"
+            )
+        selector: Selector | None = group["params"]
+        space = space_of(model, selector)
+        made.append({**group, "params": list(space.parameters(model).items())})
+    return made
+
+
+def _require_options(
+    factor_decay: float, update_every: int, invert_every: int, warmup: int, method: str
+) -> None:
+    if not 0 <= factor_decay < 1:
+        raise DataError(f"expected a factor_decay from 0 to below 1, got {factor_decay!r}")
+    for name, value, least in (
+        ("update_every", update_every, 1),
+        ("invert_every", invert_every, 1),
+        ("warmup", warmup, 0),
+    ):
+        if not isinstance(value, int) or value < least:
+            raise DataError(f"expected {name} to be an integer of {least} or more, got {value!r}")
+    if method not in METHODS:
+        raise DataError(f"expected damping_method to be one of {list(METHODS)}, got {method!r}")
+
+
+def _first_value(damping: Damping) -> float:
+    if isinstance(damping, LevenbergMarquardt):
+        return damping.initial
+    value = damping(0) if callable(damping) else damping
+    if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise DataError(
+            "expected a damping that is a nonnegative number, a function of the step that returns "
+            f"one, or LevenbergMarquardt(...), got {value!r}"
+        )
+    return float(value)
+
+
+def _shares_decomposition(F: BaseLinearOperator) -> bool:
+    """Whether damping F takes no decomposition, and solving with it no read from the device."""
+    blocks = F.members if isinstance(F, BlockDiagonalLinearOperator) else (F,)
+    kinds = (EigenKroneckerLinearOperator, DiagonalLinearOperator)
+    return all(isinstance(block, kinds) for block in blocks)
+
+
+def _blocks_of(F: BaseLinearOperator) -> list[tuple[str, list[str]]]:
+    """The name of each block, and the parameters in it."""
+    space = F.space
+    if space is None or not isinstance(F, BlockDiagonalLinearOperator):
+        return []
+    starts = {space.slices[name].start: name for name in space.names}
+    return [(name, [starts[piece.start] for piece in layout.pieces]) for name, layout, _ in F.parts]

@@ -1,0 +1,145 @@
+"""The structured curvature of a training loop: statistics of its passes, averaged over steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import NonFiniteError
+from ..jacobian.capture import Recorded
+from ..operators import BaseLinearOperator
+from ..quantities import LossLike
+from ..representations import Representation
+from .loop import Loop, Passed
+from .running import Forms, Running, StepSweep
+from .scores import Scores
+
+__all__ = ["Curvature"]
+
+
+class Curvature:
+    """Takes the passes of a loop into a running average.
+
+    Args:
+        loop: whose passes.
+        representation: what is averaged.
+        likelihood: as in `Scores`.
+        estimator: "exact", "mc" or "empirical".
+        decay: of the average.
+        seed: of label draws; None draws one.
+
+    Attributes:
+        empirical: whether the loop's own gradients at the layers are taken.
+        scores: the output directions.
+        rebase: whether the step's average is decomposed anew.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        representation: Representation,
+        likelihood: LossLike | None,
+        estimator: str,
+        decay: float,
+        seed: int | None,
+    ) -> None:
+        self.scores = Scores(likelihood, estimator)
+        self.empirical = estimator == "empirical"
+        self.rebase = True
+        self._loop = loop
+        self._running = Running(representation, decay)
+        drawn = int(torch.randint(2**62, ())) if seed is None else seed
+        self._generator = torch.Generator(device=loop.space.device).manual_seed(drawn)
+        self._begun: tuple[StepSweep, Forms] | None = None
+        self._denominators: list[Tensor | int] = []
+        self._terms: list[Tensor | int] = []
+        loop.scorer = self
+
+    @property
+    def operator(self) -> BaseLinearOperator | None:
+        """The average, undamped."""
+        return self._running.operator
+
+    @property
+    def solved(self) -> BaseLinearOperator | None:
+        """What is solved with: the average as it was last decomposed."""
+        return self._running.solved
+
+    def arrived(self, passed: Passed, recorded: Recorded) -> None:
+        """A pass of the loop was differentiated: add its statistics."""
+        gradient, outputs = passed.gradient, passed.outputs
+        if gradient is None or not bool(gradient.isfinite().all() & outputs.isfinite().all()):
+            passed.recorded = None  # a refresh may wait for the device, and reports it
+            return
+        target = self.scores.target(outputs, gradient)
+        denominator = self.scores.denominator(outputs, target)
+        _, forms = self._begin(recorded)
+        self._denominators.append(denominator)
+        if self.empirical:
+            return  # the gradients at the layers are still to come
+        quantity = self.scores.quantity(outputs, target)
+        self._terms.append(quantity.num_terms(outputs, target))
+        directions = quantity.directions(outputs, target, self._generator)
+        count = quantity.count(outputs, target)
+        for chunk in recorded.chunks(directions, count, retain=True):
+            forms.update(*chunk)
+
+    def finish(self) -> None:
+        """Take the step's statistics into the average.
+
+        Raises:
+            NonFiniteError: a pass, or a statistic, was not finite; the average is what it was.
+        """
+        examples = sum(p.outputs.shape[0] for p in self._loop.passes)
+        begun, self._begun = self._begun, None
+        denominators, self._denominators = self._denominators, []
+        terms, self._terms = self._terms, []
+        if begun is None or len(denominators) < len(self._loop.passes):
+            raise NonFiniteError("the outputs, or the gradient of the loss there, are not finite")
+        sweep, forms = begun
+        sweep.num_examples, sweep.num_terms = examples, int(sum(terms))
+        total = self.scores.total(float(sum(denominators)))
+        sweep.denominator = total
+        if self.empirical:
+            scale = float(denominators[0]) or 1.0  # near the size of an example's own gradient
+            for passed in self._loop.passes:
+                forms.update(_observed(passed, scale), True, True)
+            sweep.denominator = scale**2 / total
+        self._running.finish(sweep, forms.replay, self.rebase)
+
+    def drop(self) -> None:
+        """Forget what the present step has brought so far."""
+        self._begun, self._denominators, self._terms = None, [], []
+
+    def _begin(self, recorded: Recorded) -> tuple[StepSweep, Forms]:
+        if self._begun is None:
+            loop = self._loop
+            described = dict(self.scores.described())
+            sweep = StepSweep(loop.space, loop.parts, recorded.dtype, described)
+            statistics = self._running.begin(sweep, self.rebase)
+            self._begun = sweep, Forms(statistics, self._running.keeps_forms(self.rebase))
+        return self._begun
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain data."""
+        return {**self._running.state(), "generator": self._generator.get_state()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over a state."""
+        self._running.restore(state, self._loop.space)
+        self._generator.set_state(state["generator"].cpu())
+
+
+def _observed(passed: Passed, scale: float) -> list[Any]:
+    """The forms of the loop's own gradients, times a number."""
+    recorded = passed.recorded
+    if recorded is None:
+        raise RuntimeError("a pass without layers")
+    found = [passed.at_layers.get(k) for k in range(len(recorded.edges))]
+    scaled = [None if g is None else g.to(recorded.dtype) * scale for g in found]
+    passed.recorded = None
+    passed.at_layers = {}
+    return recorded.forms([scaled], [])

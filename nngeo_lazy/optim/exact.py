@@ -1,0 +1,76 @@
+"""The exact curvature of a step's own batches, matrix-free."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..data import Batches
+from ..errors import DataError
+from ..matrix_free import gauss_newton
+from ..operators import BaseLinearOperator
+from ..representations import Implicit
+from ..space import ParamSpace
+from ..sweep import DataSweep
+from .loop import Passed
+from .scores import Scores
+
+__all__ = ["exact_curvature", "quadratic_step"]
+
+
+def exact_curvature(
+    model: nn.Module, space: ParamSpace, passes: Sequence[Passed], scores: Scores
+) -> BaseLinearOperator:
+    """The Gauss-Newton matrix of the loop's loss on its passes, which are run again for it.
+
+    A model in training mode is the function that it was in each pass, with its random numbers and
+    the statistics of its batch.
+    """
+    batches, quantity = [], None
+    for passed in passes:
+        if passed.replay is None or passed.gradient is None:
+            raise DataError("expected passes that can be run again")
+        target = scores.target(passed.outputs, passed.gradient, exact=True)
+        quantity = scores.quantity(passed.outputs, target, exact=True)
+        batches.append({"replay": passed.replay, "target": target})
+    if quantity is None:
+        raise DataError("expected at least one pass")
+    loader = Batches(
+        batches,
+        device=space.device,
+        forward=lambda model, batch: batch["replay"](model),
+        target=lambda batch: batch["target"],
+    )
+    sweep = DataSweep(model, space, loader, quantity, replayed=True)
+    return gauss_newton(sweep, Implicit(check=False))
+
+
+def quadratic_step(
+    F: BaseLinearOperator, gradient: Tensor, directions: Tensor, damping: Tensor
+) -> Tensor:
+    r"""The combination of directions that minimises the damped quadratic model.
+
+    .. math:: c = \arg\min_c \; g^T D c + \tfrac12 c^T D^T (F + \mathrm{diag}(d)) D c
+
+    Args:
+        F: the exact curvature.
+        gradient: g, (P,).
+        directions: D, (P, k); zero columns get a coefficient of zero.
+        damping: d, 0-d or (P,).
+
+    Returns:
+        c (k,), in the dtype of the gradient.
+
+    Source: Martens and Grosse (2015), section 7.
+    """
+    damped = damping * directions if damping.dim() == 0 else damping[:, None] * directions
+    product = (F @ directions) + damped
+    inner = (directions.mT @ product).double()
+    slope = (directions.mT @ gradient).double()
+    scale = inner.diagonal().clamp_min(torch.finfo(torch.float64).tiny).sqrt()
+    scaled = inner / (scale[:, None] * scale[None, :])
+    c = -torch.linalg.pinv(scaled, rtol=1e-12, hermitian=True) @ (slope / scale) / scale
+    found: Tensor = c.to(gradient.dtype)
+    return found

@@ -1,0 +1,116 @@
+"""Hooks on a model that see its own forward passes in a training loop."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+__all__ = ["Hooks", "Watcher"]
+
+
+class Watcher(Protocol):
+    """What is told of forward passes."""
+
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A pass in training mode, with autograd on, starts."""
+
+    def end(self, result: Any) -> None:
+        """It ended; with None where it raised."""
+
+
+class Hooks:
+    """Calls a watcher around every forward pass of a model that trains it.
+
+    Passes without autograd or in evaluation mode are not seen. Neither are those of a compiled
+    function around the model, out of which the hooks are compiled; a model that was compiled itself
+    runs as it was written while `uncompiled` says so. The watcher is held weakly, copies and
+    pickles of the model have hooks that do nothing, and hooks of several watchers nest.
+
+    Args:
+        model: the network.
+        watcher: what is told.
+    """
+
+    def __init__(self, model: nn.Module, watcher: Watcher) -> None:
+        self._model = weakref.ref(model)
+        self._watcher = weakref.ref(watcher)
+        self._paused = 0
+        self._open = False
+        self._compiled: Any = None
+        for handle in (
+            model.register_forward_pre_hook(_Before(self), with_kwargs=True),
+            model.register_forward_hook(
+                _After(self), with_kwargs=True, always_call=True, prepend=True
+            ),
+        ):
+            weakref.finalize(watcher, handle.remove)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, passes are not seen."""
+        self._paused += 1
+        try:
+            yield
+        finally:
+            self._paused -= 1
+
+    def uncompiled(self, wanted: bool) -> None:
+        """Whether a model that was compiled in place is to run as it was written."""
+        model = self._model()
+        compiled = getattr(model, "_compiled_call_impl", None)
+        if model is None:
+            return
+        if wanted and compiled is not None:
+            self._compiled, model._compiled_call_impl = compiled, None
+        elif not wanted and self._compiled is not None:
+            model._compiled_call_impl, self._compiled = self._compiled, None
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward pass starts."""
+        watcher = self._watcher()
+        seen = module is self._model() and module.training and torch.is_grad_enabled()
+        if watcher is None or self._paused or self._open or not seen:
+            return
+        self._open = True
+        try:
+            watcher.begin(args, kwargs)
+        except BaseException:
+            self._open = False
+            raise
+
+    def after(self, module: nn.Module, result: Any) -> None:
+        """A forward pass ends."""
+        watcher = self._watcher()
+        if watcher is None or self._paused or not self._open or module is not self._model():
+            return
+        self._open = False
+        watcher.end(result)
+
+
+class _Hook:
+    """A hook that can be copied and pickled with its model, and is then without effect."""
+
+    def __init__(self, hooks: Hooks | None) -> None:
+        self._hooks = hooks
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (None,)
+
+
+class _Before(_Hook):
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not torch.compiler.is_compiling() and self._hooks is not None:
+            self._hooks.before(module, args, kwargs)
+
+
+class _After(_Hook):
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+    ) -> None:
+        if not torch.compiler.is_compiling() and self._hooks is not None:
+            self._hooks.after(module, result)

@@ -1,0 +1,83 @@
+"""Forward passes that are run again, as the functions of the parameters that they were."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .hooks import Hooks
+
+__all__ = ["RandomState", "Replay", "float_math"]
+
+
+def float_math(device: torch.device) -> AbstractContextManager[Any]:
+    """Inside, autocast is off: statistics and solves run in the dtype of their numbers."""
+    return torch.autocast(device.type, enabled=False)
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """The state of torch's default generators, of the CPU and of a device."""
+
+    device: torch.device
+    cpu: Tensor
+    own: Tensor | None
+
+    @classmethod
+    def now(cls, device: torch.device) -> RandomState:
+        """The present one."""
+        own = None
+        if device.type != "cpu":
+            own = torch.get_device_module(device.type).get_rng_state(device)
+        return cls(device, torch.get_rng_state(), own)
+
+    def forked(self) -> AbstractContextManager[None]:
+        """A scope behind which the generators are as they were before it."""
+        if self.own is None:
+            return torch.random.fork_rng(devices=[])
+        return torch.random.fork_rng(devices=[self.device], device_type=self.device.type)
+
+    def restore(self) -> None:
+        """Draw from here on what was drawn then."""
+        torch.set_rng_state(self.cpu)
+        if self.own is not None:
+            torch.get_device_module(self.device.type).set_rng_state(self.own, self.device)
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A forward pass with its inputs, its random numbers and its autocast."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    random: RandomState
+    autocast: torch.dtype | None
+    outputs: Callable[[Any], Tensor]
+    hooks: Hooks
+
+    @classmethod
+    def of(
+        cls,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        device: torch.device,
+        outputs: Callable[[Any], Tensor],
+        hooks: Hooks,
+    ) -> Replay:
+        """The pass that is about to run."""
+        kind = device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        return cls(args, kwargs, RandomState.now(device), dtype, outputs, hooks)
+
+    def __call__(self, model: nn.Module) -> Tensor:
+        """The outputs, of the model with whatever parameters it has now."""
+        enabled = self.autocast is not None
+        autocast = torch.autocast(self.random.device.type, dtype=self.autocast, enabled=enabled)
+        with self.hooks.paused(), self.random.forked(), autocast:
+            self.random.restore()
+            return self.outputs(model(*self.args, **self.kwargs))

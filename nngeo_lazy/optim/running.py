@@ -1,0 +1,225 @@
+"""Running averages of a structured curvature, from the statistics of one step after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..errors import DataError, NonFiniteError, SpaceMismatchError
+from ..jacobian.plan import Part
+from ..operators import BaseLinearOperator, load
+from ..operators.averages import averaged, decomposed, rebased
+from ..representations import (
+    EKFAC,
+    KFAC,
+    BlockDiagonal,
+    Dense,
+    Diagonal,
+    Factored,
+    Mixed,
+    QuasiDiagonal,
+    Representation,
+)
+from ..representations.recipes import Recipe
+from ..space import ParamSpace
+from ..statistics import Make, Statistic
+
+__all__ = ["Forms", "Running", "StepSweep"]
+
+
+@dataclass
+class StepSweep:
+    """The passes of one step as a pass over data (see `statistics.Sweep`)."""
+
+    space: ParamSpace
+    parts: Sequence[Part]
+    dtype: torch.dtype
+    described: Mapping[str, str | int | None]
+    num_examples: int = 0
+    num_terms: int = 0
+    denominator: float = 0.0
+    log_likelihood: float | None = None
+    center: bool = False
+
+    def __call__(self, make: Make, keep: bool = False) -> Sequence[Statistic]:
+        """A loop's passes come when they come."""
+        raise RuntimeError("a training loop cannot be passed over on demand")
+
+
+class Running:
+    r"""An exponential average with bias correction: F_k = F_{k-1} + w_k (fresh - F_{k-1}).
+
+    .. math:: w_k = (1 - \beta) / (1 - \beta^k)
+
+    KFAC averages its factors. EKFAC averages its diagonal, which moves along when the eigenbasis of
+    the averaged factors is taken anew. What is solved with is the average of the last `rebase`,
+    decomposed; for representations that need no decomposition the latest.
+
+    Args:
+        representation: what is averaged.
+        decay: beta.
+
+    Attributes:
+        operator: the average; None before the first step.
+        solved: what is solved with.
+    """
+
+    def __init__(self, representation: Representation, decay: float) -> None:
+        _require_averaged(representation)
+        self.operator: BaseLinearOperator | None = None
+        self.solved: BaseLinearOperator | None = None
+        self._factors: BaseLinearOperator | None = None  # of an EKFAC, which its basis comes from
+        self._decay = decay
+        self._count = 0
+        self._eigen = isinstance(representation, EKFAC)
+        self._once = isinstance(representation, Factored)  # of each step alone
+        self._free = isinstance(representation, (Diagonal, EKFAC, Factored, QuasiDiagonal))
+        self._representation = representation
+        if isinstance(representation, EKFAC):
+            self._representation = KFAC(representation.sharing)
+        self._recipes: list[tuple[Representation, Recipe]] = []
+
+    def begin(self, sweep: StepSweep, rebase: bool) -> list[Statistic]:
+        """The statistics of a step, to be updated with its forms."""
+        self._recipes = []
+        wanted: list[Representation] = [self._representation]
+        if self._eigen and not rebase and self.operator is not None:
+            wanted.append(EKFAC(basis=self.operator))
+        statistics: list[Statistic] = []
+        for each in wanted:
+            recipe = each.recipe(sweep, range(len(sweep.parts)))
+            statistics += next(recipe)
+            self._recipes.append((each, recipe))
+        return statistics
+
+    def keeps_forms(self, rebase: bool) -> bool:
+        """Whether a step's forms are needed twice: in a basis that is made from them."""
+        return self._eigen and (rebase or self.operator is None)
+
+    def finish(
+        self, sweep: StepSweep, replay: Callable[[Sequence[Statistic]], None], rebase: bool
+    ) -> None:
+        """Take the statistics of a step into the average.
+
+        Args:
+            sweep: with the numbers of examples.
+            replay: updates statistics with the step's forms once more.
+            rebase: whether a decomposition is made anew.
+
+        Raises:
+            NonFiniteError: they overflowed; the average is what it was.
+        """
+        self._count += 1
+        weight = (1 - self._decay) / (1 - self._decay**self._count)
+        weight = 1.0 if self._once else weight
+        try:
+            fresh = [_finished(each, recipe, sweep) for each, recipe in self._recipes]
+            factors, operator = None, self.operator
+            if self._eigen:
+                factors = averaged(self._factors, fresh[0], weight)
+                if len(fresh) == 1:  # in a new basis
+                    basis = EKFAC(basis=factors)
+                    recipe = basis.recipe(sweep, range(len(sweep.parts)))
+                    replay(next(recipe))
+                    fresh.append(_finished(basis, recipe, sweep))
+                    operator = None if operator is None else rebased(operator, factors)
+            operator = averaged(None if self._once else operator, fresh[-1], weight)
+        except NonFiniteError:
+            self._count -= 1
+            raise
+        self.operator, self._factors = operator, factors
+        if rebase or self._free or self.solved is None:
+            self.solved = decomposed(operator)
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain data."""
+        kept: dict[str, Any] = {"count": self._count}
+        if not self._once:
+            for name in ("operator", "_factors", "solved"):
+                held = getattr(self, name)
+                kept[name] = None if held is None else held.state_dict()
+        return kept
+
+    def restore(self, state: Mapping[str, Any], space: ParamSpace) -> None:
+        """Take over a state, of parameters of a space."""
+        held = {}
+        for name in ("operator", "_factors", "solved"):
+            given = state.get(name)
+            loaded = None if given is None else load(given, map_location=space.device)
+            if loaded is not None and not set(loaded.space.names) <= set(space.names):  # type: ignore[union-attr]
+                raise SpaceMismatchError(
+                    f"expected the curvature of {list(space.names)}, got one of "
+                    f"{list(loaded.space.names)}"  # type: ignore[union-attr]
+                )
+            held[name] = loaded
+        self._count = int(state["count"])
+        self.operator, self._factors = held["operator"], held["_factors"]
+        self.solved = held["solved"]
+
+
+@dataclass
+class Forms:
+    """Statistics of a step, and its forms where they are needed twice."""
+
+    statistics: list[Statistic]
+    keep: bool
+    kept: list[Any] = field(default_factory=list)
+
+    def update(self, forms: Sequence[Any], first: bool, last: bool) -> None:
+        """Add a chunk of directions."""
+        _update(self.statistics, forms, first, last)
+        if self.keep:
+            self.kept.append((forms, first, last))
+
+    def replay(self, statistics: Sequence[Statistic]) -> None:
+        """Add all chunks to other statistics."""
+        for forms, first, last in self.kept:
+            _update(statistics, forms, first, last)
+
+
+def _update(statistics: Sequence[Statistic], forms: Sequence[Any], first: bool, last: bool) -> None:
+    for each in statistics:
+        each.update([forms[k] for k in each.indices], first, last)
+
+
+def _finished(
+    representation: Representation, recipe: Recipe, sweep: StepSweep
+) -> BaseLinearOperator:
+    try:
+        next(recipe)
+    except StopIteration as done:
+        return representation.finish(sweep, done.value)
+    raise RuntimeError(f"{representation} wants a second pass over a training step")
+
+
+def _require_averaged(representation: Representation) -> None:
+    averages: tuple[type[Representation], ...] = (
+        Dense,
+        BlockDiagonal,
+        Diagonal,
+        QuasiDiagonal,
+        KFAC,
+        EKFAC,
+        Factored,
+    )
+    kinds: list[Any] = [representation]
+    if isinstance(representation, Mixed):
+        averages = (
+            Dense,
+            BlockDiagonal,
+            Diagonal,
+            QuasiDiagonal,
+            KFAC,
+        )
+        kinds = list(representation.members)
+    wrong = [each for each in kinds if not isinstance(each, averages)]
+    given = isinstance(representation, EKFAC) and representation.basis is not None
+    if wrong or given:
+        names = ", ".join(kind.__name__ for kind in averages)
+        raise DataError(
+            f"expected a representation of which running averages keep the form ({names}), got "
+            f"{(wrong or [representation])[0]!r}"
+        )
