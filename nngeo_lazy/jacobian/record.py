@@ -8,6 +8,7 @@ sees them all.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -26,7 +27,14 @@ from .layers import BATCH_STATISTICS
 from .registry import Known, find, whole_modules
 from .uses import Use
 
-__all__ = ["Call", "Recorder", "plain_functions", "recording", "refuse_training_mode"]
+__all__ = [
+    "Call",
+    "Recorder",
+    "in_build",
+    "plain_functions",
+    "recording",
+    "refuse_training_mode",
+]
 
 
 @dataclass(frozen=True)
@@ -51,13 +59,14 @@ class Recorder(TorchFunctionMode):
 
     Args:
         parameters: the selected parameters by name.
-        batch_statistics: whether batch normalisation may use those of the batch, which count as
-            constants; otherwise such a model is refused, since it mixes examples.
+        training: whether the pass is one of a training loop: batch normalisation may use the
+            statistics of the batch, which count as constants, and passes of a build inside of it
+            are not recorded. Otherwise such a model is refused, since it mixes examples.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], *, batch_statistics: bool = False) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], *, training: bool = False) -> None:
         super().__init__()
-        self._refuses = not batch_statistics
+        self._training = training
         self._names = {id(p): name for name, p in parameters.items()}
         self.calls: list[Call] = []
         self.formless: dict[str, str] = {}  # parameter -> why it has no form
@@ -70,11 +79,12 @@ class Recorder(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if self._training and in_build():
+            return func(*args, **kwargs)
         known = find(func, args)
         call = {} if known is None else known.bind(args, kwargs)
-        if (
-            self._refuses and func is F.batch_norm and call.get("training")
-        ):  # before it changes running statistics
+        if not self._training and func is F.batch_norm and call.get("training"):
+            # before it changes running statistics
             raise StochasticModelError(BATCH_STATISTICS)
         names = set(self._selected((*args, *kwargs.values())))
         if not names:
@@ -141,6 +151,14 @@ def _depends(output: Any) -> bool:
     return isinstance(output, (list, tuple)) and any(_depends(entry) for entry in output)
 
 
+_builds = threading.local()
+
+
+def in_build() -> bool:
+    """Whether the model's passes are those of a build, and nobody else's."""
+    return getattr(_builds, "depth", 0) > 0
+
+
 @contextmanager
 def recording(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
     """The scope of a whole build: autograd on, compiled modules eager, the model's state kept.
@@ -151,11 +169,13 @@ def recording(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[No
     flags = {name: p.requires_grad for name, p in parameters.items()}
     buffers = [(b, b._version, b.detach().clone()) for b in model.buffers() if not b.is_inference()]
     with plain_functions(), torch.enable_grad(), whole_modules(model):
+        _builds.depth = getattr(_builds, "depth", 0) + 1
         try:
             for p in parameters.values():
                 p.requires_grad_(True)
             yield
         finally:
+            _builds.depth -= 1
             for name, p in parameters.items():
                 p.requires_grad_(flags[name])
             with torch.no_grad():

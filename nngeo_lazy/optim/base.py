@@ -113,7 +113,13 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         self._curvature: Curvature | None = None
         if stored is not None:
             self._curvature = Curvature(
-                self._loop, stored, likelihood, estimator, factor_decay, seed
+                self._loop,
+                stored,
+                likelihood,
+                estimator,
+                factor_decay,
+                seed,
+                factors=damping_method == "factored",
             )
         self._scores = (
             Scores(likelihood, "exact") if self._curvature is None else self._curvature.scores
@@ -266,8 +272,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             raise DataError(
                 "expected gradients, but no parameter has one: call loss.backward() before step()"
             )
-        largest = torch._foreach_norm(list(found.values()), math.inf)
-        finite = torch.stack(largest).isfinite().all()
+        finite = torch.stack([g.sum() for g in found.values()]).isfinite().all()
         zero = torch.zeros((), dtype=self._dtype, device=self._space.device)
         masked = {name: torch.where(finite, g, zero) for name, g in found.items()}
         self._skipped += ~finite
@@ -294,6 +299,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             self._warned = skipped
 
     def _require_passes(self) -> None:
+        self._loop.require_same_parameters()
         if self._loop.passes:
             return
         if self._loop.seen:
@@ -316,8 +322,11 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         if F is None or F.space is None:  # nothing finite was seen yet
             return {name: torch.zeros_like(g) for name, g in gradients.items()}
         inside = {self._space.resolve(name): name for name in F.space.names}
-        zeros = {n: torch.zeros_like(self._parameters[n], dtype=self._dtype) for n in inside}
-        solved = self._solve(F, {own: gradients.get(n, zeros[n]) for n, own in inside.items()})
+        given = {own: gradients[n] for n, own in inside.items() if n in gradients}
+        for n, own in inside.items():
+            if own not in given:
+                given[own] = torch.zeros_like(self._parameters[n], dtype=self._dtype)
+        solved = self._solve(F, given)
         return {n: solved[inside[n]] if n in inside else g for n, g in gradients.items()}
 
     def _solve(self, F: BaseLinearOperator, v: Vectors) -> Vectors:
@@ -421,7 +430,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
     def _end_step(self) -> None:
         self._steps += 1
-        self._loop.forget()
+        self._loop.forget(everything=True)
         self._prepare()
 
     def _math(self) -> Any:

@@ -30,6 +30,7 @@ class Curvature:
         estimator: "exact", "mc" or "empirical".
         decay: of the average.
         seed: of label draws; None draws one.
+        factors: whether Kronecker blocks are solved with as factors.
 
     Attributes:
         empirical: whether the loop's own gradients at the layers are taken.
@@ -45,12 +46,13 @@ class Curvature:
         estimator: str,
         decay: float,
         seed: int | None,
+        factors: bool,
     ) -> None:
         self.scores = Scores(likelihood, estimator)
         self.empirical = estimator == "empirical"
         self.rebase = True
         self._loop = loop
-        self._running = Running(representation, decay)
+        self._running = Running(representation, decay, factors)
         drawn = int(torch.randint(2**62, ())) if seed is None else seed
         self._generator = torch.Generator(device=loop.space.device).manual_seed(drawn)
         self._begun: tuple[StepSweep, Forms] | None = None

@@ -26,7 +26,7 @@ def exact_curvature(
     """The Gauss-Newton matrix of the loop's loss on its passes, which are run again for it.
 
     A model in training mode is the function that it was in each pass, with its random numbers and
-    the statistics of its batch.
+    the statistics of its batch; of half precision it is differentiated in float32.
     """
     batches, quantity = [], None
     for passed in passes:
@@ -44,7 +44,9 @@ def exact_curvature(
         target=lambda batch: batch["target"],
     )
     sweep = DataSweep(model, space, loader, quantity, replayed=True)
-    return gauss_newton(sweep, Implicit(check=False))
+    G: BaseLinearOperator = gauss_newton(sweep, Implicit(check=False))
+    wide = torch.promote_types(space.dtype, torch.float32)
+    return G if G.dtype == wide else G.to(wide)
 
 
 def quadratic_step(

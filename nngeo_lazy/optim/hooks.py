@@ -40,7 +40,7 @@ class Hooks:
         self._model = weakref.ref(model)
         self._watcher = weakref.ref(watcher)
         self._paused = 0
-        self._open = False
+        self._depth = 0  # of the passes inside of one that is seen, and itself
         self._compiled: Any = None
         for handle in (
             model.register_forward_pre_hook(_Before(self), with_kwargs=True),
@@ -73,23 +73,22 @@ class Hooks:
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pass starts."""
         watcher = self._watcher()
-        seen = module is self._model() and module.training and torch.is_grad_enabled()
-        if watcher is None or self._paused or self._open or not seen:
+        if watcher is None or self._paused or module is not self._model():
             return
-        self._open = True
-        try:
+        if self._depth:  # another watcher tries the model out
+            self._depth += 1
+        elif module.training and torch.is_grad_enabled():
             watcher.begin(args, kwargs)
-        except BaseException:
-            self._open = False
-            raise
+            self._depth = 1
 
     def after(self, module: nn.Module, result: Any) -> None:
         """A forward pass ends."""
         watcher = self._watcher()
-        if watcher is None or self._paused or not self._open or module is not self._model():
+        if watcher is None or self._paused or not self._depth or module is not self._model():
             return
-        self._open = False
-        watcher.end(result)
+        self._depth -= 1
+        if not self._depth:
+            watcher.end(result)
 
 
 class _Hook:

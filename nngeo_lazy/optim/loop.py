@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +16,7 @@ from ..data import outputs_of
 from ..errors import DataError, SpaceMismatchError, UnsupportedLayerError
 from ..jacobian.capture import Capture, Recorded
 from ..jacobian.plan import Part
-from ..jacobian.record import Recorder, plain_functions, recording
+from ..jacobian.record import Recorder, in_build, plain_functions, recording
 from ..jacobian.registry import whole_modules
 from ..space import ParamSpace
 from .hooks import Hooks
@@ -23,6 +25,8 @@ from .replay import Replay, float_math
 __all__ = ["Loop", "Passed", "Scorer"]
 
 Outputs = Callable[[Any], Tensor]
+_KEYS = itertools.count()  # of passes
+_SCORED: set[int] = set()  # where outputs lie whose hooks a backward pass of a scorer comes by
 
 
 class Scorer(Protocol):
@@ -97,6 +101,7 @@ class Loop:
         self._parameters = space.parameters(model)
         self._capture: Capture | None = None
         self._running: _Running | None = None
+        self._waiting: dict[int, tuple[Passed, Recorded | None, int]] = {}  # for their gradients
         self.hooks = Hooks(model, self)
 
     @property
@@ -104,23 +109,25 @@ class Loop:
         """The parameters by form; known after the first recorded pass."""
         return () if self._capture is None else self._capture.parts
 
-    def forget(self) -> None:
-        """Drop the passes whose loss was differentiated."""
-        self.passes, self.seen = [], 0
+    def forget(self, everything: bool = False) -> None:
+        """Drop the passes whose loss was differentiated, or those that still may be, too."""
+        kept = {} if everything else self._waiting
+        self._waiting = {k: each for k, each in kept.items() if each[0].gradient is None}
+        self.passes, self.seen = [], len(self._waiting)
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A pass starts: record it, or keep what is needed to run it again."""
-        self._require_same_parameters()
-        device = self.space.device
+        if in_build() or self._others():
+            return  # of FIM and the like, or a functional call with other parameters
         replay = None
         if self.replaying:
-            replay = Replay.of(args, kwargs, device, self._outputs, self.hooks)
+            replay = Replay.of(args, kwargs, self.space, self._outputs, self.hooks)
         recorder = None
         stack = ExitStack()
         if self.recording and self.scorer is not None:
             if self._capture is None:
                 self._capture = self._first_plan((args, kwargs))
-            recorder = Recorder(self.space.parameters(self.model), batch_statistics=True)
+            recorder = Recorder(self.space.parameters(self.model), training=True)
             for scope in (plain_functions(), whole_modules(self.model), recorder):
                 stack.enter_context(scope)
         self._running = _Running(stack, recorder, (args, kwargs), replay)
@@ -141,29 +148,45 @@ class Loop:
         self._wait(outputs, Passed(outputs.detach(), replay), recorded)
 
     def _wait(self, outputs: Tensor, passed: Passed, recorded: Recorded | None) -> None:
-        scorer, version = self.scorer, outputs._version
-        inside = [False]  # a backward pass of the scorer comes by here again
-
-        def arrived(gradient: Tensor) -> None:
-            if inside[0] or passed.gradient is not None:
-                return
-            if outputs._version != version:
-                raise DataError(
-                    "expected the model's outputs as it returned them, but they were modified in "
-                    "place since: write outputs = outputs * c in the place of outputs *= c"
-                )
-            passed.gradient = gradient.detach()
-            self.passes.append(passed)
-            if recorded is not None and scorer is not None:
-                inside[0] = True
-                with torch.enable_grad(), float_math(gradient.device):
-                    scorer.arrived(passed, recorded)
-
-        outputs.register_hook(arrived)
-        if recorded is not None and scorer is not None and scorer.empirical:
+        """Hooks know a number and no pass: what holds a graph must not hang on that graph."""
+        key = next(_KEYS)
+        self._waiting[key] = passed, recorded, outputs._version
+        outputs.register_hook(_Arrival(weakref.ref(self), key))
+        if recorded is not None and self.scorer is not None and self.scorer.empirical:
             passed.recorded = recorded
             for k, edge in enumerate(recorded.edges):
-                edge.node.register_prehook(_keep(passed, k, edge.output_nr))
+                edge.node.register_prehook(_AtLayer(weakref.ref(self), key, k, edge.output_nr))
+
+    def arrived(self, key: int, gradient: Tensor) -> None:
+        """The gradient at the outputs of a pass arrived."""
+        passed, recorded, version = self._waiting.get(key, (None, None, 0))
+        if passed is None or passed.gradient is not None:
+            return
+        where = passed.outputs.data_ptr()
+        if where in _SCORED:
+            return
+        if passed.outputs._version != version:
+            raise DataError(
+                "expected the model's outputs as it returned them, but they were modified in place "
+                "since: write outputs = outputs * c in the place of outputs *= c"
+            )
+        passed.gradient = gradient.detach()
+        self.passes.append(passed)
+        if recorded is not None and self.scorer is not None:
+            _SCORED.add(where)
+            try:
+                with torch.enable_grad(), float_math(gradient.device):
+                    self.scorer.arrived(passed, recorded)
+            finally:
+                _SCORED.remove(where)
+        self._waiting[key] = passed, None, version
+
+    def at_layer(self, key: int, k: int, gradient: Tensor) -> None:
+        """The loop's gradient at a recorded edge of a pass arrived."""
+        passed = self._waiting.get(key, (None,))[0]
+        if passed is not None:
+            before = passed.at_layers.get(k)
+            passed.at_layers[k] = gradient if before is None else before + gradient
 
     # --- plans -----------------------------------------------------------------------------------
 
@@ -177,7 +200,7 @@ class Loop:
                 return capture
             self.plain.update(general)
             kept = [name for name in self.space.names if name not in general]
-            if not kept:
+            if all(part.kind in ("general", "unused") for part in parts):
                 raise UnsupportedLayerError(
                     f"found no form for any of the parameters {list(self.space.names)}: take "
                     "representation='implicit', or tell how their layers are differentiated with "
@@ -215,31 +238,50 @@ class Loop:
         args, kwargs = raw
         return self._outputs(model(*args, **kwargs))
 
-    def _require_same_parameters(self) -> None:
-        now = dict(self.model.named_parameters())
-        changed = [name for name, p in self._parameters.items() if now.get(name) is not p]
-        if changed:
+    def require_same_parameters(self) -> None:
+        """Refuse a model whose parameters are not those that are watched any more."""
+        if others := self._others():
             raise SpaceMismatchError(
-                f"expected the parameters that the optimizer was made with, but {changed[:3]} are "
+                f"expected the parameters that the optimizer was made with, but {others[:3]} are "
                 "other tensors now (assigned, pruned, parametrised or converted since): make a new "
                 "optimizer"
             )
+
+    def _others(self) -> list[str]:
+        now = dict(self.model.named_parameters())
+        return [name for name, p in self._parameters.items() if now.get(name) is not p]
 
 
 def _default_outputs(result: Any) -> Tensor:
     return outputs_of(result, "pass outputs=lambda result: ..., which picks them")
 
 
-def _keep(passed: Passed, k: int, output: int) -> Callable[[tuple[Tensor, ...]], None]:
-    """A hook that adds up what arrives at one output of a node."""
+@dataclass(frozen=True)
+class _Arrival:
+    """A hook at the outputs of a pass."""
 
-    def arrived(gradients: tuple[Tensor | None, ...]) -> None:
-        gradient = gradients[output]
-        if gradient is not None:
-            before = passed.at_layers.get(k)
-            passed.at_layers[k] = gradient if before is None else before + gradient
+    loop: weakref.ref[Loop]
+    key: int
 
-    return arrived
+    def __call__(self, gradient: Tensor) -> None:
+        loop = self.loop()
+        if loop is not None:
+            loop.arrived(self.key, gradient)
+
+
+@dataclass(frozen=True)
+class _AtLayer:
+    """A hook at one output of a node of the graph."""
+
+    loop: weakref.ref[Loop]
+    key: int
+    edge: int
+    output: int
+
+    def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
+        loop, gradient = self.loop(), gradients[self.output]
+        if loop is not None and gradient is not None:
+            loop.at_layer(self.key, self.edge, gradient)
 
 
 @contextmanager

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
+from ..space import ParamSpace
 from .hooks import Hooks
 
 __all__ = ["RandomState", "Replay", "float_math"]
@@ -56,6 +58,7 @@ class Replay:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     random: RandomState
+    dtype: torch.dtype
     autocast: torch.dtype | None
     outputs: Callable[[Any], Tensor]
     hooks: Hooks
@@ -65,19 +68,25 @@ class Replay:
         cls,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        device: torch.device,
+        space: ParamSpace,
         outputs: Callable[[Any], Tensor],
         hooks: Hooks,
     ) -> Replay:
-        """The pass that is about to run."""
-        kind = device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        return cls(args, kwargs, RandomState.now(device), dtype, outputs, hooks)
+        """The pass that is about to run, of a model with parameters like those of a space."""
+        kind = space.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        random = RandomState.now(space.device)
+        return cls(args, kwargs, random, space.dtype, autocast, outputs, hooks)
 
     def __call__(self, model: nn.Module) -> Tensor:
-        """The outputs, of the model with whatever parameters it has now."""
+        """The outputs, of the model with whatever parameters it has now, in their dtype."""
+        args, kwargs = pytree.tree_map_only(Tensor, self._cast(model), (self.args, self.kwargs))
         enabled = self.autocast is not None
         autocast = torch.autocast(self.random.device.type, dtype=self.autocast, enabled=enabled)
         with self.hooks.paused(), self.random.forked(), autocast:
             self.random.restore()
-            return self.outputs(model(*self.args, **self.kwargs))
+            return self.outputs(model(*args, **kwargs))
+
+    def _cast(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
+        now = next(model.parameters()).dtype
+        return lambda x: x.to(now) if x.dtype == self.dtype else x

@@ -61,14 +61,16 @@ class Running:
     Args:
         representation: what is averaged.
         decay: beta.
+        factors: whether Kronecker blocks are solved with as factors, and not decomposed.
 
     Attributes:
         operator: the average; None before the first step.
         solved: what is solved with.
     """
 
-    def __init__(self, representation: Representation, decay: float) -> None:
+    def __init__(self, representation: Representation, decay: float, factors: bool) -> None:
         _require_averaged(representation)
+        self._whole = factors
         self.operator: BaseLinearOperator | None = None
         self.solved: BaseLinearOperator | None = None
         self._factors: BaseLinearOperator | None = None  # of an EKFAC, which its basis comes from
@@ -132,7 +134,7 @@ class Running:
             raise
         self.operator, self._factors = operator, factors
         if rebase or self._free or self.solved is None:
-            self.solved = decomposed(operator)
+            self.solved = operator if self._whole else decomposed(operator)
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain data."""
