@@ -198,7 +198,8 @@ class Capture:
         # Confined to its example each, the probes can be compared with autograd in one sum.
         both = torch.stack([probe.cotangent for probe in probes]).sum(0)
         found = gradients_at(outputs, list(self._parameters.values()), both)
-        gradients = dict(zip(self._parameters, found, strict=True))
+        dense = [g.to_dense() if g is not None and g.is_sparse else g for g in found]
+        gradients = dict(zip(self._parameters, dense, strict=True))
         if all(g is None for g in found):
             raise DataError("the outputs do not depend on any selected parameter")
         folds = probe_folds(calls, probes, n)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from ..errors import NotPositiveDefiniteError
 from ..layout import Layout
 from ..space import ParamSpace
 from .base import BaseLinearOperator
@@ -14,7 +16,7 @@ from .info import Info
 from .kronecker import KroneckerLinearOperator
 from .merge import pool
 
-__all__ = ["averaged", "decomposed", "extended", "rebased"]
+__all__ = ["averaged", "decomposed", "extended", "rebased", "require_semidefinite"]
 
 
 def averaged(
@@ -36,6 +38,27 @@ def decomposed(F: BaseLinearOperator) -> BaseLinearOperator:
     if not isinstance(F, BlockDiagonalLinearOperator):
         return F
     return F._map(lambda b: b.eigen() if isinstance(b, KroneckerLinearOperator) else b)
+
+
+def require_semidefinite(F: BaseLinearOperator) -> None:
+    """Refuse blocks with negative eigenvalues, where these are known as they stand.
+
+    Raises:
+        NotPositiveDefiniteError: it names the block.
+    """
+    parts = [("the whole matrix", F)]
+    if isinstance(F, BlockDiagonalLinearOperator):
+        parts = [(repr(name), block) for name, _, block in F.parts]
+    known = (DiagonalLinearOperator, EigenKroneckerLinearOperator)
+    lowest = {n: b.eigenvalues.min() for n, b in parts if isinstance(b, known) and b.shape[-1]}
+    values = torch.stack(list(lowest.values())).tolist() if lowest else []
+    for name, value in zip(lowest, values, strict=True):
+        if value < 0:
+            raise NotPositiveDefiniteError(
+                f"the curvature of {name} has a negative eigenvalue {value:.3g}: its statistics "
+                "are no averages of squares any more. Train in a wider dtype, or make a new "
+                "optimizer in the place of this state"
+            )
 
 
 def rebased(E: BaseLinearOperator, F: BaseLinearOperator) -> BaseLinearOperator:

@@ -110,6 +110,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         self._loop = Loop(model, self._space, outputs)
         self._free, stored = _resolved(representation)
         self._each_step = isinstance(stored, Factored)
+        kinds = [] if self._free is None else ["HessianFree"]
+        self._kind = " with ".join([*kinds, *([] if stored is None else [stored.described()])])
         self._curvature: Curvature | None = None
         if stored is not None:
             self._curvature = Curvature(
@@ -185,6 +187,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         state = super().state_dict()
         state["curvature"] = {
             "version": VERSION,
+            "representation": self._kind,
             "parameters": {n: list(p.shape) for n, p in self._parameters.items()},
             "steps": self._steps,
             "skipped": self._skipped.clone(),
@@ -216,8 +219,11 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                 f"expected the state of this model's parameters, but {other[:4]} are missing, "
                 "extra or of another shape: load the state of the same model and the same params="
             )
-        if (held["statistics"] is None) != (self._curvature is None):
-            raise DataError("expected the state of an optimizer with the same representation")
+        if held["representation"] != self._kind:
+            raise DataError(
+                "expected the state of an optimizer with the same representation, got one of "
+                f"{held['representation']} for {self._kind}: make the optimizer as it was"
+            )
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "curvature"})
         device = self._space.device
         self._steps, self._warned = int(held["steps"]), int(held["warned"])
@@ -250,7 +256,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             due = self._steps % self._invert_every == 0 or self._steps < self._warmup
             self._curvature.rebase = due
         if callable(self._rule):
-            value = float(self._rule(self._steps))
+            value = _damping(self._rule(self._steps))
             for group in self.param_groups:
                 group["damping"] = value
 
@@ -262,12 +268,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         found: Vectors = {}
         for name, p in self._parameters.items():
             if p.grad is not None:
-                if p.grad.is_sparse:
-                    raise DataError(
-                        f"expected dense gradients, got a sparse one of {name}: make its embedding "
-                        "with sparse=False"
-                    )
-                found[name] = p.grad.to(self._dtype)
+                grad = p.grad.to_dense() if p.grad.is_sparse else p.grad
+                found[name] = grad.to(self._dtype)
         if not found:
             raise DataError(
                 "expected gradients, but no parameter has one: call loss.backward() before step()"
@@ -339,6 +341,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         if held is None or held.of is not F or held.damping != dampings:
             damped = F.damped(dampings[0] if same else self._damping_by_name(F), self._method)
             try:
+                damped.logdet()  # is defined: no eigenvalue is negative
                 inverse = damped.inverse()
             except NotPositiveDefiniteError as error:
                 raise NotPositiveDefiniteError(
@@ -490,7 +493,10 @@ def _require_options(
 def _first_value(damping: Damping) -> float:
     if isinstance(damping, LevenbergMarquardt):
         return damping.initial
-    value = damping(0) if callable(damping) else damping
+    return _damping(damping(0) if callable(damping) else damping)
+
+
+def _damping(value: Any) -> float:
     if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
         raise DataError(
             "expected a damping that is a nonnegative number, a function of the step that returns "

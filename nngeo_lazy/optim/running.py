@@ -11,7 +11,7 @@ import torch
 from ..errors import DataError, NonFiniteError, SpaceMismatchError
 from ..jacobian.plan import Part
 from ..operators import BaseLinearOperator, load
-from ..operators.averages import averaged, decomposed, rebased
+from ..operators.averages import averaged, decomposed, rebased, require_semidefinite
 from ..representations import (
     EKFAC,
     KFAC,
@@ -135,6 +135,7 @@ class Running:
         self.operator, self._factors = operator, factors
         if rebase or self._free or self.solved is None:
             self.solved = operator if self._whole else decomposed(operator)
+            require_semidefinite(self.solved)
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain data."""
@@ -157,6 +158,8 @@ class Running:
                     f"{list(loaded.space.names)}"  # type: ignore[union-attr]
                 )
             held[name] = loaded
+            if loaded is not None:
+                require_semidefinite(loaded)
         self._count = int(state["count"])
         self.operator, self._factors = held["operator"], held["_factors"]
         self.solved = held["solved"]

@@ -267,6 +267,18 @@ def test_parameters_without_a_form_take_the_plain_gradient():
     assert train(optimizer, model, x, y, 10)[-1] < 0.3
 
 
+def test_sparse_gradients():
+    changes = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(5, 3, sparse=sparse), nn.Flatten(), nn.Linear(6, 2))
+        x, y = torch.randint(5, (4, 2)), torch.randint(2, (4,))
+        optimizer = NaturalGradient(model, "kfac", lr=0.1, estimator="exact")
+        train(optimizer, model, x, y, 3)
+        changes.append(weights(model))
+    close(*changes, 1e-5)
+
+
 def test_frozen_and_selected_parameters():
     model, x, y = problem()
     for p in model[0].parameters():
@@ -310,14 +322,15 @@ def test_copies_and_pickles_of_the_model_have_no_optimizer():
     close(optimizer.operator.to_dense(), F.to_dense())
 
 
+ALIVE: weakref.WeakSet = weakref.WeakSet()
+
+
 class Saved:
     """What a graph saves, which lives as long as the graph does."""
 
-    alive: weakref.WeakSet = weakref.WeakSet()
-
     def __init__(self, tensor):
         self.tensor = tensor.detach()
-        self.alive.add(self)
+        ALIVE.add(self)
 
 
 @pytest.mark.parametrize("estimator", ["mc", "empirical"])
@@ -330,12 +343,12 @@ def test_passes_leave_nothing_behind(estimator):
             optimizer.zero_grad()
             unused = model(x)  # never differentiated
             value = functional.cross_entropy(model(x), y)
-            assert Saved.alive
+            assert ALIVE
             value.backward()
             optimizer.step()
     del unused, value
     gc.collect()
-    assert not Saved.alive
+    assert not ALIVE
 
 
 def test_hooks_go_with_the_optimizer():

@@ -1,0 +1,360 @@
+"""Every error of a user says what was expected, what came, and what to do."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import nngeo_lazy as ng
+from nngeo_lazy.errors import (
+    DataError,
+    NotPositiveDefiniteError,
+    SpaceMismatchError,
+    StochasticModelError,
+    TooLargeError,
+    UnsupportedLayerError,
+)
+from nngeo_lazy.likelihoods import Bernoulli
+from nngeo_lazy.optim import HessianFree, LevenbergMarquardt, NaturalGradient, Preconditioner
+
+from .loops import backward, problem, train
+
+# --- loops ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("representation", ["kfac", "implicit"])
+def test_a_step_without_backward(representation):
+    model, x, _ = problem()
+    optimizer = NaturalGradient(model, representation)
+    with pytest.raises(DataError, match=r"no parameter has one: call loss.backward\(\)"):
+        optimizer.step()
+    model(x)
+    with pytest.raises(DataError, match=r"call loss.backward\(\) before step"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("representation", ["kfac", "implicit", "kernel"])
+def test_a_loss_that_is_not_made_from_the_forward_pass(representation):
+    model, x, _ = problem()
+    optimizer = NaturalGradient(model, representation)
+    model(x)
+    sum(p.square().sum() for p in model.parameters()).backward()
+    with pytest.raises(DataError, match="made from the outputs of the model's last forward"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("how", ["evaluation", "compiled around", "a part", "by hand"])
+def test_a_forward_pass_that_was_not_seen(how):
+    model, x, y = problem()
+    optimizer = NaturalGradient(model, "kfac")
+    called = model
+    if how == "evaluation":
+        model.eval()
+    elif how == "compiled around":
+        called = torch.compile(model, backend="eager")
+    elif how == "a part":
+        called = nn.Sequential(*model)
+    functional.cross_entropy(called.forward(x) if how == "by hand" else called(x), y).backward()
+    with pytest.raises(DataError, match=r"saw none: call the model.*compiled one.*model.train\(\)"):
+        optimizer.step()
+
+
+def test_a_model_that_changed_the_identity_of_its_parameters():
+    model, x, y = problem()
+    optimizer = NaturalGradient(model, "kfac", update_every=2)
+    train(optimizer, model, x, y, 2)
+    old = model[0].weight
+    model[0].weight = nn.Parameter(old.detach().clone())
+    optimizer.zero_grad()
+    functional.cross_entropy(model(x), y).backward()
+    with pytest.raises(SpaceMismatchError, match=r"\['0.weight'\] are other tensors.*new optim"):
+        optimizer.step()
+
+
+def test_outputs_that_were_modified_in_place():
+    model, x, y = problem()
+    optimizer = NaturalGradient(model, "kfac")
+    optimizer.zero_grad()
+    outputs = model(x)
+    outputs *= 2
+    with pytest.raises(DataError, match=r"modified in place since: write outputs = outputs \* c"):
+        functional.cross_entropy(outputs, y).backward()
+
+
+def test_outputs_that_are_no_tensor():
+    class M(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = problem()[0]
+
+        def forward(self, x):
+            return {"scores": self.body(x)}
+
+    (_, x, y), model = problem(), M()
+    optimizer = NaturalGradient(model, "kfac")
+    with pytest.raises(DataError, match=r"got dict: pass outputs=lambda result"):
+        model(x)
+    model = M()
+    optimizer = NaturalGradient(model, "kfac", outputs=lambda result: result["scores"])
+    functional.cross_entropy(model(x)["scores"], y).backward()
+    optimizer.step()
+
+
+def test_layers_that_are_called_in_training_only():
+    class M(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.a(x) + (self.b(x) if self.training else 0)
+
+    torch.manual_seed(0)
+    model, x = M(), torch.randn(5, 4)
+    optimizer = NaturalGradient(model, "kfac")
+    with pytest.raises(UnsupportedLayerError, match=r"calls in evaluation mode.*params=.*implicit"):
+        model(x)
+    model = M()
+    optimizer = NaturalGradient(model, "implicit", lr=0.1)
+    train(optimizer, model, x, torch.randint(3, (5,)), 2)
+
+
+def test_models_without_any_form():
+    class M(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(3))
+
+        def forward(self, x):
+            return x * self.w.exp()
+
+    optimizer = NaturalGradient(M(), "kfac")
+    model = optimizer._model
+    with pytest.raises(UnsupportedLayerError, match=r"no form for any.*implicit.*register_layer"):
+        model(torch.randn(5, 3))
+
+
+def test_models_that_mix_examples_even_in_evaluation():
+    class M(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.a(x) - self.a(x).mean(0)
+
+    model = M()
+    optimizer = NaturalGradient(model, "kfac")
+    with pytest.raises(StochasticModelError, match="treats each example on its own"):
+        model(torch.randn(5, 4))
+    assert optimizer.skipped_steps == 0
+
+
+def test_curvature_that_is_asked_for_before_it_is_there():
+    model, _, _ = problem()
+    for optimizer in (NaturalGradient(model, "kfac"), NaturalGradient(model, "implicit")):
+        with pytest.raises(DataError, match="before the first backward"):
+            _ = optimizer.operator
+
+
+def test_a_state_that_is_no_curvature():
+    model, x, y = problem()
+    optimizer = NaturalGradient(model, "ekfac")
+    train(optimizer, model, x, y, 1)
+    state = copy.deepcopy(optimizer.state_dict())
+    for tensors in state["curvature"]["statistics"]["operator"]["tensors"].values():
+        tensors.neg_()
+    with pytest.raises(NotPositiveDefiniteError, match=r"of '0' has a negative eigenvalue.*wider"):
+        optimizer.load_state_dict(state)
+
+
+@pytest.mark.parametrize("representation", ["kfac", "diagonal", "dense"])
+def test_curvature_that_is_singular(representation):
+    model, x, y = problem()
+    optimizer = NaturalGradient(model, representation, damping=0.0, estimator="exact")
+    backward(optimizer, model, torch.zeros_like(x), y)
+    with pytest.raises(NotPositiveDefiniteError, match=r"singular.*raise damping"):
+        optimizer.step()
+
+
+def test_factors_that_lost_positive_definiteness():
+    """Those of a state that was tampered with, say."""
+    model, x, y = problem()
+    optimizer = NaturalGradient(model, "kfac", damping=1e-3, damping_method="factored")
+    train(optimizer, model, x, y, 1)
+    state = copy.deepcopy(optimizer.state_dict())
+    tensors = state["curvature"]["statistics"]["solved"]["tensors"]
+    for key in tensors:
+        if key.endswith("left"):
+            tensors[key].neg_()
+    optimizer.load_state_dict(state)
+    backward(optimizer, model, x, y)
+    with pytest.raises(NotPositiveDefiniteError, match=r"negative eigenvalue.*raise damping"):
+        optimizer.step()
+
+
+def test_levenberg_marquardt_without_a_closure():
+    model, x, y = problem()
+    optimizer = NaturalGradient(model, "kfac", damping=LevenbergMarquardt(every=1))
+    backward(optimizer, model, x, y)
+    with pytest.raises(DataError, match=r"call step\(closure\)"):
+        optimizer.step()
+
+
+def test_groups_that_cut_a_block():
+    model, x, y = problem()
+    groups = [{"params": "*.weight", "damping": 0.1}, {"params": "*.bias", "damping": 0.2}]
+    optimizer = NaturalGradient(model, "kfac", params=groups)
+    backward(optimizer, model, x, y)
+    with pytest.raises(DataError, match=r"\[0.1, 0.2\] to parts of '0'.*one group"):
+        optimizer.step()
+
+
+# --- likelihoods ----------------------------------------------------------------------------------
+
+
+def test_a_likelihood_that_the_gradient_does_not_prove():
+    model, x, _ = problem()
+    optimizer = NaturalGradient(model, "kfac")
+    with pytest.raises(DataError, match=r"cannot tell the likelihood.*\(40, 3\).*gaussian"):
+        backward(optimizer, model, x, x[:, :3], lambda f, y: (f - y).square().mean())
+    weighted = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 5.0]).double())
+    with pytest.raises(DataError, match="equal weights"):
+        backward(optimizer, model, x, torch.arange(40) % 3, weighted)
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ("normal", "unknown likelihood 'normal': expected one of.*gaussian"),
+        (lambda f, y: (f - y).square().sum(1), "targets that the optimizer does not see"),
+        (3, "expected a likelihood or a torch.nn loss module"),
+    ],
+)
+def test_likelihoods_that_are_none(given, match):
+    model, _, _ = problem()
+    with pytest.raises(DataError, match=match):
+        NaturalGradient(model, "kfac", given)
+
+
+def test_losses_that_need_targets():
+    model, x, _ = problem()
+    for loss, match in (
+        (nn.HuberLoss(), "needs targets"),
+        (nn.CrossEntropyLoss(torch.ones(3).double(), label_smoothing=0.1), "drop one of the two"),
+        (nn.BCEWithLogitsLoss(pos_weight=torch.ones(3).double()), "needs labels.*drop the weights"),
+    ):
+        y = torch.rand(40, 3).double()
+        y = y.argmax(1) if isinstance(loss, nn.CrossEntropyLoss) else y
+        optimizer = NaturalGradient(model, "kfac", loss)
+        with pytest.raises(DataError, match=match):
+            backward(optimizer, model, x, y, loss)
+    optimizer = NaturalGradient(model, "kfac", Bernoulli(pos_weight=[1.0, 2.0, 3.0]))
+    with pytest.raises(DataError, match="pos_weight is no likelihood"):
+        backward(optimizer, model, x, y, nn.BCEWithLogitsLoss())
+
+
+def test_too_many_directions():
+    model = nn.Linear(2, 1100)
+    optimizer = NaturalGradient(model, "kfac", "categorical", estimator="exact")
+    with pytest.raises(TooLargeError, match=r"1099 backward passes.*take estimator='mc'"):
+        backward(optimizer, model, torch.randn(3, 2), torch.arange(3))
+
+
+# --- options --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"lr": -0.1}, DataError, "expected lr from 0"),
+        ({"momentum": 1.0}, DataError, "expected momentum from 0 to below 1"),
+        ({"weight_decay": -1.0}, DataError, "expected weight_decay"),
+        ({"kl_clip": -1.0}, DataError, "expected kl_clip"),
+        ({"damping": -1e-3}, DataError, "nonnegative number.*LevenbergMarquardt"),
+        ({"damping": "auto"}, DataError, "nonnegative number.*got 'auto'"),
+        ({"damping": lambda step: -1.0}, DataError, "got -1.0"),
+        ({"factor_decay": 1.0}, DataError, "factor_decay from 0 to below 1"),
+        ({"update_every": 0}, DataError, "update_every to be an integer of 1 or more"),
+        ({"invert_every": 1.5}, DataError, "invert_every to be an integer"),
+        ({"warmup": -1}, DataError, "warmup to be an integer of 0 or more"),
+        ({"damping_method": "pi"}, DataError, r"\['exact', 'factored'\], got 'pi'"),
+        ({"estimator": "true"}, DataError, "unknown estimator 'true'"),
+        ({"params": "conv"}, SpaceMismatchError, "'conv' matches no parameter"),
+        ({"params": [{"lr": 1.0}]}, DataError, r'groups \{"params": selector'),
+        ({"params": [{"params": "0"}, {"params": "0"}]}, ValueError, "more than one parameter"),
+        ({"representation": "kron"}, DataError, "unknown representation 'kron'"),
+        ({"representation": "low_rank"}, DataError, "averages keep the form.*LowRank"),
+        (
+            {"representation": ng.representations.Mixed("ekfac", {"0": "dense"})},
+            DataError,
+            "averages keep the form.*EKFAC",
+        ),
+        ({"representation": HessianFree("implicit")}, DataError, "averaged over steps"),
+    ],
+)
+def test_options(options, error, match):
+    model, _, _ = problem()
+    with pytest.raises(error, match=match):
+        NaturalGradient(model, **options)
+
+
+def test_options_of_options():
+    for wrong in ({"tol": 0.0}, {"max_iter": 0}, {"decay": 1.5}):
+        with pytest.raises(DataError, match="expected tol > 0"):
+            HessianFree(**wrong)
+    for wrong in ({"decay": 0.0}, {"every": 0}, {"low": 0.9}, {"initial": 0.0}):
+        with pytest.raises(DataError, match="expected 0 < minimum"):
+            LevenbergMarquardt(**wrong)
+    model, _, _ = problem()
+    with pytest.raises(DataError, match="preconditioner does not make: take NaturalGradient"):
+        Preconditioner(model, damping=LevenbergMarquardt())
+
+
+def test_groups_are_added_at_the_start():
+    model, _, _ = problem()
+    optimizer = NaturalGradient(model, params="0")
+    with pytest.raises(DataError, match=r"make a new optimizer with params=\[...\]"):
+        optimizer.add_param_group({"params": list(model[2].parameters())})
+
+
+def test_a_schedule_that_turns_negative():
+    model, x, y = problem()
+    optimizer = NaturalGradient(model, "kfac", damping=lambda step: 1.0 - 2.0 * (step > 1))
+    with pytest.raises(DataError, match=r"got -1.0"):
+        train(optimizer, model, x, y, 3)
+
+
+# --- states ---------------------------------------------------------------------------------------
+
+
+def test_the_state_of_another_model():
+    model, x, y = problem()
+    optimizer = NaturalGradient(model, "kfac")
+    train(optimizer, model, x, y, 1)
+    other, _, _ = problem(outputs=5)
+    with pytest.raises(
+        SpaceMismatchError, match=r"'2.weight', '2.bias'.*another shape.*same model"
+    ):
+        NaturalGradient(other, "kfac").load_state_dict(optimizer.state_dict())
+    with pytest.raises(SpaceMismatchError, match="missing, extra"):
+        NaturalGradient(model, "kfac", params="0").load_state_dict(optimizer.state_dict())
+
+
+def test_the_state_of_another_optimizer():
+    model, x, y = problem()
+    adam = torch.optim.Adam(model.parameters())
+    optimizer = NaturalGradient(model, "kfac")
+    with pytest.raises(DataError, match="without curvature"):
+        optimizer.load_state_dict(adam.state_dict())
+    train(optimizer, model, x, y, 1)
+    state = optimizer.state_dict()
+    with pytest.raises(DataError, match="same representation"):
+        NaturalGradient(model, "implicit").load_state_dict(state)
+    with pytest.raises(DataError, match="same representation"):
+        NaturalGradient(model, "diagonal").load_state_dict(state)
+    state["curvature"]["version"] = 0
+    with pytest.raises(DataError, match="another version"):
+        optimizer.load_state_dict(state)
