@@ -71,4 +71,4 @@ __all__ = [
     "trace",
     "update_diag",
 ]
-__version__ = "0.6.0"
+__version__ = "0.7.0"

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
         "docs/spectra.md",
         "docs/kernels.md",
         "docs/laplace.md",
+        "docs/optimizers.md",
         "docs/clients.md",
     ],
 )
