@@ -2,56 +2,32 @@
 
 from __future__ import annotations
 
-import math
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import (
-    ConvergenceWarning,
-    DataError,
-    NonFiniteError,
-    NonFiniteWarning,
-    NotPositiveDefiniteError,
-    SpaceMismatchError,
-)
+from ..errors import DataError, NonFiniteError, NonFiniteWarning, SpaceMismatchError
 from ..operators import BaseLinearOperator
-from ..operators.averages import extended
-from ..operators.block_diagonal import BlockDiagonalLinearOperator
-from ..operators.diagonal import DiagonalLinearOperator
-from ..operators.eigen_kronecker import EigenKroneckerLinearOperator
 from ..operators.report import Report, Row
-from ..operators.solution import solve
 from ..operators.warn import warn
 from ..quantities import LossLike
-from ..representations import Factored, Implicit, Representation, resolve
-from ..selectors import Selector, space_of
+from ..representations import Factored, Implicit, Representation
+from ..selectors import space_of
 from ..space import canonical_name
 from .curvature import Curvature
 from .exact import exact_curvature
 from .loop import Loop
-from .options import Damping, HessianFree, LevenbergMarquardt
+from .options import Damping, HessianFree
 from .replay import float_math
 from .scores import Scores
+from .setup import checked_damping, first_damping, groups_of, require_options, resolved
+from .solving import Dampings, Solver, Vectors, conjugate_gradients
 
-__all__ = ["CurvatureOptimizer", "Vectors"]
+__all__ = ["CurvatureOptimizer"]
 
-Vectors: TypeAlias = dict[str, Tensor]  # by parameter name
-METHODS = ("exact", "factored")
 VERSION = 1
-
-
-@dataclass(frozen=True)
-class _Inverse:
-    """An inverse, and what it is the inverse of."""
-
-    of: BaseLinearOperator
-    damping: tuple[float, ...]
-    operator: BaseLinearOperator
 
 
 class CurvatureOptimizer(torch.optim.Optimizer):
@@ -93,22 +69,21 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         outputs: Callable[[Any], Tensor] | None,
     ) -> None:
         invert_every = update_every if invert_every is None else invert_every
-        _require_options(factor_decay, update_every, invert_every, warmup, damping_method)
+        require_options(factor_decay, update_every, invert_every, warmup, damping_method)
         self._model = model
         self._rule = damping
-        defaults = {**defaults, "damping": _first_value(damping)}
-        super().__init__(_groups(model, params), defaults)
+        defaults = {**defaults, "damping": first_damping(damping)}
+        super().__init__(groups_of(model, params), defaults)
         names = [name for group in self.param_groups for name in group["param_names"]]
         self._space = space_of(model, names)
         self._parameters = self._space.parameters(model)
         self._dtype = torch.promote_types(self._space.dtype, torch.float32)
         self._update_every, self._invert_every, self._warmup = update_every, invert_every, warmup
-        self._method = damping_method
         self._steps = 0
         self._skipped = torch.zeros((), dtype=torch.int64, device=self._space.device)
         self._warned = 0
         self._loop = Loop(model, self._space, outputs)
-        self._free, stored = _resolved(representation)
+        self._free, stored = resolved(representation)
         self._each_step = isinstance(stored, Factored)
         kinds = [] if self._free is None else ["HessianFree"]
         self._kind = " with ".join([*kinds, *([] if stored is None else [stored.described()])])
@@ -128,7 +103,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         )
         self._exact: BaseLinearOperator | None = None  # of this step's passes, once it is asked for
         self._solution: Tensor | None = None  # where the next iteration starts
-        self._inverse: _Inverse | None = None
+        self._solver = Solver(self._space, damping_method)
         self._prepare()
 
     # --- public ----------------------------------------------------------------------------------
@@ -233,7 +208,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             self._solution = held["solution"].to(device).clone()
         if self._curvature is not None:
             self._curvature.restore(held["statistics"])
-        self._inverse = self._exact = None
+        self._exact = None
+        self._solver.forget()
         self._prepare()
 
     # --- a step ----------------------------------------------------------------------------------
@@ -256,7 +232,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             due = self._steps % self._invert_every == 0 or self._steps < self._warmup
             self._curvature.rebase = due
         if callable(self._rule):
-            value = _damping(self._rule(self._steps))
+            value = checked_damping(self._rule(self._steps))
             for group in self.param_groups:
                 group["damping"] = value
 
@@ -290,10 +266,16 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             self._curvature.finish()
         except NonFiniteError as error:
             reason = str(error)
+        self._report_skipped(reason)
+
+    def _report_skipped(self, reason: str) -> None:
+        """Warn of steps that were left out since the last report."""
         skipped = self.skipped_steps
         if reason or skipped > self._warned:
-            many = f"the gradients of {skipped - self._warned} steps since the last refresh"
-            what = many + " were not finite, and they moved no parameter"
+            what = (
+                f"the gradients of {skipped - self._warned} steps since the last report were not "
+                "finite, and they moved no parameter"
+            )
             if reason:
                 what += f"; the curvature was not refreshed ({reason})"
             message = f"{what}: lower lr, raise damping, or clip gradients"
@@ -318,8 +300,15 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
     def _directions(self, gradients: Vectors) -> Vectors:
         """(F + damping)^-1 g, by parameter; the plain gradient where there is no curvature."""
+        dampings = Dampings.of(self.param_groups)
         if self._free is not None:
-            return self._by_products(gradients)
+            close = None if self._curvature is None else self._curvature.operator
+            g, damping = self._flat(gradients), dampings.vector(self._space, self._dtype)
+            self._solution = conjugate_gradients(
+                self._exact_curvature(), g, damping, self._free, close, self._solution
+            )
+            parts = self._space.unravel(self._solution)
+            return {name: parts[name] for name in gradients}
         F = None if self._curvature is None else self._curvature.solved
         if F is None or F.space is None:  # nothing finite was seen yet
             return {name: torch.zeros_like(g) for name, g in gradients.items()}
@@ -328,74 +317,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         for n, own in inside.items():
             if own not in given:
                 given[own] = torch.zeros_like(self._parameters[n], dtype=self._dtype)
-        solved = self._solve(F, given)
+        solved = self._solver(F, given, dampings)
         return {n: solved[inside[n]] if n in inside else g for n, g in gradients.items()}
-
-    def _solve(self, F: BaseLinearOperator, v: Vectors) -> Vectors:
-        dampings = tuple(float(group["damping"]) for group in self.param_groups)
-        same = len(set(dampings)) == 1
-        if same and dampings[0] > 0 and self._method == "exact" and _shares_decomposition(F):
-            found: Vectors = F.solve(v, damping=dampings[0])
-            return found
-        held = self._inverse
-        if held is None or held.of is not F or held.damping != dampings:
-            damped = F.damped(dampings[0] if same else self._damping_by_name(F), self._method)
-            try:
-                damped.logdet()  # is defined: no eigenvalue is negative
-                inverse = damped.inverse()
-            except NotPositiveDefiniteError as error:
-                raise NotPositiveDefiniteError(
-                    f"the damped curvature is not positive definite ({error}): raise damping"
-                ) from error
-            held = self._inverse = _Inverse(F, dampings, inverse)
-        product: Vectors = held.operator @ v
-        return product
-
-    @property
-    def _damping_of(self) -> dict[str, float]:
-        """The damping of each parameter."""
-        by_name: dict[str, float] = {}
-        for group in self.param_groups:
-            by_name.update(dict.fromkeys(group["param_names"], float(group["damping"])))
-        return by_name
-
-    def _damping_by_name(self, F: BaseLinearOperator) -> dict[Any, float | Tensor]:
-        by_name = self._damping_of
-        for block, names in _blocks_of(F):
-            if len(cut := {by_name[self._space.resolve(name)] for name in names}) > 1:
-                raise DataError(
-                    f"expected one damping in each block, but the groups give {sorted(cut)} to "
-                    f"parts of {block!r}: put its parameters into one group, or give both the same "
-                    "damping"
-                )
-        known = () if F.space is None else F.space.names
-        return {name: by_name[self._space.resolve(name)] for name in known}
-
-    def _by_products(self, gradients: Vectors) -> Vectors:
-        """Conjugate gradients on the exact curvature of this step's passes."""
-        options = self._free
-        if options is None:
-            raise RuntimeError("not Hessian-free")
-        F = self._exact_curvature()
-        g = self._flat(gradients)
-        close = None if self._curvature is None else self._curvature.operator
-        close = None if close is None else extended(close, F.space)  # type: ignore[arg-type]
-        start = None if self._solution is None else options.decay * self._solution
-        with warnings.catch_warnings():  # to be cut off is no surprise here
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            found = solve(
-                F,
-                g,
-                damping=self._damping_vector(),
-                method="cg",
-                tol=options.tol,
-                max_iter=options.max_iter,
-                preconditioner=close,
-                x0=start,
-            )
-        self._solution = found.x
-        parts = self._space.unravel(found.x)
-        return {name: parts[name] for name in gradients}
 
     def _exact_curvature(self) -> BaseLinearOperator:
         self._require_passes()
@@ -405,15 +328,6 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                     self._model, self._space, self._loop.passes, self._scores
                 )
         return self._exact
-
-    def _damping_vector(self) -> float | Tensor:
-        """One number, or one for each parameter (P,)."""
-        by_name = self._damping_of
-        if len(set(by_name.values())) == 1:
-            return next(iter(by_name.values()))
-        like: dict[str, Any] = {"dtype": self._dtype, "device": self._space.device}
-        sizes = zip(self._space.names, self._space.shapes, strict=True)
-        return torch.cat([torch.full((s.numel(),), by_name[n], **like) for n, s in sizes])
 
     def _flat(self, vectors: Vectors) -> Tensor:
         """(P,), zero where there is nothing."""
@@ -431,6 +345,16 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         self._refresh()
         return gradients, finite
 
+    def _left_out(self, finite: Tensor) -> bool:
+        """Whether the passes of this step cannot be run again, since they are not finite.
+
+        Where they are, the device is waited for in any case.
+        """
+        if not self._replays or bool(finite):
+            return False
+        self._report_skipped("")
+        return True
+
     def _end_step(self) -> None:
         self._steps += 1
         self._loop.forget(everything=True)
@@ -438,84 +362,3 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
     def _math(self) -> Any:
         return float_math(self._space.device)
-
-
-def _resolved(
-    representation: str | Representation | Implicit | HessianFree,
-) -> tuple[HessianFree | None, Representation | None]:
-    """Hessian-free options and a representation that is averaged, either or both."""
-    if representation == "kernel":
-        return None, Factored()
-    if isinstance(representation, HessianFree):
-        close = representation.preconditioner
-        kept = None if close is None else resolve(close)
-        if isinstance(kept, (Implicit, Factored)):
-            raise DataError(f"expected a preconditioner that is averaged over steps, got {close!r}")
-        return representation, kept
-    known = resolve(representation)
-    return (HessianFree(), None) if isinstance(known, Implicit) else (None, known)
-
-
-def _groups(model: nn.Module, params: Any) -> list[dict[str, Any]]:
-    """Parameter groups with their names, from selectors."""
-    listed = isinstance(params, Sequence) and not isinstance(params, str)
-    grouped = listed and len(params) > 0 and all(isinstance(each, Mapping) for each in params)
-    groups = list(params) if grouped else [{"params": params}]
-    made = []
-    for group in groups:
-        if "params" not in group:
-            raise DataError(
-                'expected groups {"params": selector, option: value, ...}, got one with '
-                f"{sorted(group)}"
-            )
-        selector: Selector | None = group["params"]
-        space = space_of(model, selector)
-        made.append({**group, "params": list(space.parameters(model).items())})
-    return made
-
-
-def _require_options(
-    factor_decay: float, update_every: int, invert_every: int, warmup: int, method: str
-) -> None:
-    if not 0 <= factor_decay < 1:
-        raise DataError(f"expected a factor_decay from 0 to below 1, got {factor_decay!r}")
-    for name, value, least in (
-        ("update_every", update_every, 1),
-        ("invert_every", invert_every, 1),
-        ("warmup", warmup, 0),
-    ):
-        if not isinstance(value, int) or value < least:
-            raise DataError(f"expected {name} to be an integer of {least} or more, got {value!r}")
-    if method not in METHODS:
-        raise DataError(f"expected damping_method to be one of {list(METHODS)}, got {method!r}")
-
-
-def _first_value(damping: Damping) -> float:
-    if isinstance(damping, LevenbergMarquardt):
-        return damping.initial
-    return _damping(damping(0) if callable(damping) else damping)
-
-
-def _damping(value: Any) -> float:
-    if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise DataError(
-            "expected a damping that is a nonnegative number, a function of the step that returns "
-            f"one, or LevenbergMarquardt(...), got {value!r}"
-        )
-    return float(value)
-
-
-def _shares_decomposition(F: BaseLinearOperator) -> bool:
-    """Whether damping F takes no decomposition, and solving with it no read from the device."""
-    blocks = F.members if isinstance(F, BlockDiagonalLinearOperator) else (F,)
-    kinds = (EigenKroneckerLinearOperator, DiagonalLinearOperator)
-    return all(isinstance(block, kinds) for block in blocks)
-
-
-def _blocks_of(F: BaseLinearOperator) -> list[tuple[str, list[str]]]:
-    """The name of each block, and the parameters in it."""
-    space = F.space
-    if space is None or not isinstance(F, BlockDiagonalLinearOperator):
-        return []
-    starts = {space.slices[name].start: name for name in space.names}
-    return [(name, [starts[piece.start] for piece in layout.pieces]) for name, layout, _ in F.parts]

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from ..errors import DataError
 from ..quantities import LossLike
 from ..representations import Implicit, Representation
-from .base import CurvatureOptimizer, Vectors
+from .base import CurvatureOptimizer
 from .exact import quadratic_step
 from .options import Damping, HessianFree, LevenbergMarquardt
 from .replay import RandomState
+from .solving import Dampings, Vectors
 
 __all__ = ["NaturalGradient"]
 
@@ -185,6 +186,9 @@ class NaturalGradient(CurvatureOptimizer):
                 loss = closure()
         with self._math():
             gradients, finite = self._begin_step()
+            if self._left_out(finite):
+                self._end_step()
+                return loss
             directions = self._directions(gradients)
             before = None
             if adjusts:
@@ -263,7 +267,7 @@ class NaturalGradient(CurvatureOptimizer):
             if "momentum_buffer" in self.state[p] and any(g["momentum"] for g in self.param_groups)
         }
         columns = torch.stack([self._flat(directions), self._flat(last)], -1)
-        damping = torch.as_tensor(self._damping_vector(), dtype=self._dtype).to(columns.device)
+        damping = Dampings.of(self.param_groups).vector(self._space, self._dtype)
         g = self._flat(gradients)
         c = quadratic_step(self._exact_curvature(), g, columns, damping)
         return -c  # the buffers hold what is subtracted

@@ -105,8 +105,9 @@ class Preconditioner(CurvatureOptimizer):
             with torch.enable_grad():
                 loss = closure()
         with self._math():
-            gradients, _ = self._begin_step()
-            for name, direction in self._directions(gradients).items():
+            gradients, finite = self._begin_step()
+            left_out = self._left_out(finite)  # the gradients are zero then
+            for name, direction in (gradients if left_out else self._directions(gradients)).items():
                 grad = self._parameters[name].grad
                 if grad is not None:
                     grad.copy_(direction)

@@ -460,6 +460,25 @@ def test_gradients_that_are_not_finite_change_nothing(representation, refresh, b
         assert caught[0].message.steps == 1
 
 
+@pytest.mark.parametrize("options", [{"representation": "implicit"}, {"lr": None}])
+def test_passes_that_are_not_finite_are_not_run_again(options):
+    model, x, y = problem()
+    optimizer = NaturalGradient(model, likelihood="categorical", damping=0.1, **options)
+    train(optimizer, model, x, y, 2)
+    before = weights(model)
+    backward(optimizer, model, x * float("inf"), y)
+    with pytest.warns(NonFiniteWarning, match="gradients of 1 steps.*lower lr"):
+        optimizer.step()
+    assert torch.equal(weights(model), before)
+    train(optimizer, model, x, y, 1)
+    assert not torch.equal(weights(model), before)
+    preconditioner = Preconditioner(model, "implicit", "categorical")
+    backward(preconditioner, model, x * float("inf"), y)
+    with pytest.warns(NonFiniteWarning, match="gradients of 1 steps"):
+        preconditioner.step()
+    assert not gradient(model).any()
+
+
 def test_a_first_gradient_that_is_not_finite():
     model, x, y = problem()
     optimizer = NaturalGradient(model, "kfac", lr=0.1, estimator="exact")
