@@ -108,11 +108,14 @@ class Sweep(Protocol):
 
     space: ParamSpace
     num_examples: int
-    num_terms: int
     log_likelihood: float | None
     denominator: float  # what sums are divided by: the number of examples, or a loss's own
     dtype: torch.dtype
     center: bool  # whether the mean row is subtracted from every row
+
+    @property
+    def num_terms(self) -> int | None:
+        """How many labels were scored; None where they are not known."""
 
     @property
     def described(self) -> Mapping[str, str | int | None]:

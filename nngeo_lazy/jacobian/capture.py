@@ -79,8 +79,11 @@ class Capture:
         return self._plan.parts
 
     def observed(self, raw: Any, outputs: Tensor, recorder: Recorder) -> Recorded | None:
-        """A pass that somebody else ran under a recorder, None where it does not fit the plan."""
-        record = Pass(raw, outputs, recorder.calls, recorder.formless)
+        """A pass that somebody else ran under a recorder, None where it does not fit the plan.
+
+        It does not hold the outputs' graph, but what lies below.
+        """
+        record = Pass(raw, outputs.detach(), recorder.calls, recorder.formless)
         fits = self._plan is not None and self._plan.fits(record)
         return Recorded(record, self._plan) if fits and self._plan is not None else None
 

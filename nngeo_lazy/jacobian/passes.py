@@ -122,26 +122,28 @@ class Recorded:
         return torch.promote_types(self.record.outputs.dtype, torch.float32)
 
     def chunks(
-        self, directions: Iterator[Tensor], count: int, *, retain: bool = False
+        self, directions: Iterator[Tensor], count: int, *, root: GradientEdge | None = None
     ) -> Iterator[tuple[list[Form | None], bool, bool]]:
         """For each chunk of directions: every part's form (None where unused), first, last.
 
         Args:
             directions: cotangents shaped like the outputs.
             count: how many there are.
-            retain: whether the graph is still needed behind the last; otherwise it is freed.
+            root: where backward passes start, in the place of recorded outputs that have no graph;
+                the graph is then somebody else's, and stays. Otherwise the last one frees it.
         """
         edges = self.edges
         one = sum(self.record.calls[k].shape.numel() for k in self._used) * self.dtype.itemsize
         step = max(1, CHUNK_BYTES // max(1, one))
-        retain = retain or any(rows.way == "masked" for rows in self.plan.general.values())
+        masked = any(rows.way == "masked" for rows in self.plan.general.values())
+        start = self.record.outputs if root is None else root
         done = 0
         while chunk := [d.to(self.record.outputs.dtype) for d in islice(directions, step)]:
             collected = []
             for direction in chunk:
                 done += 1
-                keep = retain or done < count
-                collected.append(gradients_at(self.record.outputs, edges, direction, keep))
+                keep = root is not None or masked or done < count
+                collected.append(gradients_at(start, edges, direction, keep))
             yield self.forms(collected, chunk), done == len(chunk), done == count
 
     @property
@@ -191,9 +193,13 @@ class Recorded:
 
 
 def gradients_at(
-    outputs: Tensor, inputs: Sequence[Any], cotangent: Tensor, retain: bool = True
+    outputs: Tensor | GradientEdge, inputs: Sequence[Any], cotangent: Tensor, retain: bool = True
 ) -> Sequence[Tensor | None]:
     """The gradients of <outputs, cotangent> at tensors or edges, None where they are zero."""
     if not inputs:
         return ()
-    return torch.autograd.grad(outputs, inputs, cotangent, retain_graph=retain, allow_unused=True)
+    roots: Any = (outputs,)
+    found: Sequence[Tensor | None] = torch.autograd.grad(
+        roots, inputs, (cotangent,), retain_graph=retain, allow_unused=True
+    )
+    return found

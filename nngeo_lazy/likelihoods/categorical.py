@@ -125,9 +125,9 @@ class Categorical(Likelihood):
             return None  # smoothed labels may be pushed down
         dim = self._class_dim(outputs, None)
         certain = wide(outputs.detach()).softmax(dim).amax(dim) == 1
-        scored = (gradient != 0).any(dim) | certain
-        labels = torch.where(certain, outputs.argmax(dim), gradient.argmin(dim))
-        labels = labels.masked_fill(~scored, self.ignore_index)
+        pushed = (gradient != 0).any(dim)
+        labels = torch.where(pushed, gradient.argmin(dim), outputs.argmax(dim))
+        labels = labels.masked_fill(~(pushed | certain), self.ignore_index)
         if self.shift:  # what is scored at t is the label at t + shift
             ahead = labels[:, : -self.shift]
             labels = torch.cat(

@@ -68,18 +68,26 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         damping_method: str,
         outputs: Callable[[Any], Tensor] | None,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise DataError(
+                f"expected the model itself, whose passes are watched, got {type(model).__name__}: "
+                "parameters are selected with params="
+            )
         invert_every = update_every if invert_every is None else invert_every
         require_options(factor_decay, update_every, invert_every, warmup, damping_method)
         self._model = model
         self._rule = damping
         defaults = {**defaults, "damping": first_damping(damping)}
-        super().__init__(groups_of(model, params), defaults)
+        groups = groups_of(model, params)
+        self._following = [k for k, group in enumerate(groups) if "damping" not in group]
+        super().__init__(groups, defaults)
         names = [name for group in self.param_groups for name in group["param_names"]]
         self._space = space_of(model, names)
         self._parameters = self._space.parameters(model)
         self._dtype = torch.promote_types(self._space.dtype, torch.float32)
         self._update_every, self._invert_every, self._warmup = update_every, invert_every, warmup
         self._steps = 0
+        self._inverted: int | None = None  # the step of the last decomposition
         self._skipped = torch.zeros((), dtype=torch.int64, device=self._space.device)
         self._warned = 0
         self._loop = Loop(model, self._space, outputs)
@@ -132,8 +140,11 @@ class CurvatureOptimizer(torch.optim.Optimizer):
     def report(self) -> Report:
         """One row for each parameter: its block, or why it takes the plain gradient."""
         rows = {row.parameter: row for row in self.operator.report()}
-        for name, note in self._loop.plain.items():
-            if name not in rows:
+        plain = {**self._loop.plain}
+        for name in self._loop.independent or ():
+            plain.setdefault(name, "the outputs do not depend on it")
+        for name, note in plain.items():
+            if name not in rows or self._free is not None:
                 size = self._space.slices[name].stop - self._space.slices[name].start
                 owner = self._space.owner(name)
                 rows[name] = Row(name, owner, "", "none: plain gradient", size, 0, note)
@@ -143,8 +154,6 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         """Reset all gradients, and forget what their passes told of the curvature."""
         super().zero_grad(set_to_none)
         self._loop.forget()
-        if self._curvature is not None:
-            self._curvature.drop()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused behind the start: the curvature is one of fixed parameters."""
@@ -165,6 +174,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             "representation": self._kind,
             "parameters": {n: list(p.shape) for n, p in self._parameters.items()},
             "steps": self._steps,
+            "inverted": self._inverted,
             "skipped": self._skipped.clone(),
             "warned": self._warned,
             "solution": None if self._solution is None else self._solution.clone(),
@@ -201,7 +211,9 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             )
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "curvature"})
         device = self._space.device
+        self._restore_buffers(state_dict["state"])
         self._steps, self._warned = int(held["steps"]), int(held["warned"])
+        self._inverted = held["inverted"]
         self._skipped = held["skipped"].to(device).clone()
         self._solution = None
         if held["solution"] is not None:
@@ -212,12 +224,28 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         self._solver.forget()
         self._prepare()
 
+    def _restore_buffers(self, states: Mapping[Any, Mapping[str, Any]]) -> None:
+        """The buffers in their own dtype: torch casts them to that of the parameters."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for k, state in states.items():
+            for name, value in state.items():
+                if isinstance(value, Tensor):
+                    self.state[parameters[k]][name] = value.to(self._space.device).clone()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        raise DataError(
+            "an optimizer watches one model and cannot be copied: make a new one for the copy of "
+            "the model, and load this one's state_dict() into it"
+        )
+
     # --- a step ----------------------------------------------------------------------------------
 
     @property
     def _refreshing(self) -> bool:
+        if self._curvature is None:
+            return False
         due = self._steps % self._update_every == 0 or self._steps < self._warmup
-        return self._curvature is not None and (due or self._each_step)
+        return due or self._each_step or self._curvature.solved is None
 
     @property
     def _replays(self) -> bool:
@@ -229,12 +257,16 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         self._loop.recording, self._loop.replaying = self._refreshing, self._replays
         self._loop.hooks.uncompiled(self._refreshing or self._replays)
         if self._curvature is not None:
-            due = self._steps % self._invert_every == 0 or self._steps < self._warmup
-            self._curvature.rebase = due
+            last, now, every = self._inverted, self._steps, self._invert_every
+            due = last is None or now // every > last // every
+            self._curvature.rebase = due or now < self._warmup
         if callable(self._rule):
-            value = checked_damping(self._rule(self._steps))
-            for group in self.param_groups:
-                group["damping"] = value
+            self._follow(checked_damping(self._rule(self._steps)))
+
+    def _follow(self, damping: float) -> None:
+        """The damping of all groups that have none of their own."""
+        for k in self._following:
+            self.param_groups[k]["damping"] = damping
 
     def _gradients(self) -> tuple[Vectors, Tensor]:
         """The gradients, zero where there is none or where one is not finite; and whether all are.
@@ -264,6 +296,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         reason = ""
         try:
             self._curvature.finish()
+            if self._curvature.rebase:
+                self._inverted = self._steps
         except NonFiniteError as error:
             reason = str(error)
         self._report_skipped(reason)
@@ -283,14 +317,14 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             self._warned = skipped
 
     def _require_passes(self) -> None:
-        self._loop.require_same_parameters()
         if self._loop.passes:
             return
         if self._loop.seen:
             raise DataError(
                 "expected a loss that is made from the outputs of the model's last forward pass, "
-                "but none of them got a gradient: call loss.backward() on it (not detached), and "
-                "make the loss from what the model itself returns"
+                "but none of them got a gradient: call loss.backward() on it (not detached), make "
+                "the loss from what the model itself returns, and let outputs= pick a tensor of it "
+                "rather than make one"
             )
         raise DataError(
             "expected a forward pass of the model in training mode since the last step, but saw "
@@ -302,13 +336,18 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         """(F + damping)^-1 g, by parameter; the plain gradient where there is no curvature."""
         dampings = Dampings.of(self.param_groups)
         if self._free is not None:
-            close = None if self._curvature is None else self._curvature.operator
-            g, damping = self._flat(gradients), dampings.vector(self._space, self._dtype)
+            plain = self._loop.independent or set()
+            g = self._flat({name: v for name, v in gradients.items() if name not in plain})
             self._solution = conjugate_gradients(
-                self._exact_curvature(), g, damping, self._free, close, self._solution
+                self._exact_curvature(),
+                g,
+                dampings.vector(self._space, self._dtype),
+                self._free,
+                None if self._curvature is None else self._curvature.operator,
+                self._solution,
             )
             parts = self._space.unravel(self._solution)
-            return {name: parts[name] for name in gradients}
+            return {name: v if name in plain else parts[name] for name, v in gradients.items()}
         F = None if self._curvature is None else self._curvature.solved
         if F is None or F.space is None:  # nothing finite was seen yet
             return {name: torch.zeros_like(g) for name, g in gradients.items()}
@@ -339,9 +378,9 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         return self._space.ravel({**zeros, **vectors})
 
     def _begin_step(self) -> tuple[Vectors, Tensor]:
+        self._loop.require_same_parameters()
         gradients, finite = self._gradients()
-        if self._replays:
-            self._exact = None
+        self._exact = None
         self._refresh()
         return gradients, finite
 
@@ -357,7 +396,9 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
     def _end_step(self) -> None:
         self._steps += 1
-        self._loop.forget(everything=True)
+        self._loop.forget()
+        if self._free is None:
+            self._exact = None  # it holds the batches
         self._prepare()
 
     def _math(self) -> Any:

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
-from ..errors import NonFiniteError
+from ..errors import DataError, NonFiniteError
 from ..jacobian.capture import Recorded
 from ..operators import BaseLinearOperator
 from ..quantities import LossLike
@@ -57,7 +58,8 @@ class Curvature:
         self._generator = torch.Generator(device=loop.space.device).manual_seed(drawn)
         self._begun: tuple[StepSweep, Forms] | None = None
         self._denominators: list[Tensor | int] = []
-        self._terms: list[Tensor | int] = []
+        self._terms: list[Tensor | int | None] = []
+        self._bad = False
         loop.scorer = self
 
     @property
@@ -70,24 +72,43 @@ class Curvature:
         """What is solved with: the average as it was last decomposed."""
         return self._running.solved
 
-    def arrived(self, passed: Passed, recorded: Recorded) -> None:
+    def arrived(self, passed: Passed, recorded: Recorded, root: GradientEdge) -> None:
         """A pass of the loop was differentiated: add its statistics."""
         gradient, outputs = passed.gradient, passed.outputs
-        if gradient is None or not bool(gradient.isfinite().all() & outputs.isfinite().all()):
-            passed.recorded = None  # a refresh may wait for the device, and reports it
+        if gradient is None or not bool(gradient.isfinite().all()):  # a refresh may wait for it
+            self._bad = True
             return
         target = self.scores.target(outputs, gradient)
         denominator = self.scores.denominator(outputs, target)
+        terms = self.scores.num_terms(outputs, target)
         _, forms = self._begin(recorded)
         self._denominators.append(denominator)
+        self._terms.append(terms)
         if self.empirical:
-            return  # the gradients at the layers are still to come
+            passed.recorded = recorded  # the gradients at the layers are still to come
+            return
         quantity = self.scores.quantity(outputs, target)
-        self._terms.append(quantity.num_terms(outputs, target))
         directions = quantity.directions(outputs, target, self._generator)
         count = quantity.count(outputs, target)
-        for chunk in recorded.chunks(directions, count, retain=True):
+        for chunk in recorded.chunks(directions, count, root=root):
             forms.update(*chunk)
+
+    def arrived_again(self, passed: Passed, gradient: Tensor) -> None:
+        """Another loss of the same outputs: it must not score what the first one masked."""
+        if self.empirical or passed.gradient is None or self._begun is None:
+            return
+        first = self.scores.num_terms(passed.outputs, self._target(passed, -gradient))
+        both = self.scores.num_terms(passed.outputs, self._target(passed))
+        if first is not None and both is not None and int(both) > int(first):
+            raise DataError(
+                "expected one loss for all outputs of a forward pass, but a second backward pass "
+                "brought gradients to outputs that had none in the first: add the losses before "
+                "backward(), or call the model once for each"
+            )
+
+    def _target(self, passed: Passed, more: Tensor | float = 0.0) -> Tensor | None:
+        total = passed.gradient
+        return None if total is None else self.scores.target(passed.outputs, total + more)
 
     def finish(self) -> None:
         """Take the step's statistics into the average.
@@ -96,13 +117,19 @@ class Curvature:
             NonFiniteError: a pass, or a statistic, was not finite; the average is what it was.
         """
         examples = sum(p.outputs.shape[0] for p in self._loop.passes)
-        begun, self._begun = self._begun, None
-        denominators, self._denominators = self._denominators, []
-        terms, self._terms = self._terms, []
-        if begun is None or len(denominators) < len(self._loop.passes):
-            raise NonFiniteError("the outputs, or the gradient of the loss there, are not finite")
+        begun, denominators, terms, bad = self._begun, self._denominators, self._terms, self._bad
+        self.drop()
+        if bad:
+            raise NonFiniteError("the gradient of the loss at the outputs is not finite")
+        if begun is None:
+            raise DataError(
+                "expected passes that no step has taken yet: after a step that raised, run the "
+                "model and loss.backward() again"
+            )
         sweep, forms = begun
-        sweep.num_examples, sweep.num_terms = examples, int(sum(terms))
+        known = [int(each) for each in terms if each is not None]
+        sweep.num_examples = examples
+        sweep.num_terms = sum(known) if len(known) == len(terms) else None
         total = self.scores.total(float(sum(denominators)))
         sweep.denominator = total
         if self.empirical:
@@ -114,7 +141,7 @@ class Curvature:
 
     def drop(self) -> None:
         """Forget what the present step has brought so far."""
-        self._begun, self._denominators, self._terms = None, [], []
+        self._begun, self._denominators, self._terms, self._bad = None, [], [], False
 
     def _begin(self, recorded: Recorded) -> tuple[StepSweep, Forms]:
         if self._begun is None:

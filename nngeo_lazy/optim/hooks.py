@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -41,6 +43,7 @@ class Hooks:
         self._watcher = weakref.ref(watcher)
         self._paused = 0
         self._depth = 0  # of the passes inside of one that is seen, and itself
+        self._frame: FrameType | None = None  # of torch's call of the model
         self._compiled: Any = None
         for handle in (
             model.register_forward_pre_hook(_Before(self), with_kwargs=True),
@@ -75,11 +78,14 @@ class Hooks:
         watcher = self._watcher()
         if watcher is None or self._paused or module is not self._model():
             return
+        if self._depth and not _running(self._frame):  # it was interrupted
+            self._depth, self._frame = 0, None
+            watcher.end(None)
         if self._depth:  # another watcher tries the model out
             self._depth += 1
         elif module.training and torch.is_grad_enabled():
             watcher.begin(args, kwargs)
-            self._depth = 1
+            self._depth, self._frame = 1, sys._getframe(2)
 
     def after(self, module: nn.Module, result: Any) -> None:
         """A forward pass ends."""
@@ -88,7 +94,16 @@ class Hooks:
             return
         self._depth -= 1
         if not self._depth:
+            self._frame = None
             watcher.end(result)
+
+
+def _running(frame: FrameType | None) -> bool:
+    """Whether a frame is one of those that led here."""
+    here: FrameType | None = sys._getframe(1)
+    while here is not None and here is not frame:
+        here = here.f_back
+    return here is not None
 
 
 class _Hook:

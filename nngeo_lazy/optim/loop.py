@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,10 +10,12 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ..data import outputs_of
 from ..errors import DataError, SpaceMismatchError, UnsupportedLayerError
 from ..jacobian.capture import Capture, Recorded
+from ..jacobian.passes import gradients_at
 from ..jacobian.plan import Part
 from ..jacobian.record import Recorder, in_build, plain_functions, recording
 from ..jacobian.registry import whole_modules
@@ -25,7 +26,6 @@ from .replay import Replay, float_math
 __all__ = ["Loop", "Passed", "Scorer"]
 
 Outputs = Callable[[Any], Tensor]
-_KEYS = itertools.count()  # of passes
 _SCORED: set[int] = set()  # where outputs lie whose hooks a backward pass of a scorer comes by
 
 
@@ -36,8 +36,14 @@ class Scorer(Protocol):
     def empirical(self) -> bool:
         """Whether it takes the loop's own gradients at the layers."""
 
-    def arrived(self, passed: Passed, recorded: Recorded) -> None:
-        """The gradient at the outputs arrived; the graph below them is still whole."""
+    def arrived(self, passed: Passed, recorded: Recorded, root: GradientEdge) -> None:
+        """The gradient at the outputs, the root, arrived; the graph below is still whole."""
+
+    def arrived_again(self, passed: Passed, gradient: Tensor) -> None:
+        """That of another loss arrived; the pass has the sum of both."""
+
+    def drop(self) -> None:
+        """Forget what has arrived since the last step."""
 
 
 @dataclass
@@ -48,8 +54,9 @@ class Passed:
         outputs: (N, ...), detached.
         replay: how to run it again, where that may be needed.
         gradient: of the loop's loss at the outputs.
-        recorded: its layers, where the loop's own gradients at them are wanted.
+        recorded: its layers, while the loop's own gradients at them are collected.
         at_layers: those gradients, by the index of the recorded edge.
+        counts: whether the backward pass that runs is the loop's.
     """
 
     outputs: Tensor
@@ -57,6 +64,7 @@ class Passed:
     gradient: Tensor | None = None
     recorded: Recorded | None = None
     at_layers: dict[int, Tensor] = field(default_factory=dict)
+    counts: bool = False
 
 
 class _Running(NamedTuple):
@@ -83,6 +91,8 @@ class Loop:
     Attributes:
         space: the parameters that have a form; all of them until the first recorded pass.
         plain: the others, and why.
+        independent: the parameters that the outputs do not depend on; known where passes are kept
+            to be run again.
         scorer: what recorded passes are for.
         recording: whether the layers of the next passes are to be recorded.
         replaying: whether the next passes are to be run again.
@@ -94,6 +104,7 @@ class Loop:
         self.model, self.space = model, space
         self.plain: dict[str, str] = {}
         self.scorer: Scorer | None = None
+        self.independent: set[str] | None = None
         self.recording = self.replaying = False
         self.passes: list[Passed] = []
         self.seen = 0
@@ -101,7 +112,6 @@ class Loop:
         self._parameters = space.parameters(model)
         self._capture: Capture | None = None
         self._running: _Running | None = None
-        self._waiting: dict[int, tuple[Passed, Recorded | None, int]] = {}  # for their gradients
         self.hooks = Hooks(model, self)
 
     @property
@@ -109,16 +119,20 @@ class Loop:
         """The parameters by form; known after the first recorded pass."""
         return () if self._capture is None else self._capture.parts
 
-    def forget(self, everything: bool = False) -> None:
-        """Drop the passes whose loss was differentiated, or those that still may be, too."""
-        kept = {} if everything else self._waiting
-        self._waiting = {k: each for k, each in kept.items() if each[0].gradient is None}
-        self.passes, self.seen = [], len(self._waiting)
+    def forget(self) -> None:
+        """Drop the passes whose loss was differentiated; others may still be."""
+        for passed in self.passes:
+            passed.recorded, passed.counts = None, False
+        self.passes, self.seen = [], 0
+        if self.scorer is not None:
+            self.scorer.drop()
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A pass starts: record it, or keep what is needed to run it again."""
-        if in_build() or self._others():
+        if in_build() or _in_functorch() or self._others():
             return  # of FIM and the like, or a functional call with other parameters
+        if self.passes and all(p.grad is None for p in self._parameters.values()):
+            self.forget()  # model.zero_grad()
         replay = None
         if self.replaying:
             replay = Replay.of(args, kwargs, self.space, self._outputs, self.hooks)
@@ -145,48 +159,68 @@ class Loop:
             return
         self.seen += 1
         recorded = None if recorder is None else self._recorded(raw, outputs, recorder)
+        if replay is not None and self.independent is None:
+            self.independent = self._without_influence(outputs)
         self._wait(outputs, Passed(outputs.detach(), replay), recorded)
 
-    def _wait(self, outputs: Tensor, passed: Passed, recorded: Recorded | None) -> None:
-        """Hooks know a number and no pass: what holds a graph must not hang on that graph."""
-        key = next(_KEYS)
-        self._waiting[key] = passed, recorded, outputs._version
-        outputs.register_hook(_Arrival(weakref.ref(self), key))
-        if recorded is not None and self.scorer is not None and self.scorer.empirical:
-            passed.recorded = recorded
-            for k, edge in enumerate(recorded.edges):
-                edge.node.register_prehook(_AtLayer(weakref.ref(self), key, k, edge.output_nr))
+    def _without_influence(self, outputs: Tensor) -> set[str]:
+        """The parameters that the outputs do not depend on: heads of other losses."""
+        cotangent = torch.zeros_like(outputs)
+        found = gradients_at(outputs, list(self._parameters.values()), cotangent)
+        return {name for name, g in zip(self._parameters, found, strict=True) if g is None}
 
-    def arrived(self, key: int, gradient: Tensor) -> None:
+    def _wait(self, outputs: Tensor, passed: Passed, recorded: Recorded | None) -> None:
+        """Hooks hold what lies below them, and nothing that holds them: graphs end as ever."""
+        arrival = _Arrival(weakref.ref(self), passed, recorded, outputs._version, outputs.output_nr)
+        outputs.register_hook(arrival)
+        if recorded is not None and self.scorer is not None and self.scorer.empirical:
+            for k, edge in enumerate(recorded.edges):
+                edge.node.register_prehook(_AtLayer(passed, k, edge.output_nr))
+
+    def arrived(self, arrival: _Arrival, gradient: Tensor) -> None:
         """The gradient at the outputs of a pass arrived."""
-        passed, recorded, version = self._waiting.get(key, (None, None, 0))
-        if passed is None or passed.gradient is not None:
-            return
+        passed, recorded = arrival.passed, arrival.recorded
         where = passed.outputs.data_ptr()
-        if where in _SCORED:
+        if where in _SCORED or not self._reaches_parameters():
             return
-        if passed.outputs._version != version:
+        if passed.outputs._version != arrival.version:
             raise DataError(
                 "expected the model's outputs as it returned them, but they were modified in place "
                 "since: write outputs = outputs * c in the place of outputs *= c"
             )
-        passed.gradient = gradient.detach()
-        self.passes.append(passed)
-        if recorded is not None and self.scorer is not None:
-            _SCORED.add(where)
-            try:
-                with torch.enable_grad(), float_math(gradient.device):
-                    self.scorer.arrived(passed, recorded)
-            finally:
-                _SCORED.remove(where)
-        self._waiting[key] = passed, None, version
+        before, gradient = passed.gradient, gradient.detach()
+        again = before is not None
+        passed.counts = True
+        passed.gradient = gradient if before is None else before + gradient
+        if not again:
+            self.passes.append(passed)
+        if self.scorer is None or (recorded is None and not again):
+            return
+        root = GradientEdge(torch._C._current_autograd_node(), arrival.output)
+        _SCORED.add(where)
+        try:
+            with torch.enable_grad(), float_math(gradient.device):
+                if recorded is not None:
+                    arrival.recorded = None
+                    self.scorer.arrived(passed, recorded, root)
+                else:
+                    self.scorer.arrived_again(passed, gradient)
+        finally:
+            _SCORED.remove(where)
 
-    def at_layer(self, key: int, k: int, gradient: Tensor) -> None:
-        """The loop's gradient at a recorded edge of a pass arrived."""
-        passed = self._waiting.get(key, (None,))[0]
-        if passed is not None:
-            before = passed.at_layers.get(k)
-            passed.at_layers[k] = gradient if before is None else before + gradient
+    def _reaches_parameters(self) -> bool:
+        """Whether the backward pass that runs brings gradients to parameters.
+
+        One that only asks for those of inputs (an adversarial example, a penalty) is no step's.
+        """
+        for p in self._parameters.values():
+            if p.requires_grad:
+                try:
+                    if torch._C._will_engine_execute_node(get_gradient_edge(p).node):
+                        return True
+                except RuntimeError:  # autograd.grad(loss, parameters)
+                    return True
+        return False
 
     # --- plans -----------------------------------------------------------------------------------
 
@@ -195,12 +229,15 @@ class Loop:
         while True:
             capture = Capture(self.model, self.space, self._forward)
             parts = self._prove(capture, raw)
-            general = {name: p.note for p in parts if p.kind == "general" for name in p.names}
-            if not general:
+            out = [part for part in parts if part.kind in ("general", "unused")]
+            if not out:
                 return capture
-            self.plain.update(general)
-            kept = [name for name in self.space.names if name not in general]
-            if all(part.kind in ("general", "unused") for part in parts):
+            for part in out:
+                unused = "the outputs do not depend on it"
+                note = unused if part.kind == "unused" else part.note
+                self.plain.update(dict.fromkeys(part.names, note))
+            kept = [name for name in self.space.names if name not in self.plain]
+            if not kept:
                 raise UnsupportedLayerError(
                     f"found no form for any of the parameters {list(self.space.names)}: take "
                     "representation='implicit', or tell how their layers are differentiated with "
@@ -216,6 +253,12 @@ class Loop:
             self._prove(self._capture, raw)
             recorded = self._capture.observed(raw, outputs, recorder)
         if recorded is None:
+            frozen = [n for n in self.space.names if not self._parameters[n].requires_grad]
+            if frozen:
+                raise DataError(
+                    f"expected the parameters {frozen[:3]} to be trained as when the optimizer was "
+                    "made, but they were frozen since: make a new optimizer"
+                )
             raise UnsupportedLayerError(
                 "expected a forward pass in training mode to call the layers that it calls in "
                 "evaluation mode, where their forms are proved, but it calls "
@@ -252,36 +295,45 @@ class Loop:
         return [name for name, p in self._parameters.items() if now.get(name) is not p]
 
 
+def _in_functorch() -> bool:
+    """Whether a transform of torch.func runs."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def _default_outputs(result: Any) -> Tensor:
     return outputs_of(result, "pass outputs=lambda result: ..., which picks them")
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Arrival:
     """A hook at the outputs of a pass."""
 
     loop: weakref.ref[Loop]
-    key: int
+    passed: Passed
+    recorded: Recorded | None
+    version: int
+    output: int
 
     def __call__(self, gradient: Tensor) -> None:
         loop = self.loop()
         if loop is not None:
-            loop.arrived(self.key, gradient)
+            loop.arrived(self, gradient)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _AtLayer:
     """A hook at one output of a node of the graph."""
 
-    loop: weakref.ref[Loop]
-    key: int
+    passed: Passed
     edge: int
     output: int
 
     def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
-        loop, gradient = self.loop(), gradients[self.output]
-        if loop is not None and gradient is not None:
-            loop.at_layer(self.key, self.edge, gradient)
+        gradient, passed = gradients[self.output], self.passed
+        if gradient is None or not passed.counts or passed.outputs.data_ptr() in _SCORED:
+            return
+        before = passed.at_layers.get(self.edge)
+        passed.at_layers[self.edge] = gradient if before is None else before + gradient
 
 
 @contextmanager

@@ -39,11 +39,14 @@ class NaturalGradient(CurvatureOptimizer):
     F is scaled as by `FIM`, a mean over examples of a loss that sums over positions; a torch.nn
     loss module as likelihood keeps its own reduction. g is the loop's gradient as it stands, so
     that clipping and accumulation work as ever: what is accumulated counts as the mean over all
-    examples since the last step. Labels are not seen, and masks are read off the gradient.
+    examples since the last step. Labels are not seen: masks of a categorical likelihood are read
+    off the gradient. "empirical" takes gradients as they come, so that a loss that a `GradScaler`
+    scales wants "mc".
 
     Batch normalisation and dropout may train: batch statistics count as constants, and layers'
     forms are proved in evaluation mode, once. What has no Kronecker form takes its diagonal, and
-    what has no form at all the plain gradient; `report()` says which. Non-finite gradients change
+    what has no form at all, or does not touch the outputs, the plain gradient; `report()` says
+    which. Non-finite gradients change
     nothing: they are counted on the device (`skipped_steps`), with a `NonFiniteWarning` at the next
     refresh.
 
@@ -62,7 +65,7 @@ class NaturalGradient(CurvatureOptimizer):
         momentum: mu.
         weight_decay: wd, decoupled from the gradient.
         damping: lambda; a function of the number of the step; or `LevenbergMarquardt(...)`, which
-            needs `step(closure)`.
+            needs `step(closure)`. A group's own damping stays what it is.
         estimator: "mc", "empirical" or "exact" (a backward pass for each output direction); it does
             not matter to "implicit", which is exact.
         seed: of label draws; by default from torch's generator.
@@ -135,6 +138,11 @@ class NaturalGradient(CurvatureOptimizer):
         ):
             if not 0 <= value < most:
                 raise DataError(f"expected {name} from 0 to below {most:g}, got {value!r}")
+        if lr is None and kl_clip is not None:
+            raise DataError(
+                "kl_clip scales steps, and lr=None takes those of the quadratic model as they are: "
+                "leave one of the two out"
+            )
         self._by_model = lr is None
         self._kl_clip = kl_clip
         defaults = {
@@ -221,14 +229,15 @@ class NaturalGradient(CurvatureOptimizer):
             lr, decay = group["lr"], group["weight_decay"]
             weights: list[Tensor] = [self._parameters[name] for name in names]
             steps = [directions[name].to(self._dtype) for name in names]
-            momentum = group["momentum"] if factors is None else factors[1]
+            momentum = group["momentum"]
             if scale is not None:
                 steps = list(torch._foreach_mul(steps, scale))
             if factors is not None:
                 steps = list(torch._foreach_mul(steps, factors[0]))
+                decay, momentum = decay * factors[0], factors[1] if momentum else 0.0
             if factors is not None or momentum:
                 steps = self._with_momentum(names, steps, momentum, moved)
-            if decay:
+            if group["weight_decay"]:
                 torch._foreach_mul_(weights, (1 - lr * decay * moved).to(weights[0].dtype))
             change = [each.to(weights[0].dtype) for each in torch._foreach_mul(steps, moved * lr)]
             torch._foreach_sub_(weights, change)
@@ -262,9 +271,10 @@ class NaturalGradient(CurvatureOptimizer):
     def _from_model(self, gradients: Vectors, directions: Vectors) -> Tensor:
         """The factors of the direction and of the last step, which minimise the quadratic model."""
         last = {
-            name: self.state[p]["momentum_buffer"]
-            for name, p in self._parameters.items()
-            if "momentum_buffer" in self.state[p] and any(g["momentum"] for g in self.param_groups)
+            name: self.state[self._parameters[name]]["momentum_buffer"]
+            for group in self.param_groups
+            for name in group["param_names"]
+            if group["momentum"] and "momentum_buffer" in self.state[self._parameters[name]]
         }
         columns = torch.stack([self._flat(directions), self._flat(last)], -1)
         damping = Dampings.of(self.param_groups).vector(self._space, self._dtype)
@@ -290,9 +300,9 @@ class NaturalGradient(CurvatureOptimizer):
         model = self._flat(gradients) @ delta + self._exact_curvature().vTMv(delta) / 2
         predicted = float(model)
         ratio = (after - loss) / predicted if predicted else math.nan
-        damping = rule.adjusted(float(self.param_groups[0]["damping"]), ratio)
-        for group in self.param_groups:
-            group["damping"] = damping
+        if self._following:
+            first = self.param_groups[self._following[0]]
+            self._follow(rule.adjusted(float(first["damping"]), ratio))
 
     def _evaluated(self, closure: Closure, random: RandomState) -> float:
         """The loss at the new parameters, with the random numbers of the first evaluation.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..errors import DataError
 from ..space import ParamSpace
 from .hooks import Hooks
 
@@ -58,6 +59,8 @@ class Replay:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     random: RandomState
+    versions: tuple[int, ...]
+    parameter: str
     dtype: torch.dtype
     autocast: torch.dtype | None
     outputs: Callable[[Any], Tensor]
@@ -76,10 +79,19 @@ class Replay:
         kind = space.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         random = RandomState.now(space.device)
-        return cls(args, kwargs, random, space.dtype, autocast, outputs, hooks)
+        versions = tuple(x._version for x in _tensors(args, kwargs))
+        return cls(
+            args, kwargs, random, versions, space.names[0], space.dtype, autocast, outputs, hooks
+        )
 
     def __call__(self, model: nn.Module) -> Tensor:
         """The outputs, of the model with whatever parameters it has now, in their dtype."""
+        if self.versions != tuple(x._version for x in _tensors(self.args, self.kwargs)):
+            raise DataError(
+                "expected the inputs of each forward pass to stay as they are until the step, "
+                "which runs the pass again, but they were written to in place: give every batch a "
+                "tensor of its own"
+            )
         args, kwargs = pytree.tree_map_only(Tensor, self._cast(model), (self.args, self.kwargs))
         enabled = self.autocast is not None
         autocast = torch.autocast(self.random.device.type, dtype=self.autocast, enabled=enabled)
@@ -88,5 +100,12 @@ class Replay:
             return self.outputs(model(*args, **kwargs))
 
     def _cast(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
-        now = next(model.parameters()).dtype
+        path, _, name = self.parameter.rpartition(".")
+        now = getattr(model.get_submodule(path), name).dtype
         return lambda x: x.to(now) if x.dtype == self.dtype else x
+
+
+def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors among the arguments that count what is written to them."""
+    leaves = pytree.tree_leaves((args, kwargs))
+    return [x for x in leaves if isinstance(x, Tensor) and not x.is_inference()]

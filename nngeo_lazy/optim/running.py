@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..errors import DataError, NonFiniteError, SpaceMismatchError
+from ..errors import DataError, SpaceMismatchError
 from ..jacobian.plan import Part
 from ..operators import BaseLinearOperator, load
 from ..operators.averages import averaged, decomposed, rebased, require_semidefinite
@@ -39,7 +39,7 @@ class StepSweep:
     dtype: torch.dtype
     described: Mapping[str, str | int | None]
     num_examples: int = 0
-    num_terms: int = 0
+    num_terms: int | None = None
     denominator: float = 0.0
     log_likelihood: float | None = None
     center: bool = False
@@ -114,24 +114,20 @@ class Running:
         Raises:
             NonFiniteError: they overflowed; the average is what it was.
         """
-        self._count += 1
-        weight = (1 - self._decay) / (1 - self._decay**self._count)
-        weight = 1.0 if self._once else weight
-        try:
-            fresh = [_finished(each, recipe, sweep) for each, recipe in self._recipes]
-            factors, operator = None, self.operator
-            if self._eigen:
-                factors = averaged(self._factors, fresh[0], weight)
-                if len(fresh) == 1:  # in a new basis
-                    basis = EKFAC(basis=factors)
-                    recipe = basis.recipe(sweep, range(len(sweep.parts)))
-                    replay(next(recipe))
-                    fresh.append(_finished(basis, recipe, sweep))
-                    operator = None if operator is None else rebased(operator, factors)
-            operator = averaged(None if self._once else operator, fresh[-1], weight)
-        except NonFiniteError:
-            self._count -= 1
-            raise
+        count = self._count + 1
+        weight = 1.0 if self._once else (1 - self._decay) / (1 - self._decay**count)
+        fresh = [_finished(each, recipe, sweep) for each, recipe in self._recipes]
+        factors, operator = None, self.operator
+        if self._eigen:
+            factors = averaged(self._factors, fresh[0], weight)
+            if len(fresh) == 1:  # in a new basis
+                basis = EKFAC(basis=factors)
+                recipe = basis.recipe(sweep, range(len(sweep.parts)))
+                replay(next(recipe))
+                fresh.append(_finished(basis, recipe, sweep))
+                operator = None if operator is None else rebased(operator, factors)
+        operator = averaged(None if self._once else operator, fresh[-1], weight)
+        self._count = count
         self.operator, self._factors = operator, factors
         if rebase or self._free or self.solved is None:
             self.solved = operator if self._whole else decomposed(operator)

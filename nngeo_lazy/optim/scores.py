@@ -99,6 +99,10 @@ class Scores:
             )
         return quantity
 
+    def num_terms(self, outputs: Tensor, target: Tensor | None) -> Tensor | int | None:
+        """How many labels a pass scores; None where the likelihood is not known."""
+        return None if self._known is None else self._known.num_terms(outputs, target)
+
     def denominator(self, outputs: Tensor, target: Tensor | None) -> Tensor | int:
         """A pass's part of what the loss is a mean over."""
         if self._reduction is None:
@@ -111,7 +115,7 @@ class Scores:
 
     def _resolve(self, outputs: Tensor, gradient: Tensor, exact: bool) -> None:
         given = self._given
-        if self.estimator == "empirical" and not exact and not isinstance(given, nn.Module):
+        if self.estimator == "empirical" and not exact and given is None:
             return  # the loop's own gradient, of a mean over examples
         if isinstance(given, nn.Module):
             known, self._reduction = resolve_loss(given, outputs, None)
@@ -141,7 +145,7 @@ def _categorical(given: Likelihood | None, outputs: Tensor, gradient: Tensor) ->
         return given
     start = Categorical() if given is None else given
     for dim in dict.fromkeys((outputs.dim() - 1, 1)):
-        if outputs.dim() < 2 or outputs.shape[dim] < 2:
+        if outputs.dim() < 2 or outputs.shape[dim] < 2 or not bool(gradient.any()):
             continue
         candidate: Likelihood = replace(start, class_dim=dim)  # type: ignore[type-var]
         labels = candidate.target_of(outputs, gradient)
@@ -153,7 +157,7 @@ def _categorical(given: Likelihood | None, outputs: Tensor, gradient: Tensor) ->
             return candidate
     raise DataError(
         f"cannot tell the likelihood from outputs {tuple(outputs.shape)} and the gradient of the "
-        "loss, which is that of no softmax cross-entropy with equal weights: pass likelihood= with "
-        f"one of {sorted(NAMES)}, an object such as nngeo_lazy.likelihoods.Categorical("
-        "class_dim=1), or the torch.nn loss module"
+        "loss, which is that of no softmax cross-entropy with equal weights, or zero: pass "
+        f"likelihood= with one of {sorted(NAMES)}, an object such as "
+        "nngeo_lazy.likelihoods.Categorical(class_dim=1), or the torch.nn loss module"
     )

@@ -102,14 +102,14 @@ def test_outputs_that_are_no_tensor():
     optimizer.step()
 
 
-def test_layers_that_are_called_in_training_only():
+def test_layers_that_are_called_otherwise_in_training():
     class M(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 3)
+            self.a = nn.Linear(4, 3)
 
         def forward(self, x):
-            return self.a(x) + (self.b(x) if self.training else 0)
+            return self.a(x) + (self.a(x) if self.training else 0)
 
     torch.manual_seed(0)
     model, x = M(), torch.randn(5, 4)
@@ -119,6 +119,60 @@ def test_layers_that_are_called_in_training_only():
     model = M()
     optimizer = NaturalGradient(model, "implicit", lr=0.1)
     train(optimizer, model, x, torch.randint(3, (5,)), 2)
+
+
+def test_parameters_that_are_frozen_on_the_way():
+    model, x, y = problem()
+    optimizer = NaturalGradient(model, "kfac", update_every=1)
+    train(optimizer, model, x, y, 1)
+    model[0].requires_grad_(False)
+    with pytest.raises(DataError, match=r"\['0.weight', '0.bias'\].*frozen since: make a new opti"):
+        model(x)
+
+
+def test_losses_of_parts_of_one_output():
+    model, x, y = problem()
+    optimizer = NaturalGradient(model, "kfac", "categorical")
+    outputs = model(x)
+    functional.cross_entropy(outputs[:8], y[:8]).backward(retain_graph=True)
+    with pytest.raises(DataError, match=r"second backward pass.*add the losses before"):
+        functional.cross_entropy(outputs[8:], y[8:]).backward()
+    assert optimizer.skipped_steps == 0
+
+
+def test_inputs_that_are_written_to_before_the_step():
+    model, x, y = problem()
+    optimizer = NaturalGradient(model, "implicit", "categorical")
+    batch = x.clone()
+    for _ in range(2):
+        functional.cross_entropy(model(batch), y).backward()
+        batch.copy_(2 * x)
+    with pytest.raises(DataError, match="written to in place: give every batch a tensor"):
+        optimizer.step()
+
+
+def test_a_step_again_after_one_that_raised():
+    model, x, y = problem()
+    optimizer = NaturalGradient(model, "kfac", damping=0.0, estimator="exact")
+    backward(optimizer, model, 0 * x, y)
+    with pytest.raises(NotPositiveDefiniteError):
+        optimizer.step()
+    with pytest.raises(DataError, match=r"run the model and loss.backward\(\) again"):
+        optimizer.step()
+    optimizer.param_groups[0]["damping"] = 0.1
+    train(optimizer, model, x, y, 2)
+
+
+def test_optimizers_are_not_copied():
+    model, _, _ = problem()
+    with pytest.raises(DataError, match=r"cannot be copied: make a new one.*state_dict"):
+        copy.deepcopy(NaturalGradient(model, "kfac"))
+
+
+def test_parameters_in_the_place_of_the_model():
+    model, _, _ = problem()
+    with pytest.raises(DataError, match=r"expected the model itself.*got generator.*params="):
+        NaturalGradient(model.parameters())
 
 
 def test_models_without_any_form():
@@ -273,6 +327,7 @@ def test_too_many_directions():
         ({"momentum": 1.0}, DataError, "expected momentum from 0 to below 1"),
         ({"weight_decay": -1.0}, DataError, "expected weight_decay"),
         ({"kl_clip": -1.0}, DataError, "expected kl_clip"),
+        ({"kl_clip": 1.0, "lr": None}, DataError, "leave one of the two out"),
         ({"damping": -1e-3}, DataError, "nonnegative number.*LevenbergMarquardt"),
         ({"damping": "auto"}, DataError, "nonnegative number.*got 'auto'"),
         ({"damping": lambda step: -1.0}, DataError, "got -1.0"),
