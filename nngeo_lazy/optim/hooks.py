@@ -44,6 +44,7 @@ class Hooks:
         self._paused = 0
         self._depth = 0  # of the passes inside of one that is seen, and itself
         self._frame: FrameType | None = None  # of torch's call of the model
+        self._held: Watcher | None = None  # so that what it opened is closed
         self._compiled: Any = None
         for handle in (
             model.register_forward_pre_hook(_Before(self), with_kwargs=True),
@@ -75,26 +76,26 @@ class Hooks:
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pass starts."""
-        watcher = self._watcher()
+        watcher = self._held or self._watcher()
         if watcher is None or self._paused or module is not self._model():
             return
         if self._depth and not _running(self._frame):  # it was interrupted
-            self._depth, self._frame = 0, None
+            self._depth, self._frame, self._held = 0, None, None
             watcher.end(None)
         if self._depth:  # another watcher tries the model out
             self._depth += 1
         elif module.training and torch.is_grad_enabled():
             watcher.begin(args, kwargs)
-            self._depth, self._frame = 1, sys._getframe(2)
+            self._depth, self._frame, self._held = 1, sys._getframe(2), watcher
 
     def after(self, module: nn.Module, result: Any) -> None:
         """A forward pass ends."""
-        watcher = self._watcher()
-        if watcher is None or self._paused or not self._depth or module is not self._model():
+        watcher = self._held
+        if watcher is None or self._paused or module is not self._model():
             return
         self._depth -= 1
         if not self._depth:
-            self._frame = None
+            self._frame = self._held = None
             watcher.end(result)
 
 
@@ -117,14 +118,13 @@ class _Hook:
 
 
 class _Before(_Hook):
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not torch.compiler.is_compiling() and self._hooks is not None:
-            self._hooks.before(module, args, kwargs)
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *kwargs: dict[str, Any]) -> None:
+        # without kwargs where the hook was removed while torch went through them
+        if not torch.compiler.is_compiling() and self._hooks is not None and kwargs:
+            self._hooks.before(module, args, *kwargs)
 
 
 class _After(_Hook):
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
-    ) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
         if not torch.compiler.is_compiling() and self._hooks is not None:
-            self._hooks.after(module, result)
+            self._hooks.after(module, rest[-1])

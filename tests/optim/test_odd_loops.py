@@ -118,6 +118,23 @@ def test_an_interrupt_in_a_forward_pass():
     assert optimizer.operator.num_examples == len(x)
 
 
+def test_an_optimizer_that_goes_away_in_a_forward_pass():
+    """Collected in the middle of it, say: what it opened is closed."""
+    model, x, y = problem()
+    optimizers = [NaturalGradient(model, "kfac", "categorical") for _ in range(2)]
+
+    def collect(*args):
+        optimizers.clear()
+        gc.collect()
+
+    handle = model[0].register_forward_hook(collect)
+    outputs = model(x)
+    handle.remove()
+    functional.cross_entropy(outputs, y).backward()
+    assert torch._C._len_torch_function_stack() == 0
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 @pytest.mark.parametrize("estimator", ["mc", "empirical"])
 def test_forward_passes_without_a_step_do_not_pile_up(estimator):
     model, x, _ = problem()
