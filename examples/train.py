@@ -231,7 +231,7 @@ def spread(values, digits=3):
 def show(title, runs):
     print(f"\n{title}: median (range) of {len(runs['AdamW'])} seeds")
     heads = "lowest loss", "at the end", "test accuracy", "share of AdamW's steps", "of its seconds"
-    print(f"{'':<14}{'steps':>6}{'ms a step':>11}" + "".join(f"{head:>30}" for head in heads))
+    print(f"{'':<14}{'steps':>6}{'ms a step':>11}" + "".join(f"{head:>35}" for head in heads))
     for name, made in runs.items():
         speed = median(1000 * run.seconds / run.steps for run in made)
         cells = [spread([run.lowest()[2] for run in made], 4)]
@@ -243,11 +243,11 @@ def show(title, runs):
         few = "" if len(reached) == len(made) else f", {len(reached)} seeds"
         cells += [spread(each) + few for each in zip(*reached, strict=True)]
         cells += ["not reached"] * (5 - len(cells))
-        print(f"{name:<14}{made[0].steps:>6}{speed:>11.1f}" + "".join(f"{c:>30}" for c in cells))
+        print(f"{name:<14}{made[0].steps:>6}{speed:>11.1f}" + "".join(f"{c:>35}" for c in cells))
 
 
 def draw(axes, title, runs):
-    """Medians over seeds, in bands from the lowest to the highest."""
+    """Medians in bands from the lowest to the highest seed, cut off above twice the start."""
     for name, made in runs.items():
         steps, seconds, losses = torch.tensor([run.curve for run in made]).unbind(2)  # (seeds, T)
         losses = losses - made[0].task.least
@@ -256,8 +256,9 @@ def draw(axes, title, runs):
             (line,) = ax.plot(x, losses.median(0).values[1:], label=name, linewidth=1.5)
             low, high = losses.amin(0)[1:], losses.amax(0)[1:]
             ax.fill_between(x, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
+    top = 2 * made[0].curve[0][2]
     for ax, label in zip(axes, ("steps", "seconds"), strict=True):
-        ax.set(xlabel=label, title=title, xscale="log", yscale="log")
+        ax.set(xlabel=label, title=title, xscale="log", yscale="log", ylim=(None, top))
         ax.grid(alpha=0.3)
     least = made[0].task.least
     axes[0].set_ylabel(f"training loss, less {least:.2f}" if least else "training loss")
