@@ -166,7 +166,8 @@ class Loop:
     def _without_influence(self, outputs: Tensor) -> set[str]:
         """The parameters that the outputs do not depend on: heads of other losses."""
         cotangent = torch.zeros_like(outputs)
-        found = gradients_at(outputs, list(self._parameters.values()), cotangent)
+        with _scoring(outputs):
+            found = gradients_at(outputs, list(self._parameters.values()), cotangent)
         return {name for name, g in zip(self._parameters, found, strict=True) if g is None}
 
     def _wait(self, outputs: Tensor, passed: Passed, recorded: Recorded | None) -> None:
@@ -180,8 +181,7 @@ class Loop:
     def arrived(self, arrival: _Arrival, gradient: Tensor) -> None:
         """The gradient at the outputs of a pass arrived."""
         passed, recorded = arrival.passed, arrival.recorded
-        where = passed.outputs.data_ptr()
-        if where in _SCORED or not self._reaches_parameters():
+        if passed.outputs.data_ptr() in _SCORED or not self._reaches_parameters():
             return
         if passed.outputs._version != arrival.version:
             raise DataError(
@@ -197,16 +197,12 @@ class Loop:
         if self.scorer is None or (recorded is None and not again):
             return
         root = GradientEdge(torch._C._current_autograd_node(), arrival.output)
-        _SCORED.add(where)
-        try:
-            with torch.enable_grad(), float_math(gradient.device):
-                if recorded is not None:
-                    arrival.recorded = None
-                    self.scorer.arrived(passed, recorded, root)
-                else:
-                    self.scorer.arrived_again(passed, gradient)
-        finally:
-            _SCORED.remove(where)
+        with torch.enable_grad(), float_math(gradient.device), _scoring(passed.outputs):
+            if recorded is not None:
+                arrival.recorded = None
+                self.scorer.arrived(passed, recorded, root)
+            else:
+                self.scorer.arrived_again(passed, gradient)
 
     def _reaches_parameters(self) -> bool:
         """Whether the backward pass that runs brings gradients to parameters.
@@ -334,6 +330,17 @@ class _AtLayer:
             return
         before = passed.at_layers.get(self.edge)
         passed.at_layers[self.edge] = gradient if before is None else before + gradient
+
+
+@contextmanager
+def _scoring(outputs: Tensor) -> Iterator[None]:
+    """Inside, backward passes from these outputs are nobody's loss."""
+    where = outputs.data_ptr()
+    _SCORED.add(where)
+    try:
+        yield
+    finally:
+        _SCORED.discard(where)
 
 
 @contextmanager

@@ -88,6 +88,23 @@ def test_optimizers_with_the_loops_gradients_and_with_drawn_labels():
     close(own.operator.to_dense(), F.to_dense())
 
 
+@pytest.mark.parametrize("options", [{"representation": "implicit"}, {"lr": None}])
+def test_optimizers_that_ask_for_gradients_beside_others(options):
+    """Which parameters the outputs depend on is found by a backward pass that is nobody's loss."""
+    model, x, y = problem()
+    first = NaturalGradient(model, "kfac", "categorical", estimator="exact")
+    second = NaturalGradient(model, likelihood="categorical", damping=0.1, **options)
+    third = NaturalGradient(model, "kfac", "categorical", estimator="exact")
+    for optimizer in (first, third):
+        optimizer.zero_grad()
+    backward(second, model, x, y)
+    F = ng.FIM(model, (x, y), "kfac")
+    for optimizer in (first, second, third):
+        optimizer.step()
+    close(first.operator.to_dense(), F.to_dense())
+    close(third.operator.to_dense(), F.to_dense())
+
+
 def test_a_backward_pass_that_raised_and_model_zero_grad():
     model, x, y = problem()
     optimizer = NaturalGradient(model, "kfac", estimator="exact")
