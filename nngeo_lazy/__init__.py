@@ -8,18 +8,20 @@ Fisher information matrices, Gauss-Newton matrices, Hessians and Jacobians of an
 from . import errors, likelihoods, optim, representations
 from .builders import FIM, GGN, Hessian, Jacobian, plan, update_diag
 from .ewc import ewc_penalty
+from .files import load, save
 from .influence import influences
 from .jacobian.registry import register_layer
 from .jacobian.uses import Grid, Use
 from .kernels import NTK
 from .laplace import Laplace
 from .linalg import Estimate, SpectralDensity
-from .operators import aslinearoperator, identity, load, merge, save
-from .operators.approximate import low_rank, nystrom
-from .operators.estimation import diagonal, effective_dimension, logdet, matrix_function, trace
-from .operators.function_space import Eigenfunctions, alignment, eigenfunctions, sample_space
-from .operators.solution import Solution, solve
-from .operators.spectra import SingularValues, Spectrum, eigsh, spectral_density, svds
+from .numerics.approximate import low_rank, nystrom
+from .numerics.estimation import diagonal, effective_dimension, logdet, matrix_function, trace
+from .numerics.function_space import Eigenfunctions, alignment, eigenfunctions, sample_space
+from .numerics.solve import Solution, solve
+from .numerics.spectra import SingularValues, Spectrum, eigsh, spectral_density, svds
+from .operators import aslinearoperator, identity
+from .pooling import merge
 from .pruning import Pruned, prune, saliency
 from .space import ParamSpace
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from .data import refuse_shuffling
 from .errors import DataError
+from .implicit import gauss_newton, hessian, jacobian
 from .likelihoods import Likelihood
-from .matrix_free import gauss_newton, hessian, jacobian
 from .operators import BaseLinearOperator, DenseLinearOperator, MatrixLinearOperator
 from .planning import Plan, make_plan
 from .quantities import (

@@ -17,7 +17,7 @@ except ImportError as error:
 
 from .kernels import NTK
 from .operators import BaseLinearOperator, aslinearoperator
-from .operators.implicit import kernel_of
+from .operators.kernel import kernel_of
 from .selectors import Selector
 
 __all__ = ["NTKKernel", "wrap"]

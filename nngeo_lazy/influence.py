@@ -14,7 +14,7 @@ from .errors import DataError, SpaceMismatchError
 from .likelihoods import Likelihood, resolve_loss
 from .operators import BaseLinearOperator
 from .operators.damping import DampingLike
-from .operators.implicit import kernel_of
+from .operators.kernel import kernel_of
 from .quantities import LossLike
 from .selectors import space_of
 

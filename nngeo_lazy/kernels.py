@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_flatten
 
 from .data import Batches, refuse_shuffling
 from .errors import DataError, TooLargeError
-from .matrix_free import jacobian
+from .implicit import jacobian
 from .operators import BaseLinearOperator
-from .operators.implicit import KINDS, kernel_of
+from .operators.kernel import KINDS, kernel_of
 from .quantities import Outputs
 from .representations import Implicit
 from .representations.factored import factored_rows

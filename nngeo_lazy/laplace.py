@@ -28,7 +28,7 @@ from .likelihoods import Likelihood, described, resolve
 from .network import Network
 from .operators import BaseLinearOperator
 from .operators.damping import DampingLike, resolve_damping
-from .operators.implicit import kernel_of
+from .operators.kernel import kernel_of
 from .operators.vectors import VectorLike
 from .prediction import METHODS, Prediction, labels
 from .selectors import space_of

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from .errors import SpaceMismatchError, UnsupportedLayerError
 from .linalg import SpectralDensity
+from .numerics.spectra import require_symmetric_operator
 from .operators import BaseLinearOperator, BlockDiagonalLinearOperator, aslinearoperator
 from .operators.factors import factor_eigvalsh
 from .operators.kronecker import KroneckerLinearOperator
-from .operators.spectra import require_symmetric_operator
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,7 +12,7 @@ import nngeo_lazy as ng
 from nngeo_lazy.errors import NotPositiveDefiniteError
 from nngeo_lazy.gp import NTKKernel, wrap
 from nngeo_lazy.operators import DenseLinearOperator
-from nngeo_lazy.operators.implicit import KernelLinearOperator
+from nngeo_lazy.operators.kernel import KernelLinearOperator
 
 from cases import close
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import nngeo_lazy as ng
+from nngeo_lazy.derivatives import engines, products
 from nngeo_lazy.errors import (
     DataError,
     NonFiniteError,
@@ -18,7 +19,6 @@ from nngeo_lazy.errors import (
     TooLargeError,
     UnsupportedLayerError,
 )
-from nngeo_lazy.operators.implicit import engines, products
 from nngeo_lazy.representations import Implicit, Mixed
 from nngeo_lazy.testing import LargestTensor, check_operator
 

@@ -21,7 +21,8 @@ from nngeo_lazy.errors import (
     TooLargeError,
     UnsupportedLayerError,
 )
-from nngeo_lazy.operators.implicit import KernelLinearOperator, factored, kernel_of
+from nngeo_lazy.operators import factored
+from nngeo_lazy.operators.kernel import KernelLinearOperator, kernel_of
 from nngeo_lazy.operators.stack import StackLinearOperator
 from nngeo_lazy.testing import LargestTensor, check_operator
 

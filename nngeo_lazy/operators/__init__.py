@@ -19,8 +19,8 @@
 | `SumLinearOperator`, ... | what has no structure of its own | its terms |
 
 All are `BaseLinearOperator`s and share one interface, and all are subclasses of
-`linear_operator.operators.LinearOperator`. Functions on any of them have modules of their own:
-`solution`, `spectra`, `estimation` and `approximate`.
+`linear_operator.operators.LinearOperator`. Functions on any of them
+are the package `numerics`.
 """
 
 from .algebra import ours
@@ -31,23 +31,23 @@ from .dense import DenseLinearOperator, MatrixLinearOperator
 from .diagonal import DiagonalLinearOperator, identity
 from .eigen_kronecker import EigenKroneckerLinearOperator
 from .eigen_low_rank import EigenLowRankLinearOperator
-from .files import load, save
-from .implicit import (
-    FactoredGaussNewtonLinearOperator,
-    FactoredJacobianLinearOperator,
+from .factored import FactoredGaussNewtonLinearOperator, FactoredJacobianLinearOperator
+from .info import BlockInfo, Info, Origin
+from .kernel import KernelLinearOperator
+from .kronecker import KroneckerLinearOperator
+from .lazy import LazyLinearOperator, ProductLinearOperator, ScaledLinearOperator, SumLinearOperator
+from .low_rank import LowRankLinearOperator
+from .matrix_free import (
     GaussNewtonLinearOperator,
     HessianLinearOperator,
     ImplicitLinearOperator,
     JacobianLinearOperator,
+    TransposedLinearOperator,
 )
-from .info import BlockInfo, Info, Origin
-from .kronecker import KroneckerLinearOperator
-from .lazy import LazyLinearOperator, ProductLinearOperator, ScaledLinearOperator, SumLinearOperator
-from .low_rank import LowRankLinearOperator
-from .merge import merge
 from .quasi_diagonal import QuasiDiagonalLinearOperator
 from .report import Report, Row
 from .scipy import ScipyOperator
+from .stack import StackLinearOperator
 from .views import (
     BroadcastLinearOperator,
     ForeignLinearOperator,
@@ -74,6 +74,7 @@ __all__ = [
     "Info",
     "InverseLinearOperator",
     "JacobianLinearOperator",
+    "KernelLinearOperator",
     "KroneckerLinearOperator",
     "LazyLinearOperator",
     "LowRankLinearOperator",
@@ -86,11 +87,10 @@ __all__ = [
     "Row",
     "ScaledLinearOperator",
     "ScipyOperator",
+    "StackLinearOperator",
     "SumLinearOperator",
+    "TransposedLinearOperator",
     "aslinearoperator",
     "identity",
-    "load",
-    "merge",
     "ours",
-    "save",
 ]

@@ -20,18 +20,13 @@ from .block_diagonal import BlockDiagonalLinearOperator
 from .dense import DenseLinearOperator, MatrixLinearOperator
 from .diagonal import DiagonalLinearOperator
 from .eigen_kronecker import EigenKroneckerLinearOperator
-from .implicit import (
-    FactoredJacobianLinearOperator,
-    JacobianLinearOperator,
-    KernelLinearOperator,
-    TransposedLinearOperator,
-    kernel_of,
-    rows_of_an_example,
-)
+from .factored import FactoredJacobianLinearOperator
 from .info import Info, joint
+from .kernel import KernelLinearOperator, kernel_of, rows_of_an_example
 from .kronecker import KroneckerLinearOperator
 from .lazy import ProductLinearOperator, ScaledLinearOperator, SumLinearOperator
 from .low_rank import LowRankLinearOperator
+from .matrix_free import JacobianLinearOperator, TransposedLinearOperator
 from .stack import StackLinearOperator
 from .views import ForeignLinearOperator
 

@@ -325,7 +325,7 @@ class BaseLinearOperator(ContractLinearOperator):
         Raises:
             UnsupportedLayerError: the operator is not made of tensors alone.
         """
-        from .files import state_of
+        from ..files import state_of
 
         return state_of(self)
 

@@ -11,13 +11,13 @@ import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
+from ..derivatives.opaque import Map, apply_map
 from .algebra import ours
 from .base import BaseLinearOperator
 from .dense import MatrixLinearOperator
-from .implicit import TransposedLinearOperator
 from .info import Info
 from .lazy import LazyLinearOperator
-from .opaque import Map, apply_map
+from .matrix_free import TransposedLinearOperator
 from .scipy import ScipyOperator
 from .vectors import flattened
 

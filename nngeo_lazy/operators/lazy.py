@@ -97,7 +97,7 @@ class LazyLinearOperator(BaseLinearOperator):
         return self._diagonal().sum()
 
     def _logdet(self) -> Tensor:
-        from .estimation import estimated_logdet
+        from ..numerics.estimation import estimated_logdet
 
         return estimated_logdet(self)
 
@@ -105,7 +105,7 @@ class LazyLinearOperator(BaseLinearOperator):
         if ord == "fro":
             return torch.stack([part.square().sum() for part in product_chunks(self)]).sum().sqrt()
         if ord == 2:
-            from .spectra import spectral_norm
+            from ..numerics.spectra import spectral_norm
 
             return spectral_norm(self)
         raise self._unsupported(f"norm({ord!r})")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..data import Batches
 from ..errors import DataError
-from ..matrix_free import gauss_newton
+from ..implicit import gauss_newton
 from ..operators import BaseLinearOperator
 from ..representations import Implicit
 from ..space import ParamSpace

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from ..errors import DataError, SpaceMismatchError
+from ..files import load
 from ..jacobian.plan import Part
-from ..operators import BaseLinearOperator, load
-from ..operators.averages import averaged, decomposed, rebased, require_semidefinite
+from ..operators import BaseLinearOperator
+from ..pooling import averaged, decomposed, rebased, require_semidefinite
 from ..representations import (
     EKFAC,
     KFAC,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConvergenceWarning, DataError, NotPositiveDefiniteError
+from ..numerics.solve import solve
 from ..operators import (
     BaseLinearOperator,
     BlockDiagonalLinearOperator,
@@ -18,8 +19,7 @@ from ..operators import (
     EigenKroneckerLinearOperator,
     FactoredGaussNewtonLinearOperator,
 )
-from ..operators.averages import extended
-from ..operators.solution import solve
+from ..pooling import extended
 from ..space import ParamSpace
 from .options import HessianFree
 

@@ -12,7 +12,7 @@ from ..errors import TooLargeError
 from ..jacobian.forms import Form, Outer, Rows, Stored, Summed
 from ..jacobian.plan import Part
 from ..operators import BaseLinearOperator, Info
-from ..operators.implicit import (
+from ..operators.factored import (
     FactoredGaussNewtonLinearOperator,
     FactoredJacobianLinearOperator,
 )

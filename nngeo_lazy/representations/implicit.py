@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..derivatives.engines import MODES
 from ..errors import DataError
-from ..operators.implicit import MODES
 
 __all__ = ["Implicit"]
 

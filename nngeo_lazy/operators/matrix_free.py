@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import UnsupportedLayerError
-from ..base import BaseLinearOperator, Krylov, flat_positions
-from ..info import Info
-from ..lazy import LazyLinearOperator
-from ..opaque import Map, apply_map
-from ..vectors import flattened
-from ..views import RestrictedLinearOperator
-from .products import GaussNewtonMap, HessianMap, JacobianMap, TransposedMap
-from .source import ImplicitInfo, Source
+from ..derivatives.opaque import Map, apply_map
+from ..derivatives.products import GaussNewtonMap, HessianMap, JacobianMap, TransposedMap
+from ..derivatives.source import ImplicitInfo, Source
+from ..errors import UnsupportedLayerError
+from .base import BaseLinearOperator, Krylov, flat_positions
+from .info import Info
+from .lazy import LazyLinearOperator
+from .vectors import flattened
+from .views import RestrictedLinearOperator
 
 __all__ = [
     "GaussNewtonLinearOperator",

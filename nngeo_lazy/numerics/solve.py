@@ -10,13 +10,13 @@ from torch import Tensor
 
 from ..errors import NotPositiveDefiniteError
 from ..linalg import cg, lsmr, minres
-from .base import BaseLinearOperator
-from .convert import aslinearoperator
-from .damping import DampingLike, is_zero
-from .dense import MatrixLinearOperator
-from .primitives import Krylov
-from .vectors import VectorLike, columns, flattened, require_fitting
-from .warn import warn_unless_converged
+from ..operators.base import BaseLinearOperator
+from ..operators.convert import aslinearoperator
+from ..operators.damping import DampingLike, is_zero
+from ..operators.dense import MatrixLinearOperator
+from ..operators.primitives import Krylov
+from ..operators.vectors import VectorLike, columns, flattened, require_fitting
+from ..operators.warn import warn_unless_converged
 
 __all__ = ["METHODS", "Solution", "solve"]
 

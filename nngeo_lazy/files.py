@@ -13,26 +13,26 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from ..errors import DataError, SpaceMismatchError, UnsupportedLayerError
-from ..layout import Layout, Piece
-from ..space import Lineage, ParamSpace, canonical_name
-from .base import BaseLinearOperator
-from .block_diagonal import BlockDiagonalLinearOperator
-from .dense import DenseLinearOperator, MatrixLinearOperator
-from .diagonal import DiagonalLinearOperator
-from .eigen_kronecker import EigenKroneckerLinearOperator
-from .eigen_low_rank import EigenLowRankLinearOperator
-from .implicit import (
+from .errors import DataError, SpaceMismatchError, UnsupportedLayerError
+from .layout import Layout, Piece
+from .operators.base import BaseLinearOperator
+from .operators.block_diagonal import BlockDiagonalLinearOperator
+from .operators.dense import DenseLinearOperator, MatrixLinearOperator
+from .operators.diagonal import DiagonalLinearOperator
+from .operators.eigen_kronecker import EigenKroneckerLinearOperator
+from .operators.eigen_low_rank import EigenLowRankLinearOperator
+from .operators.factored import (
     FactoredGaussNewtonLinearOperator,
     FactoredJacobianLinearOperator,
-    ImplicitLinearOperator,
 )
-from .info import BlockInfo, Info, Origin
-from .kronecker import KroneckerLinearOperator
-from .lazy import ProductLinearOperator, ScaledLinearOperator, SumLinearOperator
-from .low_rank import LowRankLinearOperator
-from .quasi_diagonal import QuasiDiagonalLinearOperator
-from .views import InverseLinearOperator, RestrictedLinearOperator
+from .operators.info import BlockInfo, Info, Origin
+from .operators.kronecker import KroneckerLinearOperator
+from .operators.lazy import ProductLinearOperator, ScaledLinearOperator, SumLinearOperator
+from .operators.low_rank import LowRankLinearOperator
+from .operators.matrix_free import ImplicitLinearOperator
+from .operators.quasi_diagonal import QuasiDiagonalLinearOperator
+from .operators.views import InverseLinearOperator, RestrictedLinearOperator
+from .space import Lineage, ParamSpace, canonical_name
 
 __all__ = ["load", "save", "state_of"]
 

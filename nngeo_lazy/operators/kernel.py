@@ -9,20 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import SpaceMismatchError, UnsupportedLayerError
-from ..base import BaseLinearOperator, Krylov
-from ..damping import Damping
-from ..decompose import Cache
-from ..dense import DenseLinearOperator, MatrixLinearOperator
-from ..info import Info
-from ..lazy import LazyLinearOperator, ProductLinearOperator, require_products
-from ..stack import StackLinearOperator
+from ..errors import SpaceMismatchError, UnsupportedLayerError
+from .base import BaseLinearOperator, Krylov
+from .damping import Damping
+from .decompose import Cache
+from .dense import DenseLinearOperator, MatrixLinearOperator
 from .factored import (
     SAMPLE_SPACE,
     FactoredGaussNewtonLinearOperator,
     FactoredJacobianLinearOperator,
     inner_products,
 )
+from .info import Info
+from .lazy import LazyLinearOperator, ProductLinearOperator, require_products
+from .stack import StackLinearOperator
 
 __all__ = ["KINDS", "KernelInfo", "KernelLinearOperator", "kernel_of", "rows_of_an_example"]
 

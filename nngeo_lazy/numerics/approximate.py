@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from .. import linalg
-from .convert import aslinearoperator
+from ..operators.convert import aslinearoperator
+from ..operators.low_rank import LowRankLinearOperator
+from ..operators.primitives import seeded
 from .estimation import diagonal, trace
-from .low_rank import LowRankLinearOperator
-from .primitives import seeded
 from .spectra import eigsh, require_symmetric_operator
 
 __all__ = ["low_rank", "nystrom"]

@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ...errors import DataError, NNGeoError, NonFiniteError, UnsupportedLayerError
-from ..opaque import Map
+from ..errors import DataError, NNGeoError, NonFiniteError, UnsupportedLayerError
 from .engines import MODES, HessianOf, JacobianOf, hessian_of, jacobian_of, kept_bytes
+from .opaque import Map
 from .source import Batch, Memory, Metric, Source
 
 __all__ = ["CACHE_BYTES", "GaussNewtonMap", "HessianMap", "JacobianMap", "TransposedMap"]

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ...space import ParamSpace
-from ..info import Info
+from ..operators.info import Info
+from ..space import ParamSpace
 
 __all__ = ["Batch", "ImplicitInfo", "Memory", "Metric", "Source"]
 

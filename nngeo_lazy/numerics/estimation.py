@@ -12,14 +12,14 @@ from .. import linalg
 from ..errors import EstimateWarning, NotPositiveDefiniteError, UnsupportedLayerError
 from ..linalg import Estimate
 from ..linalg.estimates import MIN_STEPS
-from .base import BaseLinearOperator
-from .convert import aslinearoperator
-from .dense import DenseLinearOperator
-from .lazy import closed_forms_only, require_products
-from .primitives import Krylov, seeded
+from ..operators.base import BaseLinearOperator
+from ..operators.convert import aslinearoperator
+from ..operators.dense import DenseLinearOperator
+from ..operators.lazy import closed_forms_only, require_products
+from ..operators.primitives import Krylov, seeded
+from ..operators.vectors import VectorLike, columns, flattened
+from ..operators.warn import falls_short, warn, warn_of_estimate, warn_unless_converged
 from .spectra import require_symmetric_operator
-from .vectors import VectorLike, columns, flattened
-from .warn import falls_short, warn, warn_of_estimate, warn_unless_converged
 
 __all__ = [
     "diagonal",

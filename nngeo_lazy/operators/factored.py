@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...jacobian.forms import Form, Outer
-from ...jacobian.grams import add_products, mirror, row_products, row_squares
-from ...layout import Layout, assemble
-from ..base import BaseLinearOperator, Krylov
-from ..damping import Damping
-from ..decompose import Cache
-from ..info import Info
-from ..lazy import LazyLinearOperator, add_diagonal_lazily
-from ..vectors import flattened
-from .operators import RectangularLinearOperator, TransposedLinearOperator, columns_of
+from ..jacobian.forms import Form, Outer
+from ..jacobian.grams import add_products, mirror, row_products, row_squares
+from ..layout import Layout, assemble
+from .base import BaseLinearOperator, Krylov
+from .damping import Damping
+from .decompose import Cache
+from .info import Info
+from .lazy import LazyLinearOperator, add_diagonal_lazily
+from .matrix_free import RectangularLinearOperator, TransposedLinearOperator, columns_of
+from .vectors import flattened
 
 __all__ = [
     "FactoredGaussNewtonLinearOperator",

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ..errors import SpaceMismatchError, UnsupportedLayerError
-from .base import BaseLinearOperator
-from .convert import aslinearoperator
-from .implicit import FactoredGaussNewtonLinearOperator, KernelLinearOperator, kernel_of
+from ..operators.base import BaseLinearOperator
+from ..operators.convert import aslinearoperator
+from ..operators.factored import FactoredGaussNewtonLinearOperator
+from ..operators.kernel import KernelLinearOperator, kernel_of
 from .spectra import eigsh, require_symmetric_operator
 
 __all__ = ["Eigenfunctions", "alignment", "eigenfunctions", "sample_space"]

@@ -13,13 +13,13 @@ from .. import linalg
 from ..errors import ConvergenceWarning, SpaceMismatchError, UnsupportedLayerError
 from ..linalg import SpectralDensity
 from ..linalg.eigsh import ENDS, wanted
+from ..operators.base import BaseLinearOperator
+from ..operators.convert import aslinearoperator
+from ..operators.dense import MatrixLinearOperator
+from ..operators.primitives import seeded
+from ..operators.vectors import VectorLike, columns, flattened
+from ..operators.warn import warn
 from ..space import ParamSpace
-from .base import BaseLinearOperator
-from .convert import aslinearoperator
-from .dense import MatrixLinearOperator
-from .primitives import seeded
-from .vectors import VectorLike, columns, flattened
-from .warn import warn
 
 __all__ = [
     "SingularValues",

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from .data import Batch, refuse_shuffling
+from .derivatives.source import ImplicitInfo
 from .errors import DataError, StochasticModelError
 from .jacobian.plan import agree
 from .network import Network
-from .operators.implicit import (
+from .operators.matrix_free import (
     GaussNewtonLinearOperator,
     HessianLinearOperator,
-    ImplicitInfo,
     JacobianLinearOperator,
 )
 from .quantities import Metric
@@ -51,7 +51,7 @@ def _point(sweep: DataSweep) -> tuple[Tensor]:
 
 @dataclass(frozen=True)
 class _Source:
-    """See `operators.implicit.Source`."""
+    """See `derivatives.source.Source`."""
 
     space: ParamSpace
     network: Network

@@ -19,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .layers import composed, frozen, without_padding
+from .smooth_layers import composed, frozen, without_padding
 
 __all__ = [
     "MODES",

@@ -1,0 +1,1 @@
+"""Functions on any linear operator: solve, spectra, estimates, approximations, function space."""
