@@ -258,7 +258,7 @@ def Hessian(
             return H
         matrix = H.to_dense()
         described = {**H.info.quantity, "representation": repr(wanted)}
-        info = replace(H.info.plain(), quantity=described)
+        info = replace(H.info, quantity=described)
         return DenseLinearOperator((matrix + matrix.mT) / 2, info=info)
 
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from .data import Batch, refuse_shuffling
-from .derivatives.source import ImplicitInfo
 from .errors import DataError, StochasticModelError
 from .jacobian.plan import agree
 from .network import Network
+from .operators.info import Info
 from .operators.matrix_free import (
     GaussNewtonLinearOperator,
     HessianLinearOperator,
@@ -32,21 +32,21 @@ def gauss_newton(sweep: DataSweep, options: Implicit) -> GaussNewtonLinearOperat
     """The Fisher or Gauss-Newton matrix of a sweep's quantity."""
     if sweep.quantity.estimator == "mc":
         refuse_shuffling(sweep.batches.loader, "a matrix-free 'mc' matrix, whose draws are redone,")
-    return GaussNewtonLinearOperator(*_point(sweep), info=_info(sweep, options))
+    return GaussNewtonLinearOperator(_point(sweep), **_fields(sweep, options))
 
 
 def hessian(sweep: DataSweep, options: Implicit) -> HessianLinearOperator:
     """The Hessian of a sweep's loss."""
-    return HessianLinearOperator(*_point(sweep), info=_info(sweep, options))
+    return HessianLinearOperator(_point(sweep), **_fields(sweep, options))
 
 
 def jacobian(sweep: DataSweep, options: Implicit) -> JacobianLinearOperator:
     """The Jacobian of a sweep's values."""
-    return JacobianLinearOperator(*_point(sweep), info=_info(sweep, options))
+    return JacobianLinearOperator(_point(sweep), **_fields(sweep, options))
 
 
-def _point(sweep: DataSweep) -> tuple[Tensor]:
-    return (sweep.space.values(sweep.model).detach().clone(),)
+def _point(sweep: DataSweep) -> Tensor:
+    return sweep.space.values(sweep.model).detach().clone()
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class _Batch:
         return target.to(like) if target.is_floating_point() else target.to(like.device)
 
 
-def _info(sweep: DataSweep, options: Implicit) -> ImplicitInfo:
+def _fields(sweep: DataSweep, options: Implicit) -> dict[str, Any]:
     """Everything but the point, from one pass over the data without gradients."""
     space, quantity = sweep.space, sweep.quantity
     network = Network(sweep.model, space, sweep.batches.forward)
@@ -166,9 +166,8 @@ def _info(sweep: DataSweep, options: Implicit) -> ImplicitInfo:
         chunk_size=options.chunk_size,
     )
     described = {**sweep.described, "representation": repr(options)}
-    return ImplicitInfo(
-        space, num_examples, num_terms, {}, described, totals.log_likelihood, source=source
-    )
+    info = Info(space, num_examples, num_terms, {}, described, totals.log_likelihood)
+    return {"source": source, "info": info}
 
 
 def _require_differentiable(outputs: Tensor) -> None:

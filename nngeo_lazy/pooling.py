@@ -15,9 +15,8 @@ from .operators.base import BaseLinearOperator
 from .operators.block_diagonal import BlockDiagonalLinearOperator
 from .operators.dense import DenseLinearOperator
 from .operators.diagonal import DiagonalLinearOperator
-from .operators.eigen_kronecker import EigenKroneckerLinearOperator
 from .operators.info import Info, Origin
-from .operators.kronecker import KroneckerLinearOperator
+from .operators.kronecker import EigenKroneckerLinearOperator, KroneckerLinearOperator
 from .operators.low_rank import LowRankLinearOperator
 from .operators.quasi_diagonal import QuasiDiagonalLinearOperator
 from .space import ParamSpace
@@ -231,7 +230,7 @@ def _blocks(
             blocks.append(_kronecker(members, weights, positions))
         else:
             blocks.append(pool(members, weights, counts))
-    return BlockDiagonalLinearOperator(*blocks, info=ops[0].info)
+    return ops[0]._of(blocks)
 
 
 def _positions(op: BaseLinearOperator, start: int, count: float) -> float | None:
@@ -350,7 +349,7 @@ def rebased(E: BaseLinearOperator, F: BaseLinearOperator) -> BaseLinearOperator:
             blocks.append(EigenKroneckerLinearOperator(values, left, right))
         else:
             blocks.append(old)
-    return BlockDiagonalLinearOperator(*blocks, info=E.info)
+    return E._of(blocks)
 
 
 def _overlaps(new: Tensor, old: Tensor) -> Tensor:
@@ -376,5 +375,5 @@ def extended(F: BaseLinearOperator, space: ParamSpace) -> BaseLinearOperator:
             names.append(name)
             layouts.append(Layout.flat([where]))
             blocks.append(DiagonalLinearOperator(mean.expand(where.stop - where.start).clone()))
-    info = Info(space.to(dtype=F.dtype)).blocks(names, layouts)
-    return BlockDiagonalLinearOperator(*blocks, info=info)
+    info = Info(space.to(dtype=F.dtype))
+    return BlockDiagonalLinearOperator(*blocks, info=info, names=names, layouts=layouts)

@@ -165,8 +165,9 @@ def block_diagonal(sweep: Sweep, blocks: Sequence[Block]) -> BaseLinearOperator:
     for name, block in zip(names, blocks, strict=True):
         require_finite(block.operator, name)
     layouts = [block.layout for block in blocks]
-    info = info_of(sweep, blocks).blocks(names, layouts)
-    return BlockDiagonalLinearOperator(*(block.operator for block in blocks), info=info)
+    operators = [block.operator for block in blocks]
+    info = info_of(sweep, blocks)
+    return BlockDiagonalLinearOperator(*operators, info=info, names=names, layouts=layouts)
 
 
 def info_of(sweep: Sweep, blocks: Sequence[Block]) -> Info:
