@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import nngeo_lazy as ng
 from nngeo_lazy.errors import UnsupportedLayerError
-from nngeo_lazy.operators import BaseLinearOperator, ours
+from nngeo_lazy.operators import BaseLinearOperator, rules
 from nngeo_lazy.representations import KFAC, Mixed
 
 FIXTURES = Path(__file__).with_name("fixtures")
@@ -87,7 +87,7 @@ def operators() -> dict[str, BaseLinearOperator]:
         "scaled": 2.5 * kfac[index][:, index],
         "product": made["dense"] @ kfac,
         "identity": ng.identity(kfac.space),
-        "bare": ours(made["dense"].to_dense()[:6, :6]),
+        "bare": rules.as_operator(made["dense"].to_dense()[:6, :6]),
     }
 
 

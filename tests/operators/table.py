@@ -32,7 +32,7 @@ from nngeo_lazy.operators import (
     RestrictedLinearOperator,
     ScaledLinearOperator,
     SumLinearOperator,
-    ours,
+    rules,
 )
 
 from .examples import orthogonal, spd, stacked
@@ -90,7 +90,8 @@ def operators() -> dict[str, BaseLinearOperator]:
         return orthogonal(n, g)[None]
 
     made = _of_networks()
-    known, blocked = made["gauss_newton"].info.plain(), made["fim_kfac"].info
+    known, kfac = made["gauss_newton"].info, made["fim_kfac"]
+    blocked = {"info": kfac.info, "names": kfac.names, "layouts": kfac.layouts}
     shift, bases = torch.tensor(0.3, dtype=torch.float64), (basis(3), basis(4))
     left, right = spd(3, g)[None], spd(4, g)[None]
     groups = stacked(2, lambda: spd(2, g)), positive(2, 3)
@@ -116,21 +117,23 @@ def operators() -> dict[str, BaseLinearOperator]:
         "eigen_low_rank": EigenLowRankLinearOperator(thin, values, shift, info=known),
         "eigen_low_rank_scaled": EigenLowRankLinearOperator(thin, values, shift, positive(N)),
         "blocks_mixed": BlockDiagonalLinearOperator(
-            DenseLinearOperator(spd(6, g)), DiagonalLinearOperator(positive(6)), info=blocked
+            DenseLinearOperator(spd(6, g)), DiagonalLinearOperator(positive(6)), **blocked
         ),
         "blocks_mixed_other": BlockDiagonalLinearOperator(
             KroneckerLinearOperator(spd(2, g)[None], spd(3, g)[None]),
             LowRankLinearOperator(randn(6, 2)),
-            info=blocked,
+            **blocked,
         ),
         "blocks_anonymous": BlockDiagonalLinearOperator(
             KroneckerLinearOperator(spd(2, g)[None], spd(4, g)[None]), spd(4, g)
         ),
         "matrix": MatrixLinearOperator(randn(5, N)),
-        "foreign": ours(theirs.ToeplitzLinearOperator(2.0 ** -torch.arange(N).double())),
-        "foreign_root": ours(theirs.RootLinearOperator(randn(N, 4))),
+        "foreign": rules.as_operator(
+            theirs.ToeplitzLinearOperator(2.0 ** -torch.arange(N).double())
+        ),
+        "foreign_root": rules.as_operator(theirs.RootLinearOperator(randn(N, 4))),
         "scipy": ng.aslinearoperator(scipy.sparse.linalg.aslinearoperator(spd(N, g).numpy())),
-        "stack": ours(torch.stack([spd(N, g), spd(N, g)])),
+        "stack": rules.as_operator(torch.stack([spd(N, g), spd(N, g)])),
     }
     rows = positive(40, 3, 4)
     second = torch.einsum("noi,noj->oij", rows, rows) / 40
