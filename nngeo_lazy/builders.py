@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,9 +10,8 @@ from torch import Tensor, nn
 
 from .data import refuse_shuffling
 from .errors import DataError
-from .implicit import gauss_newton, hessian, jacobian
 from .likelihoods import Likelihood
-from .operators import BaseLinearOperator, DenseLinearOperator, MatrixLinearOperator
+from .operators import BaseLinearOperator
 from .planning import Plan, make_plan
 from .quantities import (
     Fisher,
@@ -21,25 +19,23 @@ from .quantities import (
     LossGradients,
     LossHessian,
     LossLike,
+    MatrixKind,
     Outputs,
 )
-from .representations import EKFAC, Dense, Factored, Implicit, Representation
+from .representations import EKFAC, Representation
 from .representations import resolve as resolve_representation
-from .representations.factored import factored_rows
-from .representations.recipes import info_of, require_finite
 from .selectors import Selector
-from .statistics import RowStack
-from .sweep import DataSweep, make_sweep
+from .sweep import Sweep, make_sweep
 
 __all__ = ["FIM", "GGN", "Hessian", "Jacobian", "plan", "update_diag"]
 
-Prepared = tuple[Representation | Implicit, DataSweep]
+Prepared = tuple[Representation, Sweep]
 
 
 def FIM(
     model: nn.Module,
     loader: Any,
-    representation: str | Representation | Implicit = "kfac",
+    representation: str | Representation = "kfac",
     *,
     likelihood: str | Likelihood | None = None,
     estimator: str = "exact",
@@ -126,7 +122,7 @@ def FIM(
 def GGN(
     model: nn.Module,
     loader: Any,
-    representation: str | Representation | Implicit = "implicit",
+    representation: str | Representation = "implicit",
     *,
     loss: LossLike,
     estimator: str = "exact",
@@ -200,7 +196,7 @@ def GGN(
 def Hessian(
     model: nn.Module,
     loader: Any,
-    representation: str | Representation | Implicit = "implicit",
+    representation: str | Representation = "implicit",
     *,
     loss: LossLike,
     params: Selector | None = None,
@@ -242,7 +238,7 @@ def Hessian(
     Source:
         Pearlmutter (1994), Fast exact multiplication by the Hessian.
     """
-    wanted = _one_of(representation, "Hessian", Implicit, Dense)
+    wanted = resolve_representation(representation, MatrixKind.HESSIAN)
     with torch.inference_mode(False):
         sweep = make_sweep(
             LossHessian(loss),
@@ -253,19 +249,13 @@ def Hessian(
             target=target,
             progress=progress,
         )
-        H = hessian(sweep, wanted if isinstance(wanted, Implicit) else Implicit())
-        if isinstance(wanted, Implicit):
-            return H
-        matrix = H.to_dense()
-        described = {**H.info.quantity, "representation": repr(wanted)}
-        info = replace(H.info.plain(), quantity=described)
-        return DenseLinearOperator((matrix + matrix.mT) / 2, info=info)
+        return wanted.build(sweep)
 
 
 def Jacobian(
     model: nn.Module,
     loader: Any,
-    representation: str | Representation | Implicit = "implicit",
+    representation: str | Representation = "implicit",
     *,
     loss: LossLike | None = None,
     center: bool = False,
@@ -307,7 +297,7 @@ def Jacobian(
         >>> J.shape, J.mT.shape
         (torch.Size([10, 8]), torch.Size([8, 10]))
     """
-    wanted = _one_of(representation, "Jacobian", Implicit, Factored, Dense)
+    wanted = resolve_representation(representation, MatrixKind.JACOBIAN)
     refuse_shuffling(loader, "Jacobian")
     quantity = Outputs() if loss is None else LossGradients(loss)
     with torch.inference_mode(False):
@@ -322,14 +312,7 @@ def Jacobian(
             progress=progress,
             center=center,
         )
-        if isinstance(wanted, Implicit):
-            return jacobian(sweep, wanted)
-        if isinstance(wanted, Factored):
-            return factored_rows(sweep)
-        (stack,) = sweep(lambda parts: [RowStack(range(len(parts)), parts)])
-        rows = stack.rows(sweep).flatten(0, 1)  # type: ignore[attr-defined]
-        require_finite(rows, "the network")
-        return MatrixLinearOperator(rows, info=info_of(sweep, []))
+        return wanted.build(sweep)
 
 
 def update_diag(
@@ -394,7 +377,7 @@ def plan(builder: Callable[..., BaseLinearOperator], *args: Any, **options: Any)
 def _fisher(
     model: nn.Module,
     loader: Any,
-    representation: str | Representation | Implicit = "kfac",
+    representation: str | Representation = "kfac",
     *,
     likelihood: str | Likelihood | None = None,
     estimator: str = "exact",
@@ -415,7 +398,7 @@ def _fisher(
 def _gauss_newton(
     model: nn.Module,
     loader: Any,
-    representation: str | Representation | Implicit = "implicit",
+    representation: str | Representation = "implicit",
     *,
     loss: LossLike,
     estimator: str = "exact",
@@ -426,22 +409,6 @@ def _gauss_newton(
     return wanted, make_sweep(GaussNewton(loss, estimator, samples), model, loader, **data)
 
 
-def _one_of(
-    representation: str | Representation | Implicit, builder: str, *kinds: type
-) -> Representation | Implicit:
-    """A representation, of the kinds that a builder has."""
-    wanted = resolve_representation(representation)
-    if not isinstance(wanted, kinds):
-        names = ", ".join(repr(kind.__name__.lower()) for kind in kinds)
-        raise DataError(
-            f"expected the representation of a {builder} to be one of {names}, got "
-            f"{representation!r}"
-        )
-    return wanted
-
-
-def _build(representation: Representation | Implicit, sweep: DataSweep) -> BaseLinearOperator:
+def _build(representation: Representation, sweep: Sweep) -> BaseLinearOperator:
     with torch.inference_mode(False):  # tensors made in inference mode could not be used outside
-        if isinstance(representation, Implicit):
-            return gauss_newton(sweep, representation)
         return representation.build(sweep)

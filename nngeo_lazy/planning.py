@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .jacobian.forms import Form
-from .jacobian.plan import Part
-from .representations import Implicit, Representation
-from .statistics import Cost, Sample, Statistic
-from .sweep import DataSweep
+from .representations import Representation
+from .statistics import Cost
+from .sweep import Sweep
 from .table import Table
 
 __all__ = ["Plan", "PlannedRow", "make_plan"]
@@ -68,42 +66,21 @@ class Plan(Table[PlannedRow]):
         )
 
 
-class _Product(Statistic):
-    """One product with a matrix-free operator: J v and J^T u of a part."""
-
-    def __init__(self, index: int, part: Part) -> None:
-        super().__init__(index)
-        self._size = part.layout.size
-
-    def costs(self, sample: Sample) -> Iterator[Cost]:
-        (k,) = self.indices  # J v and J^T u: two products each with the weight or its size
-        yield Cost(k, "matrix-free", self._size, 8 * sample.positions(k) * self._size)
-
-    def update(self, forms: Sequence[Form | None], first: bool, last: bool) -> None:
-        raise TypeError("a product is no statistic of a pass")
-
-
-def make_plan(representation: Representation | Implicit, sweep: DataSweep) -> Plan:
+def make_plan(representation: Representation, sweep: Sweep) -> Plan:
     """The plan of a build, from the first batch: one forward and one backward pass."""
-    if isinstance(representation, Representation):
-        representation.check(sweep)
+    representation.require_fit(sweep.facts)
     sample, batches = sweep.sampled()
-    parts = sweep.parts
-    outlines = (
-        [[_Product(k, part) for k, part in enumerate(parts)]]
-        if isinstance(representation, Implicit)
-        else representation.outline(sweep, range(len(parts)))
-    )
+    facts = sweep.facts
+    passes = representation.costs(facts, sample)
     found: dict[int, list[Cost]] = {}
-    for statistics in outlines:
-        for statistic in statistics:
-            for cost in statistic.costs(sample):
-                found.setdefault(cost.part, []).append(cost)
-    space, itemsize = sweep.space, sweep.dtype.itemsize
+    for costs in passes:
+        for cost in costs:
+            found.setdefault(cost.part, []).append(cost)
+    space, itemsize = facts.space, facts.dtype.itemsize
     rows: dict[str, PlannedRow] = {}
-    for k, part in enumerate(parts):
-        costs = found.get(k, [])
-        kinds = [cost.block for cost in costs if cost.block]
+    for k, part in enumerate(facts.parts):
+        own = found.get(k, [])
+        kinds = [cost.block for cost in own if cost.block]
         for name in part.names:
             first = name == part.names[0]
             where = space.slices[name]
@@ -113,9 +90,9 @@ def make_plan(representation: Representation | Implicit, sweep: DataSweep) -> Pl
                 "zero" if part.kind == "unused" else f"{part.function}: {part.kind}",
                 kinds[-1] if kinds else "",
                 where.stop - where.start,
-                sum(cost.flops for cost in costs) if first else 0,
-                sum(cost.numbers for cost in costs if cost.block) * itemsize if first else 0,
+                sum(cost.flops for cost in own) if first else 0,
+                sum(cost.numbers for cost in own if cost.block) * itemsize if first else 0,
                 part.note,
             )
     ordered = [rows[name] for name in space.names]
-    return Plan(ordered, len(outlines), sample.directions, batches)
+    return Plan(ordered, len(passes), sample.directions, batches)

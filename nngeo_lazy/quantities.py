@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from enum import Enum
 from functools import partial
-from typing import NamedTuple, TypeAlias
+from typing import ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ __all__ = [
     "LossGradients",
     "LossHessian",
     "LossLike",
+    "MatrixKind",
     "Metric",
     "Outputs",
     "Quantity",
@@ -28,6 +30,14 @@ __all__ = [
 
 Product: TypeAlias = Callable[[Tensor], Tensor]
 Draw: TypeAlias = Callable[[int, torch.Generator | None], Tensor]
+
+
+class MatrixKind(str, Enum):
+    """Which matrices there are; the value is the builder's name for it."""
+
+    GAUSS_NEWTON = "FIM or GGN"
+    HESSIAN = "Hessian"
+    JACOBIAN = "Jacobian"
 
 
 class Metric(NamedTuple):
@@ -46,10 +56,17 @@ LossLike: TypeAlias = str | Likelihood | nn.Module | Callable[..., Tensor]
 
 
 class Quantity(ABC):
-    """Output directions S_n: the matrix is the mean of J_n^T S_n S_n^T J_n."""
+    """Output directions S_n: the matrix is the mean of J_n^T S_n S_n^T J_n.
 
+    Attributes:
+        kind: which matrix is made from it.
+        estimator: "exact", "mc" or "empirical".
+        fewer: how a user gets fewer directions, as the end of an error.
+    """
+
+    kind: ClassVar[MatrixKind] = MatrixKind.GAUSS_NEWTON
     estimator: str = "exact"
-    fewer: str = "take estimator='mc' (one for each sample)"  # how to have fewer directions
+    fewer: str = "take estimator='mc' (one for each sample)"
 
     @abstractmethod
     def fit(self, outputs: Tensor, target: Tensor | None) -> None:
@@ -250,6 +267,8 @@ class GaussNewton(_Reduced):
 class LossHessian(_Reduced):
     """The Hessian of a loss in the parameters."""
 
+    kind = MatrixKind.HESSIAN
+
     def __init__(self, loss: LossLike) -> None:
         super().__init__(loss, "exact", 1)
 
@@ -268,6 +287,7 @@ class LossHessian(_Reduced):
 class Outputs(Quantity):
     """One direction for each output: the rows of the Jacobian."""
 
+    kind = MatrixKind.JACOBIAN
     fewer = "pass loss= (one row for each example)"
 
     def fit(self, outputs: Tensor, target: Tensor | None) -> None:
@@ -291,6 +311,8 @@ class Outputs(Quantity):
 
 class LossGradients(_OfLoss):
     """One direction: the gradient of each example's loss in its outputs."""
+
+    kind = MatrixKind.JACOBIAN
 
     def __init__(self, loss: LossLike) -> None:
         super().__init__("empirical", 1)

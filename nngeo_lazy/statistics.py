@@ -6,9 +6,9 @@ They know forms and no layer, likelihood or operator. Sums are finalised once, a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,15 +24,14 @@ __all__ = [
     "MAX_BLOCK_BYTES",
     "BiasCross",
     "Cost",
+    "Facts",
     "KroneckerFactors",
-    "Make",
     "RowStack",
     "RowSum",
     "Sample",
     "SecondMoment",
     "SquareSum",
     "Statistic",
-    "Sweep",
     "all_finite",
 ]
 
@@ -100,36 +99,31 @@ class Statistic(ABC):
         """Add a chunk of directions, first or last of its batch or not. None is a zero block."""
 
 
-Make = Callable[[Sequence[Part]], Sequence[Statistic]]
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a matrix's data: the parameters, and after a pass also what it counted.
 
-
-class Sweep(Protocol):
-    """A pass over the data on demand, and what is known behind the first one."""
+    Attributes:
+        space: the parameters.
+        parts: the parameters by form; empty before the first batch is seen.
+        dtype: of the sums.
+        described: which matrix it is, in plain words.
+        center: whether the mean row is subtracted from every row.
+        num_examples: how many examples the pass saw.
+        num_terms: how many labels were scored; None if that is not known.
+        denominator: what sums are divided by: the number of examples, or a loss's own.
+        log_likelihood: of all observed labels; None if there are none, or some do not fit.
+    """
 
     space: ParamSpace
-    num_examples: int
-    log_likelihood: float | None
-    denominator: float  # what sums are divided by: the number of examples, or a loss's own
+    parts: Sequence[Part]
     dtype: torch.dtype
-    center: bool  # whether the mean row is subtracted from every row
-
-    @property
-    def num_terms(self) -> int | None:
-        """How many labels were scored; None where they are not known."""
-
-    @property
-    def described(self) -> Mapping[str, str | int | None]:
-        """Which matrix it is, in plain words."""
-
-    @property
-    def parts(self) -> Sequence[Part]:
-        """The parameters by form."""
-
-    def __call__(self, make: Make, keep: bool = False) -> Sequence[Statistic]:
-        """Make the statistics, then update them over all batches.
-
-        With `keep` the forms are kept for the next call where they fit into memory.
-        """
+    described: Mapping[str, str | int | None]
+    center: bool = False
+    num_examples: int = 0
+    num_terms: int | None = None
+    denominator: float = 0.0
+    log_likelihood: float | None = None
 
 
 class SecondMoment(Statistic):
@@ -161,15 +155,15 @@ class SecondMoment(Statistic):
             added = second_moment(present)
             self._total = added if self._total is None else self._total.add_(added)
 
-    def matrix(self, sweep: Sweep) -> Tensor:
+    def matrix(self, facts: Facts) -> Tensor:
         """The block in flat parameter order, as a mean over examples."""
         p = sum(part.layout.size for part in self._parts)
-        out = torch.zeros(p, p, dtype=sweep.dtype, device=sweep.space.device)
+        out = torch.zeros(p, p, dtype=facts.dtype, device=facts.space.device)
         used = [part for part in self._parts if part.kind != "unused"]
         if self._total is None or not used:
             return out
         index = flat_order(self._parts, used).to(out.device)
-        out[index[:, None], index[None, :]] = self._total / sweep.denominator
+        out[index[:, None], index[None, :]] = self._total / facts.denominator
         return out
 
 
@@ -232,11 +226,11 @@ class SquareSum(Statistic):
     def _add(self, sums: Tensor) -> None:
         self._total = sums if self._total is None else self._total.add_(sums)
 
-    def diagonal(self, sweep: Sweep) -> Tensor:
+    def diagonal(self, facts: Facts) -> Tensor:
         """(p,), in the part's own coordinates, as a mean over examples."""
         if self._total is None:
-            return torch.zeros(self._size, dtype=sweep.dtype, device=sweep.space.device)
-        return self._total / sweep.denominator
+            return torch.zeros(self._size, dtype=facts.dtype, device=facts.space.device)
+        return self._total / facts.denominator
 
 
 class BiasCross(Statistic):
@@ -259,11 +253,11 @@ class BiasCross(Statistic):
             added = form.bias_cross()
             self._total = added if self._total is None else self._total.add_(added)
 
-    def cross(self, sweep: Sweep) -> Tensor:
+    def cross(self, facts: Facts) -> Tensor:
         """(G o, i), as a mean over examples."""
         if self._total is None:
-            return torch.zeros(self._shape, dtype=sweep.dtype, device=sweep.space.device)
-        return self._total.reshape(self._shape) / sweep.denominator
+            return torch.zeros(self._shape, dtype=facts.dtype, device=facts.space.device)
+        return self._total.reshape(self._shape) / facts.denominator
 
 
 class RowSum(Statistic):
@@ -284,11 +278,11 @@ class RowSum(Statistic):
                 added = form.total()
                 self._total = added if self._total is None else self._total.add_(added)
 
-    def mean(self, sweep: Sweep) -> Tensor:
+    def mean(self, facts: Facts) -> Tensor:
         """(p,), in the part's own coordinates."""
         if self._total is None:
-            return torch.zeros(self._size, dtype=sweep.dtype, device=sweep.space.device)
-        return self._total / sweep.denominator
+            return torch.zeros(self._size, dtype=facts.dtype, device=facts.space.device)
+        return self._total / facts.denominator
 
 
 class RowStack(Statistic):
@@ -332,7 +326,7 @@ class RowStack(Statistic):
             self._rows.append(torch.cat(self._batch).transpose(0, 1))
             self._batch = []
 
-    def rows(self, sweep: Sweep) -> Tensor:
+    def rows(self, facts: Facts) -> Tensor:
         """(N, R, p) in flat parameter order; every batch must have as many directions."""
         counts = sorted({rows.shape[1] for rows in self._rows})
         if len(counts) > 1:
@@ -340,14 +334,14 @@ class RowStack(Statistic):
                 f"expected every batch to have one number of outputs, got {counts}: pad them alike"
             )
         rows = self._ordered(torch.cat(self._rows))
-        return rows - rows.mean(0) if sweep.center else rows
+        return rows - rows.mean(0) if facts.center else rows
 
-    def stacked(self, sweep: Sweep) -> Tensor:
+    def stacked(self, facts: Facts) -> Tensor:
         """All rows (K, p), of batches with any numbers of directions."""
         if not self._rows:  # of parameters that the outputs do not depend on
-            return torch.zeros(1, self._size, dtype=sweep.dtype, device=sweep.space.device)
-        if sweep.center:
-            return self.rows(sweep).flatten(0, 1)
+            return torch.zeros(1, self._size, dtype=facts.dtype, device=facts.space.device)
+        if facts.center:
+            return self.rows(facts).flatten(0, 1)
         return self._ordered(torch.cat([rows.flatten(0, 1) for rows in self._rows]))
 
     def _ordered(self, joint: Tensor) -> Tensor:
@@ -399,11 +393,11 @@ class KroneckerFactors(Statistic):
             self._right = form.input_moment(self._diagonal_right, self._right)
             self._positions = self._positions + form.positions
 
-    def factors(self, sweep: Sweep) -> tuple[Tensor, Tensor]:
+    def factors(self, facts: Facts) -> tuple[Tensor, Tensor]:
         """left (G, o, o) and right (G, w, w); (G, o), (G, w) where diagonal."""
         if self._left is None or self._right is None:
             raise TypeError("no batch has been seen")
-        return self._left.div_(sweep.denominator), self._right.div_(self._positions)
+        return self._left.div_(facts.denominator), self._right.div_(self._positions)
 
     @property
     def positions(self) -> int:
