@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..averages import averaged, decomposed, rebased, require_semidefinite
 from ..errors import DataError, SpaceMismatchError
 from ..files import load
 from ..operators import BaseLinearOperator
-from ..pooling import averaged, decomposed, rebased, require_semidefinite
 from ..representations import (
     EKFAC,
     KFAC,
