@@ -10,9 +10,8 @@ from .layout import Layout
 from .operators.base import BaseLinearOperator
 from .operators.block_diagonal import BlockDiagonalLinearOperator
 from .operators.diagonal import DiagonalLinearOperator
-from .operators.eigen_kronecker import EigenKroneckerLinearOperator
 from .operators.info import Info
-from .operators.kronecker import KroneckerLinearOperator
+from .operators.kronecker import EigenKroneckerLinearOperator, KroneckerLinearOperator
 from .pooling import pool
 from .space import ParamSpace
 
@@ -84,7 +83,7 @@ def rebased(E: BaseLinearOperator, F: BaseLinearOperator) -> BaseLinearOperator:
             blocks.append(EigenKroneckerLinearOperator(values, left, right))
         else:
             blocks.append(old)
-    return BlockDiagonalLinearOperator(*blocks, info=E.info)
+    return E._of(blocks)
 
 
 def _overlaps(new: Tensor, old: Tensor) -> Tensor:
@@ -110,5 +109,5 @@ def extended(F: BaseLinearOperator, space: ParamSpace) -> BaseLinearOperator:
             names.append(name)
             layouts.append(Layout.flat([where]))
             blocks.append(DiagonalLinearOperator(mean.expand(where.stop - where.start).clone()))
-    info = Info(space.to(dtype=F.dtype)).blocks(names, layouts)
-    return BlockDiagonalLinearOperator(*blocks, info=info)
+    info = Info(space.to(dtype=F.dtype))
+    return BlockDiagonalLinearOperator(*blocks, info=info, names=names, layouts=layouts)

@@ -15,19 +15,19 @@ from torch import Tensor
 
 from .errors import DataError, SpaceMismatchError, UnsupportedLayerError
 from .layout import Layout, Piece
+from .operators import rules
 from .operators.base import BaseLinearOperator
 from .operators.block_diagonal import BlockDiagonalLinearOperator
+from .operators.composite import ProductLinearOperator, ScaledLinearOperator, SumLinearOperator
 from .operators.dense import DenseLinearOperator, MatrixLinearOperator
 from .operators.diagonal import DiagonalLinearOperator
-from .operators.eigen_kronecker import EigenKroneckerLinearOperator
 from .operators.eigen_low_rank import EigenLowRankLinearOperator
 from .operators.factored import (
     FactoredGaussNewtonLinearOperator,
     FactoredJacobianLinearOperator,
 )
-from .operators.info import BlockInfo, Info, Origin
-from .operators.kronecker import KroneckerLinearOperator
-from .operators.lazy import ProductLinearOperator, ScaledLinearOperator, SumLinearOperator
+from .operators.info import Info, Origin
+from .operators.kronecker import EigenKroneckerLinearOperator, KroneckerLinearOperator
 from .operators.low_rank import LowRankLinearOperator
 from .operators.matrix_free import ImplicitLinearOperator
 from .operators.quasi_diagonal import QuasiDiagonalLinearOperator
@@ -163,6 +163,7 @@ def load(
     return operator
 
 
+@rules.states.register(BaseLinearOperator)
 def state_of(F: BaseLinearOperator) -> dict[str, Any]:
     """What `F.state_dict()` returns."""
     tensors: dict[str, Tensor] = {}
@@ -210,7 +211,13 @@ def _describe(op: Any, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any
             args.append(key)
         else:
             args.append(_describe(arg, f"{key}.", tensors))
-    return {"class": kind, "args": args, "info": _info_state(op.info)}
+    info = _info_state(op.info)
+    if isinstance(op, BlockDiagonalLinearOperator):
+        info["blocks"] = [
+            [name, layout.groups, layout.rows, [list(_piece_state(p)) for p in layout.pieces]]
+            for name, layout in zip(op.names, op.layouts, strict=True)
+        ]
+    return {"class": kind, "args": args, "info": info}
 
 
 def _names(op: Any) -> list[str]:
@@ -239,11 +246,6 @@ def _info_state(info: Info) -> dict[str, Any]:
             name: [list(shape), space.owner(name)]
             for name, shape in zip(space.names, space.shapes, strict=True)
         }
-    if isinstance(info, BlockInfo):
-        state["blocks"] = [
-            [name, layout.groups, layout.rows, [list(_piece_state(p)) for p in layout.pieces]]
-            for name, layout in zip(info.names, info.layouts, strict=True)
-        ]
     return state
 
 
@@ -303,10 +305,19 @@ def _build(node: Mapping[str, Any], tensors: dict[str, Tensor]) -> BaseLinearOpe
             args.append(tensors.pop(arg))
         else:
             raise DataError(f"the file lacks the tensor {arg!r}: it is incomplete")
-    like = args[0]
+    like, fields = args[0], {}
+    if "blocks" in node["info"]:
+        described = node["info"]["blocks"]
+        fields = {
+            "names": [name for name, *_ in described],
+            "layouts": [
+                Layout(groups, rows, tuple(Piece(*piece) for piece in pieces))
+                for _, groups, rows, pieces in described
+            ],
+        }
     info = _info(node["info"], like.dtype, like.device)
     try:
-        return kind(*args, info=info)
+        return kind(*args, info=info, **fields)
     except (ValueError, TypeError) as error:
         raise DataError(f"the tensors of {node['class']} do not fit together: {error}") from None
 
@@ -324,7 +335,7 @@ def _info(state: Mapping[str, Any], dtype: torch.dtype, device: torch.device) ->
             },
         )
     origins = {name: Origin(*values) for name, values in state["origins"].items()}
-    info = Info(
+    return Info(
         space,
         state["num_examples"],
         state["num_terms"],
@@ -332,14 +343,6 @@ def _info(state: Mapping[str, Any], dtype: torch.dtype, device: torch.device) ->
         dict(state["quantity"]),
         state.get("log_likelihood"),  # not written before 0.6
     )
-    if "blocks" not in state:
-        return info
-    names = [name for name, *_ in state["blocks"]]
-    layouts = [
-        Layout(groups, rows, tuple(Piece(*piece) for piece in pieces))
-        for _, groups, rows, pieces in state["blocks"]
-    ]
-    return info.blocks(names, layouts)
 
 
 def _other_space(own: ParamSpace | None, wanted: ParamSpace) -> str:

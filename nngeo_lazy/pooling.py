@@ -14,9 +14,8 @@ from .operators.base import BaseLinearOperator
 from .operators.block_diagonal import BlockDiagonalLinearOperator
 from .operators.dense import DenseLinearOperator
 from .operators.diagonal import DiagonalLinearOperator
-from .operators.eigen_kronecker import EigenKroneckerLinearOperator
 from .operators.info import Info, Origin
-from .operators.kronecker import KroneckerLinearOperator
+from .operators.kronecker import EigenKroneckerLinearOperator, KroneckerLinearOperator
 from .operators.low_rank import LowRankLinearOperator
 from .operators.quasi_diagonal import QuasiDiagonalLinearOperator
 
@@ -214,7 +213,7 @@ def _tensors(
     ops: Sequence[BaseLinearOperator], weights: Sequence[float], positions: Sequence[float | None]
 ) -> BaseLinearOperator:
     tensors = zip(*(op._args for op in ops), strict=True)
-    return type(ops[0])(*(_mean(each, weights) for each in tensors))
+    return type(ops[0])(*(_mean(each, weights) for each in tensors), **ops[0]._kwargs)
 
 
 def _average(
@@ -283,7 +282,7 @@ def _blocks(
             start = layout.pieces[0].start
             positions = [_positions(op, start, c) for op, c in zip(ops, counts, strict=True)]
         blocks.append(_pooled(members, weights, positions))
-    return BlockDiagonalLinearOperator(*blocks, info=ops[0].info)
+    return ops[0]._of(blocks)
 
 
 def _positions(op: BaseLinearOperator, start: int, count: float) -> float | None:

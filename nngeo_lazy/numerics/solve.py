@@ -129,7 +129,7 @@ def _square(
                 f"method 'direct' needs a closed form, which {type(damped).__name__} has not: take "
                 "'auto', 'cg' or 'minres'"
             )
-        x = damped._solve_any(v, Krylov(tol, max_iter))
+        x = damped._solve(v, krylov=Krylov(tol, max_iter))
         residual = _residual(damped, x, v)
         return Solution(restore(x), residual, 0, True, "direct")
     krylov = Krylov(tol, max_iter, close, None if x0 is None else columns(damped, x0)[0])
@@ -155,7 +155,7 @@ def _iterated(
         b,
         tol=krylov.tol,
         max_iter=krylov.max_iter,
-        preconditioner=None if close is None else lambda r: close._solve_any(r, Krylov()),
+        preconditioner=None if close is None else lambda r: close._solve(r),
         x0=x0,
     )
     warn_unless_converged(found, krylov.tol, b.dtype, _NAMES[method])

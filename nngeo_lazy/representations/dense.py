@@ -50,5 +50,5 @@ class Dense(Streamed):
         H = Implicit().build(sweep)
         matrix = H.to_dense()
         described = {**H.info.quantity, "representation": self.described()}
-        info = replace(H.info.plain(), quantity=described)
+        info = replace(H.info, quantity=described)
         return DenseLinearOperator((matrix + matrix.mT) / 2, info=info)

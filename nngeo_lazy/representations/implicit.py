@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..data import refuse_shuffling
 from ..derivatives.engines import MODES
-from ..derivatives.source import ImplicitInfo
 from ..errors import DataError, StochasticModelError
 from ..jacobian.plan import agree
 from ..network import Network
-from ..operators import BaseLinearOperator
+from ..operators import BaseLinearOperator, Info
 from ..operators.matrix_free import (
     GaussNewtonLinearOperator,
     HessianLinearOperator,
@@ -87,7 +86,7 @@ class Implicit(Representation):
                 problem.batches.loader, "a matrix-free 'mc' matrix, whose draws are redone,"
             )
         point = problem.space.values(problem.model).detach().clone()
-        return OPERATORS[problem.quantity.kind](point, info=_info(sweep, self))
+        return OPERATORS[problem.quantity.kind](point, **_fields(sweep, self))
 
     def costs(self, facts: Facts, sample: Sample) -> list[list[Cost]]:
         """One product: J v and J^T u, each two products with the weight or its size."""
@@ -100,7 +99,7 @@ class Implicit(Representation):
         ]
 
 
-def _info(sweep: Sweep, options: Implicit) -> ImplicitInfo:
+def _fields(sweep: Sweep, options: Implicit) -> dict[str, Any]:
     """Everything but the point, from one pass over the data without gradients."""
     problem = sweep.problem
     space, quantity = problem.space, problem.quantity
@@ -143,15 +142,8 @@ def _info(sweep: Sweep, options: Implicit) -> ImplicitInfo:
         chunk_size=options.chunk_size,
     )
     described = {**facts.described, "representation": options.described()}
-    return ImplicitInfo(
-        space,
-        facts.num_examples,
-        facts.num_terms,
-        {},
-        described,
-        facts.log_likelihood,
-        source=source,
-    )
+    info = Info(space, facts.num_examples, facts.num_terms, {}, described, facts.log_likelihood)
+    return {"source": source, "info": info}
 
 
 def _require_differentiable(outputs: Tensor) -> None:

@@ -173,8 +173,9 @@ def block_diagonal(facts: Facts, blocks: Sequence[Block]) -> BaseLinearOperator:
     for name, block in zip(names, blocks, strict=True):
         require_finite(block.operator, name)
     layouts = [block.layout for block in blocks]
-    info = info_of(facts, blocks).blocks(names, layouts)
-    return BlockDiagonalLinearOperator(*(block.operator for block in blocks), info=info)
+    operators = [block.operator for block in blocks]
+    info = info_of(facts, blocks)
+    return BlockDiagonalLinearOperator(*operators, info=info, names=names, layouts=layouts)
 
 
 def info_of(facts: Facts, blocks: Sequence[Block]) -> Info:
