@@ -215,6 +215,7 @@ class Fisher(_OfLoss):
         self._given = likelihood
 
     def fit(self, outputs: Tensor, target: Tensor | None) -> None:
+        """The first batch decides the likelihood if none is given."""
         if self.likelihood is None:
             self.likelihood = resolve(self._given, outputs, target)
             self.likelihood.require_likelihood(self.estimator)
@@ -281,6 +282,7 @@ class LossHessian(_Reduced):
         return target
 
     def values(self, outputs: Tensor, target: Tensor | None) -> Tensor:
+        """The sum of all losses, 0-d."""
         return self._losses(outputs, target).sum()
 
 
@@ -291,14 +293,17 @@ class Outputs(Quantity):
     fewer = "pass loss= (one row for each example)"
 
     def fit(self, outputs: Tensor, target: Tensor | None) -> None:
+        """Any outputs fit."""
         return
 
     def count(self, outputs: Tensor, target: Tensor | None) -> int:
+        """How many outputs an example has."""
         return outputs[0].numel()
 
     def directions(
         self, outputs: Tensor, target: Tensor | None, generator: torch.Generator | None
     ) -> Iterator[Tensor]:
+        """The unit vectors of the outputs."""
         count = outputs[0].numel()
         for j in range(count):
             unit = outputs.new_zeros(outputs.shape[0], count)
@@ -306,6 +311,7 @@ class Outputs(Quantity):
             yield unit.view(outputs.shape)
 
     def described(self) -> dict[str, str | int | None]:
+        """The matrix alone."""
         return {"matrix": "Jacobian"}
 
 
@@ -319,6 +325,7 @@ class LossGradients(_OfLoss):
         self._given = loss
 
     def fit(self, outputs: Tensor, target: Tensor | None) -> None:
+        """The first batch decides how the loss is called."""
         if self.likelihood is None:
             self.likelihood, _ = resolve_loss(self._given, outputs, target)
         self._check(outputs, target)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ __all__ = [
     "RowSum",
     "Sample",
     "SecondMoment",
+    "Sharing",
     "SquareSum",
     "Statistic",
     "all_finite",
@@ -37,6 +39,13 @@ __all__ = [
 
 MAX_FACTOR = 16_384  # a Kronecker factor past this size is kept diagonal
 MAX_BLOCK_BYTES = 2**33  # a dense block past this size is refused
+
+
+class Sharing(str, Enum):
+    """What KFAC makes of the positions that share a weight."""
+
+    EXPAND = "expand"  # each is an example
+    REDUCE = "reduce"  # they are summed over first
 
 
 class Cost(NamedTuple):
@@ -143,6 +152,7 @@ class SecondMoment(Statistic):
         self._total: Tensor | None = None
 
     def costs(self, sample: Sample) -> Iterator[Cost]:
+        """p^2 numbers for a block of p parameters."""
         p = sum(part.layout.size for part in self._parts)
         for k, part in zip(self.indices, self._parts, strict=True):
             own = part.layout.size
@@ -150,6 +160,7 @@ class SecondMoment(Statistic):
             yield Cost(k, f"dense {p}x{p}", own * p, flops)
 
     def update(self, forms: Sequence[Form | None], first: bool, last: bool) -> None:
+        """Add the outer products of the joint rows."""
         present = [form for form in forms if form is not None]
         if present:
             added = second_moment(present)
@@ -190,6 +201,7 @@ class SquareSum(Statistic):
         self._total: Tensor | None = None
 
     def costs(self, sample: Sample) -> Iterator[Cost]:
+        """A number for each parameter; a basis costs its products."""
         (k,), directions, grid = self.indices, sample.directions, self._layout
         t = sample.positions(k)
         once = 1 if t == 1 else directions  # with one position, directions are summed first
@@ -202,6 +214,7 @@ class SquareSum(Statistic):
         yield Cost(k, kind, self._size, flops)
 
     def update(self, forms: Sequence[Form | None], first: bool, last: bool) -> None:
+        """Add the squared rows."""
         for form in forms:
             if isinstance(form, Outer):
                 self._outer(form, first, last)
@@ -242,11 +255,13 @@ class BiasCross(Statistic):
         self._total: Tensor | None = None
 
     def costs(self, sample: Sample) -> Iterator[Cost]:
+        """What a quasi-diagonal block keeps beside its diagonal."""
         (k,), (o, i) = self.indices, self._shape
         flops = 4 * sample.directions * sample.positions(k) * o * i
         yield Cost(k, f"quasi-diagonal {o} x ({i} + 1)", o * (i + 2), flops)
 
     def update(self, forms: Sequence[Form | None], first: bool, last: bool) -> None:
+        """Add the products with the bias's rows."""
         for form in forms:
             if not isinstance(form, Outer):
                 raise TypeError("couplings to a bias need an outer form")
@@ -269,10 +284,12 @@ class RowSum(Statistic):
         self._total: Tensor | None = None
 
     def costs(self, sample: Sample) -> Iterator[Cost]:
+        """A number for each parameter, of no block of its own."""
         (k,) = self.indices
         yield Cost(k, "", self._size, 2 * sample.directions * sample.positions(k) * self._size)
 
     def update(self, forms: Sequence[Form | None], first: bool, last: bool) -> None:
+        """Add the rows."""
         for form in forms:
             if form is not None:
                 added = form.total()
@@ -300,6 +317,7 @@ class RowStack(Statistic):
         self._bytes = 0
 
     def costs(self, sample: Sample) -> Iterator[Cost]:
+        """As many numbers for each parameter as the root has columns."""
         rank = min(sample.directions * sample.examples, self._size)
         rank = rank if self._rank is None else min(rank, self._rank)
         for k, part in zip(self.indices, self._parts, strict=True):
@@ -309,6 +327,11 @@ class RowStack(Statistic):
             yield Cost(k, f"rank {rank} of {self._size}", rank * size + core, flops)
 
     def update(self, forms: Sequence[Form | None], first: bool, last: bool) -> None:
+        """Keep the rows of a chunk.
+
+        Raises:
+            TooLargeError: all rows so far take more than 8 GiB.
+        """
         present = [form for form in forms if form is not None]
         if not present:
             return
@@ -358,10 +381,10 @@ class KroneckerFactors(Statistic):
     reduce: the same of sum_t g and mean_t x, right divided by N.
     """
 
-    def __init__(self, index: int, part: Part, sharing: str) -> None:
+    def __init__(self, index: int, part: Part, sharing: Sharing) -> None:
         super().__init__(index)
         self._layout = part.layout
-        self._reduce = sharing == "reduce"
+        self._reduce = sharing is Sharing.REDUCE
         self._diagonal_left = part.layout.rows > MAX_FACTOR
         self._diagonal_right = part.layout.width > MAX_FACTOR
         self._left: Tensor | None = None
@@ -369,6 +392,7 @@ class KroneckerFactors(Statistic):
         self._positions: Tensor | int = 0
 
     def costs(self, sample: Sample) -> Iterator[Cost]:
+        """The numbers of both factors."""
         (k,), grid = self.indices, self._layout
         t = 1 if self._reduce else sample.positions(k)
         right = self._diagonal_right or (sample.indexed(k) and not self._reduce)
@@ -383,6 +407,7 @@ class KroneckerFactors(Statistic):
         yield Cost(k, _grid_kind("Kronecker", grid, self._diagonal_left, right), numbers, flops)
 
     def update(self, forms: Sequence[Form | None], first: bool, last: bool) -> None:
+        """Add the moments of output gradients, and once a batch those of inputs."""
         (form,) = forms
         if not isinstance(form, Outer):
             raise TypeError("Kronecker factors need an outer form")

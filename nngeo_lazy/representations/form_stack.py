@@ -40,6 +40,7 @@ class FormStack(Statistic):
         self.batches: list[list[Form | None]] = []  # a form for each part, None where it is zero
 
     def costs(self, sample: Sample) -> Iterator[Cost]:
+        """The numbers of inputs and output gradients."""
         for k, part in zip(self.indices, self._parts, strict=True):
             form = sample.forms[k]
             numbers = 0
@@ -52,6 +53,11 @@ class FormStack(Statistic):
             yield Cost(k, f"factored {part.layout.size}", numbers, 0)
 
     def update(self, forms: Sequence[Form | None], first: bool, last: bool) -> None:
+        """Keep the forms of a chunk.
+
+        Raises:
+            TooLargeError: all forms so far take more than the limit.
+        """
         self._chunks.append([_stored(form) for form in forms])
         self._bytes += sum(_bytes_of(form, first) for form in self._chunks[-1])
         if self._bytes > self._limit:
@@ -135,6 +141,7 @@ class Factored(Streamed):
         return [Block(tuple(indices), flat_layout(facts, indices), operator)]
 
     def finish(self, facts: Facts, blocks: Sequence[Block]) -> BaseLinearOperator:
+        """The one block, in flat order."""
         return whole(facts, blocks[0])
 
 

@@ -54,21 +54,26 @@ class Mixed(Streamed):
 
     @property
     def passes(self) -> int:
+        """As many as the most demanding member needs."""
         return max(each.passes for each in self.members)
 
     def require_fit(self, facts: Facts) -> None:
+        """Refuse selectors that do not fit, and what a member refuses."""
         self._groups(facts.space)
         for each in self.members:
             each.require_fit(facts)
 
     def recipe(self, facts: Facts, indices: Sequence[int]) -> Recipe:
+        """The recipes of all members, side by side."""
         recipes = [each.recipe(facts, inside) for each, inside in self._parts(facts, indices)]
         return (yield from together(recipes))
 
     def described(self) -> str:
+        """The members, without their selectors."""
         return f"Mixed({', '.join(each.described() for each in self.members)})"
 
     def outline(self, facts: Facts, indices: Sequence[int]) -> list[Sequence[Statistic]]:
+        """The statistics of all members."""
         passes: list[list[Statistic]] = [[] for _ in range(self.passes)]
         for representation, inside in self._parts(facts, indices):
             for own, more in zip(passes, representation.outline(facts, inside), strict=False):

@@ -27,6 +27,7 @@ from ..statistics import (
     KroneckerFactors,
     RowSum,
     SecondMoment,
+    Sharing,
     SquareSum,
     Statistic,
     all_finite,
@@ -142,7 +143,7 @@ def quasi_diagonal_block(facts: Facts, k: int) -> Recipe:
     return [Block((k,), part.layout, operator)]
 
 
-def kronecker_block(facts: Facts, k: int, sharing: str) -> Recipe:
+def kronecker_block(facts: Facts, k: int, sharing: Sharing) -> Recipe:
     """A Kronecker block for one part, where it has such a form."""
     part = facts.parts[k]
     if part.kind != "outer":

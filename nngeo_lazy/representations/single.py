@@ -19,7 +19,7 @@ from ..operators import (
     KroneckerLinearOperator,
     LowRankLinearOperator,
 )
-from ..statistics import Facts, KroneckerFactors, RowStack, RowSum, SquareSum, Statistic
+from ..statistics import Facts, KroneckerFactors, RowStack, RowSum, Sharing, SquareSum, Statistic
 from .recipes import (
     Block,
     Recipe,
@@ -47,6 +47,7 @@ class BlockDiagonal(Streamed):
     """A dense block for each module that owns parameters. Memory sum of p_l^2."""
 
     def recipe(self, facts: Facts, indices: Sequence[int]) -> Recipe:
+        """A second moment for each module."""
         groups = by_owner(facts, indices).values()
         blocks = yield from moment_blocks(facts, list(groups))
         return blocks
@@ -57,9 +58,11 @@ class Diagonal(Streamed):
     """The diagonal. Memory P."""
 
     def recipe(self, facts: Facts, indices: Sequence[int]) -> Recipe:
+        """Squared rows of each part."""
         return (yield from together([diagonal_block(facts, k) for k in indices]))
 
     def finish(self, facts: Facts, blocks: Sequence[Block]) -> BaseLinearOperator:
+        """One diagonal of all parameters."""
         diagonal = block_diagonal(facts, blocks).diagonal()
         return DiagonalLinearOperator(diagonal, info=info_of(facts, blocks))
 
@@ -73,6 +76,7 @@ class QuasiDiagonal(Streamed):
     """
 
     def recipe(self, facts: Facts, indices: Sequence[int]) -> Recipe:
+        """Squared rows and couplings of each part."""
         return (yield from together([quasi_diagonal_block(facts, k) for k in indices]))
 
 
@@ -100,9 +104,10 @@ class KFAC(Streamed):
     sharing: str = "expand"
 
     def __post_init__(self) -> None:
-        _check_sharing(self.sharing)
+        _require_sharing(self.sharing)
 
     def require_fit(self, facts: Facts) -> None:
+        """Refuse centering, which is no Kronecker product."""
         if facts.center:
             raise DataError(
                 "KFAC has no centered form (the mean gradient is no Kronecker product): take "
@@ -110,7 +115,10 @@ class KFAC(Streamed):
             )
 
     def recipe(self, facts: Facts, indices: Sequence[int]) -> Recipe:
-        return (yield from together([kronecker_block(facts, k, self.sharing) for k in indices]))
+        """Kronecker factors of each part."""
+        return (
+            yield from together([kronecker_block(facts, k, Sharing(self.sharing)) for k in indices])
+        )
 
 
 @dataclass(frozen=True)
@@ -136,7 +144,7 @@ class EKFAC(Streamed):
     basis: BaseLinearOperator | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        _check_sharing(self.sharing)
+        _require_sharing(self.sharing)
         if self.basis is not None and not isinstance(self.basis, BlockDiagonalLinearOperator):
             raise DataError(
                 f"expected basis= to be a KFAC or an EKFAC Fisher, got {type(self.basis).__name__}"
@@ -144,9 +152,11 @@ class EKFAC(Streamed):
 
     @property
     def passes(self) -> int:
+        """Two, or one in a given basis."""
         return 2 if self.basis is None else 1
 
     def require_fit(self, facts: Facts) -> None:
+        """Refuse a basis over other parameters."""
         if self.basis is not None and self.basis.space != facts.space:
             raise SpaceMismatchError(
                 f"basis= is over {self.basis.space}, not over the model's {facts.space}: build "
@@ -154,9 +164,11 @@ class EKFAC(Streamed):
             )
 
     def recipe(self, facts: Facts, indices: Sequence[int]) -> Recipe:
+        """Kronecker factors, and in a second pass squared rows in their eigenbasis."""
         return (yield from together([self._block(facts, k) for k in indices]))
 
     def outline(self, facts: Facts, indices: Sequence[int]) -> list[Sequence[Statistic]]:
+        """The second pass in a basis of which only the sizes are known."""
         first = list(next(self.recipe(facts, indices)))
         if self.basis is not None:
             return [first]
@@ -177,7 +189,7 @@ class EKFAC(Streamed):
             return (yield from diagonal_block(facts, k))
         positions = None
         if given is None:
-            (block,) = yield from kronecker_block(facts, k, self.sharing)
+            (block,) = yield from kronecker_block(facts, k, Sharing(self.sharing))
             require_finite(block.operator, block_name(facts, [k]))  # before it is decomposed
             given, positions = block.operator.bases(), block.positions
         squares, sums = SquareSum(k, part, *given), RowSum(k, part)
@@ -230,6 +242,7 @@ class LowRank(Streamed):
             raise DataError(f"expected rank to be a positive integer or None, got {self.rank!r}")
 
     def recipe(self, facts: Facts, indices: Sequence[int]) -> Recipe:
+        """The rows of all parts."""
         parts = [facts.parts[k] for k in indices]
         stack = RowStack(indices, parts, self.rank)
         facts = yield [stack]
@@ -242,9 +255,10 @@ class LowRank(Streamed):
         return [Block(tuple(indices), flat_layout(facts, indices), LowRankLinearOperator(root))]
 
     def finish(self, facts: Facts, blocks: Sequence[Block]) -> BaseLinearOperator:
+        """The one block, in flat order."""
         return whole(facts, blocks[0])
 
 
-def _check_sharing(sharing: str) -> None:
-    if sharing not in ("expand", "reduce"):
-        raise DataError(f"expected sharing='expand' or 'reduce', got {sharing!r}")
+def _require_sharing(name: str) -> None:
+    if name not in list(Sharing):
+        raise DataError(f"expected sharing='expand' or 'reduce', got {name!r}")
