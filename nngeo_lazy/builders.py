@@ -58,13 +58,13 @@ def FIM(
     contribute zero. `F.num_examples * F` is the sum.
 
     Args:
-        model: the network, in the mode in which it is to be differentiated (`model.eval()` where it
-            has dropout or batch normalisation). It is left as it was.
+        model: the network, in the mode in which it is differentiated: call `model.eval()` first if
+            it has dropout or batch normalisation. It is left as it was.
         loader: a `DataLoader`, another re-iterable of batches, or one batch.
         representation: "kfac", "ekfac", "diagonal", "quasi_diagonal", "block_diagonal", "low_rank",
             "dense", or an options object from `nngeo_lazy.representations`.
         likelihood: "categorical", "bernoulli", "gaussian", "poisson", or an object from
-            `nngeo_lazy.likelihoods`; None is categorical where the first batch proves it.
+            `nngeo_lazy.likelihoods`; None means categorical, and the first batch must show it.
         estimator: "exact" (expectation over the model's labels), "mc" (sampled labels) or
             "empirical" (observed labels).
         samples: label draws for each example, for "mc".
@@ -80,8 +80,8 @@ def FIM(
         The operator, P x P in the order of `model.named_parameters()`; see `nngeo_lazy.operators`.
 
     Raises:
-        DataError: the loader, its batches, the targets or an option do not fit; a loss with weights
-            where an expectation over labels is asked for.
+        DataError: the loader, its batches, the targets or an option do not fit; or the loss has
+            weights, and the estimator needs an expectation over labels.
         StochasticModelError: the model is random, or mixes examples.
         NonFiniteError: NaN or infinity in the parameters, the outputs or the statistics.
         TooLargeError: more than `max_directions`, or a dense block past its limit.
@@ -214,7 +214,7 @@ def Hessian(
         model: the network.
         loader: a `DataLoader`, another re-iterable of batches, or one batch.
         representation: "implicit" or "dense", or `representations.Implicit(...)`.
-        loss: as in `GGN`, convex in the outputs or not; "output" where the outputs are the losses.
+        loss: as in `GGN`, convex in the outputs or not; "output" if the outputs are the losses.
         params: which parameters.
         forward: in place of the default call; it may call autograd itself.
         target: in place of the default target.
@@ -282,7 +282,7 @@ def Jacobian(
         params: which parameters.
         forward: in place of the default call.
         target: in place of the default target.
-        max_directions: the most outputs of one example where rows are stored.
+        max_directions: the most outputs of one example if rows are stored.
         progress: whether to show a progress bar.
 
     Returns:

@@ -68,8 +68,8 @@ Kind = TypeVar("Kind", bound=type[BaseLinearOperator])
 def register_saved(kind: Kind) -> Kind:
     """Let `save` and `load` take an operator class of your own. Also a decorator of the class.
 
-    What its constructor takes must be tensors and operators, and `info=`. A file is read where the
-    class was registered before.
+    What its constructor takes must be tensors and operators, and `info=`. A program
+    that reads the file registers the class first.
 
     Args:
         kind: the class; a file holds its name.

@@ -52,7 +52,7 @@ def NTK(
             divided by C), "per_output" (C, N, N') or "per_example" (N, C, C).
         method: "structured": from the inputs x and output gradients g of every layer, by (x x'^T) *
             (g g'^T) at pairs of positions; "contraction": from the rows of J, a tile at a time;
-            "auto": for each layer the cheaper one, and "matrix-free" where keeping x and g would
+            "auto": for each layer the cheaper one, and "matrix-free" if keeping x and g would
             take more than 2 GiB: each product differentiates the network.
         params: which parameters.
         forward: in place of the default call.
@@ -115,7 +115,7 @@ def _jacobians(sweeps: Sequence[Sweep], method: str) -> list[BaseLinearOperator]
 
 
 def _require_one_kind(inputs: Sequence[Batches]) -> None:
-    """Raise DataError where the inputs of two loaders are no arguments of one function."""
+    """Raise DataError if the inputs of two loaders cannot be arguments of one function."""
     kinds = []
     for batches in inputs:
         with closing(iter(batches)) as each:

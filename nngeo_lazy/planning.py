@@ -23,9 +23,9 @@ class PlannedRow:
         form: how its Jacobian will be computed.
         block: the kind of block that it will lie in.
         size: how many numbers the parameter has.
-        flops: of the statistics of its block, for each example; 0 where an earlier row counts them.
+        flops: of the statistics of its block, for each example; 0 if an earlier row counts them.
         bytes: what its block will take, likewise.
-        note: why a fallback is taken; empty where none is.
+        note: why a fallback is taken; empty if none is.
     """
 
     parameter: str
@@ -44,7 +44,7 @@ class Plan(Table[PlannedRow]):
     Attributes:
         passes: how often the data are read.
         directions: backward passes for each batch, in each pass that reads the data.
-        batches: how many batches there are, None where the loader does not say.
+        batches: how many batches there are, None if the loader does not say.
         flops: of all statistics, for each example; forward and backward passes come on top.
         bytes: what the operator will take.
     """

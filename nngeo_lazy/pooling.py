@@ -30,7 +30,7 @@ def merge(
     .. math:: F = \sum_k w_k F_k / \sum_k w_k
 
     for whatever is linear in the data. A KFAC pools its factors (which is not the average of the
-    products: that is `lerp`), an EKFAC its eigenvalues where the basis is the same.
+    products: that is `lerp`), an EKFAC its eigenvalues if the basis is the same.
 
     Args:
         ops: operators over one space, of one representation and one quantity (likelihood,

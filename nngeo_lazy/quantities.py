@@ -70,7 +70,7 @@ class Quantity(ABC):
 
     @abstractmethod
     def fit(self, outputs: Tensor, target: Tensor | None) -> None:
-        """Raise DataError where a batch does not fit; the first one decides what is not given."""
+        """Raise DataError if a batch does not fit; the first one decides what is not given."""
 
     @abstractmethod
     def count(self, outputs: Tensor, target: Tensor | None) -> int:
@@ -105,7 +105,7 @@ class Quantity(ABC):
         return outputs.numel()
 
     def log_likelihood(self, outputs: Tensor, target: Tensor | None) -> Tensor | None:
-        """log p(y | f) of a batch's labels, 0-d; None where none were observed that fit."""
+        """log p(y | f) of a batch's labels, 0-d; None if there are none, or they do not fit."""
         return None
 
     def denominator(self, outputs: Tensor, target: Tensor | None) -> Tensor | float:
@@ -134,7 +134,7 @@ class _OfLoss(Quantity):
         return self.likelihood
 
     def _read(self, target: Tensor | None) -> Tensor | None:
-        """The target where something is read from it: observed labels, masks or weights."""
+        """The target if something is read from it: observed labels, masks or weights."""
         known = self._known()
         reads = self.estimator == "empirical" or known.masks or bool(known.reweighted)
         return target if reads else None
@@ -332,7 +332,7 @@ class LossGradients(_OfLoss):
 
 
 def _sum_of_outputs(outputs: Tensor, target: Tensor | None) -> Tensor:
-    """Losses (N,) where the outputs are the losses, of examples or of their positions."""
+    """Losses (N,) from outputs that are the losses themselves, of examples or of positions."""
     return outputs.reshape(outputs.shape[0], -1).sum(1)
 
 

@@ -53,7 +53,7 @@ class Cost(NamedTuple):
 
     Attributes:
         part: its index.
-        block: the kind of block that it makes, with its sizes; empty where it only helps one.
+        block: the kind of block that it makes, with its sizes; empty if it only helps one.
         numbers: how many numbers are kept.
         flops: floating-point operations for each example, all its directions together.
     """
@@ -179,13 +179,13 @@ class SecondMoment(Statistic):
 
 
 class SquareSum(Statistic):
-    """Sum of the squared rows, in a Kronecker eigenbasis where one is given.
+    """Sum of the squared rows, in a Kronecker eigenbasis if one is given.
 
     Args:
         index: the part.
         part: its layout says how many coordinates there are.
         left, right: the eigenbasis of an outer form, (G, o, o) and (G, w, w), or (G, o) and (G, w)
-            where it is the identity.
+            if it is the identity.
     """
 
     def __init__(
@@ -419,7 +419,7 @@ class KroneckerFactors(Statistic):
             self._positions = self._positions + form.positions
 
     def factors(self, facts: Facts) -> tuple[Tensor, Tensor]:
-        """left (G, o, o) and right (G, w, w); (G, o), (G, w) where diagonal."""
+        """left (G, o, o) and right (G, w, w); (G, o), (G, w) if diagonal."""
         if self._left is None or self._right is None:
             raise TypeError("no batch has been seen")
         return self._left.div_(facts.denominator), self._right.div_(self._positions)

@@ -37,7 +37,7 @@ class FormStack(Statistic):
         self._limit = MAX_BLOCK_BYTES if limit is None else limit
         self._chunks: list[list[Form | None]] = []  # of the current batch
         self._bytes = 0
-        self.batches: list[list[Form | None]] = []  # a form for each part, None where it is zero
+        self.batches: list[list[Form | None]] = []  # a form for each part, None if it is zero
 
     def costs(self, sample: Sample) -> Iterator[Cost]:
         """The numbers of inputs and output gradients."""

@@ -45,13 +45,13 @@ class Implicit(Representation):
 
     Args:
         mode: "double_vjp" (reverse mode alone, which every architecture has),
-            "forward_over_reverse", or "auto": double_vjp where graphs are kept and for Hessians,
-            forward_over_reverse elsewhere; and the other one where a function of the model lacks a
+            "forward_over_reverse", or "auto": double_vjp if graphs are kept and for Hessians,
+            forward_over_reverse otherwise; and the other one if a function of the model lacks a
             derivative.
         cache: True keeps the graphs of all batches, False none, "auto" keeps them up to 2 GiB: all
             or none, unless the batches are held in a list.
-        chunk_size: so many columns go at once, by vmap; by default as many as pay, one after the
-            other where they are large.
+        chunk_size: so many columns go at once, by vmap; by default as many as pay off, and one
+            after the other if they are large.
         check: whether the first batch is evaluated twice, to refuse a random model.
 
     Raises:

@@ -26,7 +26,7 @@ class Mixed(Streamed):
     """One representation for each of several groups of parameters, in one build.
 
     Args:
-        default: for the parameters that no selector names; None where there must be none.
+        default: for the parameters that no selector names; None if there must be none.
         chosen: {selector: representation}; "dense" and "low_rank" make one block of a group.
 
     Raises:

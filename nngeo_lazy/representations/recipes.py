@@ -206,7 +206,7 @@ def flat_layout(facts: Facts, indices: Sequence[int]) -> Layout:
 
 
 def block_name(facts: Facts, indices: Sequence[int]) -> str:
-    """The layers of some parts, or their parameters where a layer has other parts, too."""
+    """The layers of some parts, or their parameters if a layer has other parts, too."""
     names = []
     for owner, inside in by_owner(facts, indices).items():
         whole = by_owner(facts, range(len(facts.parts)))[owner]
@@ -230,7 +230,7 @@ def by_owner(facts: Facts, indices: Sequence[int]) -> dict[str, list[int]]:
 
 
 def require_finite(statistic: Tensor | BaseLinearOperator, layer: str) -> None:
-    """Raise NonFiniteError where a statistic overflowed."""
+    """Raise NonFiniteError if a statistic overflowed."""
     tensors = [statistic] if isinstance(statistic, Tensor) else statistic.representation()
     if not all(bool(all_finite(t)) for t in tensors):
         raise NonFiniteError(

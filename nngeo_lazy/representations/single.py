@@ -86,7 +86,7 @@ class KFAC(Streamed):
 
     Martens and Grosse (2015), Grosse and Martens (2016) for convolutions; weight sharing as in
     Eschenhagen et al. (2023): `expand` treats positions as examples and is exact for deep linear
-    networks with a loss for each position, `reduce` sums over them first and is exact where the
+    networks with a loss for each position, `reduce` sums over them first and is exact if the
     positions are averaged. What has no Kronecker form gets a diagonal block; the report says so.
     Memory o^2 + (i + 1)^2 for a weight (o, i).
 
@@ -203,7 +203,7 @@ class EKFAC(Streamed):
         return [Block((k,), part.layout, eigen, positions)]
 
     def _bases(self, facts: Facts, part: Part) -> tuple[Tensor, Tensor] | None:
-        """The eigenbasis that the given operator has for a part, None where it is diagonal."""
+        """The eigenbasis that the given operator has for a part, None if it is diagonal."""
         for _, layout, block in self.basis.parts:  # type: ignore[union-attr]
             if layout == part.layout:
                 if isinstance(block, (KroneckerLinearOperator, EigenKroneckerLinearOperator)):
@@ -224,7 +224,7 @@ class LowRank(Streamed):
     U holds the rows of all examples, divided by the root of their number, or with a `rank` the best
     approximation of that rank (the truncated singular value decomposition: Eckart and Young 1936).
     Exact estimators have one row for each output direction of each example: take "mc" or
-    "empirical" where there are many. Memory P times the rank.
+    "empirical" if there are many. Memory P times the rank.
 
     Args:
         rank: how many directions to keep; all by default.
