@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .facts import Cost
 from .representations import Representation
-from .statistics import Cost
 from .sweep import Sweep
 from .table import Table
 

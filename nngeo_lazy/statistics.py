@@ -6,30 +6,25 @@ They know forms and no layer, likelihood or operator. Sums are finalised once, a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from enum import Enum
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .errors import DataError, TooLargeError
+from .facts import Cost, Facts, Sample
 from .jacobian.forms import Form, Outer, second_moment
-from .jacobian.inputs import IndexInputs, Inputs
+from .jacobian.inputs import Inputs
 from .jacobian.plan import Part
 from .layout import Layout
-from .space import ParamSpace
 
 __all__ = [
     "MAX_BLOCK_BYTES",
     "BiasCross",
-    "Cost",
-    "Facts",
     "KroneckerFactors",
     "RowStack",
     "RowSum",
-    "Sample",
     "SecondMoment",
     "Sharing",
     "SquareSum",
@@ -46,47 +41,6 @@ class Sharing(str, Enum):
 
     EXPAND = "expand"  # each is an example
     REDUCE = "reduce"  # they are summed over first
-
-
-class Cost(NamedTuple):
-    """What a statistic costs for one part.
-
-    Attributes:
-        part: its index.
-        block: the kind of block that it makes, with its sizes; empty if it only helps one.
-        numbers: how many numbers are kept.
-        flops: floating-point operations for each example, all its directions together.
-    """
-
-    part: int
-    block: str
-    numbers: int
-    flops: int
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What a plan knows: the forms of one direction of the first batch, and how many there are.
-
-    Attributes:
-        forms: of each part; None is a zero block.
-        directions: of each example.
-        examples: in the whole loader, or in what is known of it.
-    """
-
-    forms: Sequence[Form | None]
-    directions: int
-    examples: int
-
-    def positions(self, k: int) -> int:
-        """How many positions of an example share a part."""
-        form = self.forms[k]
-        return int(form.g.shape[3]) if isinstance(form, Outer) else int(form is not None)
-
-    def indexed(self, k: int) -> bool:
-        """Whether a part's input factor is a histogram."""
-        form = self.forms[k]
-        return isinstance(form, Outer) and isinstance(form.inputs, IndexInputs)
 
 
 class Statistic(ABC):
@@ -106,33 +60,6 @@ class Statistic(ABC):
     @abstractmethod
     def update(self, forms: Sequence[Form | None], first: bool, last: bool) -> None:
         """Add a chunk of directions, first or last of its batch or not. None is a zero block."""
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What is known of a matrix's data: the parameters, and after a pass also what it counted.
-
-    Attributes:
-        space: the parameters.
-        parts: the parameters by form; empty before the first batch is seen.
-        dtype: of the sums.
-        described: which matrix it is, in plain words.
-        center: whether the mean row is subtracted from every row.
-        num_examples: how many examples the pass saw.
-        num_terms: how many labels were scored; None if that is not known.
-        denominator: what sums are divided by: the number of examples, or a loss's own.
-        log_likelihood: of all observed labels; None if there are none, or some do not fit.
-    """
-
-    space: ParamSpace
-    parts: Sequence[Part]
-    dtype: torch.dtype
-    described: Mapping[str, str | int | None]
-    center: bool = False
-    num_examples: int = 0
-    num_terms: int | None = None
-    denominator: float = 0.0
-    log_likelihood: float | None = None
 
 
 class SecondMoment(Statistic):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .data import Batch, Batches
 from .errors import DataError, NonFiniteError, TooLargeError
+from .facts import Facts, Sample
 from .jacobian.capture import Capture, Recorded
 from .jacobian.forms import Form, Outer
 from .jacobian.plan import Part
@@ -21,7 +22,7 @@ from .jacobian.record import recording, refuse_training_mode
 from .quantities import Quantity
 from .selectors import Selector, space_of
 from .space import ParamSpace
-from .statistics import Facts, Sample, Statistic, all_finite
+from .statistics import Statistic, all_finite
 
 __all__ = ["Make", "Problem", "Sweep", "Totals", "make_sweep"]
 

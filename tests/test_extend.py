@@ -8,6 +8,7 @@ from torch import nn
 
 import nngeo_lazy as ng
 from nngeo_lazy.errors import DataError, UnsupportedLayerError
+from nngeo_lazy.facts import Cost
 from nngeo_lazy.files import register_saved
 from nngeo_lazy.jacobian import registry
 from nngeo_lazy.likelihoods.elementwise import Elementwise
@@ -15,7 +16,7 @@ from nngeo_lazy.operators import DenseLinearOperator, LazyLinearOperator
 from nngeo_lazy.pooling import register_pooled
 from nngeo_lazy.representations import Block, Mixed, Streamed
 from nngeo_lazy.representations.recipes import together
-from nngeo_lazy.statistics import Cost, Statistic
+from nngeo_lazy.statistics import Statistic
 
 import oracle
 import zoo

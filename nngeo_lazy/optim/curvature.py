@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from ..errors import DataError, NonFiniteError
+from ..facts import Facts
 from ..jacobian.capture import Recorded
 from ..operators import BaseLinearOperator
 from ..quantities import LossLike
 from ..representations import Streamed
-from ..statistics import Facts
 from .loop import Loop, Passed
 from .running import Forms, Running
 from .scores import Scores

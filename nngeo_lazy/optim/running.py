@@ -8,6 +8,7 @@ from typing import Any
 
 from ..averages import averaged, decomposed, rebased, require_semidefinite
 from ..errors import DataError, SpaceMismatchError
+from ..facts import Facts
 from ..files import load
 from ..operators import BaseLinearOperator
 from ..representations import (
@@ -22,7 +23,7 @@ from ..representations import (
     Streamed,
 )
 from ..space import ParamSpace
-from ..statistics import Facts, Statistic
+from ..statistics import Statistic
 
 __all__ = ["Forms", "Running"]
 

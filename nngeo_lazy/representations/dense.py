@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, cast
 
+from ..facts import Facts
 from ..operators import BaseLinearOperator, DenseLinearOperator, MatrixLinearOperator
 from ..quantities import MatrixKind
-from ..statistics import Facts, RowStack
+from ..statistics import RowStack
 from ..sweep import Sweep
 from .implicit import Implicit
 from .recipes import Block, Recipe, info_of, moment_blocks, require_finite, whole

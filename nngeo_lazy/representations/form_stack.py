@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TooLargeError
+from ..facts import Cost, Facts, Sample
 from ..jacobian.forms import Form, Outer, Rows, Stored, Summed
 from ..jacobian.plan import Part
 from ..operators import BaseLinearOperator, Info
@@ -18,7 +19,7 @@ from ..operators.factored import (
     FactoredJacobianLinearOperator,
 )
 from ..quantities import MatrixKind
-from ..statistics import MAX_BLOCK_BYTES, Cost, Facts, Sample, Statistic
+from ..statistics import MAX_BLOCK_BYTES, Statistic
 from ..sweep import Sweep
 from .recipes import Block, Recipe, block_name, flat_layout, info_of, require_finite, whole
 from .representation import Streamed

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..data import refuse_shuffling
 from ..derivatives.engines import MODES
 from ..errors import DataError, StochasticModelError
+from ..facts import Cost, Facts, Sample
 from ..jacobian.plan import agree
 from ..network import Network
 from ..operators import BaseLinearOperator, Info
@@ -21,7 +22,6 @@ from ..operators.matrix_free import (
     JacobianLinearOperator,
 )
 from ..quantities import MatrixKind
-from ..statistics import Cost, Facts, Sample
 from ..sweep import Sweep, Totals
 from .network_source import NetworkSource
 from .representation import Representation

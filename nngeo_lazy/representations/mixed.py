@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import DataError, SpaceMismatchError
+from ..facts import Facts
 from ..quantities import MatrixKind
 from ..selectors import select
 from ..space import ParamSpace
-from ..statistics import Facts, Statistic
+from ..statistics import Statistic
 from .dense import Dense
 from .form_stack import Factored
 from .implicit import Implicit

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError
+from ..facts import Facts
 from ..layout import Layout
 from ..operators import (
     BaseLinearOperator,
@@ -23,7 +24,6 @@ from ..operators import (
 )
 from ..statistics import (
     BiasCross,
-    Facts,
     KroneckerFactors,
     RowSum,
     SecondMoment,

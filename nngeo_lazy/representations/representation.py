@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar
 
+from ..facts import Cost, Facts, Sample
 from ..operators import BaseLinearOperator
 from ..quantities import MatrixKind
-from ..statistics import Cost, Facts, Sample, Statistic
+from ..statistics import Statistic
 from ..sweep import Make, Sweep
 from .recipes import Block, Recipe, block_diagonal
 

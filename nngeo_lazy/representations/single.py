@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError, SpaceMismatchError
+from ..facts import Facts
 from ..jacobian.plan import Part
 from ..operators import (
     BaseLinearOperator,
@@ -19,7 +20,7 @@ from ..operators import (
     KroneckerLinearOperator,
     LowRankLinearOperator,
 )
-from ..statistics import Facts, KroneckerFactors, RowStack, RowSum, Sharing, SquareSum, Statistic
+from ..statistics import KroneckerFactors, RowStack, RowSum, Sharing, SquareSum, Statistic
 from .recipes import (
     Block,
     Recipe,
