@@ -313,6 +313,10 @@ def test_a_likelihood_is_one_class(monkeypatch):
     H = oracle.loss_hessian(model, net.call, net.examples, nll_binomial, y) / len(x)
     close(ng.Hessian(model, (x, y), loss=lik).to_dense(), H)
     assert ng.merge([ng.FIM(model, x[s], "kfac", likelihood=lik) for s in (slice(3), slice(3, 8))])
+    posterior = ng.Laplace(model, exact, likelihood=lik)
+    assert posterior.functional(x).covariance.shape == (8, 2, 2)
+    with pytest.raises(DataError, match=r"no distribution of labels is known for Binomial.*functi"):
+        posterior.predictive(x)
     assert falls(model, x, lambda f: lik.loss(f, y).mean(), Tridiagonal(), likelihood=lik)
 
 
