@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .costs import BuildCost, cost_of
 from .data import refuse_shuffling
 from .errors import DataError
 from .likelihoods import Likelihood
 from .operators import BaseLinearOperator
-from .planning import Plan, make_plan
 from .quantities import (
     Fisher,
     GaussNewton,
@@ -342,7 +342,7 @@ def update_diag(
     return builder(model, loader, EKFAC(basis=F), **options)
 
 
-def plan(builder: Callable[..., BaseLinearOperator], *args: Any, **options: Any) -> Plan:
+def plan(builder: Callable[..., BaseLinearOperator], *args: Any, **options: Any) -> BuildCost:
     """What a build will cost: passes, flops and bytes by parameter, from its first batch.
 
     One forward and one backward pass of the first batch; nothing is built.
@@ -371,7 +371,7 @@ def plan(builder: Callable[..., BaseLinearOperator], *args: Any, **options: Any)
     if prepare is None:
         raise DataError(f"expected the builder to be ng.FIM or ng.GGN, got {builder!r}")
     with torch.inference_mode(False):
-        return make_plan(*prepare(*args, **options))
+        return cost_of(*prepare(*args, **options))
 
 
 def _fisher(

@@ -61,7 +61,7 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True)
 class Sample:
-    """What a plan knows: the forms of one direction of the first batch, and how many there are.
+    """The forms of one direction of the first batch, from which costs are told.
 
     Attributes:
         forms: of each part; None is a zero block.

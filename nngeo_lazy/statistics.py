@@ -47,7 +47,7 @@ class Statistic(ABC):
     """Plain sums over directions and examples of one block.
 
     Args:
-        indices: which parts of the plan it sums over.
+        indices: which of the matrix's parts it sums over.
     """
 
     def __init__(self, *indices: int) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import NonFiniteError
 from ..facts import Facts
+from ..jacobian.plan import Part
 from ..layout import Layout
 from ..operators import (
     BaseLinearOperator,
@@ -42,6 +43,7 @@ __all__ = [
     "centered",
     "diagonal_block",
     "flat_layout",
+    "form_name",
     "info_of",
     "kronecker_block",
     "moment_blocks",
@@ -184,8 +186,7 @@ def info_of(facts: Facts, blocks: Sequence[Block]) -> Info:
     positions = {k: block.positions for block in blocks for k in block.indices}
     origins = {}
     for k, part in enumerate(facts.parts):
-        form = "zero" if part.kind == "unused" else f"{part.function}: {part.kind}"
-        origin = Origin(_layer(facts, k), form, part.note, positions.get(k))
+        origin = Origin(_layer(facts, k), form_name(part), part.note, positions.get(k))
         origins.update(dict.fromkeys(part.names, origin))
     space = facts.space.to(dtype=facts.dtype)
     ordered = {name: replace(origins[name], layer=space.owner(name)) for name in space.names}
@@ -197,6 +198,11 @@ def info_of(facts: Facts, blocks: Sequence[Block]) -> Info:
         facts.described,
         facts.log_likelihood,
     )
+
+
+def form_name(part: Part) -> str:
+    """How a part's Jacobian is computed, as reports say it."""
+    return "zero" if part.kind == "unused" else f"{part.function}: {part.kind}"
 
 
 def flat_layout(facts: Facts, indices: Sequence[int]) -> Layout:

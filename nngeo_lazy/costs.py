@@ -7,14 +7,15 @@ from dataclasses import dataclass
 
 from .facts import Cost
 from .representations import Representation
+from .representations.recipes import form_name
 from .sweep import Sweep
 from .table import Table
 
-__all__ = ["Plan", "PlannedRow", "make_plan"]
+__all__ = ["BuildCost", "CostRow", "cost_of"]
 
 
 @dataclass(frozen=True)
-class PlannedRow:
+class CostRow:
     """One parameter of a matrix that has not been built.
 
     Attributes:
@@ -38,7 +39,7 @@ class PlannedRow:
     note: str
 
 
-class Plan(Table[PlannedRow]):
+class BuildCost(Table[CostRow]):
     """Rows that print as a table, and totals.
 
     Attributes:
@@ -50,7 +51,7 @@ class Plan(Table[PlannedRow]):
     """
 
     def __init__(
-        self, rows: Sequence[PlannedRow], passes: int, directions: int, batches: int | None
+        self, rows: Sequence[CostRow], passes: int, directions: int, batches: int | None
     ) -> None:
         self.passes, self.directions, self.batches = passes, directions, batches
         self.flops = sum(row.flops for row in rows)
@@ -66,8 +67,8 @@ class Plan(Table[PlannedRow]):
         )
 
 
-def make_plan(representation: Representation, sweep: Sweep) -> Plan:
-    """The plan of a build, from the first batch: one forward and one backward pass."""
+def cost_of(representation: Representation, sweep: Sweep) -> BuildCost:
+    """What a build will cost, from the first batch: one forward and one backward pass."""
     representation.require_fit(sweep.facts)
     sample, batches = sweep.sampled()
     facts = sweep.facts
@@ -77,17 +78,17 @@ def make_plan(representation: Representation, sweep: Sweep) -> Plan:
         for cost in costs:
             found.setdefault(cost.part, []).append(cost)
     space, itemsize = facts.space, facts.dtype.itemsize
-    rows: dict[str, PlannedRow] = {}
+    rows: dict[str, CostRow] = {}
     for k, part in enumerate(facts.parts):
         own = found.get(k, [])
         kinds = [cost.block for cost in own if cost.block]
         for name in part.names:
             first = name == part.names[0]
             where = space.slices[name]
-            rows[name] = PlannedRow(
+            rows[name] = CostRow(
                 name,
                 space.owner(name),
-                "zero" if part.kind == "unused" else f"{part.function}: {part.kind}",
+                form_name(part),
                 kinds[-1] if kinds else "",
                 where.stop - where.start,
                 sum(cost.flops for cost in own) if first else 0,
@@ -95,4 +96,4 @@ def make_plan(representation: Representation, sweep: Sweep) -> Plan:
                 part.note,
             )
     ordered = [rows[name] for name in space.names]
-    return Plan(ordered, len(passes), sample.directions, batches)
+    return BuildCost(ordered, len(passes), sample.directions, batches)
