@@ -8,7 +8,7 @@ import os
 import pickle
 import warnings
 from collections.abc import Mapping
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ from .operators.quasi_diagonal import QuasiDiagonalLinearOperator
 from .operators.views import InverseLinearOperator, RestrictedLinearOperator
 from .space import Lineage, ParamSpace, canonical_name
 
-__all__ = ["load", "save", "state_of"]
+__all__ = ["load", "register_saved", "save", "state_of"]
 
 FORMAT, VERSION = "nngeo_lazy operator", 1
 CONVENTIONS = {
@@ -61,6 +61,39 @@ _CLASSES: dict[str, type[BaseLinearOperator]] = {
         SumLinearOperator,
     )
 }
+
+Kind = TypeVar("Kind", bound=type[BaseLinearOperator])
+
+
+def register_saved(kind: Kind) -> Kind:
+    """Let `save` and `load` take an operator class of your own. Also a decorator of the class.
+
+    What its constructor takes must be tensors and operators, and `info=`. A program
+    that reads the file registers the class first.
+
+    Args:
+        kind: the class; a file holds its name.
+
+    Returns:
+        The class.
+
+    Raises:
+        DataError: another class has that name.
+
+    Example:
+        >>> from nngeo_lazy.operators import DiagonalLinearOperator
+        >>> @register_saved
+        ... class Prior(DiagonalLinearOperator):
+        ...     pass
+        >>> type(load(Prior(torch.ones(3)).state_dict())).__name__
+        'Prior'
+    """
+    if _CLASSES.setdefault(kind.__name__, kind) is not kind:
+        raise DataError(
+            f"expected a name that no other operator class has, but files know {kind.__name__!r} "
+            "already: rename yours"
+        )
+    return kind
 
 
 def save(F: BaseLinearOperator, path: str | os.PathLike[str] | IO[bytes]) -> None:
@@ -160,8 +193,9 @@ def _why_not(op: Any) -> str:
             "save a 'low_rank' matrix, which has the same numbers"
         )
     return (
-        "it is not made of tensors alone: save what it was made from, or "
-        "DenseLinearOperator(F.to_dense()) where that fits"
+        "it is not made of tensors alone, or no file knows its class: save what it was made from, "
+        "or DenseLinearOperator(F.to_dense()) if that fits, or pass a class of your own to "
+        "files.register_saved"
     )
 
 
@@ -259,7 +293,10 @@ def _require_format(state: Mapping[str, Any]) -> None:
 def _build(node: Mapping[str, Any], tensors: dict[str, Tensor]) -> BaseLinearOperator:
     kind = _CLASSES.get(node["class"])
     if kind is None:
-        raise DataError(f"the file holds an unknown operator {node['class']!r}")
+        raise DataError(
+            f"the file holds an unknown operator {node['class']!r}: pass its class to "
+            "files.register_saved first, or load it with the release that wrote it"
+        )
     args: list[Any] = []
     for arg in node["args"]:
         if isinstance(arg, Mapping):

@@ -369,7 +369,7 @@ def test_wrong_derivatives_are_found():
 
 
 def test_forms_past_the_limit(monkeypatch):
-    monkeypatch.setattr("nngeo_lazy.representations.factored.MAX_BLOCK_BYTES", 100)
+    monkeypatch.setattr("nngeo_lazy.representations.form_stack.MAX_BLOCK_BYTES", 100)
     with pytest.raises(TooLargeError, match="estimator='mc' or 'empirical'"):
         ng.FIM(small(), data(), "factored")
 
