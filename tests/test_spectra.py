@@ -12,7 +12,7 @@ from torch import nn
 
 import nngeo_lazy as ng
 from nngeo_lazy import linalg
-from nngeo_lazy.errors import ConvergenceWarning, NonFiniteError, SpaceMismatchError
+from nngeo_lazy.errors import ConvergenceWarning, DataError, NonFiniteError, SpaceMismatchError
 from nngeo_lazy.testing import LargestTensor
 
 import zoo
@@ -602,7 +602,7 @@ def test_nan_says_in_which_product():
         linalg.svds(failing, failing, (20, 20), 2, dtype=torch.float64, device=A.device)
     count = 0
     with pytest.raises(NonFiniteError, match="spectral density: NaN or infinity in product 3"):
-        linalg.spectral_density(failing, 20, 1, 10, A[:0, 0])
+        linalg.spectral_density(failing, 20, A[:0, 0], linalg.Probes(1, steps=10))
 
 
 def test_start_that_is_zero_or_not_finite():
@@ -623,8 +623,10 @@ def test_too_few_products_warn():
 
 def test_density_options_out_of_range():
     A = products_only(torch.eye(5).double())
-    with pytest.raises(ValueError, match="at least 1 probe and 1 step, got 0 and 90"):
+    with pytest.raises(DataError, match="expected probes= to be a whole number from 1 on, got 0"):
         ng.spectral_density(A, probes=0)
+    with pytest.raises(DataError, match="expected steps= to be a whole number from 1 on, got 0"):
+        ng.spectral_density(A, steps=0)
     found = ng.spectral_density(A, probes=1, seed=0)
     with pytest.raises(ValueError, match="needs at least 2 probes=, got 1"):
         found.standard_error(found.grid())

@@ -9,9 +9,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ..errors import NonFiniteError
+from ..errors import NonFiniteError, NotPositiveDefiniteError
 
 __all__ = [
+    "IndefinitePreconditionerError",
     "KrylovResult",
     "Matvec",
     "default_tolerance",
@@ -22,6 +23,10 @@ __all__ = [
 ]
 
 Matvec: TypeAlias = Callable[[Tensor], Tensor]
+
+
+class IndefinitePreconditionerError(NotPositiveDefiniteError):
+    """The preconditioner, and not the matrix, is not positive definite."""
 
 
 @dataclass(frozen=True)
