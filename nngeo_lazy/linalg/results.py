@@ -113,6 +113,11 @@ class Estimate(Result, tuple[Tensor, Tensor, int], items=3):
         return self.value - half, self.value + half
 
     def __float__(self) -> float:
+        if self.value.numel() != 1:
+            raise ValueError(
+                f"expected an estimate of one number, got one of shape {tuple(self.value.shape)}: "
+                "take its .value"
+            )
         return float(self.value)
 
 

@@ -37,7 +37,8 @@ def inner(X: Tensor, Y: Tensor) -> Tensor:
     if whole == 0 or X.dtype == torch.float64:
         return X.mT @ Y
     x, y = (v[:whole].unflatten(0, (-1, _CHUNK)) for v in (X, Y))
-    return (x.mT @ y).sum(0) + X[whole:].mT @ Y[whole:]
+    total: Tensor = (x.mT @ y).sum(0) + X[whole:].mT @ Y[whole:]
+    return total
 
 
 def orthogonalised(W: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
