@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import NonFiniteError, NotPositiveDefiniteError
 from .krylov import (
+    IndefinitePreconditionerError,
     KrylovResult,
     Matvec,
     default_tolerance,
@@ -108,13 +109,17 @@ def _require_positive(curvature: Tensor, live: Tensor, what: str) -> None:
     if not bool(inside.isfinite().all()):
         raise NonFiniteError(f"conjugate gradients: NaN or infinity in a product with {what}")
     if bool((inside <= 0).any()):
-        remedy = (
-            "pass one that is, such as a damped 'kfac' or 'diagonal', or none"
-            if what == "the preconditioner"
-            else "add damping= above its most negative eigenvalue, or take "
-            "ng.solve(..., method='minres')"
+        kind, remedy = (
+            NotPositiveDefiniteError,
+            (
+                "add damping= above the size of its most negative eigenvalue, or take "
+                "ng.solve(..., method='minres')"
+            ),
         )
-        raise NotPositiveDefiniteError(
-            f"conjugate gradients: {what} is not positive definite (a vector met on the way has "
-            f"v.Av = {float(inside.min()):.3g}): {remedy}"
+        if what == "the preconditioner":
+            kind = IndefinitePreconditionerError
+            remedy = "pass one that is, such as a damped 'kfac' or 'diagonal', or none"
+        raise kind(
+            f"conjugate gradients: {what} is not positive definite (for one vector, v.Av = "
+            f"{float(inside.min()):.3g}): {remedy}"
         )

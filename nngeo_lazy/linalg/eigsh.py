@@ -240,7 +240,7 @@ class _Lanczos:
         """The next block, and how W is made of it; after a breakdown some of it is random."""
         n, b = W.shape
         left, sizes, right = torch.linalg.svd(W, full_matrices=False)
-        limit = 10 * torch.finfo(W.dtype).eps * n**0.5 * max(self.norm, float(sizes[0]))
+        limit = 10 * torch.finfo(W.dtype).eps * max(self.norm, float(sizes[0]))
         rank = int((sizes > limit).sum())
         R = (sizes[:rank, None] * right[:rank]).double().cpu()
         room = n - basis.shape[1]

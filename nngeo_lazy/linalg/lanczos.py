@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import NotPositiveDefiniteError
 from .krylov import Matvec, norms
-from .subspace import require_symmetric
+from .subspace import orthogonalised, require_symmetric
 
 __all__ = ["Lanczos", "evaluated"]
 
@@ -72,12 +72,11 @@ class Lanczos:
         self._basis[:, j % self._basis.shape[1]] = v.mT
         w = w - alpha * v - beta * previous
         if self._full:
-            basis = self._basis[:, : j + 1]
-            for _ in range(2):
-                inside = basis @ w.mT.unsqueeze(-1)  # (k, j, n), (k, n, 1) -> (k, j, 1)
-                w = w - (basis.mT @ inside).squeeze(-1).mT
+            bases = self._basis[:, : j + 1].mT.unbind()  # k of (n, j)
+            each = zip(w.split(1, dim=1), bases, strict=True)
+            w = torch.cat([orthogonalised(column, basis)[0] for column, basis in each], 1)
         beta = norms(w).squeeze(0)
-        limit = 10 * torch.finfo(w.dtype).eps * len(w) ** 0.5 * torch.maximum(self._norm, beta)
+        limit = 10 * torch.finfo(w.dtype).eps * torch.maximum(self._norm, beta)
         # past its end a column gets a diagonal that its T does not see
         self._alphas.append(torch.where(self.live, alpha, self._alphas[0] if j else alpha))
         self.live = self.live & (beta > limit)

@@ -7,8 +7,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..errors import NonFiniteError, NotPositiveDefiniteError
+from ..errors import NonFiniteError
 from .krylov import (
+    IndefinitePreconditionerError,
     KrylovResult,
     Matvec,
     default_tolerance,
@@ -166,10 +167,10 @@ def _root(r: Tensor, y: Tensor, live: Tensor, *, first: bool = False) -> Tensor:
     rounding = -torch.finfo(r.dtype).eps * norms(r) * norms(y)
     negative = square <= 0 if first else square < rounding  # later, r may be zero
     if bool(negative[live].any()):
-        raise NotPositiveDefiniteError(
-            f"{_METHOD}: the preconditioner is not positive definite (a vector met on the way has "
-            f"r.M^-1 r = {float(inside.min()):.3g}): pass one that is, such as a damped 'kfac' or "
-            "'diagonal', or none"
+        raise IndefinitePreconditionerError(
+            f"{_METHOD}: the preconditioner is not positive definite (for one vector, r.M^-1 r = "
+            f"{float(inside.min()):.3g}): pass one that is, such as a damped 'kfac' or 'diagonal', "
+            "or none"
         )
     return torch.where(live, square.clamp_min(0).sqrt(), 0.0)
 

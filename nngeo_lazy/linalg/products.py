@@ -32,6 +32,11 @@ class Products:
         self._bar = tqdm(desc=method, unit=" products", disable=not progress, leave=False)
 
     def __call__(self, v: Tensor) -> Tensor:
+        """A v (n, k).
+
+        Raises:
+            NonFiniteError: NaN or infinity in it.
+        """
         return self.through(self._matvec, v)
 
     def through(self, matvec: Matvec, v: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .krylov import Matvec, default_tolerance
+from .krylov import Matvec, default_tolerance, norms
 from .products import Products
 from .subspace import orthogonalised, orthonormal, random_block
 
@@ -137,7 +137,7 @@ class _GolubKahan:
         self._V = torch.empty(capacity, n, dtype=dtype, device=device)
         if start is None:
             start = random_block(n, 1, dtype, device, self._generator)
-        size = float(torch.linalg.vector_norm(start))
+        size = float(norms(start))
         if not 0 < size < float("inf"):
             raise ValueError("expected start to have finite columns, not zero")
         self._q = start / size
@@ -171,9 +171,7 @@ class _GolubKahan:
         else:
             forth = self._products.through(self._matvec, v) - u * s
             back = self._products.through(self._rmatvec, u) - v * s
-            residuals = torch.hypot(
-                torch.linalg.vector_norm(forth, dim=0), torch.linalg.vector_norm(back, dim=0)
-            )
+            residuals = torch.hypot(norms(forth), norms(back)).squeeze(0)
         eps = torch.finfo(u.dtype).eps
         limit = max(tol, 10 * eps) * s[-1]
         converged = not interrupted and bool((residuals <= limit).all())
@@ -200,9 +198,9 @@ class _GolubKahan:
 
     def _unit(self, w: Tensor, basis: Tensor) -> tuple[Tensor, float]:
         """A unit vector orthogonal to the basis, and how long w was; random after a breakdown."""
-        size = float(torch.linalg.vector_norm(w))
+        size = float(norms(w))
         self.norm = max(self.norm, size)
-        if size > 10 * torch.finfo(w.dtype).eps * len(w) ** 0.5 * self.norm:
+        if size > 10 * torch.finfo(w.dtype).eps * self.norm:
             return w / size, size
         fresh = random_block(len(w), 1, w.dtype, w.device, self._generator)
         fresh = orthonormal(orthogonalised(fresh, basis)[0])

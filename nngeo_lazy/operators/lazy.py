@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import linalg
 from ..errors import EstimateWarning, UnsupportedLayerError
-from ..linalg.estimates import MIN_STEPS
+from ..linalg.estimates import MIN_STEPS, QUADRATURES
 from . import rules
 from .base import BaseLinearOperator, Krylov, flat_positions
 from .damping import Damping
@@ -23,7 +23,6 @@ from .warn import warn, warn_of_estimate, warn_unless_converged, warn_unless_res
 __all__ = ["LazyLinearOperator", "closed_forms_only", "require_products"]
 
 _CHUNK_BYTES = 2**26  # of identity columns at a time, where only products are known
-PROBES, STEPS = 10, 100  # of an estimated log-determinant
 _CLOSED_ONLY: ContextVar[bool] = ContextVar("closed_forms_only", default=False)
 
 
@@ -174,7 +173,7 @@ def estimated_logdet(operator: BaseLinearOperator) -> Tensor:
     n = operator.shape[-1]
     if not operator.is_square or operator.dim() != 2:
         raise operator._unsupported("logdet")
-    if n <= PROBES * MIN_STEPS:
+    if n <= QUADRATURES * MIN_STEPS:
         dense = operator._dense()
         if float((dense - dense.mT).detach().norm()) > 1e-3 * float(dense.detach().norm()):
             raise operator._unsupported("logdet")  # not symmetric
@@ -183,7 +182,7 @@ def estimated_logdet(operator: BaseLinearOperator) -> Tensor:
     like = torch.empty(0, dtype=operator.dtype, device=operator.device)
     with torch.no_grad():
         found = linalg.quadrature_trace(
-            operator._apply, torch.log, n, PROBES, STEPS, like, what="logdet"
+            operator._apply, torch.log, n, like, linalg.Probes(), what="logdet"
         )
     warn_of_estimate(found, "logdet", None)
     warn(
