@@ -116,6 +116,11 @@ class _Batch:
     def metric(self, values: Tensor) -> Metric:
         return self.source.sweep.quantity.metric(values, self._target(values), self.generator)
 
+    def wide(self) -> _Batch | None:
+        if self.source.space.device.type == "mps":
+            return None
+        return replace(self, source=self.source.moved(torch.float64, None))
+
     def _target(self, like: Tensor) -> Tensor | None:
         """The labels, where the operator was moved to."""
         target = self.batch.target
@@ -125,24 +130,25 @@ class _Batch:
 
 
 def _info(sweep: DataSweep, options: Implicit) -> ImplicitInfo:
-    """Everything but the point, from one pass over the data without gradients."""
+    """Everything but the point, from one forward pass over the data."""
     space, quantity = sweep.space, sweep.quantity
     network = Network(sweep.model, space, sweep.batches.forward)
     leaves = [p.detach().requires_grad_() for p in space.parameters(sweep.model).values()]
     totals, num_rows, num_batches = Totals(quantity, space.device), 0, 0
     with torch.inference_mode(False), network.scope(), torch.no_grad(), sweep.seeded():
         for batch in sweep.batches:
-            outputs = network(leaves, batch.raw)
+            with torch.enable_grad():  # a forward pass may call autograd itself
+                graph = network(leaves, batch.raw)
+            outputs = graph.detach()
             quantity.fit(outputs, batch.target)
             totals.add(outputs, batch.target)
             if num_batches == 0:
-                with torch.enable_grad():
-                    again = network(leaves, batch.raw)
-                _require_differentiable(again)
+                _require_differentiable(graph)
                 quantity.values(outputs, batch.target)  # whether it has the labels that it needs
                 if options.check and bool(outputs.isfinite().all()):
-                    _require_fixed(outputs, again)
-                del again
+                    with torch.enable_grad():
+                        _require_fixed(outputs, network(leaves, batch.raw))
+            del graph
             one_each = quantity.estimator == "empirical"
             num_rows += outputs.shape[0] if one_each else outputs.numel()
             num_batches += 1
