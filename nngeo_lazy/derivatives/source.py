@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ..space import ParamSpace
 
-__all__ = ["Batch", "Memory", "Metric", "Source"]
+__all__ = ["BatchFunction", "Memory", "Middle", "Source"]
 
 
-class Metric(Protocol):
+class Middle(Protocol):
     """The middle S_n S_n^T of J^T S S^T J, on one batch."""
 
     @property
@@ -27,14 +27,17 @@ class Metric(Protocol):
         """(n, generator) to draws (n, *values) from N(0, S S^T)."""
 
 
-class Batch(Protocol):
+class BatchFunction(Protocol):
     """One batch as a function of the parameters."""
 
     def values(self, parameters: Any) -> Tensor:
         """What is differentiated: outputs, losses of examples, or the sum of the losses."""
 
-    def metric(self, values: Tensor) -> Metric:
-        """The metric at these values, which may be differentiable in them."""
+    def metric(self, values: Tensor) -> Middle:
+        """The middle matrix at these values, which may be differentiable in them."""
+
+    def wide(self) -> BatchFunction | None:
+        """The same function in float64; None where it has none."""
 
 
 class Source(Protocol):
@@ -78,7 +81,7 @@ class Source(Protocol):
     def scope(self) -> AbstractContextManager[None]:
         """In which batches are evaluated and differentiated."""
 
-    def batches(self, start: int = 0) -> Iterator[Batch]:
+    def batches(self, start: int = 0) -> Iterator[BatchFunction]:
         """The batches, from the given one on."""
 
     def diagonal(self, parameters: Tensor) -> Tensor | None:

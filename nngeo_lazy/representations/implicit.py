@@ -79,7 +79,7 @@ class Implicit(Representation):
             raise DataError(f"expected chunk_size to be a positive integer or None, got {size!r}")
 
     def build(self, sweep: Sweep) -> BaseLinearOperator:
-        """The operator of the sweep's quantity, from one pass over the data without gradients."""
+        """The operator of the sweep's quantity, from one forward pass over the data."""
         problem = sweep.problem
         if problem.quantity.kind is MatrixKind.GAUSS_NEWTON and problem.quantity.estimator == "mc":
             refuse_shuffling(
@@ -100,7 +100,7 @@ class Implicit(Representation):
 
 
 def _fields(sweep: Sweep, options: Implicit) -> dict[str, Any]:
-    """Everything but the point, from one pass over the data without gradients."""
+    """Everything but the point, from one forward pass over the data."""
     problem = sweep.problem
     space, quantity = problem.space, problem.quantity
     network = Network(problem.model, space, problem.batches.forward)
@@ -108,17 +108,18 @@ def _fields(sweep: Sweep, options: Implicit) -> dict[str, Any]:
     totals, num_rows, num_batches = Totals(quantity, space.device), 0, 0
     with torch.inference_mode(False), network.scope(), torch.no_grad(), problem.seeded():
         for batch in problem.batches:
-            outputs = network(leaves, batch.raw)
+            with torch.enable_grad():  # a forward pass may call autograd itself
+                graph = network(leaves, batch.raw)
+            outputs = graph.detach()
             quantity.fit(outputs, batch.target)
             totals.add(outputs, batch.target)
             if num_batches == 0:
-                with torch.enable_grad():
-                    again = network(leaves, batch.raw)
-                _require_differentiable(again)
+                _require_differentiable(graph)
                 quantity.values(outputs, batch.target)  # whether it has the labels that it needs
                 if options.check and bool(outputs.isfinite().all()):
-                    _require_fixed(outputs, again)
-                del again
+                    with torch.enable_grad():
+                        _require_fixed(outputs, network(leaves, batch.raw))
+            del graph
             one_each = quantity.estimator == "empirical"
             num_rows += outputs.shape[0] if one_each else outputs.numel()
             num_batches += 1

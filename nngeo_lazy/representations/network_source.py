@@ -98,6 +98,12 @@ class NetworkBatch:
             values, self._target(values), self.generator
         )
 
+    def wide(self) -> NetworkBatch | None:
+        """The same functions in float64; None on devices that have no float64."""
+        if self.source.space.device.type == "mps":
+            return None
+        return replace(self, source=self.source.moved(torch.float64, None))
+
     def _target(self, like: Tensor) -> Tensor | None:
         """The labels, where the operator was moved to."""
         target = self.batch.target
