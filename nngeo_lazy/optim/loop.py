@@ -55,7 +55,7 @@ class Mark:
     @classmethod
     def of(cls, outputs: Tensor) -> Mark:
         """The mark of the pass that made these outputs; it lives and dies with their graph."""
-        held: dict[str, Any] = get_gradient_edge(outputs).node.metadata
+        held: Any = get_gradient_edge(outputs).node.metadata
         mark: Mark = held.setdefault(_MARK, cls())
         return mark
 
