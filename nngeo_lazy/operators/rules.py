@@ -44,12 +44,13 @@ class Rule:
     `NotImplemented` passes the operands on to the next one.
 
     Args:
-        name: what it computes, for messages.
+        name: of the variable that holds it.
+        what: what it computes, for messages.
         arity: how many of the leading arguments are looked at.
     """
 
-    def __init__(self, name: str, arity: int) -> None:
-        self.name, self.arity = name, arity
+    def __init__(self, name: str, what: str, arity: int) -> None:
+        self.name, self.what, self.arity = name, what, arity
         self._answers: dict[Classes, Callable[..., Any]] = {}
         self._found: dict[Classes, list[Callable[..., Any]]] = {}
         self._complete = False
@@ -81,10 +82,10 @@ class Rule:
     def _add(self, classes: Classes, answer: Callable[..., Any]) -> None:
         if len(classes) != self.arity:
             raise RuleError(
-                f"expected {self.arity} classes for a rule of {self.name}, got {len(classes)}"
+                f"expected {self.arity} classes for a rule of {self.what}, got {len(classes)}"
             )
         if classes in self._answers:
-            raise RuleError(f"{self.name} has a rule for {_listed(classes)} already: remove one")
+            raise RuleError(f"{self.what} has a rule for {_listed(classes)} already: remove one")
         self._answers[classes] = answer
         self._found.clear()
 
@@ -103,8 +104,8 @@ class Rule:
             if made is not NotImplemented:
                 return made
         raise RuleError(
-            f"{self.name} has no rule for {_listed(classes)}: register one with "
-            f"@rules.{self._variable()}.register({_listed(classes)}) beside the class"
+            f"{self.what} has no rule for {_listed(classes)}: register one with "
+            f"@rules.{self.name}.register({_listed(classes)}) beside the class"
         )
 
     def _fitting(self, classes: Classes) -> list[Callable[..., Any]]:
@@ -133,12 +134,9 @@ class Rule:
             both = tuple(a if issubclass(a, b) else b for a, b in pairs)
             if both not in self._answers:
                 raise RuleError(
-                    f"{self.name} is ambiguous for {_listed(both)}: the rules for {_listed(one)} "
+                    f"{self.what} is ambiguous for {_listed(both)}: the rules for {_listed(one)} "
                     f"and for {_listed(other)} fit equally well. Register one for {_listed(both)}"
                 )
-
-    def _variable(self) -> str:
-        return next(name for name, value in globals().items() if value is self)
 
 
 def _fits(classes: Classes, registered: Classes) -> bool:
@@ -159,12 +157,13 @@ def complete() -> None:
         rule.check()
 
 
-sums = Rule("A + B", 2)  # (A, B, info)
-products = Rule("A @ B", 2)  # (A, B, info)
-as_operator = Rule("the operator of a matrix", 1)  # (anything that is a matrix)
-selections = Rule("A[rows, columns]", 1)  # (A, rows, columns or None for rows, info)
-broadcast = Rule("A with batch dimensions", 1)  # (A, batch_shape)
-multiples = Rule("c A", 1)  # (A, c)
-inverses = Rule("the lazy inverse of A", 1)  # (A)
-plus_diagonal = Rule("A + diag(d)", 1)  # (A, d), of an A that has no closed form for this d
-states = Rule("the state of A", 1)  # (A), for files
+sums = Rule("sums", "A + B", 2)  # (A, B, info)
+products = Rule("products", "A @ B", 2)  # (A, B, info)
+as_operator = Rule("as_operator", "the operator of a matrix", 1)  # (anything that is a matrix)
+selections = Rule("selections", "A[rows, columns]", 1)  # (A, rows, columns or None for rows, info)
+broadcast = Rule("broadcast", "A with batch dimensions", 1)  # (A, batch_shape)
+multiples = Rule("multiples", "c A", 1)  # (A, c)
+inverses = Rule("inverses", "the lazy inverse of A", 1)  # (A)
+# (A, d), of an A that has no closed form for this d
+plus_diagonal = Rule("plus_diagonal", "A + diag(d)", 1)
+states = Rule("states", "the state of A", 1)  # (A), for files
