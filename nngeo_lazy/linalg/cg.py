@@ -35,9 +35,9 @@ def cg(
 ) -> KrylovResult:
     """Solve A x = b for a symmetric positive definite A, to a relative residual.
 
-    Every column is divided by its norm first, and stops on its own: no number here is absolute, so
+    Every column is divided by its norm first, and stops on its own. No tolerance is absolute, so
     that results are the same at any scale of A and of b. When the recurrence says that it has
-    converged, the true residual is computed; where that disagrees, the iteration starts again from
+    converged, the true residual is computed; if that is too large, the iteration starts again from
     the current x.
 
     Args:
@@ -46,7 +46,7 @@ def cg(
         tol: relative residual to reach; 1e-6 in float32, 1e-10 in float64.
         max_iter: at most so many products with A; by default 10 n, at least 100.
         preconditioner: r (n, k) to an approximation of A^-1 r, symmetric positive definite.
-        x0: where to start (n, k); zero by default.
+        x0: the start (n, k); by default zero.
 
     Raises:
         NotPositiveDefiniteError: A or the preconditioner has a direction of negative curvature.
