@@ -14,7 +14,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import DataError
-from .base import NOT_FINITE, Likelihood, broadcasts, check_outputs, labels_needed, standard_normal
+from .likelihood import (
+    NOT_FINITE,
+    Likelihood,
+    broadcasts,
+    check_outputs,
+    labels_needed,
+    standard_normal,
+)
 
 __all__ = ["Bernoulli", "Elementwise", "Poisson"]
 

@@ -71,7 +71,7 @@ def low_rank(
         low = nystrom(operator, rank, seed=seed)
     else:
         values, vectors = eigsh(operator, rank, "LM", tol=tol, seed=seed, progress=progress)
-        info = operator.info.plain().altered()
+        info = operator.info.altered()
         low = LowRankLinearOperator(vectors.flip(1), values.flip(0), info=info)
     if rest == "zero" or rank == operator.shape[-1]:
         return low
@@ -124,4 +124,4 @@ def nystrom(A: Any, rank: int, *, seed: int | None = None) -> LowRankLinearOpera
             device=operator.device,
             generator=seeded(seed, operator.device),
         )
-    return LowRankLinearOperator(basis, values, info=operator.info.plain().altered())
+    return LowRankLinearOperator(basis, values, info=operator.info.altered())

@@ -9,22 +9,20 @@ import torch
 from torch import Tensor
 
 from .. import linalg
-from ..errors import EstimateWarning, NotPositiveDefiniteError, UnsupportedLayerError
+from ..errors import NotPositiveDefiniteError, UnsupportedLayerError
 from ..linalg import Estimate, Probes
 from ..linalg.estimates import MIN_STEPS, PROBES, QUADRATURES, STEPS
 from ..operators.base import BaseLinearOperator
 from ..operators.convert import aslinearoperator
-from ..operators.dense import DenseLinearOperator
-from ..operators.lazy import closed_forms_only, require_products
-from ..operators.primitives import Krylov
-from ..operators.warn import falls_short, warn, warn_of_estimate
+from ..operators.lazy import closed_forms_only
+from ..operators.warn import falls_short, warn_of_estimate
 from .functions import Function, evaluated
 from .spectra import _like, require_symmetric_operator
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["diagonal", "effective_dimension", "estimated_logdet", "logdet", "trace"]
+__all__ = ["diagonal", "effective_dimension", "logdet", "trace"]
 
 TRACES = ("auto", "exact", "hutchinson", "hutch++", "xtrace", "slq")
 DIAGONALS = ("auto", "exact", "hutchinson", "xdiag")
@@ -290,36 +288,6 @@ def effective_dimension(
         return torch.where(values + d > 0, values / (values + d), torch.nan)
 
     return _of_function(operator, share, "the effective dimension", method, given)
-
-
-def estimated_logdet(operator: BaseLinearOperator) -> Tensor:
-    """The log-determinant of an operator of which only products are known, with a warning.
-
-    Its gradient is the estimate of tr A^-1 dA with random signs z, z.A^-1 dA z. A matrix that is
-    smaller than the vectors which an estimate holds is multiplied out instead, and exact.
-    """
-    require_products(operator, "logdet")
-    if operator.shape[-1] <= QUADRATURES * MIN_STEPS:
-        dense = operator._dense()
-        if float((dense - dense.mT).detach().norm()) > 1e-3 * float(dense.detach().norm()):
-            raise operator._unsupported("logdet")  # not symmetric
-        return DenseLinearOperator(dense)._logdet()
-    found = logdet(operator, method="slq")
-    warn(
-        EstimateWarning(
-            f"logdet is an estimate: {float(found):.6g}, standard error "
-            f"{float(found.standard_error):.2g}, from {found.matvecs} products; "
-            "ng.logdet(F, tol=..., seed=...) says how good it is to be",
-            found,
-        )
-    )
-    if not (torch.is_grad_enabled() and operator.requires_grad):
-        return found.value
-    z = linalg.signs(operator.shape[-1], found.probes, _like(operator), None)
-    with torch.no_grad():
-        x = operator._solve_any(z, Krylov())
-    slope = (x * operator._apply(z)).sum(0).mean()
-    return found.value + slope - slope.detach()
 
 
 def _of_function(

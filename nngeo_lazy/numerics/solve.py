@@ -103,7 +103,7 @@ def _square(damped: BaseLinearOperator, b: VectorLike, method: str, krylov: Kryl
                 f"method 'direct' needs a closed form, and {type(damped).__name__} has none: take "
                 "'auto', 'cg' or 'minres'"
             )
-        x = damped._solve_any(v, Krylov(krylov.tol, krylov.max_iter))
+        x = damped._solve(v, krylov=Krylov(krylov.tol, krylov.max_iter))
         residual = _residual(damped, x, v)
         return Solution(restore(x), residual, 0, True, "direct")
     if method == "minres":
@@ -128,7 +128,7 @@ def _iterated(
         b,
         tol=krylov.tol,
         max_iter=krylov.max_iter,
-        preconditioner=None if close is None else lambda r: close._solve_any(r, Krylov()),
+        preconditioner=None if close is None else lambda r: close._solve(r),
         x0=x0,
     )
     warn_unless_converged(found, krylov.tol, b.dtype, _NAMES[method])

@@ -15,14 +15,13 @@ from ..operators.base import BaseLinearOperator
 from ..operators.convert import aslinearoperator
 from ..operators.dense import MatrixLinearOperator
 from ..operators.vectors import VectorLike, columns, flattened
-from ..operators.warn import warn
+from ..operators.warn import warn, warn_unless_resolved
 from .results import SingularValues, Spectrum
 
 __all__ = [
     "eigsh",
     "require_symmetric_operator",
     "spectral_density",
-    "spectral_norm",
     "svds",
 ]
 
@@ -102,7 +101,7 @@ def eigsh(
             Search(tol, subspace, first, max_matvecs, seed, progress),
             block_size=block_size,
         )
-    _warn_unless_converged("eigsh", found)
+    warn_unless_resolved("eigsh", found)
     kept = (found.values, found.vectors, found.residuals, found.matvecs, found.converged)
     return Spectrum(*kept, operator.space)
 
@@ -171,7 +170,7 @@ def svds(
             _like(operator),
             Search(tol, subspace, first, max_matvecs, seed, progress),
         )
-    _warn_unless_converged("svds", found)
+    warn_unless_resolved("svds", found)
     kept = (found.left, found.values, found.right.mT, found.residuals)
     return SingularValues(*kept, found.matvecs, found.converged, operator.space)
 
@@ -273,14 +272,6 @@ def require_symmetric_operator(A: Any, what: str) -> BaseLinearOperator:
     return operator
 
 
-def spectral_norm(operator: BaseLinearOperator) -> Tensor:
-    """The largest singular value of an operator whose products are all that is known: u.A v."""
-    found = svds(operator, 1)
-    if not (torch.is_grad_enabled() and operator.requires_grad):
-        return found.S[0]
-    return (found.U * operator._apply(found.Vh.mT)).sum()
-
-
 def _like(operator: BaseLinearOperator) -> Tensor:
     return torch.empty(0, dtype=operator.dtype, device=operator.device)
 
@@ -304,19 +295,3 @@ def _closed(operator: BaseLinearOperator, k: int, which: str) -> Spectrum:
     vectors = basis._apply(unit)
     residuals = torch.linalg.vector_norm(operator._apply(vectors) - vectors * values, dim=0)
     return Spectrum(values, vectors, residuals, 0, True, operator.space)
-
-
-def _warn_unless_converged(what: str, found: linalg.Eigenpairs | linalg.Triplets) -> None:
-    if found.converged:
-        return
-    worst = float(found.residuals.max())
-    size = float(found.values.abs().max())
-    if found.interrupted:
-        reason = f"was interrupted after {found.matvecs} products: these are the pairs so far"
-    else:
-        reason = (
-            f"stopped after {found.matvecs} products, short of its tolerance: raise max_matvecs=, "
-            "subspace= or tol=, or take float64 if rounding is the limit"
-        )
-    message = f"{what} {reason} (largest residual {worst:.2g}, largest value {size:.2g})"
-    warn(ConvergenceWarning(message, worst / size if size else worst, found.matvecs))
