@@ -22,6 +22,17 @@ from .krylov import (
 __all__ = ["cg"]
 
 _METHOD = "conjugate gradients"
+_REMEDIES: dict[str, tuple[type[NotPositiveDefiniteError], str]] = {
+    "the matrix": (
+        NotPositiveDefiniteError,
+        "add damping= above the size of its most negative eigenvalue, or take "
+        "ng.solve(..., method='minres')",
+    ),
+    "the preconditioner": (
+        IndefinitePreconditionerError,
+        "pass one that is, such as a damped 'kfac' or 'diagonal', or none",
+    ),
+}
 
 
 def cg(
@@ -109,16 +120,7 @@ def _require_positive(curvature: Tensor, live: Tensor, what: str) -> None:
     if not bool(inside.isfinite().all()):
         raise NonFiniteError(f"conjugate gradients: NaN or infinity in a product with {what}")
     if bool((inside <= 0).any()):
-        kind, remedy = (
-            NotPositiveDefiniteError,
-            (
-                "add damping= above the size of its most negative eigenvalue, or take "
-                "ng.solve(..., method='minres')"
-            ),
-        )
-        if what == "the preconditioner":
-            kind = IndefinitePreconditionerError
-            remedy = "pass one that is, such as a damped 'kfac' or 'diagonal', or none"
+        kind, remedy = _REMEDIES[what]
         raise kind(
             f"conjugate gradients: {what} is not positive definite (for one vector, v.Av = "
             f"{float(inside.min()):.3g}): {remedy}"
