@@ -13,7 +13,7 @@ from torch import Tensor
 from .data import Batch, refuse_shuffling
 from .derivatives.source import ImplicitInfo
 from .errors import DataError, StochasticModelError
-from .jacobian.plan import agree
+from .jacobian.proof import agree
 from .network import Network
 from .operators.matrix_free import (
     GaussNewtonLinearOperator,

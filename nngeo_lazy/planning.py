@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from .jacobian.forms import Form
-from .jacobian.plan import Part
+from .jacobian.parts import Part
 from .representations import Implicit, Representation
 from .statistics import Cost, Sample, Statistic
 from .sweep import DataSweep
@@ -110,7 +110,7 @@ def make_plan(representation: Representation | Implicit, sweep: DataSweep) -> Pl
             rows[name] = PlannedRow(
                 name,
                 space.owner(name),
-                "zero" if part.kind == "unused" else f"{part.function}: {part.kind}",
+                part.form_name,
                 kinds[-1] if kinds else "",
                 where.stop - where.start,
                 sum(cost.flops for cost in costs) if first else 0,

@@ -16,7 +16,7 @@ from torch import Tensor
 from .errors import DataError, TooLargeError
 from .jacobian.forms import Form, Outer, second_moment
 from .jacobian.inputs import IndexInputs, Inputs
-from .jacobian.plan import Part
+from .jacobian.parts import Part
 from .layout import Layout
 from .space import ParamSpace
 

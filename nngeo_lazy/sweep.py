@@ -15,7 +15,7 @@ from .data import Batch, Batches
 from .errors import DataError, NonFiniteError, TooLargeError
 from .jacobian.capture import Capture, Recorded
 from .jacobian.forms import Form, Outer
-from .jacobian.plan import Part
+from .jacobian.parts import Part
 from .jacobian.record import recording, refuse_training_mode
 from .quantities import Quantity
 from .selectors import Selector, space_of

@@ -10,7 +10,7 @@ import torch
 
 from ..errors import DataError, SpaceMismatchError
 from ..files import load
-from ..jacobian.plan import Part
+from ..jacobian.parts import Part
 from ..operators import BaseLinearOperator
 from ..pooling import averaged, decomposed, rebased, require_semidefinite
 from ..representations import (

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ..jacobian.plan import Part
+from ..jacobian.parts import Part
 from ..operators import BaseLinearOperator
 from ..statistics import Make, Statistic, Sweep
 from .recipes import Block, Recipe, block_diagonal

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import TooLargeError
 from ..jacobian.forms import Form, Outer, Rows, Stored, Summed
-from ..jacobian.plan import Part
+from ..jacobian.parts import Part
 from ..operators import BaseLinearOperator, Info
 from ..operators.factored import (
     FactoredGaussNewtonLinearOperator,

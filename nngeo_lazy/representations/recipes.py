@@ -174,9 +174,10 @@ def info_of(sweep: Sweep, blocks: Sequence[Block]) -> Info:
     positions = {k: block.positions for block in blocks for k in block.indices}
     origins = {}
     for k, part in enumerate(sweep.parts):
-        form = "zero" if part.kind == "unused" else f"{part.function}: {part.kind}"
+        form = part.form_name
         origin = Origin(_layer(sweep, k), form, part.note, positions.get(k))
-        origins.update(dict.fromkeys(part.names, origin))
+        first = {name for name in part.names if name not in origins}
+        origins.update(dict.fromkeys(part.names if part.members else first, origin))
     space = sweep.space.to(dtype=sweep.dtype)
     ordered = {name: replace(origins[name], layer=space.owner(name)) for name in space.names}
     return Info(

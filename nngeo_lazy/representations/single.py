@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError, SpaceMismatchError
-from ..jacobian.plan import Part
+from ..jacobian.parts import Part
 from ..operators import (
     BaseLinearOperator,
     BlockDiagonalLinearOperator,
