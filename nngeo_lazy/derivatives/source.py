@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..operators.info import Info
 from ..space import ParamSpace
 
-__all__ = ["BatchFunction", "ImplicitInfo", "Memory", "Middle", "Source"]
+__all__ = ["BatchFunction", "Memory", "Middle", "Source"]
 
 
 class Middle(Protocol):
@@ -135,26 +134,11 @@ class Memory:
         """Free all graphs."""
         self._key, self._point, self._kept, self.complete = None, None, [], False
 
-
-@dataclass(frozen=True)
-class ImplicitInfo(Info):
-    """Info of a matrix-free operator.
-
-    Attributes:
-        source: its data.
-        memory: of its products; it belongs to one point.
-    """
-
-    source: Source | None = None
-    memory: Memory = field(default_factory=Memory, compare=False)
-
-    def moved(self, dtype: torch.dtype | None, device: Any) -> ImplicitInfo:
-        source = None if self.source is None else self.source.moved(dtype, device)
-        space = None if self.space is None else self.space.to(dtype=dtype, device=device)
-        return replace(self, space=space, source=source, memory=Memory())
-
-    def elsewhere(self) -> ImplicitInfo:
-        """The same at another point."""
-        remembered = Memory(dict(self.memory.failed), self.memory.too_large)
-        remembered.graph_bytes, remembered.proved = self.memory.graph_bytes, self.memory.proved
-        return replace(self, memory=remembered, quantity={}, log_likelihood=None)
+    def elsewhere(self) -> Memory:
+        """What stays known at another point."""
+        return Memory(
+            dict(self.failed),
+            self.too_large,
+            graph_bytes=self.graph_bytes,
+            proved=self.proved,
+        )

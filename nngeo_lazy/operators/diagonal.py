@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..space import ParamSpace
+from . import rules
 from .base import BaseLinearOperator
 from .info import Info
 from .spectral import SpectralLinearOperator
@@ -103,3 +104,25 @@ def identity(space: ParamSpace, scale: float | Tensor = 1.0) -> DiagonalLinearOp
     """
     value = torch.as_tensor(scale, dtype=space.dtype, device=space.device)
     return DiagonalLinearOperator(value.expand(len(space)), info=Info(space))
+
+
+@rules.sums.register(DiagonalLinearOperator, DiagonalLinearOperator)
+def _(A: DiagonalLinearOperator, B: DiagonalLinearOperator, info: Info) -> BaseLinearOperator:
+    return DiagonalLinearOperator(A.diag + B.diag, info=info)
+
+
+@rules.sums.register(DiagonalLinearOperator, BaseLinearOperator, symmetric=True)
+def plus_diagonal(
+    A: DiagonalLinearOperator, B: BaseLinearOperator, info: Info
+) -> BaseLinearOperator:
+    """A sum with a diagonal has the structure of the other matrix, and the space of either."""
+    total: BaseLinearOperator = B.add_diagonal(A.diag)
+    if total.space is not None or info.space is None:
+        return total
+    known: BaseLinearOperator = total._with(info=info)
+    return known
+
+
+@rules.products.register(DiagonalLinearOperator, DiagonalLinearOperator)
+def _(A: DiagonalLinearOperator, B: DiagonalLinearOperator, info: Info) -> BaseLinearOperator:
+    return DiagonalLinearOperator(A.diag * B.diag, info=info)

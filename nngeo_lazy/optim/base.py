@@ -13,7 +13,7 @@ from ..operators import BaseLinearOperator
 from ..operators.report import Report, Row
 from ..operators.warn import warn
 from ..quantities import LossLike
-from ..representations import Factored, Implicit, Representation
+from ..representations import Factored, Representation
 from ..selectors import space_of
 from ..space import canonical_name
 from .curvature import Curvature
@@ -53,7 +53,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
     def __init__(
         self,
         model: nn.Module,
-        representation: str | Representation | Implicit | HessianFree,
+        representation: str | Representation | HessianFree,
         likelihood: LossLike | None,
         defaults: dict[str, Any],
         *,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,12 +11,13 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from ..errors import DataError, NonFiniteError
+from ..facts import Facts
 from ..jacobian.capture import Recorded
 from ..operators import BaseLinearOperator
 from ..quantities import LossLike
-from ..representations import Representation
+from ..representations import Streamed
 from .loop import Loop, Passed
-from .running import Forms, Running, StepSweep
+from .running import Forms, Running
 from .scores import Scores
 
 __all__ = ["Curvature"]
@@ -42,7 +44,7 @@ class Curvature:
     def __init__(
         self,
         loop: Loop,
-        representation: Representation,
+        representation: Streamed,
         likelihood: LossLike | None,
         estimator: str,
         decay: float,
@@ -56,7 +58,7 @@ class Curvature:
         self._running = Running(representation, decay, factors)
         drawn = int(torch.randint(2**62, ())) if seed is None else seed
         self._generator = torch.Generator(device=loop.space.device).manual_seed(drawn)
-        self._begun: tuple[StepSweep, Forms] | None = None
+        self._begun: tuple[Facts, Forms] | None = None
         self._denominators: list[Tensor | int] = []
         self._terms: list[Tensor | int | None] = []
         self._bad = False
@@ -126,30 +128,34 @@ class Curvature:
                 "expected passes that no step has taken yet: after a step that raised, run the "
                 "model and loss.backward() again"
             )
-        sweep, forms = begun
+        facts, forms = begun
         known = [int(each) for each in terms if each is not None]
-        sweep.num_examples = examples
-        sweep.num_terms = sum(known) if len(known) == len(terms) else None
         total = self.scores.total(float(sum(denominators)))
-        sweep.denominator = total
+        denominator = total
         if self.empirical:
             scale = float(denominators[0]) or 1.0  # near the size of an example's own gradient
             for passed in self._loop.passes:
                 forms.update(_observed(passed, scale), True, True)
-            sweep.denominator = scale**2 / total
-        self._running.finish(sweep, forms.replay, self.rebase)
+            denominator = scale**2 / total
+        counted = replace(
+            facts,
+            num_examples=examples,
+            num_terms=sum(known) if len(known) == len(terms) else None,
+            denominator=denominator,
+        )
+        self._running.finish(counted, forms.replay, self.rebase)
 
     def drop(self) -> None:
         """Forget what the present step has brought so far."""
         self._begun, self._denominators, self._terms, self._bad = None, [], [], False
 
-    def _begin(self, recorded: Recorded) -> tuple[StepSweep, Forms]:
+    def _begin(self, recorded: Recorded) -> tuple[Facts, Forms]:
         if self._begun is None:
             loop = self._loop
             described = dict(self.scores.described())
-            sweep = StepSweep(loop.space, loop.parts, recorded.dtype, described)
-            statistics = self._running.begin(sweep, self.rebase)
-            self._begun = sweep, Forms(statistics, self._running.keeps_forms(self.rebase))
+            facts = Facts(loop.space, loop.parts, recorded.dtype, described)
+            statistics = self._running.begin(facts, self.rebase)
+            self._begun = facts, Forms(statistics, self._running.keeps_forms(self.rebase))
         return self._begun
 
     def state(self) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from .replay import Replay, float_math
 __all__ = ["Loop", "Passed", "Scorer"]
 
 Outputs = Callable[[Any], Tensor]
-_SCORED: set[int] = set()  # where outputs lie whose hooks a backward pass of a scorer comes by
+_MARK = "nngeo_lazy.optim"  # where a graph keeps the mark of its pass
 
 
 class Scorer(Protocol):
@@ -47,11 +47,35 @@ class Scorer(Protocol):
 
 
 @dataclass
+class Mark:
+    """What all watchers of one forward pass share: whether one of them differentiates it now."""
+
+    scoring: bool = False
+
+    @classmethod
+    def of(cls, outputs: Tensor) -> Mark:
+        """The mark of the pass that made these outputs; it lives and dies with their graph."""
+        held: Any = get_gradient_edge(outputs).node.metadata
+        mark: Mark = held.setdefault(_MARK, cls())
+        return mark
+
+    @contextmanager
+    def scored(self) -> Iterator[None]:
+        """Inside, backward passes from the outputs are nobody's loss."""
+        before, self.scoring = self.scoring, True
+        try:
+            yield
+        finally:
+            self.scoring = before
+
+
+@dataclass
 class Passed:
     """A forward pass of the loop, and what its backward pass brought.
 
     Attributes:
         outputs: (N, ...), detached.
+        mark: shared with the other watchers of the pass.
         replay: how to run it again, where that may be needed.
         gradient: of the loop's loss at the outputs.
         recorded: its layers, while the loop's own gradients at them are collected.
@@ -60,6 +84,7 @@ class Passed:
     """
 
     outputs: Tensor
+    mark: Mark
     replay: Replay | None = None
     gradient: Tensor | None = None
     recorded: Recorded | None = None
@@ -161,12 +186,12 @@ class Loop:
         recorded = None if recorder is None else self._recorded(raw, outputs, recorder)
         if replay is not None and self.independent is None:
             self.independent = self._without_influence(outputs)
-        self._wait(outputs, Passed(outputs.detach(), replay), recorded)
+        self._wait(outputs, Passed(outputs.detach(), Mark.of(outputs), replay), recorded)
 
     def _without_influence(self, outputs: Tensor) -> set[str]:
         """The parameters that the outputs do not depend on: heads of other losses."""
         cotangent = torch.zeros_like(outputs)
-        with _scoring(outputs):
+        with Mark.of(outputs).scored():
             found = gradients_at(outputs, list(self._parameters.values()), cotangent)
         return {name for name, g in zip(self._parameters, found, strict=True) if g is None}
 
@@ -181,7 +206,7 @@ class Loop:
     def arrived(self, arrival: _Arrival, gradient: Tensor) -> None:
         """The gradient at the outputs of a pass arrived."""
         passed, recorded = arrival.passed, arrival.recorded
-        if passed.outputs.data_ptr() in _SCORED or not self._reaches_parameters():
+        if passed.mark.scoring or not self._reaches_parameters():
             return
         if passed.outputs._version != arrival.version:
             raise DataError(
@@ -197,7 +222,7 @@ class Loop:
         if self.scorer is None or (recorded is None and not again):
             return
         root = GradientEdge(torch._C._current_autograd_node(), arrival.output)
-        with torch.enable_grad(), float_math(gradient.device), _scoring(passed.outputs):
+        with torch.enable_grad(), float_math(gradient.device), passed.mark.scored():
             if recorded is not None:
                 arrival.recorded = None
                 self.scorer.arrived(passed, recorded, root)
@@ -326,21 +351,10 @@ class _AtLayer:
 
     def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
         gradient, passed = gradients[self.output], self.passed
-        if gradient is None or not passed.counts or passed.outputs.data_ptr() in _SCORED:
+        if gradient is None or not passed.counts or passed.mark.scoring:
             return
         before = passed.at_layers.get(self.edge)
         passed.at_layers[self.edge] = gradient if before is None else before + gradient
-
-
-@contextmanager
-def _scoring(outputs: Tensor) -> Iterator[None]:
-    """Inside, backward passes from these outputs are nobody's loss."""
-    where = outputs.data_ptr()
-    _SCORED.add(where)
-    try:
-        yield
-    finally:
-        _SCORED.discard(where)
 
 
 @contextmanager
