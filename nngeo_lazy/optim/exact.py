@@ -17,7 +17,7 @@ from ..sweep import DataSweep
 from .loop import Passed
 from .scores import Scores
 
-__all__ = ["exact_curvature", "quadratic_step"]
+__all__ = ["exact_curvature", "mean_eigenvalue", "quadratic_step"]
 
 
 def exact_curvature(
@@ -47,6 +47,14 @@ def exact_curvature(
     G: BaseLinearOperator = gauss_newton(sweep, Implicit(check=False))
     wide = torch.promote_types(space.dtype, torch.float32)
     return G if G.dtype == wide else G.to(wide)
+
+
+def mean_eigenvalue(F: BaseLinearOperator, seed: int) -> float:
+    """Of a positive semidefinite matrix, from one product with random signs (Hutchinson 1990)."""
+    generator = torch.Generator(device=F.device).manual_seed(seed)
+    signs = torch.randint(2, (F.shape[-1],), device=F.device, generator=generator)
+    z = (2 * signs - 1).to(F.dtype)
+    return abs(float(z @ (F @ z))) / len(z)
 
 
 def quadratic_step(
