@@ -288,7 +288,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         on = direction.take(gradients, self._scale if self._bounded else None)
         self._skipped += on == 0
         step = direction.step
-        return direction, {name: step[name] for name in gradients}
+        return direction, {name: step[name].reshape(g.shape) for name, g in gradients.items()}
 
     def _refresh(self) -> None:
         """Take the passes of this step into the curvature, if a refresh is due."""

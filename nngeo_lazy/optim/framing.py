@@ -11,6 +11,7 @@ from torch import Tensor
 from ..operators import (
     BaseLinearOperator,
     BlockDiagonalLinearOperator,
+    DenseLinearOperator,
     FactoredGaussNewtonLinearOperator,
 )
 from ..space import ParamSpace
@@ -66,14 +67,11 @@ class Framing:
         dampings = Dampings.of(groups)
         key = (F, dampings, unit)
         held = self._made_from
-        if self.direction is not None and held is not None and held[0] is F:
-            if held[1] == dampings and held[2] is unit:
-                return self.direction
-            coordinates = self.direction.coordinates
-        else:
-            coordinates = self._coordinates(F)
-        direction = self._direction(coordinates)
-        if F is not None and self._spectral(F):
+        same = held is not None and held[0] is F and held[1] == dampings and held[2] is unit
+        if self.direction is not None and same:
+            return self.direction
+        direction = self._direction(self._coordinates(F, dampings))
+        if F is not None and self._spectral(F, dampings):
             frame = EigenFrame(direction.coordinates, F)
             frame.damp(dampings.by_name, self._options.eps, unit)
             direction.turn(frame)
@@ -93,11 +91,15 @@ class Framing:
         direction.turn(Frame(coordinates, self._flat(coordinates, solve, unit), cheap=False))
         return direction
 
-    def _spectral(self, F: BaseLinearOperator) -> bool:
-        return self._options.damping_method == "exact" and has_eigenvectors(F)
+    def _spectral(self, F: BaseLinearOperator, dampings: Dampings) -> bool:
+        if self._options.damping_method != "exact" or not has_eigenvectors(F):
+            return False
+        members = F.members if isinstance(F, BlockDiagonalLinearOperator) else (F,)
+        dense = any(isinstance(member, DenseLinearOperator) for member in members)
+        return dampings.alike or not dense  # a dense block may be damped in parts
 
-    def _coordinates(self, F: BaseLinearOperator | None) -> Coordinates:
-        if F is None or F.space is None or self._spectral(F):
+    def _coordinates(self, F: BaseLinearOperator | None, dampings: Dampings) -> Coordinates:
+        if F is None or F.space is None or self._spectral(F, dampings):
             return Coordinates(self._parameters, F, self._space.resolve)
         names = [self._space.resolve(name) for name in F.space.names]
         return Coordinates(self._parameters, None, self._space.resolve, names)

@@ -45,6 +45,11 @@ class Dampings:
         return Dampings(known)
 
     @property
+    def alike(self) -> bool:
+        """Whether all are the same."""
+        return len(set(self.by_name.values())) == 1
+
+    @property
     def uniform(self) -> float | None:
         """The one that all have; None where they differ."""
         values = set(self.by_name.values())

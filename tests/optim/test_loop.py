@@ -411,7 +411,7 @@ class NoSync(TorchDispatchMode):
 def test_a_plain_step_reads_nothing_from_the_device(representation, method):
     model, x, y = problem()
     optimizer = NaturalGradient(
-        model, representation, weight_decay=0.1, kl_clip=0.01, damping_method=method, damping=0.1
+        model, representation, weight_decay=0.1, damping_method=method, warmup=2
     )
     train(optimizer, model, x, y, 2)
     for _ in range(3):
