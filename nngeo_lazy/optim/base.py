@@ -197,7 +197,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         if self._curvature is not None:
             self._curvature.restore(held["statistics"])
         if held["direction"] is not None:
-            self._frame().restore(held["direction"])
+            F = None if self._curvature is None else self._curvature.solved
+            self._framing.restore(held["direction"], F, self.param_groups, self._unit)
         self._prepare()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -275,9 +276,12 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         self._loop.require_same_parameters()
         gradients = self._gradients()
         self._exact = None
+        finite = True
+        if self._replays or self._refreshing:  # which may wait for the device
+            finite = all(bool(g.isfinite().all()) for g in gradients.values())
+            self._skipped += not finite
         self._refresh()
-        if self._replays and not all(bool(g.isfinite().all()) for g in gradients.values()):
-            self._skipped += 1  # the passes are not run again
+        if not finite:
             self._report_skipped("")
             return None
         if self._free is not None and self._bounded:

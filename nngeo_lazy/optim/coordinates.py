@@ -69,6 +69,7 @@ class Coordinates:
 
     Attributes:
         names: all parameters, in the order of the buffer.
+        flat: as given.
         known: how many numbers have a curvature.
         size: how many there are.
         blocks: of the curvature, in the order of the buffer.
@@ -83,6 +84,7 @@ class Coordinates:
         flat: Sequence[str] = (),
     ) -> None:
         self._places: dict[str, Place] = {}
+        self.flat = tuple(flat)
         self.blocks: list[Block] = []
         self.groups: list[tuple[slice, int, Shape]] = []
         self.order: list[int] = []

@@ -165,9 +165,9 @@ class Curvature:
 
     def _own(self, total: float, scale: Tensor, ratio: Tensor | None) -> Tensor | float:
         """What the loop's gradients are multiplied by, to be those of a mean over examples."""
-        if self.reading.likelihood is not None:
-            terms = torch.stack(self.reading.terms).sum()
-            return terms / (scale * total)
+        labels = self.reading.terms
+        if self.reading.likelihood is not None and labels is not None:
+            return labels / (scale * total)
         return 1.0 if ratio is None else ratio
 
     def drop(self) -> None:

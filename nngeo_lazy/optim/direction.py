@@ -190,13 +190,14 @@ class Direction:
         """The averages."""
         names = ("m", "last", "second", "length", "counts")
         kept: dict[str, Any] = {name: getattr(self, "_" + name).clone() for name in names}
+        kept["flat"] = list(self.coordinates.flat) if self.coordinates.flat else None
         kept["trust"] = None if self.trust is None else self.trust.state()
         return kept
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take them over."""
         for name, value in state.items():
-            if name != "trust":
+            if name not in ("trust", "flat"):
                 held = getattr(self, "_" + name)
                 held.copy_(value.to(held))
         if self.trust is not None:

@@ -120,6 +120,25 @@ class Framing:
         self.direction = made
         return made
 
+    def restore(
+        self,
+        state: Mapping[str, Any],
+        F: BaseLinearOperator | None,
+        groups: Sequence[Mapping[str, Any]],
+        unit: Tensor | float,
+    ) -> None:
+        """Take over a state, with the curvature that it was solved with, if that is kept."""
+        flat = state["flat"]
+        if flat is None:
+            self.of(F, groups, unit)
+        else:
+            resolve = self._space.resolve
+            self._direction(
+                Coordinates(self._parameters, None, resolve, [resolve(name) for name in flat])
+            )
+        if self.direction is not None:
+            self.direction.restore(state)
+
     def take_over(self, before: Direction | None) -> None:
         """Go on from the averages of an optimizer's former parameters."""
         self.direction = before

@@ -220,10 +220,14 @@ class Loop:
             arrival.output = edge.output_nr
             edge.node.register_prehook(_AtCast(arrival))
 
-    def arrived(self, arrival: _Arrival, gradient: Tensor) -> None:
-        """The gradient at the outputs of a pass arrived."""
+    def arrived(self, arrival: _Arrival, gradient: Tensor | None) -> None:
+        """The gradient at the outputs of a pass arrived; None of a compiled model's own loss."""
         passed, recorded = arrival.passed, arrival.recorded
         if passed.mark.scoring or not self._reaches_parameters():
+            return
+        if gradient is None:
+            passed.counts = True
+            self.passes.append(passed)
             return
         if passed.outputs._version != arrival.version:
             raise DataError(
@@ -355,7 +359,7 @@ class _Arrival:
     version: int
     output: int
 
-    def __call__(self, gradient: Tensor) -> None:
+    def __call__(self, gradient: Tensor | None) -> None:
         loop = self.loop()
         if loop is not None:
             loop.arrived(self, gradient)

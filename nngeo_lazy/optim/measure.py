@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,41 +27,26 @@ class Reading:
         likelihood: of the outputs; None if it is not known.
         passes: with what the gradient shows of their targets.
         terms: how many labels there are: for categorical ones those that are scored, else examples.
-        scale: of the loop's loss against the sum of all labels' losses, each pass's on its own.
-        scores: for a likelihood with a dispersion, sums and numbers of squared residuals, as the
-            loop's loss scales them.
-        squares: of the gradients at the outputs.
+        square: of one example's own gradient at the outputs, on average.
     """
 
     likelihood: Likelihood | None = None
     passes: list[tuple[Passed, Tensor | None]] = field(default_factory=list)
-    terms: list[Tensor] = field(default_factory=list)
-    scale: list[Tensor] = field(default_factory=list)
-    scores: list[Tensor] = field(default_factory=list)
-    squares: list[Tensor] = field(default_factory=list)
+    terms: Tensor | None = None
+    square: Tensor | None = None
 
     def add(self, likelihood: Likelihood | None, passed: Passed, target: Tensor | None) -> None:
-        """Read a pass."""
-        outputs, gradient = passed.outputs, passed.gradient
-        if gradient is None:
-            raise RuntimeError("a pass without a gradient")
+        """Take a pass."""
         self.likelihood = likelihood
         self.passes.append((passed, target))
-        count = torch.tensor(float(outputs.shape[0]), device=outputs.device)
-        self.squares.append(gradient.float().square().sum())
-        if isinstance(likelihood, Categorical):
-            count = likelihood.num_terms(outputs, target).float()
-        self.terms.append(count)
-        if likelihood is None:
-            return
-        found = likelihood.scale_of(outputs, gradient)
-        self.scale.append(count.new_full((), float("nan")) if found is None else found.float())
-        residual = likelihood.dispersion(outputs, gradient)
-        if residual is not None:
-            self.scores.append(residual.float() * outputs.shape[0])
+
+    @property
+    def examples(self) -> int:
+        """Of all passes."""
+        return sum(passed.outputs.shape[0] for passed, _ in self.passes)
 
     def close(self, total: float) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What the step needs.
+        """What the step needs, once all losses have been differentiated.
 
         Args:
             total: what the loss's sum over labels is divided by, if its scale cannot be seen.
@@ -69,22 +55,50 @@ class Reading:
             c, with the loop's loss c times the mean over labels of theirs; the curvature in that
             mean's units, as a multiple of itself; the dispersion, if there is one.
         """
-        terms = torch.stack(self.terms).sum().clamp_min(1.0)
+        found = [self._read(passed, target) for passed, target in self.passes]
+        terms = torch.stack([each.terms for each in found])
+        self.terms = terms.sum().clamp_min(1.0)
+        square = torch.stack([each.square for each in found]).sum() * self.examples
+        self.square = square.clamp_min(torch.finfo(square.dtype).tiny ** 0.5)
         if self.likelihood is None:
-            examples = sum(passed.outputs.shape[0] for passed, _ in self.passes)
-            square = torch.stack(self.squares).sum() * examples  # of one example's own gradient
-            square = square.clamp_min(torch.finfo(square.dtype).tiny ** 0.5)
-            return square.sqrt(), 1 / square, None
-        scales, weights = torch.stack(self.scale), torch.stack(self.terms)
-        seen = scales.isfinite() & (scales > 0)
-        weights = weights * seen
-        mean = (scales.nan_to_num() * weights).sum() / weights.sum().clamp_min(1e-30)
-        each = torch.where(seen.any(), mean, torch.full_like(mean, 1 / total))
+            return self.square.sqrt(), 1 / self.square, None
+        scales = torch.stack([each.scale for each in found])
+        weights = terms * (scales.isfinite() & (scales > 0))
+        mean = (scales.nan_to_num() * weights).sum() / weights.sum()
+        each = torch.where(mean > 0, mean, torch.full_like(mean, 1 / total))  # NaN is not
+        residuals = [one.residual for one in found if one.residual is not None]
         dispersion = None
-        if self.scores:
-            examples = sum(passed.outputs.shape[0] for passed, _ in self.passes)
-            dispersion = torch.stack(self.scores).sum() / examples / each.square()
-        return each * terms, total / terms, dispersion
+        if residuals:
+            dispersion = torch.stack(residuals).sum() / self.examples / each.square()
+        return each * self.terms, total / self.terms, dispersion
+
+    def _read(self, passed: Passed, target: Tensor | None) -> _Read:
+        outputs, gradient, likelihood = passed.outputs, passed.gradient, self.likelihood
+        if gradient is None:
+            raise RuntimeError("a pass without a gradient")
+        terms = torch.tensor(float(outputs.shape[0]), device=outputs.device)
+        if isinstance(likelihood, Categorical):
+            terms = likelihood.num_terms(outputs, target).float()
+        square, scale = gradient.float().square().sum(), torch.full_like(terms, float("nan"))
+        if likelihood is None:
+            return _Read(terms, square, scale, None)
+        seen = likelihood.scale_of(outputs, gradient)
+        residual = likelihood.dispersion(outputs, gradient)
+        return _Read(
+            terms,
+            square,
+            scale if seen is None else seen.float(),
+            None if residual is None else residual.float() * outputs.shape[0],
+        )
+
+
+class _Read(NamedTuple):
+    """Of one pass: labels, the squared gradient, the loss's scale and the squared residuals."""
+
+    terms: Tensor
+    square: Tensor
+    scale: Tensor
+    residual: Tensor | None
 
 
 @torch.no_grad()
@@ -99,7 +113,8 @@ def changed(reading: Reading, model: nn.Module) -> Tensor | None:
         0-d, or None if a pass cannot be run again.
     """
     total: list[Tensor] = []
-    examples = sum(passed.outputs.shape[0] for passed, _ in reading.passes)
+    if reading.terms is None or reading.square is None:
+        return None
     for passed, target in reading.passes:
         if passed.replay is None or not passed.replay.fresh:
             return None
@@ -112,21 +127,19 @@ def changed(reading: Reading, model: nn.Module) -> Tensor | None:
                 buffer.copy_(kept)
         if after.shape != before.shape:
             return None
-        change = (after.float() - before.float()).flatten(1)
+        same = before == after  # also if both are infinite
+        change = torch.where(same, 0.0, after.float() - before.float()).flatten(1)
         if reading.likelihood is None:
             if passed.gradient is None:
                 return None
-            own = passed.gradient.float().flatten(1) * examples
+            own = passed.gradient.float().flatten(1) * reading.examples
             total.append((own * change).sum(1).square().sum())
         else:
             labels = torch.zeros_like(before) if target is None else target
             a, b = (_score(reading.likelihood, f, labels) for f in (before, after))
             total.append(((b - a).flatten(1) * change).sum())
-    terms = torch.stack(reading.terms).sum().clamp_min(1.0)
-    found = torch.stack(total).sum() / terms
-    if reading.likelihood is None:
-        found = found / (torch.stack(reading.squares).sum() * examples)
-    return found
+    found = torch.stack(total).sum() / reading.terms
+    return found / reading.square if reading.likelihood is None else found
 
 
 def _score(likelihood: Likelihood, outputs: Tensor, labels: Tensor) -> Tensor:
