@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -54,6 +55,9 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         self._following = [k for k, group in enumerate(groups) if "damping" not in group]
         super().__init__(groups, defaults)
         self._free, self._stored = resolved(options.representation)
+        if self._free is not None or isinstance(self._stored, Factored):
+            # the curvature of one batch is singular where the gradients of others are not zero
+            self._options = replace(options, momentum=0.0)
         kinds = [] if self._free is None else ["HessianFree"]
         stored = [] if self._stored is None else [self._stored.described()]
         self._kind = " with ".join([*kinds, *stored])
@@ -377,6 +381,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         """The direction, in the frame of the present curvature and damping."""
         if self._free is None:
             F = None if self._curvature is None else self._curvature.solved
+            if isinstance(self._stored, Factored):
+                self._framing.rank = self._examples
             return self._framing.of(F, self.param_groups, self._unit)
         plain = self._loop.independent or set()
         names = [name for name in self._space.names if name not in plain]
@@ -388,12 +394,17 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             raise RuntimeError("a stored curvature has solves of its own")
         F, dampings = self._exact_curvature(), Dampings.of(self.param_groups)
         if None in dampings.by_name.values():
-            mean = self._options.eps * mean_eigenvalue(F, self._steps)
+            mean = self._options.eps * mean_eigenvalue(F, self._steps, self._examples)
             dampings = dampings.absolute(dict.fromkeys(self._space.names, mean))
         kept = None if self._curvature is None else self._curvature.operator
         damping = dampings.vector(self._space, self._dtype)
         self._solution = conjugate_gradients(F, v, damping, self._free, kept, self._solution)
         return self._solution
+
+    @property
+    def _examples(self) -> int:
+        """Of this step's passes."""
+        return sum(passed.outputs.shape[0] for passed in self._loop.passes)
 
     def _exact_curvature(self) -> BaseLinearOperator:
         self._require_passes()

@@ -49,12 +49,18 @@ def exact_curvature(
     return G if G.dtype == wide else G.to(wide)
 
 
-def mean_eigenvalue(F: BaseLinearOperator, seed: int) -> float:
-    """Of a positive semidefinite matrix, from one product with random signs (Hutchinson 1990)."""
+def mean_eigenvalue(F: BaseLinearOperator, seed: int, rank: int) -> float:
+    """Of those that are not zero, from one product with random signs (Hutchinson 1990).
+
+    Args:
+        F: positive semidefinite.
+        seed: of the signs.
+        rank: at the most so many are not zero.
+    """
     generator = torch.Generator(device=F.device).manual_seed(seed)
     signs = torch.randint(2, (F.shape[-1],), device=F.device, generator=generator)
     z = (2 * signs - 1).to(F.dtype)
-    return abs(float(z @ (F @ z))) / len(z)
+    return abs(float(z @ (F @ z))) / min(len(z), rank)
 
 
 def quadratic_step(

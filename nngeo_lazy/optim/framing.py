@@ -37,6 +37,7 @@ class Framing:
 
     Attributes:
         direction: None before the first step.
+        rank: of a curvature of one batch, whose other eigenvalues are zero; None is full.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Framing:
         self._solver = Solver(space, options.damping_method)
         self._made_from: tuple[Any, ...] | None = None
         self.direction: Direction | None = None
+        self.rank: int | None = None
 
     def of(
         self,
@@ -174,7 +176,7 @@ class Framing:
             raise TypeError("expected a curvature of named parameters")
         tiny = torch.finfo(F.dtype).tiny ** 0.5
         if not isinstance(F, BlockDiagonalLinearOperator):
-            mean = eps * float(F.trace()) / F.shape[-1] + tiny
+            mean = eps * float(F.trace()) / min(F.shape[-1], self.rank or F.shape[-1]) + tiny
             return {self._space.resolve(name): mean for name in space.names}
         starts = {space.slices[name].start: self._space.resolve(name) for name in space.names}
         means = torch.stack([member.trace() / member.shape[-1] for member in F.members]).tolist()

@@ -66,7 +66,8 @@ class NaturalGradient(CurvatureOptimizer):
             ("empirical", with a `LikelihoodWarning`) for any other loss.
         lr: eta. None: eta and the share of the last step minimise the exact quadratic model of the
             step's batch, without a radius; the groups' lr is then a factor, 1 to begin with.
-        momentum: of the running average of gradients; with lr=None, whether the last step counts.
+        momentum: of the running average of gradients, but not for "kernel" and "implicit", whose
+            curvature is that of one batch; with lr=None, whether the last step counts.
         weight_decay: wd, decoupled from the gradient.
         radius: of the trust region, in nats for each label; None takes steps as they are, in the
             loop's own scale.
@@ -264,7 +265,7 @@ class NaturalGradient(CurvatureOptimizer):
         damping = Dampings.of(self.param_groups)
         F = self._exact_curvature()
         if None in damping.by_name.values():
-            mean = self._options.eps * mean_eigenvalue(F, self._steps)
+            mean = self._options.eps * mean_eigenvalue(F, self._steps, self._examples)
             damping = damping.absolute(dict.fromkeys(self._space.names, mean))
         g = self._flat(self._gradients())
         c = quadratic_step(F, g, columns, damping.vector(self._space, self._dtype))
