@@ -8,6 +8,7 @@ __all__ = [
     "ConvergenceWarning",
     "DataError",
     "EstimateWarning",
+    "LikelihoodWarning",
     "NNGeoError",
     "NonFiniteError",
     "NonFiniteWarning",
@@ -80,6 +81,10 @@ class EstimateWarning(UserWarning):
     def __init__(self, message: str, estimate: Any) -> None:
         super().__init__(message)
         self.estimate = estimate
+
+
+class LikelihoodWarning(UserWarning):
+    """The gradient of a training loss is not that of the likelihood that was given or assumed."""
 
 
 class NonFiniteWarning(UserWarning):
