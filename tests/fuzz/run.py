@@ -25,10 +25,7 @@ from nngeo_lazy.errors import NNGeoError
 from . import expressions, oracle
 from .networks import Family, Recipe
 
-REPRODUCTION = """\
-from tests.fuzz import oracle, writer
-program = writer.Program({source!r}, {data!r}, {rest})
-oracle.run(oracle.Truth(program, {likelihood!r}), {check!r})"""
+TRUTH = {"truth_of", "singles", "jacobian", "scores", "fisher", "empirical", "hessian"}  # oracle's
 
 
 @dataclass(frozen=True)
@@ -71,11 +68,11 @@ def outcome(case: Callable[[], None]) -> Outcome:
         except NNGeoError as error:
             return Outcome("refused", f"{type(error).__name__}: {error}")
         except Exception as error:
-            last = traceback.extract_tb(error.__traceback__)[-1]
-            ours = [f for f in traceback.extract_tb(error.__traceback__) if "nngeo_lazy" in f.filename]
-            where = f"{ours[-1].filename.split('nngeo_lazy/')[-1]}:{ours[-1].lineno}" if ours else ""
-            kind = "foreign" if ours else "unfit"
-            at = where or f"{last.filename}:{last.lineno}"
+            frames = traceback.extract_tb(error.__traceback__)
+            ours = [f for f in frames if "/nngeo_lazy/" in f.filename] or frames
+            at = f"{ours[-1].filename.split('/nngeo_lazy/')[-1]}:{ours[-1].lineno}"
+            truth = any("/fuzz/" in f.filename and f.name in TRUTH for f in frames)
+            kind = "unfit" if truth else "foreign"
             return Outcome(kind, f"{type(error).__name__}: {error} [{at}]")
     return Outcome("right")
 
@@ -86,6 +83,12 @@ class Network:
 
     recipe: Recipe | Family
     checks: int
+
+    @property
+    def group(self) -> str:
+        """Failures of one group are thought to be of one kind."""
+        r = self.recipe
+        return f"family {r.name}" if isinstance(r, Family) else f"network {r.seed}"
 
     def run(self) -> Iterator[tuple[str, Outcome]]:
         found: list[oracle.Truth] = []
@@ -147,8 +150,8 @@ class Tally:
     failures: dict[str, list[str]] = field(default_factory=dict)
     examples: dict[str, str] = field(default_factory=dict)
 
-    def add(self, case: str, check: str, found: Outcome) -> bool:
-        """Count an outcome; whether it is a new kind of failure."""
+    def add(self, case: str, group: str, check: str, found: Outcome) -> bool:
+        """Count an outcome; whether it is the first failure of its kind in its group."""
         self.counts[found.kind] += 1
         if found.kind in ("refused", "unfit"):
             key = f"{found.kind}: {found.summary}"
@@ -157,8 +160,8 @@ class Tally:
             return False
         if found.kind == "right":
             return False
-        group = check if found.kind == "wrong" else found.summary
-        key = f"{found.kind}: {case.split(':')[0]}: {group}"
+        key = f"{found.kind}: {group or check}"
+        key += "" if found.kind == "wrong" else f": {found.summary}"
         self.failures.setdefault(key, []).append(f"{case} {check}: {found.text[:300]}")
         return len(self.failures[key]) == 1
 
@@ -197,7 +200,7 @@ def run(
                 break
             case = cases(kind, k, checks)
             for check, found in case.run():
-                if tally.add(f"{kind}:{k}", check, found) and shrink:
+                if tally.add(f"{kind}:{k}", case.group, check, found) and shrink:
                     code, last = case.shrunk(check, found)
                     say(f"\n--- {kind}:{k} {check}\n{found.kind}: {last.text[:600]}\n{code}")
             done += 1
