@@ -17,7 +17,7 @@ from .errors import DataError, NonFiniteError, TooLargeError
 from .facts import Facts, Sample
 from .jacobian.capture import Capture, Recorded
 from .jacobian.forms import Form, Outer
-from .jacobian.plan import Part
+from .jacobian.parts import Part
 from .jacobian.record import recording, refuse_training_mode
 from .quantities import Quantity
 from .selectors import Selector, space_of

@@ -335,7 +335,7 @@ def test_singular_values_of_a_jacobian_by_name():
 def test_an_adjoint_that_is_not_one():
     A, B = torch.randn(2, 9, 9)
     with pytest.raises(ValueError, match="svds needs products with A and with its transpose: here"):
-        linalg.svds(lambda v: A @ v, lambda u: B @ u, (9, 9), 2, dtype=torch.float64)
+        linalg.svds(lambda v: A @ v, lambda u: B @ u, (9, 9), 2, A[:0, 0], linalg.Search())
 
 
 def test_spectral_norm_has_a_gradient():
@@ -535,7 +535,8 @@ def test_products_that_are_not_linear_have_true_residuals():
     def noisy(v):
         return A @ v + 1e-7 * torch.randn(v.shape, generator=noise)
 
-    found = linalg.eigsh(noisy, 61, 1, dtype=torch.float64, tol=1e-10, max_matvecs=60)
+    options = linalg.Search(tol=1e-10, max_matvecs=60)
+    found = linalg.eigsh(noisy, 61, 1, "LA", A[:0, 0], options)
     true = torch.linalg.vector_norm(A @ found.vectors - found.vectors * found.values, dim=0)
     assert not found.converged
     torch.testing.assert_close(found.residuals, true, rtol=0, atol=3e-6)
@@ -597,10 +598,10 @@ def test_nan_says_in_which_product():
         return v * (torch.nan if count == 3 else torch.arange(20.0)[:, None])
 
     with pytest.raises(NonFiniteError, match="eigsh: NaN or infinity in product 3"):
-        linalg.eigsh(failing, 20, 2, dtype=torch.float64)
+        linalg.eigsh(failing, 20, 2, "LA", A[:0, 0], linalg.Search())
     count = 0
     with pytest.raises(NonFiniteError, match="svds: NaN or infinity in product 3"):
-        linalg.svds(failing, failing, (20, 20), 2, dtype=torch.float64, device=A.device)
+        linalg.svds(failing, failing, (20, 20), 2, A[:0, 0], linalg.Search())
     count = 0
     with pytest.raises(NonFiniteError, match="spectral density: NaN or infinity in product 3"):
         linalg.spectral_density(failing, 20, A[:0, 0], linalg.Probes(1, steps=10))
@@ -628,6 +629,8 @@ def test_density_options_out_of_range():
         ng.spectral_density(A, probes=0)
     with pytest.raises(DataError, match="expected steps= to be a whole number from 1 on, got 0"):
         ng.spectral_density(A, steps=0)
+    with pytest.raises(ValueError, match=r"expected k from 1 to 5, .* got -1"):
+        ng.spectral_density(A, deflate=-1)
     found = ng.spectral_density(A, probes=1, seed=0)
     with pytest.raises(ValueError, match="needs at least 2 probes=, got 1"):
         found.standard_error(found.grid())
@@ -664,12 +667,12 @@ def outliers_and_bulk():
 
 def test_a_small_remainder_is_no_breakdown_in_float32():
     d, product = outliers_and_bulk()
-    options = {"dtype": torch.float32, "max_matvecs": 400}
-    options["generator"] = torch.Generator().manual_seed(0)
-    found = linalg.eigsh(product, LARGE, 4, tol=1e-4, **options)
+    options = linalg.Search(tol=1e-4, max_matvecs=400, seed=0)
+    found = linalg.eigsh(product, LARGE, 4, "LA", d[:0], options)
     assert found.converged
     torch.testing.assert_close(found.values, d[-4:], rtol=1e-4, atol=0)
-    singular = linalg.svds(product, product, (LARGE, LARGE), 4, **options)
+    options = linalg.Search(max_matvecs=400, seed=0)
+    singular = linalg.svds(product, product, (LARGE, LARGE), 4, d[:0], options)
     assert singular.converged
     torch.testing.assert_close(singular.values, d[-4:], rtol=1e-4, atol=0)
     for vectors in (found.vectors, singular.left, singular.right):

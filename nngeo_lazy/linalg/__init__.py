@@ -3,7 +3,7 @@
 | module | has |
 |---|---|
 | `cg`, `minres`, `lsmr` | solutions of linear systems |
-| `eigsh`, `svds` | eigenvalues and singular values at an end of the spectrum, by Lanczos |
+| `eigsh`, `svds`, `subspace` | the ends of a spectrum, by Lanczos; the options of the search |
 | `lanczos` | Krylov spaces side by side, and their quadrature |
 | `functions`, `density` | f(A) v, and the density of a spectrum |
 | `estimates`, `probes` | traces and diagonals from random vectors, with their errors; the options |
@@ -23,6 +23,7 @@ from .minres import minres
 from .nystrom import nystrom
 from .probes import Probes
 from .results import Estimate, Result
+from .subspace import Search
 from .svds import Triplets, svds
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "Lanczos",
     "Probes",
     "Result",
+    "Search",
     "SpectralDensity",
     "Triplets",
     "cg",

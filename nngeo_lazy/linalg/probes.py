@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import DataError
+from .krylov import seeded
 
 __all__ = ["Probes"]
 
@@ -99,5 +100,5 @@ class Probes:
         return probes
 
     def generator(self, device: torch.device) -> torch.Generator | None:
-        """A generator with the seed; None is torch's global one."""
-        return None if self.seed is None else torch.Generator(device).manual_seed(self.seed)
+        """A new generator with the seed; None, torch's global one, without a seed."""
+        return seeded(self.seed, device)

@@ -17,7 +17,7 @@ from ..operators.convert import aslinearoperator
 from ..operators.lazy import closed_forms_only
 from ..operators.warn import falls_short, warn_of_estimate
 from .functions import Function, evaluated
-from .spectra import require_symmetric_operator
+from .spectra import _like, require_symmetric_operator
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -341,10 +341,6 @@ def _or_exact(found: Estimate, known: Callable[[], Tensor], n: int, options: Pro
 def _require_method(method: str, methods: tuple[str, ...]) -> None:
     if method not in methods:
         raise ValueError(f"expected method to be one of {list(methods)}, got {method!r}")
-
-
-def _like(operator: BaseLinearOperator) -> Tensor:
-    return torch.empty(0, dtype=operator.dtype, device=operator.device)
 
 
 def _zero(operator: BaseLinearOperator) -> Tensor:

@@ -175,7 +175,7 @@ def _least_squares(
 
 
 def _residual(A: BaseLinearOperator, x: Tensor, b: Tensor) -> Tensor:
-    """|b - A x| / |b| of each column, 0 where b is 0."""
+    """|b - A x| / |b| of each column (k,), 0 for a zero column."""
     wide, _ = flattened(b)
     left, _ = flattened(b - A._apply(x))
     norms = wide.norm(dim=0)

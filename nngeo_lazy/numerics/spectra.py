@@ -9,12 +9,11 @@ from torch import Tensor
 
 from .. import linalg
 from ..errors import ConvergenceWarning, UnsupportedLayerError
-from ..linalg import Probes, SpectralDensity
+from ..linalg import Probes, Search, SpectralDensity
 from ..linalg.eigsh import ENDS, wanted
 from ..operators.base import BaseLinearOperator
 from ..operators.convert import aslinearoperator
 from ..operators.dense import MatrixLinearOperator
-from ..operators.primitives import seeded
 from ..operators.vectors import VectorLike, columns, flattened
 from ..operators.warn import warn, warn_unless_resolved
 from .results import SingularValues, Spectrum
@@ -98,15 +97,9 @@ def eigsh(
             n,
             k,
             which,
-            dtype=operator.dtype,
-            device=operator.device,
-            tol=tol,
-            subspace=subspace,
+            _like(operator),
+            Search(tol, subspace, first, max_matvecs, seed, progress),
             block_size=block_size,
-            start=first,
-            max_matvecs=max_matvecs,
-            generator=seeded(seed, operator.device),
-            progress=progress,
         )
     warn_unless_resolved("eigsh", found)
     kept = (found.values, found.vectors, found.residuals, found.matvecs, found.converged)
@@ -174,14 +167,8 @@ def svds(
             transposed._apply,
             (m, n),
             k,
-            dtype=operator.dtype,
-            device=operator.device,
-            tol=tol,
-            subspace=subspace,
-            start=first,
-            max_matvecs=max_matvecs,
-            generator=seeded(seed, operator.device),
-            progress=progress,
+            _like(operator),
+            Search(tol, subspace, first, max_matvecs, seed, progress),
         )
     warn_unless_resolved("svds", found)
     kept = (found.left, found.values, found.right.mT, found.residuals)
@@ -243,13 +230,13 @@ def spectral_density(
     operator = require_symmetric_operator(A, "spectral_density")
     given = {"steps": steps, "seed": seed, "progress": progress or None}
     options = Probes.of("spectral_density", probes, ("tol", "max_matvecs"), **given)
-    if isinstance(deflate, int) and deflate > 0:
+    if isinstance(deflate, int) and deflate != 0:
         deflate = eigsh(operator, deflate, "LM", seed=options.seed, progress=options.progress)
     with torch.no_grad():
         found = linalg.spectral_density(
             operator._apply,
             operator.shape[-1],
-            torch.empty(0, dtype=operator.dtype, device=operator.device),
+            _like(operator),
             options,
             known=None if isinstance(deflate, int) else (deflate[0], deflate[1]),
             reorthogonalize=reorthogonalize,
@@ -283,6 +270,10 @@ def require_symmetric_operator(A: Any, what: str) -> BaseLinearOperator:
         kind = "one that is not symmetric" if m == n else f"{m} x {n}"
         raise ValueError(f"{what} needs a symmetric matrix, got {kind}: take svds, or A.mT @ A")
     return operator
+
+
+def _like(operator: BaseLinearOperator) -> Tensor:
+    return torch.empty(0, dtype=operator.dtype, device=operator.device)
 
 
 def _plain(operator: BaseLinearOperator, what: str) -> tuple[int, int]:

@@ -63,18 +63,22 @@ class DenseLinearOperator(SpectralLinearOperator):
         return self._decomposed.get("eigh", lambda: eigh(self.tensor), self.tensor)
 
     def rotate(self, v: Tensor) -> Tensor:
+        """Q^T v, with Q the eigenvectors."""
         return self._decomposition()[1].mT @ v
 
     def unrotate(self, v: Tensor) -> Tensor:
+        """Q v, with Q the eigenvectors."""
         return self._decomposition()[1] @ v
 
     @property
     def eigenvalues(self) -> Tensor:
+        """(n,), ascending; with a gradient if the matrix wants one."""
         if self.tensor.requires_grad and torch.is_grad_enabled():
             return eigvalsh(self.tensor)
         return self._decomposition()[0]
 
     def basis(self) -> BaseLinearOperator:
+        """Q, the eigenvectors as columns."""
         return DenseLinearOperator(self._decomposition()[1])
 
     def _function(self, values: Tensor, p: float | None) -> BaseLinearOperator:

@@ -295,6 +295,7 @@ class FactoredGaussNewtonLinearOperator(LazyLinearOperator):
 
     @property
     def iterates(self) -> bool:
+        """Whether a solve is an iteration: yes, unless it is solved in sample space."""
         return not self.in_sample_space
 
     @property

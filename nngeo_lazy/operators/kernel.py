@@ -144,6 +144,7 @@ class KernelLinearOperator(LazyLinearOperator):
 
     @property
     def is_explicit(self) -> bool:
+        """Whether it is made dense for closed forms; its entries are known then."""
         return not self.iterates  # it is dense as soon as it is solved
 
     def _transpose_nonbatch(self) -> BaseLinearOperator:
@@ -200,6 +201,7 @@ class KernelLinearOperator(LazyLinearOperator):
 
     @property
     def iterates(self) -> bool:
+        """Whether a solve is an iteration: yes, unless it is made dense for it."""
         return self._closed() is None
 
     def _closed(self) -> DenseLinearOperator | None:

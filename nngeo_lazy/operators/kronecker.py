@@ -93,13 +93,16 @@ class KroneckerLinearOperator(SpectralLinearOperator):
         return EigenKroneckerLinearOperator(values, *self.bases(), info=self.info)
 
     def rotate(self, v: Tensor) -> Tensor:
+        """Q^T v, with Q the Kronecker product of the factors' eigenvectors."""
         return apply_factors(*self.bases(), v, transposed=True)
 
     def unrotate(self, v: Tensor) -> Tensor:
+        """Q v, with Q as in `rotate`."""
         return apply_factors(*self.bases(), v)
 
     @property
     def eigenvalues(self) -> Tensor:
+        """(G o i,): products of the factors' eigenvalues, plus the shift."""
         if torch.is_grad_enabled() and (self.left.requires_grad or self.right.requires_grad):
             left, right = factor_eigvalsh(self.left), factor_eigvalsh(self.right)
         else:
@@ -108,6 +111,7 @@ class KroneckerLinearOperator(SpectralLinearOperator):
         return values if self.shift is None else values + self.shift
 
     def basis(self) -> BaseLinearOperator:
+        """Q, the Kronecker product of the factors' eigenvectors."""
         return KroneckerLinearOperator(*self.bases())
 
     def _decomposition(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -298,16 +302,20 @@ class EigenKroneckerLinearOperator(SpectralLinearOperator):
         return self.left_basis.detach(), self.right_basis.detach()
 
     def rotate(self, v: Tensor) -> Tensor:
+        """Q^T v, with Q = left kron right."""
         return apply_factors(*self.bases(), v, transposed=True)
 
     def unrotate(self, v: Tensor) -> Tensor:
+        """Q v, with Q = left kron right."""
         return apply_factors(*self.bases(), v)
 
     @property
     def eigenvalues(self) -> Tensor:
+        """(G o i,), the free eigenvalues in row-major order."""
         return self.values.reshape(-1)
 
     def basis(self) -> BaseLinearOperator:
+        """Q = left kron right."""
         return KroneckerLinearOperator(*self.bases())
 
     def _function(self, values: Tensor, p: float | None) -> BaseLinearOperator:

@@ -211,8 +211,8 @@ def spectral_norm(operator: BaseLinearOperator) -> Tensor:
             transposed._apply,
             (operator.shape[-2], operator.shape[-1]),
             1,
-            dtype=operator.dtype,
-            device=operator.device,
+            torch.empty(0, dtype=operator.dtype, device=operator.device),
+            linalg.Search(),
         )
     warn_unless_resolved("the spectral norm", found)
     if not (torch.is_grad_enabled() and operator.requires_grad):

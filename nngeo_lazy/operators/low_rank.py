@@ -75,6 +75,7 @@ class LowRankLinearOperator(LazyLinearOperator):
 
     @property
     def is_explicit(self) -> bool:
+        """Always: an entry is a short sum of the root's."""
         return True
 
     @property

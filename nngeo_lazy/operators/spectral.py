@@ -61,6 +61,7 @@ class SpectralLinearOperator(BaseLinearOperator):
 
     @property
     def is_explicit(self) -> bool:
+        """Always: the eigenvalues and the basis are held."""
         return True
 
     def _eigensystem(self) -> tuple[Tensor, BaseLinearOperator]:

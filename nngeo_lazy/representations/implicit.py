@@ -12,7 +12,7 @@ from ..data import refuse_shuffling
 from ..derivatives.engines import MODES
 from ..errors import DataError, StochasticModelError
 from ..facts import Cost, Facts, Sample
-from ..jacobian.plan import agree
+from ..jacobian.proof import agree
 from ..network import Network
 from ..operators import BaseLinearOperator, Info
 from ..operators.matrix_free import (
