@@ -18,7 +18,8 @@ import nngeo_lazy as ng
 from nngeo_lazy.errors import ConvergenceWarning, EstimateWarning, NotPositiveDefiniteError
 from nngeo_lazy.representations import Mixed
 
-from .oracle import Unfit, WrongError
+from .outcomes import Outcome, WrongError, outcome
+from .writer import UnfitError
 
 Tree = tuple[Any, ...]
 SIZE = 27
@@ -88,8 +89,19 @@ SELECTORS = {  # positions in the flat vector, in the order w, a, norm, b of nam
 }
 NUMBERS = ("0.5", "2.0", "-1.0", "3", "torch.tensor(0.3, dtype=n)", "0.0", "1e-3")
 DAMPINGS = ("0.1", "1.0", "torch.tensor(0.5, dtype=n)", "torch.linspace(0.1, 1, {s}, dtype=n)")
-INDICES = ("slice(1, {m})", "torch.tensor([0, {l}, 1])", "torch.arange({s}) % 3 == 0", "slice(None, None, 2)",
-           "[1, 0]", "torch.tensor([{l}, 0, 0])", "slice(-2, None)")
+INDICES = (
+    "slice(1, {m})",
+    "torch.tensor([0, {l}, 1])",
+    "torch.arange({s}) % 3 == 0",
+    "slice(None, None, 2)",
+    "[1, 0]",
+    "torch.tensor([{l}, 0, 0])",
+    "slice(-2, None)",
+)
+KINDS = ("sum", "sum", "sub", "scale", "scale", "over", "neg", "damped", "damped", "add_diagonal")
+KINDS += ("inverse", "inverse", "product", "transpose", "lerp", "block", "power", "pinv", "float")
+KINDS += ("sums", "symmetric", "foreign")
+SIGNS = {"sum": "+", "sub": "-", "product": "@"}
 WORDS: dict[str, Any] = {"torch": torch, "n": torch.float64}
 
 
@@ -102,10 +114,7 @@ def grown(r: random.Random, depth: int, part: str | None = None) -> Tree:
     if depth == 0:
         return leaf(r, part)
     size = SIZE if part is None else rows_of(part).numel()
-    kind = r.choice(
-        "sum sum sub scale scale over neg damped damped add_diagonal inverse inverse product "
-        "transpose lerp block power pinv float sums symmetric foreign".split()
-    )
+    kind = r.choice(KINDS)
     one = grown(r, depth - 1, part)
     match kind:
         case "sum" | "sub" | "product":
@@ -155,7 +164,7 @@ def code(tree: Tree) -> str:
         case "leaf":
             return str(rest[0])
         case "sum" | "sub" | "product":
-            return f"({inner[0]} {dict(sum='+', sub='-', product='@')[kind]} {inner[1]})"
+            return f"({inner[0]} {SIGNS[kind]} {inner[1]})"
         case "scale":
             return f"({texts[0]} * {inner[0]})"
         case "over":
@@ -227,7 +236,7 @@ class Arithmetic:
                 return -inner[0]
             case "damped" | "add_diagonal":
                 if float(damping(inner[0], text).amin()) < 0:
-                    raise Unfit("negative damping")
+                    raise UnfitError("negative damping")
                 return inner[0] + damping(inner[0], text).diag()
             case "inverse":
                 damped = inner[0] + damping(inner[0], text).diag()
@@ -256,16 +265,16 @@ class Arithmetic:
     def _symmetric(self, matrix: Tensor, positive: bool) -> Tensor:
         """The eigenvalues of what is inverted; unfit if that has no meaning or no digits."""
         if not torch.allclose(matrix, matrix.mT, rtol=1e-9, atol=1e-12):
-            raise Unfit("not symmetric")
+            raise UnfitError("not symmetric")
         values = torch.linalg.eigvalsh(matrix)
         size = float(values.abs().max())
         if positive:
             digits = 1e-3 if self.single else 1e-5
             if not float(values.min()) > digits * max(size, self.scale):
-                raise Unfit("not positive definite, or not beside the rounding")
+                raise UnfitError("not positive definite, or not beside the rounding")
             self.condition *= size / float(values.min())
         if self.condition > 1e8:
-            raise Unfit("too ill-conditioned")
+            raise UnfitError("too ill-conditioned")
         return values
 
     def _power(self, matrix: Tensor, p: float) -> Tensor:
@@ -304,10 +313,10 @@ def distinct(A: Tensor) -> Tensor:
     values = torch.linalg.eigvalsh(A)
     gaps = values.diff() > 1e-6 * values.abs().max()
     if bool((gaps & (values.diff() < 1e-3 * values.abs().max())).any()):
-        raise Unfit("eigenvalues that are nearly one")
+        raise UnfitError("eigenvalues that are nearly one")
     kept = values[torch.cat([gaps, torch.ones(1, dtype=torch.bool)])]
     if len(kept) < 2:
-        raise Unfit("one eigenvalue")
+        raise UnfitError("one eigenvalue")
     return kept
 
 
@@ -370,13 +379,13 @@ def check(tree: Tree, member: str) -> None:
     """One member of one expression.
 
     Raises:
-        Unfit: the arithmetic has no meaning, or no digits are left.
+        UnfitError: the arithmetic has no meaning, or no digits are left.
         WrongError: the operator is not the matrix.
     """
     arithmetic = Arithmetic()
     A = arithmetic(tree)
     if len(A) < 2:
-        raise Unfit("too small")
+        raise UnfitError("too small")
     table = {**MEMBERS, **POSITIVE, **SYMMETRIC}
     if member in POSITIVE:
         arithmetic._symmetric(A, positive=True)
@@ -385,10 +394,10 @@ def check(tree: Tree, member: str) -> None:
         values = arithmetic._symmetric(A, positive=False).abs()
         top = max(float(values.max()), arithmetic.scale)
         if not float(values.max()) > 1e-6 * top:
-            raise Unfit("all of it is rounding")
-        if member == "pinv":
-            if bool(((values > 1e-14 * top) & (values < 1e-4 * top)).any()) or arithmetic.single:
-                raise Unfit("eigenvalues that may count as zero")
+            raise UnfitError("all of it is rounding")
+        small = bool(((values > 1e-14 * top) & (values < 1e-4 * top)).any())
+        if member == "pinv" and (small or arithmetic.single):
+            raise UnfitError("eigenvalues that may count as zero")
     warned = False
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -405,7 +414,7 @@ def check(tree: Tree, member: str) -> None:
     largest = float(want.abs().max())
     allowed = arithmetic.tolerance * max(arithmetic.scale, largest, 1e-3)
     if allowed > 1e-2 * max(largest, arithmetic.scale):
-        raise Unfit("too few digits are left")
+        raise UnfitError("too few digits are left")
     if not error_ <= allowed and not warned:
         raise WrongError(f"{member} is off by {error_:.1e}, allowed {allowed:.1e}")
 
@@ -426,7 +435,7 @@ class Case:
             size = SIZE if part is None else rows_of(part).numel()
             tree = ("index", tree, r.choice(INDICES).format(s=size, l=size - 1, m=size - 1))
         names = sorted(MEMBERS)
-        with contextlib.suppress(Unfit):
+        with contextlib.suppress(UnfitError):
             arithmetic = Arithmetic()
             A = arithmetic(tree)
             arithmetic._symmetric(A, positive=False)
@@ -439,16 +448,12 @@ class Case:
     def group(self) -> str:
         return ""  # each member is a group
 
-    def run(self) -> "Iterator[tuple[str, Any]]":
-        from .run import outcome
-
+    def run(self) -> Iterator[tuple[str, Outcome]]:
         for member in self.members:
             yield member, outcome(lambda member=member: check(self.tree, member))
 
-    def shrunk(self, member: str, failed: Any) -> tuple[str, Any]:
+    def shrunk(self, member: str, failed: Outcome) -> tuple[str, Outcome]:
         """The simplest expression whose member fails alike, as code."""
-        from .run import outcome
-
         best, progress = self.tree, True
         while progress:
             progress = False

@@ -1,4 +1,4 @@
-"""Realistic kinds of networks: routed, sorted, unpadded, gated, early-exit, and some that must be refused.
+"""Realistic kinds of networks: routed, sorted, unpadded, gated; and some that must be refused.
 
 Each takes random numbers, a seed and the sizes of the batches, and gives a program.
 """
@@ -89,10 +89,14 @@ def gain(r: random.Random, seed: int, sizes: Sequence[int]) -> Program:
 h = torch.tanh(self.a(x)); loud = x.abs().amax(1) > 3
 if loud.any(): h = torch.where(loud[:, None], h / self.a.weight.norm(), h)
 return self.b(h)"""
-    data = [line if k == 0 else f"({line}) * {r.choice((1, 3, 6))}" for k, line in enumerate(
-        f"torch.randn({n}, 3).clamp(-2, 2)" for n in sizes)]
+    data = [
+        line if k == 0 else f"({line}) * {r.choice((1, 3, 6))}"
+        for k, line in enumerate(f"torch.randn({n}, 3).clamp(-2, 2)" for n in sizes)
+    ]
     if len(sizes) == 1:
-        data = [f"torch.randn({sizes[0]}, 3) * torch.tensor([1.0, 6.0]).repeat({sizes[0]})[:{sizes[0]}, None]"]
+        n = sizes[0]
+        loud = f"torch.tensor([1.0, 6.0]).repeat({n})[:{n}, None]"
+        data = [f"torch.randn({n}, 3) * {loud}"]
     setup = "self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)"
     return Program(source(setup, body), tuple(data), seed, False, 3)
 
@@ -101,9 +105,14 @@ return self.b(h)"""
 def sorted_batch(r: random.Random, seed: int, sizes: Sequence[int]) -> Program:
     """Sorted by a feature, worked on, and put back at once or later."""
     key = r.choice(("x[:, 0]", "x.norm(dim=1)", "-x.sum(1)", "self.b(torch.tanh(self.a(x)))[:, 0]"))
-    back = r.choice(("self.b(h[i.argsort()])", "self.b(h)[i.argsort()]",
-                     "torch.zeros(len(x), 2).index_copy(0, i, self.b(h))",
-                     "self.b(torch.empty_like(h).scatter(0, i[:, None].expand_as(h), h))"))
+    back = r.choice(
+        (
+            "self.b(h[i.argsort()])",
+            "self.b(h)[i.argsort()]",
+            "torch.zeros(len(x), 2).index_copy(0, i, self.b(h))",
+            "self.b(torch.empty_like(h).scatter(0, i[:, None].expand_as(h), h))",
+        )
+    )
     body = f"i = ({key}).argsort(); h = torch.tanh(self.a(x[i]))\nreturn {back}"
     setup = "self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)"
     return Program(source(setup, body), tuple(reals(r, sizes, 3)), seed, False, 2)
@@ -133,13 +142,15 @@ return self.o(h){back}"""
 @family
 def unpadded(r: random.Random, seed: int, sizes: Sequence[int]) -> Program:
     """Tokens without their padding, in one long sequence; padding may first come later."""
-    put = r.choice((
-        "o = h.new_zeros(*x.shape, 4); o[k] = h",
-        "o = h.new_zeros(*x.shape, 4).masked_scatter(k[..., None], h)",
-        "o = h.new_zeros(*x.shape, 4).index_put(k.nonzero(as_tuple=True), h)",
-        "o = h.new_zeros(x.numel(), 4).index_copy(0, k.flatten().nonzero().squeeze(1), h)"
-        ".view(*x.shape, 4)",
-    ))
+    put = r.choice(
+        (
+            "o = h.new_zeros(*x.shape, 4); o[k] = h",
+            "o = h.new_zeros(*x.shape, 4).masked_scatter(k[..., None], h)",
+            "o = h.new_zeros(*x.shape, 4).index_put(k.nonzero(as_tuple=True), h)",
+            "o = h.new_zeros(x.numel(), 4).index_copy(0, k.flatten().nonzero().squeeze(1), h)"
+            ".view(*x.shape, 4)",
+        )
+    )
     end = r.choice(("self.b(o.sum(1))", "self.b(o).sum(1)", "self.b(o.sum(1) / k.sum(1)[:, None])"))
     body = f"k = x != 0; h = torch.tanh(self.a(self.e(x[k])))\n{put}\nreturn {end}"
     setup = "self.e, self.a, self.b = nn.Embedding(6, 3), nn.Linear(3, 4), nn.Linear(4, 2)"
@@ -171,11 +182,13 @@ def mixture(r: random.Random, seed: int, sizes: Sequence[int]) -> Program:
     """Experts, one or two for each example; experts without examples are skipped or called."""
     k = r.choice((1, 1, 2))
     skip = r.choice(("", "    if not len(i): continue\n"))
-    put = r.choice((
-        "out = out.index_add(0, i, e(x[i]).relu() * p[i, j, None])",
-        "o = torch.zeros_like(out); o[i] = e(x[i]).tanh() * p[i, j, None]; out = out + o",
-        "out.index_add_(0, i, e(x[i]).tanh() * p[i, j, None])",
-    ))
+    put = r.choice(
+        (
+            "out = out.index_add(0, i, e(x[i]).relu() * p[i, j, None])",
+            "o = torch.zeros_like(out); o[i] = e(x[i]).tanh() * p[i, j, None]; out = out + o",
+            "out.index_add_(0, i, e(x[i]).tanh() * p[i, j, None])",
+        )
+    )
     body = f"""
 p = self.gate(x).softmax(-1); out = torch.zeros_like(x); top = p.topk({k}, -1).indices
 for j, e in enumerate(self.experts):
@@ -208,14 +221,16 @@ return self.h(o.view(len(x), x.shape[1], -1).mean(1))"""
 @family
 def gates(r: random.Random, seed: int, sizes: Sequence[int]) -> Program:
     """An input that may be missing for all of a batch, for some of it, or for none."""
-    way = r.choice((
-        "if there.any(): h = h + there[:, None] * self.b(x[:, 2:]).tanh()",
-        "if there.any(): h = h + torch.where(there[:, None], self.b(x[:, 2:]), self.none)\n"
-        "else: h = h + self.none",
-        "h = h + (self.b(x[:, 2:]) if there.all() else torch.where(there[:, None], "
-        "self.b(x[:, 2:]), self.none))",
-        "h[there] = h[there] * torch.sigmoid(self.b(x[there, 2:]))",
-    ))
+    way = r.choice(
+        (
+            "if there.any(): h = h + there[:, None] * self.b(x[:, 2:]).tanh()",
+            "if there.any(): h = h + torch.where(there[:, None], self.b(x[:, 2:]), self.none)\n"
+            "else: h = h + self.none",
+            "h = h + (self.b(x[:, 2:]) if there.all() else torch.where(there[:, None], "
+            "self.b(x[:, 2:]), self.none))",
+            "h[there] = h[there] * torch.sigmoid(self.b(x[there, 2:]))",
+        )
+    )
     body = f"there = x[:, 2] != 0; h = torch.tanh(self.a(x[:, :2])) * 1\n{way}\nreturn self.o(h)"
     setup = (
         "self.a, self.b, self.o = nn.Linear(2, 3), nn.Linear(2, 3), nn.Linear(3, 2)\n"
@@ -237,8 +252,7 @@ for k in t.unique().tolist():
     out[t == k] = self.heads[k](h[t == k])
 return out"""
     setup = (
-        "self.a = nn.Linear(2, 3)\n"
-        "self.heads = nn.ModuleList(nn.Linear(3, 2) for _ in range(3))"
+        "self.a = nn.Linear(2, 3)\nself.heads = nn.ModuleList(nn.Linear(3, 2) for _ in range(3))"
     )
     label = [r.choice(("0.0", "1.0", "2.0", f"torch.randint(3, ({n}, 1))")) for n in sizes]
     data = [
@@ -266,9 +280,13 @@ def lengths_by_batch(r: random.Random, seed: int, sizes: Sequence[int]) -> Progr
     pool = r.choice(("h.mean(1)", "h.amax(1)", "h[:, -1]", "torch.logsumexp(h, 1)"))
     layer = r.choice(("nn.Linear(2, 2)", "nn.Conv1d(2, 2, 1)", "nn.LayerNorm(2)"))
     call = "self.c(h.mT).mT" if "Conv" in layer else "self.c(h)"
-    way = r.choice(("torch.tanh(self.a(x))",
-                    "torch.tanh(self.a(x.transpose(0, 1))).transpose(0, 1)",
-                    "torch.tanh(self.a(x.flatten(0, 1))).view(*x.shape[:2], 2)"))
+    way = r.choice(
+        (
+            "torch.tanh(self.a(x))",
+            "torch.tanh(self.a(x.transpose(0, 1))).transpose(0, 1)",
+            "torch.tanh(self.a(x.flatten(0, 1))).view(*x.shape[:2], 2)",
+        )
+    )
     body = f"h = {way}; h = h + {call}\nreturn self.b({pool})"
     setup = f"self.a, self.c, self.b = nn.Linear(2, 2), {layer}, nn.Linear(2, 2)"
     data = [f"torch.randn({n}, {r.choice((n, 1, 2, 3))}, 2)" for n in sizes]
@@ -279,14 +297,18 @@ def lengths_by_batch(r: random.Random, seed: int, sizes: Sequence[int]) -> Progr
 def copies(r: random.Random, seed: int, sizes: Sequence[int]) -> Program:
     """Several views of each example side by side in one larger batch (crops, ensembles, pairs)."""
     n = r.choice((2, 3))
-    fold, back = r.choice((
-        (f"x.repeat_interleave({n}, 0)", f"f.view(-1, {n}, 2).mean(1)"),
-        (f"x.repeat({n}, 1)", f"f.view({n}, -1, 2).mean(0)"),
-        ("torch.cat([x, x.flip(1)])", "f.chunk(2)[0] * f.chunk(2)[1].tanh()"),
-        ("torch.stack([x, -x], 1).flatten(0, 1)", "f.unflatten(0, (-1, 2)).amax(1)"),
-    ))
-    body = f"z = {fold}; z = z + torch.arange(len(z)).remainder(1)[:, None]\n" \
-           f"f = self.b(torch.tanh(self.a(z)))\nreturn {back}"
+    fold, back = r.choice(
+        (
+            (f"x.repeat_interleave({n}, 0)", f"f.view(-1, {n}, 2).mean(1)"),
+            (f"x.repeat({n}, 1)", f"f.view({n}, -1, 2).mean(0)"),
+            ("torch.cat([x, x.flip(1)])", "f.chunk(2)[0] * f.chunk(2)[1].tanh()"),
+            ("torch.stack([x, -x], 1).flatten(0, 1)", "f.unflatten(0, (-1, 2)).amax(1)"),
+        )
+    )
+    body = (
+        f"z = {fold}; z = z + torch.arange(len(z)).remainder(1)[:, None]\n"
+        f"f = self.b(torch.tanh(self.a(z)))\nreturn {back}"
+    )
     setup = "self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 2)"
     return Program(source(setup, body), tuple(reals(r, sizes, 3)), seed, False, 2)
 
@@ -339,12 +361,14 @@ def bags(r: random.Random, seed: int, sizes: Sequence[int]) -> Program:
 @family
 def memory(r: random.Random, seed: int, sizes: Sequence[int]) -> Program:
     """The nearest of learnt codes, by a straight-through estimate or softly."""
-    way = r.choice((
-        "i = d.argmin(1); q = self.codes[i]; z = z + (q - z.detach())",
-        "z = z + (-d).softmax(1) @ self.codes",
-        "i = d.argmin(1); z = z * F.embedding(i, self.codes)",
-        "i = d.topk(2, largest=False).indices; z = z + self.codes[i].mean(1)",
-    ))
+    way = r.choice(
+        (
+            "i = d.argmin(1); q = self.codes[i]; z = z + (q - z.detach())",
+            "z = z + (-d).softmax(1) @ self.codes",
+            "i = d.argmin(1); z = z * F.embedding(i, self.codes)",
+            "i = d.topk(2, largest=False).indices; z = z + self.codes[i].mean(1)",
+        )
+    )
     body = f"z = torch.tanh(self.a(x)); d = torch.cdist(z, self.codes)\n{way}\nreturn self.o(z)"
     setup = (
         "self.a, self.o = nn.Linear(3, 2), nn.Linear(2, 2)\n"
@@ -359,7 +383,7 @@ def adapters(r: random.Random, seed: int, sizes: Sequence[int]) -> Program:
     on = r.choice(("torch.ones(len(x), 1)", "(x[:, :1] > 0)", "(x[:, :1] > 1.5)"))
     body = f"""
 h = self.base(x); k = {on}
-if k.any(): h = h + k * {r.choice(('(x @ self.down) @ self.up', 'self.lora(x)'))}
+if k.any(): h = h + k * {r.choice(("(x @ self.down) @ self.up", "self.lora(x)"))}
 return self.o(torch.tanh(h))"""
     setup = (
         "self.base = nn.Linear(3, 3).requires_grad_(False); self.o = nn.Linear(3, 2)\n"
@@ -380,16 +404,18 @@ def several(sizes: Sequence[int]) -> list[int]:
 @family
 def mixing(r: random.Random, seed: int, sizes: Sequence[int]) -> Program:
     """Examples that see each other."""
-    way = r.choice((
-        "h = h - h.mean(0)",
-        "h = h + 0.1 * h.roll(1, 0)",
-        "h = (h @ h.mT).softmax(-1) @ h",
-        "h = h / h.norm()",
-        "h = h * h.amax(0)",
-        "h = h.flip(0)",
-        "h = torch.cat([h[:1], h[1:] + h[:-1] * 1e-3])",
-        "h = self.n(h)",
-    ))
+    way = r.choice(
+        (
+            "h = h - h.mean(0)",
+            "h = h + 0.1 * h.roll(1, 0)",
+            "h = (h @ h.mT).softmax(-1) @ h",
+            "h = h / h.norm()",
+            "h = h * h.amax(0)",
+            "h = h.flip(0)",
+            "h = torch.cat([h[:1], h[1:] + h[:-1] * 1e-3])",
+            "h = self.n(h)",
+        )
+    )
     norm = "self.n = nn.BatchNorm1d(3, track_running_stats=False)"
     setup = f"self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 2)\n{norm}"
     body = f"h = torch.tanh(self.a(x))\n{way}\nreturn self.b(h)"
@@ -411,15 +437,17 @@ def late_mixing(r: random.Random, seed: int, sizes: Sequence[int]) -> Program:
 @family
 def noisy(r: random.Random, seed: int, sizes: Sequence[int]) -> Program:
     """Random at every call, in training mode or always."""
-    way, train = r.choice((
-        ("h = h * (torch.rand_like(h) > 0.5)", False),
-        ("h = h + 1e-3 * torch.randn(3)", False),
-        ("h = self.d(h)", True),
-        ("h = F.dropout(h, 0.5)", False),
-        ("h = h * (torch.rand(len(h), 1) > 0.5)", False),
-        ("h = F.rrelu(h, training=True)", False),
-        ("h = h[:, torch.randperm(3)]", False),
-    ))
+    way, train = r.choice(
+        (
+            ("h = h * (torch.rand_like(h) > 0.5)", False),
+            ("h = h + 1e-3 * torch.randn(3)", False),
+            ("h = self.d(h)", True),
+            ("h = F.dropout(h, 0.5)", False),
+            ("h = h * (torch.rand(len(h), 1) > 0.5)", False),
+            ("h = F.rrelu(h, training=True)", False),
+            ("h = h[:, torch.randperm(3)]", False),
+        )
+    )
     setup = "self.a, self.b, self.d = nn.Linear(3, 3), nn.Linear(3, 2), nn.Dropout(0.5)"
     body = f"h = torch.tanh(self.a(x))\n{way}\nreturn self.b(h)"
     data = reals(r, [n + 6 for n in sizes], 3)

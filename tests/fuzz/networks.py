@@ -3,9 +3,10 @@
 import random
 from dataclasses import dataclass, replace
 
+from . import flow  # noqa: F401 - registers its steps
 from .families import FAMILIES
 from .steps import STEPS
-from .writer import Program, Unfit, Writer
+from .writer import Program, UnfitError, Writer
 
 INPUTS = ("flat", "sequence", "tokens", "image", "volume")
 SHAPES = {
@@ -60,7 +61,7 @@ class Recipe:
             mark, w.rng = w.mark(), random.Random(seed)
             try:
                 STEPS[kind](w)
-            except Unfit:
+            except UnfitError:
                 w.rewind(mark)
         w.rng = random.Random(self.seed + 1)
         positions = self.positions and len(w.shape) == 2
@@ -87,15 +88,15 @@ class Recipe:
     def smaller(self) -> list["Recipe"]:
         """Simpler recipes, the most simple first."""
         found = [replace(self, sizes=(n,)) for n in self.sizes if len(self.sizes) > 1]
-        for k in range(len(self.steps)):
-            found.append(replace(self, steps=self.steps[:k] + self.steps[k + 1 :]))
+        steps = range(len(self.steps))
+        found += [replace(self, steps=self.steps[:k] + self.steps[k + 1 :]) for k in steps]
         for k, n in enumerate(self.sizes):
             if n > 1:
                 sizes = (*self.sizes[:k], n - 1, *self.sizes[k + 1 :])
                 found.append(replace(self, sizes=sizes))
         if len(self.sizes) > 2:
-            for k in range(len(self.sizes)):
-                found.append(replace(self, sizes=self.sizes[:k] + self.sizes[k + 1 :]))
+            batches = range(len(self.sizes))
+            found += [replace(self, sizes=self.sizes[:k] + self.sizes[k + 1 :]) for k in batches]
         if self.positions:
             found.append(replace(self, positions=False))
         return found

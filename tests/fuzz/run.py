@@ -1,6 +1,6 @@
 """Thousands of random cases, each against the truth; what fails is cut down and printed as code.
 
-    python -m tests.fuzz.run --networks 3000 --expressions 1500 --families 2000 --seed 0 --minutes 10
+    python -m tests.fuzz.run --networks 3000 --expressions 1500 --families 2000 --minutes 10
     python -m tests.fuzz.run --only family:17 --checks 100
 
 Outcomes: right; refused by a named error (counted by kind); foreign (an exception that is not the
@@ -9,72 +9,17 @@ oracle says that the generated network is not what it should be).
 """
 
 import argparse
-import re
 import sys
 import time
-import traceback
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 
-from nngeo_lazy.errors import NNGeoError
-
 from . import expressions, oracle
 from .networks import Family, Recipe
-
-TRUTH = {"truth_of", "singles", "jacobian", "scores", "fisher", "empirical", "hessian"}  # oracle's
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came of one check.
-
-    Attributes:
-        kind: "right", "refused", "foreign", "wrong" or "unfit".
-        text: the message.
-    """
-
-    kind: str
-    text: str = ""
-
-    @property
-    def signature(self) -> str:
-        """What stays the same while a case is cut down."""
-        head = self.text.split("\n")[0]
-        if self.kind == "wrong":
-            return self.kind
-        return f"{self.kind} {head.split(':')[0]}"
-
-    @property
-    def summary(self) -> str:
-        """The message without what differs from case to case."""
-        text = re.sub(r"'[^']*'|\[[^]]*\]|\([^)]*\)", "..", self.text.split("\n")[0])
-        return re.sub(r"[-+]?\d[\d.e+-]*|\bself\.\w+|\bm\d+\S*", "#", text)[:150]
-
-
-def outcome(case: Callable[[], None]) -> Outcome:
-    """Run a case."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            case()
-        except oracle.WrongError as error:
-            return Outcome("wrong", str(error))
-        except oracle.Unfit as error:
-            return Outcome("unfit", str(error))
-        except NNGeoError as error:
-            return Outcome("refused", f"{type(error).__name__}: {error}")
-        except Exception as error:
-            frames = traceback.extract_tb(error.__traceback__)
-            ours = [f for f in frames if "/nngeo_lazy/" in f.filename] or frames
-            at = f"{ours[-1].filename.split('/nngeo_lazy/')[-1]}:{ours[-1].lineno}"
-            truth = any("/fuzz/" in f.filename and f.name in TRUTH for f in frames)
-            kind = "unfit" if truth else "foreign"
-            return Outcome(kind, f"{type(error).__name__}: {error} [{at}]")
-    return Outcome("right")
+from .outcomes import Outcome, outcome
 
 
 @dataclass
@@ -132,7 +77,8 @@ def reproduction(recipe: Recipe | Family, check: str) -> str:
     truth = truth_of(recipe)
     p = truth.program
     rest = ", ".join(
-        f"{name}={getattr(p, name)!r}" for name in ("seed", "positions", "classes", "fixed", "train")
+        f"{name}={getattr(p, name)!r}"
+        for name in ("seed", "positions", "classes", "fixed", "train")
     )
     call = f'oracle.run(oracle.Truth(program, "{truth.likelihood}"), "{check}")'
     return (
@@ -160,17 +106,17 @@ class Tally:
             return False
         if found.kind == "right":
             return False
-        key = f"{found.kind}: {group or check}"
-        key += "" if found.kind == "wrong" else f": {found.summary}"
+        key = f"{found.kind}: {(group or check) if found.kind == 'wrong' else found.summary}"
         self.failures.setdefault(key, []).append(f"{case} {check}: {found.text[:300]}")
         return len(self.failures[key]) == 1
 
     def report(self) -> str:
         lines = ["", "outcomes: " + ", ".join(f"{n} {k}" for k, n in sorted(self.counts.items()))]
-        lines += [f"  {n:6d} {key}\n         e.g. {self.examples[key]}" for key, n in self.refusals.most_common()]
+        for key, n in self.refusals.most_common():
+            lines += [f"  {n:6d} {key}", f"         e.g. {self.examples[key]}"]
         for key, cases in self.failures.items():
             lines.append(f"FAILED {len(cases)} times, {key}")
-            lines += [f"    {case}" for case in cases[:8]]
+            lines += [f"    {case}" for case in cases[:3]]
         return "\n".join(lines)
 
 
@@ -204,7 +150,9 @@ def run(
                     code, last = case.shrunk(check, found)
                     say(f"\n--- {kind}:{k} {check}\n{found.kind}: {last.text[:600]}\n{code}")
             done += 1
-        say(f"\n=== {kind}: {done} of {count} cases, seeds {seed}..{seed + done - 1}{tally.report()}")
+        say(
+            f"\n=== {kind}: {done} of {count} cases, seeds {seed}..{seed + done - 1}{tally.report()}"
+        )
     return tallies
 
 

@@ -21,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 torch.set_default_dtype(torch.float64)"""
 
 
-class Unfit(Exception):
-    """A step has no meaning for the shape that comes."""
+class UnfitError(Exception):
+    """A step, a network or an expression has no meaning: it is left out."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Writer:
 
     def need(self, fits: bool) -> None:
         if not fits:
-            raise Unfit
+            raise UnfitError
 
     def name(self, prefix: str) -> str:
         self._count += 1
@@ -141,9 +141,7 @@ class Writer:
 
     def source(self) -> str:
         setup = "".join(f"        {line}\n" for line in self._init)
-        body = "".join(
-            f"        {line}\n" for text in self._body for line in text.split("\n")
-        )
+        body = "".join(f"        {line}\n" for text in self._body for line in text.split("\n"))
         return (
             "class M(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
             f"{setup}    def forward(self, x):\n        h = x\n{body}        return h\n"
