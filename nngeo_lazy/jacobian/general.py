@@ -21,7 +21,7 @@ from ..skeleton import skeleton
 from ..switches import unfused_attention
 from .proof import agree
 
-__all__ = ["Forward", "GeneralRows", "Way", "Whole", "cut", "example_leaves"]
+__all__ = ["Forward", "GeneralRows", "Way", "cut", "example_leaves"]
 
 Forward = Callable[[nn.Module, Any], Tensor]
 
