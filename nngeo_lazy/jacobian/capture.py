@@ -38,9 +38,14 @@ class Capture:
         model: the network, in the mode in which it is to be differentiated.
         space: the selected parameters.
         forward: (model, raw batch) -> outputs, whose dimension 0 is the examples.
+        through: whether parameters are followed through what the model makes of them, for which the
+            graph of a pass must be whole when its forms are used.
     """
 
-    def __init__(self, model: nn.Module, space: ParamSpace, forward: Forward) -> None:
+    def __init__(
+        self, model: nn.Module, space: ParamSpace, forward: Forward, *, through: bool = True
+    ) -> None:
+        self._through = through
         self._model = model
         self._space = space
         self._forward = forward
@@ -112,14 +117,24 @@ class Capture:
 
     def recorder(self, raw: Any, *, training: bool = False) -> Recorder:
         """A recorder of a pass over this batch."""
-        known = None if self._plan is None else self._plan.constants
-        return Recorder(self._model, self._parameters, raw, training=training, examples=known)
+        return self._recorder(raw, training, None if self._plan is None else self._plan.constants)
+
+    def _recorder(self, raw: Any, training: bool, examples: Sequence[bool] | None) -> Recorder:
+        return Recorder(
+            self._model,
+            self._parameters,
+            raw,
+            training=training,
+            through=self._through,
+            examples=examples,
+        )
 
     def _record(self, raw: Any, examples: Sequence[bool] | None = None) -> Pass:
-        recorder = self.recorder(raw)
-        if examples is not None:
-            recorder = Recorder(self._model, self._parameters, raw, examples=examples)
-        with recorder:
+        with (
+            self.recorder(raw)
+            if examples is None
+            else self._recorder(raw, False, examples) as recorder
+        ):
             outputs = self._forward(self._model, raw)
         return Pass(raw, outputs, recorder.calls, recorder.formless, recorder.examples)
 
