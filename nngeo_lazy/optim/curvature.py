@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,26 +14,12 @@ from ..jacobian.capture import Recorded
 from ..operators import BaseLinearOperator
 from ..representations import Representation
 from .loop import Loop, Passed
-from .measure import Reading
+from .measure import Reading, Units
 from .options import Options, Schedule
 from .running import Forms, Running, StepSweep
 from .scores import Scores
 
 __all__ = ["Curvature"]
-
-
-class Units(NamedTuple):
-    """What a refresh tells of the loop's loss.
-
-    Attributes:
-        scale: c, with the loop's loss c times the mean loss of a label.
-        curvature: F times this is the curvature of that mean.
-        dispersion: of a Gaussian's labels; None for other likelihoods.
-    """
-
-    scale: Tensor
-    curvature: Tensor
-    dispersion: Tensor | None
 
 
 class Curvature:
@@ -148,7 +134,8 @@ class Curvature:
         sweep.num_terms = sum(known) if len(known) == len(terms) else None
         total = self.scores.total(float(sum(denominators)))
         sweep.denominator = total
-        scale, unit, dispersion = reading.close(total)
+        found = reading.close(total)
+        scale, unit = found.scale, found.curvature
         if self.empirical:
             times = self._own(total, scale, ratio)
             first = float(denominators[0]) or 1.0  # near the size of an example's own gradient
@@ -159,9 +146,9 @@ class Curvature:
                 unit = unit / ratio.square()
         weight = self._running.finish(sweep, forms.replay, self.rebase)
         before = self._inverse_unit
-        fresh = 1 / torch.as_tensor(unit, device=scale.device)
+        fresh = 1 / unit
         self._inverse_unit = fresh if before is None else before.lerp(fresh, weight)
-        return Units(scale, 1 / self._inverse_unit, dispersion)
+        return found._replace(curvature=1 / self._inverse_unit)
 
     def _own(self, total: float, scale: Tensor, ratio: Tensor | None) -> Tensor | float:
         """What the loop's gradients are multiplied by, to be those of a mean over examples."""

@@ -272,7 +272,7 @@ class Loop:
     def _first_plan(self, raw: Any) -> Capture:
         """A plan for the parameters that have a form."""
         while True:
-            capture = Capture(self.model, self.space, self._forward)
+            capture = Capture(self.model, self.space, _Forward(self._outputs))
             parts = self._prove(capture, raw)
             out = [part for part in parts if part.kind in ("general", "unused")]
             if not out:
@@ -322,10 +322,6 @@ class Loop:
         ):
             return capture.prove(raw)
 
-    def _forward(self, model: nn.Module, raw: Any) -> Tensor:
-        args, kwargs = raw
-        return self._outputs(model(*args, **kwargs))
-
     def require_same_parameters(self) -> None:
         """Refuse a model whose parameters are not those that are watched any more."""
         if others := self._others():
@@ -338,6 +334,17 @@ class Loop:
     def _others(self) -> list[str]:
         now = dict(self.model.named_parameters())
         return [name for name, p in self._parameters.items() if now.get(name) is not p]
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """The outputs of a model for what a loop called it with."""
+
+    outputs: Outputs
+
+    def __call__(self, model: nn.Module, raw: Any) -> Tensor:
+        args, kwargs = raw
+        return self.outputs(model(*args, **kwargs))
 
 
 def _in_functorch() -> bool:

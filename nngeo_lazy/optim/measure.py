@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,57 @@ __all__ = ["Reading", "Touched", "changed"]
 
 SMALL = 4096  # numbers of a parameter whose gradient is compared
 MANY = 6  # of such parameters
+
+
+class Units(NamedTuple):
+    """What a refresh tells of the loop's loss.
+
+    Attributes:
+        scale: c, with the loop's loss c times the mean loss of a label.
+        curvature: F times this is the curvature of that mean.
+        dispersion: of a Gaussian's labels; None for other likelihoods.
+    """
+
+    scale: Tensor
+    curvature: Tensor
+    dispersion: Tensor | None
+
+
+@dataclass
+class Loss:
+    """The latest of what is known of a loop's loss.
+
+    Attributes:
+        scale: what gradients are divided by.
+        unit: what the curvature is multiplied by.
+        dispersion: of a Gaussian's labels.
+    """
+
+    scale: Tensor | None = None
+    unit: Tensor | float = 1.0
+    dispersion: Tensor | None = None
+
+    def take(self, found: Units, ratio: Tensor | None) -> None:
+        """Take over what a refresh found.
+
+        Gradients that were multiplied since (unscaled, clipped) are those of a loss that was. So
+        that a clip shrinks a step, the largest multiple of late is what counts.
+
+        Args:
+            found: by the refresh.
+            ratio: what gradients were multiplied by.
+        """
+        scale = found.scale
+        if ratio is not None:
+            multiplied = scale * ratio
+            before = multiplied if self.scale is None else self.scale
+            most = torch.maximum(multiplied, before.lerp(multiplied, 0.02))
+            scale = torch.where((ratio - 1).abs() < 1e-3, scale, most)
+        self.scale, self.unit, self.dispersion = scale, found.curvature, found.dispersion
+
+    def state(self) -> dict[str, Any]:
+        """All of it."""
+        return {k: v.clone() if isinstance(v, Tensor) else v for k, v in vars(self).items()}
 
 
 @dataclass
@@ -45,15 +96,11 @@ class Reading:
         """Of all passes."""
         return sum(passed.outputs.shape[0] for passed, _ in self.passes)
 
-    def close(self, total: float) -> tuple[Tensor, Tensor, Tensor | None]:
+    def close(self, total: float) -> Units:
         """What the step needs, once all losses have been differentiated.
 
         Args:
             total: what the loss's sum over labels is divided by, if its scale cannot be seen.
-
-        Returns:
-            c, with the loop's loss c times the mean over labels of theirs; the curvature in that
-            mean's units, as a multiple of itself; the dispersion, if there is one.
         """
         found = [self._read(passed, target) for passed, target in self.passes]
         terms = torch.stack([each.terms for each in found])
@@ -61,7 +108,7 @@ class Reading:
         square = torch.stack([each.square for each in found]).sum() * self.examples
         self.square = square.clamp_min(torch.finfo(square.dtype).tiny ** 0.5)
         if self.likelihood is None:
-            return self.square.sqrt(), 1 / self.square, None
+            return Units(self.square.sqrt(), 1 / self.square, None)
         scales = torch.stack([each.scale for each in found])
         weights = terms * (scales.isfinite() & (scales > 0))
         mean = (scales.nan_to_num() * weights).sum() / weights.sum()
@@ -70,7 +117,7 @@ class Reading:
         dispersion = None
         if residuals:
             dispersion = torch.stack(residuals).sum() / self.examples / each.square()
-        return each * self.terms, total / self.terms, dispersion
+        return Units(each * self.terms, total / self.terms, dispersion)
 
     def _read(self, passed: Passed, target: Tensor | None) -> _Read:
         outputs, gradient, likelihood = passed.outputs, passed.gradient, self.likelihood
