@@ -3,11 +3,12 @@
     python tests/benchmarks/untuned.py [--quick] [--tasks a,b] [--seeds N] [--optimizers kfac,ekfac]
                                        [--option key=value ...] [--steps FACTOR] [--cosine]
 
-AdamW and SGD have the best of four learning rates (1e-3, 3e-3, 1e-2, 3e-2, SGD ten times that); SOAP
-runs if its package `pytorch_optimizer` is installed. Printed for each task are the final training
-losses, means over seeds. Progress is log(start / final) / log(start / best of all); a divergence is a final loss that is not finite or above the first one, a
-spike a batch loss over three times the first one. `--quick` takes six tasks and one seed, and fails
-if a natural gradient diverges or spikes, or KFAC and EKFAC win less than four tasks.
+AdamW and SGD have the best of four learning rates (1e-3, 3e-3, 1e-2, 3e-2, for SGD ten times that);
+SOAP runs if its package `pytorch_optimizer` is installed. Printed for each task are the final
+training losses, means over seeds. Progress is log(start / final) / log(start / best of all). A
+divergence is a final loss that is not finite or above the first one, a spike a batch loss over
+three times the first one. `--quick` takes six tasks and one seed, and fails if a natural gradient
+diverges or spikes, or if KFAC or EKFAC wins less than four tasks.
 """
 
 import argparse
@@ -95,9 +96,7 @@ def houses():
 
 
 def mlp(*sizes, act=nn.ReLU):
-    layers = [
-        each for a, b in itertools.pairwise(sizes) for each in (nn.Linear(a, b), act())
-    ]
+    layers = [each for a, b in itertools.pairwise(sizes) for each in (nn.Linear(a, b), act())]
     return nn.Sequential(*layers[:-1])
 
 
@@ -293,7 +292,6 @@ def makers(names, options):
             more = {"momentum": 0.9} if name == "SGD" else {}
             for lr in (rate * factor for rate in RATES):
                 found[f"{name} {lr:g}"] = functools.partial(_plain, kind, lr=lr, **more)
-                )
         elif name == "SOAP":
             found[name] = functools.partial(_plain, _soap(), lr=1e-2)
         else:
