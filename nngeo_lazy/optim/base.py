@@ -416,13 +416,17 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         }
         return self._space.ravel({**zeros, **vectors})
 
-    def _measured(self, direction: Direction, lr: float) -> Tensor | None:
-        """The part of a step that stays, of one that was made; None if it is not measured."""
-        reading, trust = self._reading, direction.trust
-        if reading is None or trust is None or not lr:
-            return None
-        found = changed(reading, self._model)
-        return None if found is None else trust.calibrate(found.to(self._dtype), lr)
+    def _measuring(self, direction: Direction) -> bool:
+        """Whether this step's passes are run again to measure what it changes."""
+        reading = self._reading
+        return reading is not None and direction.trust is not None and reading.repeatable
+
+    def _measured(self, direction: Direction, lr: float) -> Tensor:
+        """The part of a step that stays, once it was made with this learning rate."""
+        if self._reading is None or direction.trust is None:
+            raise RuntimeError("a step that is not measured")
+        found = changed(self._reading, self._model)
+        return direction.trust.calibrate(found.to(self._dtype), lr)
 
     def _end_step(self) -> None:
         self._steps += 1
