@@ -14,12 +14,14 @@ from .jacobian.registry import register_layer
 from .jacobian.uses import Grid, Use
 from .kernels import NTK
 from .laplace import Laplace
-from .linalg import Estimate, SpectralDensity
+from .linalg import Estimate, Probes, SpectralDensity
 from .numerics.approximate import low_rank, nystrom
-from .numerics.estimation import diagonal, effective_dimension, logdet, matrix_function, trace
+from .numerics.estimation import diagonal, effective_dimension, logdet, trace
 from .numerics.function_space import Eigenfunctions, alignment, eigenfunctions, sample_space
-from .numerics.solve import Solution, solve
-from .numerics.spectra import SingularValues, Spectrum, eigsh, spectral_density, svds
+from .numerics.functions import matrix_function
+from .numerics.results import SingularValues, Solution, Spectrum
+from .numerics.solve import solve
+from .numerics.spectra import eigsh, spectral_density, svds
 from .operators import aslinearoperator, identity
 from .pooling import merge
 from .pruning import Pruned, prune, saliency
@@ -36,6 +38,7 @@ __all__ = [
     "Jacobian",
     "Laplace",
     "ParamSpace",
+    "Probes",
     "Pruned",
     "SingularValues",
     "Solution",

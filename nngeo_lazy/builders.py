@@ -3,43 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .costs import BuildCost, cost_of
 from .data import refuse_shuffling
 from .errors import DataError
-from .implicit import gauss_newton, hessian, jacobian
 from .likelihoods import Likelihood
-from .operators import BaseLinearOperator, DenseLinearOperator, MatrixLinearOperator
-from .planning import Plan, make_plan
+from .operators import BaseLinearOperator
 from .quantities import (
     Fisher,
     GaussNewton,
     LossGradients,
     LossHessian,
     LossLike,
+    MatrixKind,
     Outputs,
 )
-from .representations import EKFAC, Dense, Factored, Implicit, Representation
+from .representations import EKFAC, Representation
 from .representations import resolve as resolve_representation
-from .representations.factored import factored_rows
-from .representations.recipes import info_of, require_finite
 from .selectors import Selector
-from .statistics import RowStack
-from .sweep import DataSweep, make_sweep
+from .sweep import Sweep, make_sweep
 
 __all__ = ["FIM", "GGN", "Hessian", "Jacobian", "plan", "update_diag"]
 
-Prepared = tuple[Representation | Implicit, DataSweep]
+Prepared = tuple[Representation, Sweep]
 
 
 def FIM(
     model: nn.Module,
     loader: Any,
-    representation: str | Representation | Implicit = "kfac",
+    representation: str | Representation = "kfac",
     *,
     likelihood: str | Likelihood | None = None,
     estimator: str = "exact",
@@ -62,13 +58,13 @@ def FIM(
     contribute zero. `F.num_examples * F` is the sum.
 
     Args:
-        model: the network, in the mode in which it is to be differentiated (`model.eval()` where it
-            has dropout or batch normalisation). It is left as it was.
+        model: the network, in the mode in which it is differentiated: call `model.eval()` first if
+            it has dropout or batch normalisation. It is left as it was.
         loader: a `DataLoader`, another re-iterable of batches, or one batch.
         representation: "kfac", "ekfac", "diagonal", "quasi_diagonal", "block_diagonal", "low_rank",
             "dense", or an options object from `nngeo_lazy.representations`.
         likelihood: "categorical", "bernoulli", "gaussian", "poisson", or an object from
-            `nngeo_lazy.likelihoods`; None is categorical where the first batch proves it.
+            `nngeo_lazy.likelihoods`; None means categorical, and the first batch must show it.
         estimator: "exact" (expectation over the model's labels), "mc" (sampled labels) or
             "empirical" (observed labels).
         samples: label draws for each example, for "mc".
@@ -84,8 +80,8 @@ def FIM(
         The operator, P x P in the order of `model.named_parameters()`; see `nngeo_lazy.operators`.
 
     Raises:
-        DataError: the loader, its batches, the targets or an option do not fit; a loss with weights
-            where an expectation over labels is asked for.
+        DataError: the loader, its batches, the targets or an option do not fit; or the loss has
+            weights, and the estimator needs an expectation over labels.
         StochasticModelError: the model is random, or mixes examples.
         NonFiniteError: NaN or infinity in the parameters, the outputs or the statistics.
         TooLargeError: more than `max_directions`, or a dense block past its limit.
@@ -126,7 +122,7 @@ def FIM(
 def GGN(
     model: nn.Module,
     loader: Any,
-    representation: str | Representation | Implicit = "implicit",
+    representation: str | Representation = "implicit",
     *,
     loss: LossLike,
     estimator: str = "exact",
@@ -200,7 +196,7 @@ def GGN(
 def Hessian(
     model: nn.Module,
     loader: Any,
-    representation: str | Representation | Implicit = "implicit",
+    representation: str | Representation = "implicit",
     *,
     loss: LossLike,
     params: Selector | None = None,
@@ -218,7 +214,7 @@ def Hessian(
         model: the network.
         loader: a `DataLoader`, another re-iterable of batches, or one batch.
         representation: "implicit" or "dense", or `representations.Implicit(...)`.
-        loss: as in `GGN`, convex in the outputs or not; "output" where the outputs are the losses.
+        loss: as in `GGN`, convex in the outputs or not; "output" if the outputs are the losses.
         params: which parameters.
         forward: in place of the default call; it may call autograd itself.
         target: in place of the default target.
@@ -242,7 +238,7 @@ def Hessian(
     Source:
         Pearlmutter (1994), Fast exact multiplication by the Hessian.
     """
-    wanted = _one_of(representation, "Hessian", Implicit, Dense)
+    wanted = resolve_representation(representation, MatrixKind.HESSIAN)
     with torch.inference_mode(False):
         sweep = make_sweep(
             LossHessian(loss),
@@ -253,19 +249,13 @@ def Hessian(
             target=target,
             progress=progress,
         )
-        H = hessian(sweep, wanted if isinstance(wanted, Implicit) else Implicit())
-        if isinstance(wanted, Implicit):
-            return H
-        matrix = H.to_dense()
-        described = {**H.info.quantity, "representation": repr(wanted)}
-        info = replace(H.info.plain(), quantity=described)
-        return DenseLinearOperator((matrix + matrix.mT) / 2, info=info)
+        return wanted.build(sweep)
 
 
 def Jacobian(
     model: nn.Module,
     loader: Any,
-    representation: str | Representation | Implicit = "implicit",
+    representation: str | Representation = "implicit",
     *,
     loss: LossLike | None = None,
     center: bool = False,
@@ -292,7 +282,7 @@ def Jacobian(
         params: which parameters.
         forward: in place of the default call.
         target: in place of the default target.
-        max_directions: the most outputs of one example where rows are stored.
+        max_directions: the most outputs of one example if rows are stored.
         progress: whether to show a progress bar.
 
     Returns:
@@ -307,7 +297,7 @@ def Jacobian(
         >>> J.shape, J.mT.shape
         (torch.Size([10, 8]), torch.Size([8, 10]))
     """
-    wanted = _one_of(representation, "Jacobian", Implicit, Factored, Dense)
+    wanted = resolve_representation(representation, MatrixKind.JACOBIAN)
     refuse_shuffling(loader, "Jacobian")
     quantity = Outputs() if loss is None else LossGradients(loss)
     with torch.inference_mode(False):
@@ -322,14 +312,7 @@ def Jacobian(
             progress=progress,
             center=center,
         )
-        if isinstance(wanted, Implicit):
-            return jacobian(sweep, wanted)
-        if isinstance(wanted, Factored):
-            return factored_rows(sweep)
-        (stack,) = sweep(lambda parts: [RowStack(range(len(parts)), parts)])
-        rows = stack.rows(sweep).flatten(0, 1)  # type: ignore[attr-defined]
-        require_finite(rows, "the network")
-        return MatrixLinearOperator(rows, info=info_of(sweep, []))
+        return wanted.build(sweep)
 
 
 def update_diag(
@@ -359,7 +342,7 @@ def update_diag(
     return builder(model, loader, EKFAC(basis=F), **options)
 
 
-def plan(builder: Callable[..., BaseLinearOperator], *args: Any, **options: Any) -> Plan:
+def plan(builder: Callable[..., BaseLinearOperator], *args: Any, **options: Any) -> BuildCost:
     """What a build will cost: passes, flops and bytes by parameter, from its first batch.
 
     One forward and one backward pass of the first batch; nothing is built.
@@ -388,13 +371,13 @@ def plan(builder: Callable[..., BaseLinearOperator], *args: Any, **options: Any)
     if prepare is None:
         raise DataError(f"expected the builder to be ng.FIM or ng.GGN, got {builder!r}")
     with torch.inference_mode(False):
-        return make_plan(*prepare(*args, **options))
+        return cost_of(*prepare(*args, **options))
 
 
 def _fisher(
     model: nn.Module,
     loader: Any,
-    representation: str | Representation | Implicit = "kfac",
+    representation: str | Representation = "kfac",
     *,
     likelihood: str | Likelihood | None = None,
     estimator: str = "exact",
@@ -415,7 +398,7 @@ def _fisher(
 def _gauss_newton(
     model: nn.Module,
     loader: Any,
-    representation: str | Representation | Implicit = "implicit",
+    representation: str | Representation = "implicit",
     *,
     loss: LossLike,
     estimator: str = "exact",
@@ -426,22 +409,6 @@ def _gauss_newton(
     return wanted, make_sweep(GaussNewton(loss, estimator, samples), model, loader, **data)
 
 
-def _one_of(
-    representation: str | Representation | Implicit, builder: str, *kinds: type
-) -> Representation | Implicit:
-    """A representation, of the kinds that a builder has."""
-    wanted = resolve_representation(representation)
-    if not isinstance(wanted, kinds):
-        names = ", ".join(repr(kind.__name__.lower()) for kind in kinds)
-        raise DataError(
-            f"expected the representation of a {builder} to be one of {names}, got "
-            f"{representation!r}"
-        )
-    return wanted
-
-
-def _build(representation: Representation | Implicit, sweep: DataSweep) -> BaseLinearOperator:
+def _build(representation: Representation, sweep: Sweep) -> BaseLinearOperator:
     with torch.inference_mode(False):  # tensors made in inference mode could not be used outside
-        if isinstance(representation, Implicit):
-            return gauss_newton(sweep, representation)
         return representation.build(sweep)

@@ -13,6 +13,7 @@ __all__ = [
     "NonFiniteError",
     "NonFiniteWarning",
     "NotPositiveDefiniteError",
+    "RuleError",
     "SpaceMismatchError",
     "StochasticModelError",
     "TooLargeError",
@@ -46,6 +47,10 @@ class StochasticModelError(NNGeoError, RuntimeError):
 
 class DataError(NNGeoError, ValueError):
     """The loader, its batches, the targets or an option do not fit."""
+
+
+class RuleError(NNGeoError, TypeError):
+    """No rule, or no single best rule, says how some classes of operators combine."""
 
 
 class TooLargeError(NNGeoError, MemoryError):

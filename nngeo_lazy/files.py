@@ -8,33 +8,33 @@ import os
 import pickle
 import warnings
 from collections.abc import Mapping
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .errors import DataError, SpaceMismatchError, UnsupportedLayerError
 from .layout import Layout, Piece
+from .operators import rules
 from .operators.base import BaseLinearOperator
 from .operators.block_diagonal import BlockDiagonalLinearOperator
+from .operators.composite import ProductLinearOperator, ScaledLinearOperator, SumLinearOperator
 from .operators.dense import DenseLinearOperator, MatrixLinearOperator
 from .operators.diagonal import DiagonalLinearOperator
-from .operators.eigen_kronecker import EigenKroneckerLinearOperator
 from .operators.eigen_low_rank import EigenLowRankLinearOperator
 from .operators.factored import (
     FactoredGaussNewtonLinearOperator,
     FactoredJacobianLinearOperator,
 )
-from .operators.info import BlockInfo, Info, Origin
-from .operators.kronecker import KroneckerLinearOperator
-from .operators.lazy import ProductLinearOperator, ScaledLinearOperator, SumLinearOperator
+from .operators.info import Info, Origin
+from .operators.kronecker import EigenKroneckerLinearOperator, KroneckerLinearOperator
 from .operators.low_rank import LowRankLinearOperator
 from .operators.matrix_free import ImplicitLinearOperator
 from .operators.quasi_diagonal import QuasiDiagonalLinearOperator
 from .operators.views import InverseLinearOperator, RestrictedLinearOperator
 from .space import Lineage, ParamSpace, canonical_name
 
-__all__ = ["load", "save", "state_of"]
+__all__ = ["load", "register_saved", "save", "state_of"]
 
 FORMAT, VERSION = "nngeo_lazy operator", 1
 CONVENTIONS = {
@@ -61,6 +61,39 @@ _CLASSES: dict[str, type[BaseLinearOperator]] = {
         SumLinearOperator,
     )
 }
+
+Kind = TypeVar("Kind", bound=type[BaseLinearOperator])
+
+
+def register_saved(kind: Kind) -> Kind:
+    """Let `save` and `load` take an operator class of your own. Also a decorator of the class.
+
+    What its constructor takes must be tensors and operators, and `info=`. A program
+    that reads the file registers the class first.
+
+    Args:
+        kind: the class; a file holds its name.
+
+    Returns:
+        The class.
+
+    Raises:
+        DataError: another class has that name.
+
+    Example:
+        >>> from nngeo_lazy.operators import DiagonalLinearOperator
+        >>> @register_saved
+        ... class Prior(DiagonalLinearOperator):
+        ...     pass
+        >>> type(load(Prior(torch.ones(3)).state_dict())).__name__
+        'Prior'
+    """
+    if _CLASSES.setdefault(kind.__name__, kind) is not kind:
+        raise DataError(
+            f"expected a name that no other operator class has, but files know {kind.__name__!r} "
+            "already: rename yours"
+        )
+    return kind
 
 
 def save(F: BaseLinearOperator, path: str | os.PathLike[str] | IO[bytes]) -> None:
@@ -130,6 +163,7 @@ def load(
     return operator
 
 
+@rules.states.register(BaseLinearOperator)
 def state_of(F: BaseLinearOperator) -> dict[str, Any]:
     """What `F.state_dict()` returns."""
     tensors: dict[str, Tensor] = {}
@@ -159,8 +193,9 @@ def _why_not(op: Any) -> str:
             "save a 'low_rank' matrix, which has the same numbers"
         )
     return (
-        "it is not made of tensors alone: save what it was made from, or "
-        "DenseLinearOperator(F.to_dense()) where that fits"
+        "it is not made of tensors alone, or no file knows its class: save what it was made from, "
+        "or DenseLinearOperator(F.to_dense()) if that fits, or pass a class of your own to "
+        "files.register_saved"
     )
 
 
@@ -176,7 +211,13 @@ def _describe(op: Any, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any
             args.append(key)
         else:
             args.append(_describe(arg, f"{key}.", tensors))
-    return {"class": kind, "args": args, "info": _info_state(op.info)}
+    info = _info_state(op.info)
+    if isinstance(op, BlockDiagonalLinearOperator):
+        info["blocks"] = [
+            [name, layout.groups, layout.rows, [list(_piece_state(p)) for p in layout.pieces]]
+            for name, layout in zip(op.names, op.layouts, strict=True)
+        ]
+    return {"class": kind, "args": args, "info": info}
 
 
 def _names(op: Any) -> list[str]:
@@ -205,11 +246,6 @@ def _info_state(info: Info) -> dict[str, Any]:
             name: [list(shape), space.owner(name)]
             for name, shape in zip(space.names, space.shapes, strict=True)
         }
-    if isinstance(info, BlockInfo):
-        state["blocks"] = [
-            [name, layout.groups, layout.rows, [list(_piece_state(p)) for p in layout.pieces]]
-            for name, layout in zip(info.names, info.layouts, strict=True)
-        ]
     return state
 
 
@@ -257,7 +293,10 @@ def _require_format(state: Mapping[str, Any]) -> None:
 def _build(node: Mapping[str, Any], tensors: dict[str, Tensor]) -> BaseLinearOperator:
     kind = _CLASSES.get(node["class"])
     if kind is None:
-        raise DataError(f"the file holds an unknown operator {node['class']!r}")
+        raise DataError(
+            f"the file holds an unknown operator {node['class']!r}: pass its class to "
+            "files.register_saved first, or load it with the release that wrote it"
+        )
     args: list[Any] = []
     for arg in node["args"]:
         if isinstance(arg, Mapping):
@@ -266,10 +305,19 @@ def _build(node: Mapping[str, Any], tensors: dict[str, Tensor]) -> BaseLinearOpe
             args.append(tensors.pop(arg))
         else:
             raise DataError(f"the file lacks the tensor {arg!r}: it is incomplete")
-    like = args[0]
+    like, fields = args[0], {}
+    if "blocks" in node["info"]:
+        described = node["info"]["blocks"]
+        fields = {
+            "names": [name for name, *_ in described],
+            "layouts": [
+                Layout(groups, rows, tuple(Piece(*piece) for piece in pieces))
+                for _, groups, rows, pieces in described
+            ],
+        }
     info = _info(node["info"], like.dtype, like.device)
     try:
-        return kind(*args, info=info)
+        return kind(*args, info=info, **fields)
     except (ValueError, TypeError) as error:
         raise DataError(f"the tensors of {node['class']} do not fit together: {error}") from None
 
@@ -287,7 +335,7 @@ def _info(state: Mapping[str, Any], dtype: torch.dtype, device: torch.device) ->
             },
         )
     origins = {name: Origin(*values) for name, values in state["origins"].items()}
-    info = Info(
+    return Info(
         space,
         state["num_examples"],
         state["num_terms"],
@@ -295,14 +343,6 @@ def _info(state: Mapping[str, Any], dtype: torch.dtype, device: torch.device) ->
         dict(state["quantity"]),
         state.get("log_likelihood"),  # not written before 0.6
     )
-    if "blocks" not in state:
-        return info
-    names = [name for name, *_ in state["blocks"]]
-    layouts = [
-        Layout(groups, rows, tuple(Piece(*piece) for piece in pieces))
-        for _, groups, rows, pieces in state["blocks"]
-    ]
-    return info.blocks(names, layouts)
 
 
 def _other_space(own: ParamSpace | None, wanted: ParamSpace) -> str:

@@ -12,14 +12,13 @@ from torch.utils._pytree import tree_flatten
 
 from .data import Batches, refuse_shuffling
 from .errors import DataError, TooLargeError
-from .implicit import jacobian
 from .operators import BaseLinearOperator
 from .operators.kernel import KINDS, kernel_of
 from .quantities import Outputs
 from .representations import Implicit
-from .representations.factored import factored_rows
+from .representations.form_stack import factored_rows
 from .selectors import Selector
-from .sweep import DataSweep, make_sweep
+from .sweep import Sweep, make_sweep
 
 __all__ = ["NTK"]
 
@@ -53,7 +52,7 @@ def NTK(
             divided by C), "per_output" (C, N, N') or "per_example" (N, C, C).
         method: "structured": from the inputs x and output gradients g of every layer, by (x x'^T) *
             (g g'^T) at pairs of positions; "contraction": from the rows of J, a tile at a time;
-            "auto": for each layer the cheaper one, and "matrix-free" where keeping x and g would
+            "auto": for each layer the cheaper one, and "matrix-free" if keeping x and g would
             take more than 2 GiB: each product differentiates the network.
         params: which parameters.
         forward: in place of the default call.
@@ -96,12 +95,12 @@ def NTK(
                 progress=progress,
             )
             sweeps.append(sweep)
-        _require_one_kind([sweep.batches for sweep in sweeps])
+        _require_one_kind([sweep.problem.batches for sweep in sweeps])
         jacobians = _jacobians(sweeps, method)
         return kernel_of(jacobians[0], jacobians[-1], outputs=outputs, way=WAYS[method])
 
 
-def _jacobians(sweeps: Sequence[DataSweep], method: str) -> list[BaseLinearOperator]:
+def _jacobians(sweeps: Sequence[Sweep], method: str) -> list[BaseLinearOperator]:
     """The Jacobians of a kernel: factored, or matrix-free."""
     if method != "matrix-free":
         limit = FACTORED_BYTES // len(sweeps) if method == "auto" else None
@@ -112,11 +111,11 @@ def _jacobians(sweeps: Sequence[DataSweep], method: str) -> list[BaseLinearOpera
                 raise
     for sweep in sweeps:
         sweep.sampled()  # which proves that the model treats each example on its own
-    return [jacobian(sweep, Implicit()) for sweep in sweeps]
+    return [Implicit().build(sweep) for sweep in sweeps]
 
 
 def _require_one_kind(inputs: Sequence[Batches]) -> None:
-    """Raise DataError where the inputs of two loaders are no arguments of one function."""
+    """Raise DataError if the inputs of two loaders cannot be arguments of one function."""
     kinds = []
     for batches in inputs:
         with closing(iter(batches)) as each:

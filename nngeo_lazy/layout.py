@@ -69,10 +69,12 @@ class Layout:
 
     @property
     def width(self) -> int:
+        """How many columns a row has, over all pieces."""
         return sum(piece.width for piece in self.pieces)
 
     @property
     def size(self) -> int:
+        """How many coordinates the block has: p = groups * rows * width."""
         return self.groups * self.rows * self.width
 
     @property

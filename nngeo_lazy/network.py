@@ -23,7 +23,7 @@ class Network:
     """One fixed function of the selected parameters: the rest of the model stays as it was.
 
     Buffers are copied, and every module is called in the mode (training or not) that it had.
-    Parameters that are not selected are the model's own, not copied; where one has changed since,
+    Parameters that are not selected are the model's own, not copied; if one has changed since,
     the function would be another one, and is refused.
 
     Args:

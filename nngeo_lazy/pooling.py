@@ -4,25 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
-from .errors import DataError, NotPositiveDefiniteError, SpaceMismatchError
-from .layout import Layout
+from .errors import DataError, SpaceMismatchError
 from .operators.base import BaseLinearOperator
 from .operators.block_diagonal import BlockDiagonalLinearOperator
 from .operators.dense import DenseLinearOperator
 from .operators.diagonal import DiagonalLinearOperator
-from .operators.eigen_kronecker import EigenKroneckerLinearOperator
 from .operators.info import Info, Origin
-from .operators.kronecker import KroneckerLinearOperator
+from .operators.kronecker import EigenKroneckerLinearOperator, KroneckerLinearOperator
 from .operators.low_rank import LowRankLinearOperator
 from .operators.quasi_diagonal import QuasiDiagonalLinearOperator
-from .space import ParamSpace
 
-__all__ = ["averaged", "decomposed", "extended", "merge", "pool", "rebased", "require_semidefinite"]
+__all__ = ["merge", "pool", "register_pooled"]
 
 
 def merge(
@@ -33,7 +30,7 @@ def merge(
     .. math:: F = \sum_k w_k F_k / \sum_k w_k
 
     for whatever is linear in the data. A KFAC pools its factors (which is not the average of the
-    products: that is `lerp`), an EKFAC its eigenvalues where the basis is the same.
+    products: that is `lerp`), an EKFAC its eigenvalues if the basis is the same.
 
     Args:
         ops: operators over one space, of one representation and one quantity (likelihood,
@@ -136,6 +133,46 @@ def _counts(ops: Sequence[BaseLinearOperator], weights: Sequence[float] | None) 
     return counts
 
 
+Pool: TypeAlias = Callable[
+    [Sequence[Any], Sequence[float], Sequence[float | None]], BaseLinearOperator
+]
+Kind = TypeVar("Kind", bound=type[BaseLinearOperator])
+
+
+def register_pooled(kind: Kind, rule: Pool | None = None) -> Kind:
+    r"""Tell how `merge` and the averages of optimizers pool operators of a class of your own.
+
+    .. math:: t = \sum_k w_k t_k
+
+    is the rule for each of its tensors t if none is given: it is right if the matrix is linear in
+    its tensors, and these are means over the data. Also a decorator of the class.
+
+    Args:
+        kind: the class of a block, or of a whole matrix.
+        rule: (operators, weights, positions) -> operator. The weights sum to one. Positions say for
+            each operator over how many positions its means go, which a class may weight by in
+            their place; None if that is not known.
+
+    Returns:
+        The class.
+
+    Raises:
+        DataError: the class has a rule already.
+
+    Example:
+        >>> from nngeo_lazy.operators import DenseLinearOperator
+        >>> @register_pooled
+        ... class Named(DenseLinearOperator):
+        ...     pass
+        >>> pool([Named(torch.eye(2)), Named(3 * torch.eye(2))], [0.5, 0.5]).diagonal()
+        tensor([2., 2.])
+    """
+    if kind in _rules:
+        raise DataError(f"expected a class without a rule of pooling, but {kind.__name__} has one")
+    _rules[kind] = _tensors if rule is None else rule
+    return kind
+
+
 def pool(
     ops: Sequence[BaseLinearOperator],
     weights: Sequence[float],
@@ -148,27 +185,40 @@ def pool(
         weights: they sum to one.
         counts: the examples that each stands for, by which means over positions are weighted; by
             default they are weighted as all else.
+
+    Raises:
+        DataError: the operators hold no statistics, or not of one kind.
+        SpaceMismatchError: they have other blocks.
     """
-    kinds: dict[type, Callable[..., BaseLinearOperator]] = {
-        DenseLinearOperator: _average,
-        DiagonalLinearOperator: _average,
-        LowRankLinearOperator: _average,
-        QuasiDiagonalLinearOperator: _quasi,
-        EigenKroneckerLinearOperator: _eigen,
-        BlockDiagonalLinearOperator: _blocks,
-    }
-    kind = kinds.get(type(ops[0]))
-    if kind is None:
+    if isinstance(ops[0], BlockDiagonalLinearOperator):
+        return _blocks(ops, weights, counts)
+    return _pooled(ops, weights, [None] * len(ops))
+
+
+def _pooled(
+    ops: Sequence[BaseLinearOperator],
+    weights: Sequence[float],
+    positions: Sequence[float | None],
+) -> BaseLinearOperator:
+    rule = _rules.get(type(ops[0]))
+    if rule is None:
         raise DataError(
             f"{type(ops[0]).__name__} holds no statistics that could be pooled: average the "
-            "matrices with F.lerp(G, w)"
+            "matrices with F.lerp(G, w), or say how it is pooled with pooling.register_pooled"
         )
-    if kind is _blocks:
-        return _blocks(ops, weights, counts)
-    return kind(ops, weights)
+    return rule(ops, weights, positions)
 
 
-def _average(ops: Sequence[BaseLinearOperator], weights: Sequence[float]) -> BaseLinearOperator:
+def _tensors(
+    ops: Sequence[BaseLinearOperator], weights: Sequence[float], positions: Sequence[float | None]
+) -> BaseLinearOperator:
+    tensors = zip(*(op._args for op in ops), strict=True)
+    return type(ops[0])(*(_mean(each, weights) for each in tensors), **ops[0]._kwargs)
+
+
+def _average(
+    ops: Sequence[BaseLinearOperator], weights: Sequence[float], positions: Sequence[float | None]
+) -> BaseLinearOperator:
     total = ops[0]._scale(weights[0])
     for op, weight in zip(ops[1:], weights[1:], strict=True):
         total = total + op._scale(weight)
@@ -176,7 +226,9 @@ def _average(ops: Sequence[BaseLinearOperator], weights: Sequence[float]) -> Bas
 
 
 def _quasi(
-    ops: Sequence[QuasiDiagonalLinearOperator], weights: Sequence[float]
+    ops: Sequence[QuasiDiagonalLinearOperator],
+    weights: Sequence[float],
+    positions: Sequence[float | None],
 ) -> BaseLinearOperator:
     diagonal = _mean([op.diagonal() for op in ops], weights)
     cross = _mean([op.coupling[:, :1] * op.cross for op in ops], weights)
@@ -184,7 +236,9 @@ def _quasi(
 
 
 def _eigen(
-    ops: Sequence[EigenKroneckerLinearOperator], weights: Sequence[float]
+    ops: Sequence[EigenKroneckerLinearOperator],
+    weights: Sequence[float],
+    positions: Sequence[float | None],
 ) -> BaseLinearOperator:
     if not all(ops[0].same_basis(op) for op in ops):
         raise DataError(
@@ -219,19 +273,16 @@ def _blocks(
     if not all(ops[0].same_blocks(op) for op in ops):
         raise SpaceMismatchError("expected block-diagonal operators over the same blocks")
     blocks: list[BaseLinearOperator] = []
-    for k, (name, layout, first) in enumerate(ops[0].parts):
+    for k, (name, layout, _) in enumerate(ops[0].parts):
         members = [op.members[k] for op in ops]
         if len({type(member) for member in members}) > 1:
             raise DataError(f"block {name!r}: expected one representation in all operators")
-        if isinstance(first, KroneckerLinearOperator):
-            positions: Sequence[float | None] = weights
-            if counts is not None:
-                start = layout.pieces[0].start
-                positions = [_positions(op, start, c) for op, c in zip(ops, counts, strict=True)]
-            blocks.append(_kronecker(members, weights, positions))
-        else:
-            blocks.append(pool(members, weights, counts))
-    return BlockDiagonalLinearOperator(*blocks, info=ops[0].info)
+        positions: Sequence[float | None] = weights
+        if counts is not None:
+            start = layout.pieces[0].start
+            positions = [_positions(op, start, c) for op, c in zip(ops, counts, strict=True)]
+        blocks.append(_pooled(members, weights, positions))
+    return ops[0]._of(blocks)
 
 
 def _positions(op: BaseLinearOperator, start: int, count: float) -> float | None:
@@ -258,6 +309,16 @@ def _mean(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return total
 
 
+_rules: dict[type[BaseLinearOperator], Pool] = {
+    DenseLinearOperator: _tensors,
+    DiagonalLinearOperator: _tensors,
+    LowRankLinearOperator: _average,
+    QuasiDiagonalLinearOperator: _quasi,
+    EigenKroneckerLinearOperator: _eigen,
+    KroneckerLinearOperator: _kronecker,
+}
+
+
 def _pooled_info(ops: Sequence[BaseLinearOperator], counts: Sequence[float], exact: bool) -> Info:
     def added(values: list[Any]) -> Any:
         known = [v for v in values if v is not None]
@@ -280,106 +341,3 @@ def _pooled_info(ops: Sequence[BaseLinearOperator], counts: Sequence[float], exa
 def _with_info(op: BaseLinearOperator, info: Info) -> BaseLinearOperator:
     known: BaseLinearOperator = op._with_info(info)
     return known
-
-
-# --- running averages, for optimizers -------------------------------------------------------------
-
-
-def averaged(
-    before: BaseLinearOperator | None, fresh: BaseLinearOperator, weight: float
-) -> BaseLinearOperator:
-    """(1 - weight) before + weight fresh, of the statistics: Kronecker factors each on their own.
-
-    It knows what the fresh one knows.
-    """
-    if before is None:
-        return fresh
-    mean = pool([before, fresh], [1 - weight, weight])
-    known: BaseLinearOperator = mean._with_info(fresh.info)
-    return known
-
-
-def decomposed(F: BaseLinearOperator) -> BaseLinearOperator:
-    """The same matrix, its Kronecker blocks by their eigenvalues and eigenvectors."""
-    if not isinstance(F, BlockDiagonalLinearOperator):
-        return F
-    return F._map(lambda b: b.eigen() if isinstance(b, KroneckerLinearOperator) else b)
-
-
-def require_semidefinite(F: BaseLinearOperator) -> None:
-    """Refuse blocks with negative eigenvalues beyond rounding, where these are known as they stand.
-
-    Raises:
-        NotPositiveDefiniteError: it names the block.
-    """
-    parts = [("the whole matrix", F)]
-    if isinstance(F, BlockDiagonalLinearOperator):
-        parts = [(repr(name), block) for name, _, block in F.parts]
-    known = (DiagonalLinearOperator, EigenKroneckerLinearOperator)
-    lowest = {
-        name: torch.stack([block.eigenvalues.min(), block.eigenvalues.abs().max()])
-        for name, block in parts
-        if isinstance(block, known) and block.shape[-1]
-    }
-    values = torch.stack(list(lowest.values())).tolist() if lowest else []
-    rounding = torch.finfo(F.dtype).eps ** 0.5
-    for name, (value, size) in zip(lowest, values, strict=True):
-        if value < -rounding * size:
-            raise NotPositiveDefiniteError(
-                f"the curvature of {name} has a negative eigenvalue {value:.3g}: its statistics "
-                "are no averages of squares any more. Train in a wider dtype, or make a new "
-                "optimizer in the place of this state"
-            )
-
-
-def rebased(E: BaseLinearOperator, F: BaseLinearOperator) -> BaseLinearOperator:
-    r"""An EKFAC in the eigenbasis Q' of a KFAC F: the diagonal of Q'^T E Q'.
-
-    .. math:: s' = (U'^T U)^{\circ 2} \, s \, (V'^T V)^{\circ 2 T}
-
-    It is the closest matrix to E with those eigenvectors. Blocks without any stay as they are.
-    """
-    if not isinstance(E, BlockDiagonalLinearOperator) or not E.same_blocks(F):
-        raise TypeError("expected an EKFAC and a KFAC over the same blocks")
-    blocks = []
-    for old, new in zip(E.members, F.members, strict=True):
-        if isinstance(old, EigenKroneckerLinearOperator) and isinstance(
-            new, (KroneckerLinearOperator, EigenKroneckerLinearOperator)
-        ):
-            left, right = new.bases()
-            values = old.values  # (G,o,i)
-            if left.dim() == 3:
-                values = _overlaps(left, old.left_basis) @ values
-            if right.dim() == 3:
-                values = values @ _overlaps(right, old.right_basis).mT
-            blocks.append(EigenKroneckerLinearOperator(values, left, right))
-        else:
-            blocks.append(old)
-    return BlockDiagonalLinearOperator(*blocks, info=E.info)
-
-
-def _overlaps(new: Tensor, old: Tensor) -> Tensor:
-    """Squared inner products of two bases' vectors, (G, n, n)."""
-    return (new.mT @ old).square()
-
-
-def extended(F: BaseLinearOperator, space: ParamSpace) -> BaseLinearOperator:
-    """F over a larger space: a multiple of the identity, its mean eigenvalue, on the rest."""
-    own = F.space
-    if own is None or own == space:
-        return F
-    starts = {own.slices[n].start: space.slices[space.resolve(n)].start for n in own.names}
-    names, layouts, blocks = ["known"], [Layout.flat([own.slices[n] for n in own.names])], [F]
-    if isinstance(F, BlockDiagonalLinearOperator):
-        names, layouts, blocks = list(F.names), list(F.layouts), list(F.members)
-    layouts = [layout.shifted(starts) for layout in layouts]
-    known = {space.resolve(name) for name in own.names}
-    mean = F.trace() / F.shape[-1]
-    for name in space.names:
-        if name not in known:
-            where = space.slices[name]
-            names.append(name)
-            layouts.append(Layout.flat([where]))
-            blocks.append(DiagonalLinearOperator(mean.expand(where.stop - where.start).clone()))
-    info = Info(space.to(dtype=F.dtype)).blocks(names, layouts)
-    return BlockDiagonalLinearOperator(*blocks, info=info)

@@ -69,7 +69,15 @@ def labels(
         method: one of `METHODS`, for classes.
         samples: draws, for "mc".
         seed: of the draws.
+
+    Raises:
+        DataError: the method or the outputs do not fit the likelihood, or it is one of your own.
     """
+    if not isinstance(likelihood, (Bernoulli, Categorical, Gaussian, Poisson)):
+        raise DataError(
+            f"no distribution of labels is known for {likelihood}, only for those of Bernoulli, "
+            "Categorical, Gaussian and Poisson: take functional(x), the distribution of the outputs"
+        )
     likelihood.check(found.mean.unflatten(1, shape), None)
     if isinstance(likelihood, Gaussian):
         return Prediction(found.mean, found.covariance + _noise(likelihood, found.mean, shape))

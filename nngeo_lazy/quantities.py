@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from enum import Enum
 from functools import partial
-from typing import NamedTuple, TypeAlias
+from typing import ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ __all__ = [
     "LossGradients",
     "LossHessian",
     "LossLike",
+    "MatrixKind",
     "Metric",
     "Outputs",
     "Quantity",
@@ -28,6 +30,14 @@ __all__ = [
 
 Product: TypeAlias = Callable[[Tensor], Tensor]
 Draw: TypeAlias = Callable[[int, torch.Generator | None], Tensor]
+
+
+class MatrixKind(str, Enum):
+    """Which matrices there are; the value is the builder's name for it."""
+
+    GAUSS_NEWTON = "FIM or GGN"
+    HESSIAN = "Hessian"
+    JACOBIAN = "Jacobian"
 
 
 class Metric(NamedTuple):
@@ -46,14 +56,21 @@ LossLike: TypeAlias = str | Likelihood | nn.Module | Callable[..., Tensor]
 
 
 class Quantity(ABC):
-    """Output directions S_n: the matrix is the mean of J_n^T S_n S_n^T J_n."""
+    """Output directions S_n: the matrix is the mean of J_n^T S_n S_n^T J_n.
 
+    Attributes:
+        kind: which matrix is made from it.
+        estimator: "exact", "mc" or "empirical".
+        fewer: how a user gets fewer directions, as the end of an error.
+    """
+
+    kind: ClassVar[MatrixKind] = MatrixKind.GAUSS_NEWTON
     estimator: str = "exact"
-    fewer: str = "take estimator='mc' (one for each sample)"  # how to have fewer directions
+    fewer: str = "take estimator='mc' (one for each sample)"
 
     @abstractmethod
     def fit(self, outputs: Tensor, target: Tensor | None) -> None:
-        """Raise DataError where a batch does not fit; the first one decides what is not given."""
+        """Raise DataError if a batch does not fit; the first one decides what is not given."""
 
     @abstractmethod
     def count(self, outputs: Tensor, target: Tensor | None) -> int:
@@ -88,7 +105,7 @@ class Quantity(ABC):
         return outputs.numel()
 
     def log_likelihood(self, outputs: Tensor, target: Tensor | None) -> Tensor | None:
-        """log p(y | f) of a batch's labels, 0-d; None where none were observed that fit."""
+        """log p(y | f) of a batch's labels, 0-d; None if there are none, or they do not fit."""
         return None
 
     def denominator(self, outputs: Tensor, target: Tensor | None) -> Tensor | float:
@@ -117,7 +134,7 @@ class _OfLoss(Quantity):
         return self.likelihood
 
     def _read(self, target: Tensor | None) -> Tensor | None:
-        """The target where something is read from it: observed labels, masks or weights."""
+        """The target if something is read from it: observed labels, masks or weights."""
         known = self._known()
         reads = self.estimator == "empirical" or known.masks or bool(known.reweighted)
         return target if reads else None
@@ -198,6 +215,7 @@ class Fisher(_OfLoss):
         self._given = likelihood
 
     def fit(self, outputs: Tensor, target: Tensor | None) -> None:
+        """The first batch decides the likelihood if none is given."""
         if self.likelihood is None:
             self.likelihood = resolve(self._given, outputs, target)
             self.likelihood.require_likelihood(self.estimator)
@@ -250,6 +268,8 @@ class GaussNewton(_Reduced):
 class LossHessian(_Reduced):
     """The Hessian of a loss in the parameters."""
 
+    kind = MatrixKind.HESSIAN
+
     def __init__(self, loss: LossLike) -> None:
         super().__init__(loss, "exact", 1)
 
@@ -262,23 +282,28 @@ class LossHessian(_Reduced):
         return target
 
     def values(self, outputs: Tensor, target: Tensor | None) -> Tensor:
+        """The sum of all losses, 0-d."""
         return self._losses(outputs, target).sum()
 
 
 class Outputs(Quantity):
     """One direction for each output: the rows of the Jacobian."""
 
+    kind = MatrixKind.JACOBIAN
     fewer = "pass loss= (one row for each example)"
 
     def fit(self, outputs: Tensor, target: Tensor | None) -> None:
+        """Any outputs fit."""
         return
 
     def count(self, outputs: Tensor, target: Tensor | None) -> int:
+        """How many outputs an example has."""
         return outputs[0].numel()
 
     def directions(
         self, outputs: Tensor, target: Tensor | None, generator: torch.Generator | None
     ) -> Iterator[Tensor]:
+        """The unit vectors of the outputs."""
         count = outputs[0].numel()
         for j in range(count):
             unit = outputs.new_zeros(outputs.shape[0], count)
@@ -286,24 +311,28 @@ class Outputs(Quantity):
             yield unit.view(outputs.shape)
 
     def described(self) -> dict[str, str | int | None]:
+        """The matrix alone."""
         return {"matrix": "Jacobian"}
 
 
 class LossGradients(_OfLoss):
     """One direction: the gradient of each example's loss in its outputs."""
 
+    kind = MatrixKind.JACOBIAN
+
     def __init__(self, loss: LossLike) -> None:
         super().__init__("empirical", 1)
         self._given = loss
 
     def fit(self, outputs: Tensor, target: Tensor | None) -> None:
+        """The first batch decides how the loss is called."""
         if self.likelihood is None:
             self.likelihood, _ = resolve_loss(self._given, outputs, target)
         self._check(outputs, target)
 
 
 def _sum_of_outputs(outputs: Tensor, target: Tensor | None) -> Tensor:
-    """Losses (N,) where the outputs are the losses, of examples or of their positions."""
+    """Losses (N,) from outputs that are the losses themselves, of examples or of positions."""
     return outputs.reshape(outputs.shape[0], -1).sum(1)
 
 

@@ -6,33 +6,29 @@ They know forms and no layer, likelihood or operator. Sums are finalised once, a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from collections.abc import Iterator, Sequence
+from enum import Enum
 
 import torch
 from torch import Tensor
 
 from .errors import DataError, TooLargeError
+from .facts import Cost, Facts, Sample
 from .jacobian.forms import Form, Outer, second_moment
-from .jacobian.inputs import IndexInputs, Inputs
-from .jacobian.plan import Part
+from .jacobian.inputs import Inputs
+from .jacobian.parts import Kind, Part
 from .layout import Layout
-from .space import ParamSpace
 
 __all__ = [
     "MAX_BLOCK_BYTES",
     "BiasCross",
-    "Cost",
     "KroneckerFactors",
-    "Make",
     "RowStack",
     "RowSum",
-    "Sample",
     "SecondMoment",
+    "Sharing",
     "SquareSum",
     "Statistic",
-    "Sweep",
     "all_finite",
 ]
 
@@ -40,52 +36,18 @@ MAX_FACTOR = 16_384  # a Kronecker factor past this size is kept diagonal
 MAX_BLOCK_BYTES = 2**33  # a dense block past this size is refused
 
 
-class Cost(NamedTuple):
-    """What a statistic costs for one part.
+class Sharing(str, Enum):
+    """What KFAC makes of the positions that share a weight."""
 
-    Attributes:
-        part: its index.
-        block: the kind of block that it makes, with its sizes; empty where it only helps one.
-        numbers: how many numbers are kept.
-        flops: floating-point operations for each example, all its directions together.
-    """
-
-    part: int
-    block: str
-    numbers: int
-    flops: int
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What a plan knows: the forms of one direction of the first batch, and how many there are.
-
-    Attributes:
-        forms: of each part; None is a zero block.
-        directions: of each example.
-        examples: in the whole loader, or in what is known of it.
-    """
-
-    forms: Sequence[Form | None]
-    directions: int
-    examples: int
-
-    def positions(self, k: int) -> int:
-        """How many positions of an example share a part."""
-        form = self.forms[k]
-        return int(form.g.shape[3]) if isinstance(form, Outer) else int(form is not None)
-
-    def indexed(self, k: int) -> bool:
-        """Whether a part's input factor is a histogram."""
-        form = self.forms[k]
-        return isinstance(form, Outer) and isinstance(form.inputs, IndexInputs)
+    EXPAND = "expand"  # each is an example
+    REDUCE = "reduce"  # they are summed over first
 
 
 class Statistic(ABC):
     """Plain sums over directions and examples of one block.
 
     Args:
-        indices: which parts of the plan it sums over.
+        indices: which of the matrix's parts it sums over.
     """
 
     def __init__(self, *indices: int) -> None:
@@ -98,38 +60,6 @@ class Statistic(ABC):
     @abstractmethod
     def update(self, forms: Sequence[Form | None], first: bool, last: bool) -> None:
         """Add a chunk of directions, first or last of its batch or not. None is a zero block."""
-
-
-Make = Callable[[Sequence[Part]], Sequence[Statistic]]
-
-
-class Sweep(Protocol):
-    """A pass over the data on demand, and what is known behind the first one."""
-
-    space: ParamSpace
-    num_examples: int
-    log_likelihood: float | None
-    denominator: float  # what sums are divided by: the number of examples, or a loss's own
-    dtype: torch.dtype
-    center: bool  # whether the mean row is subtracted from every row
-
-    @property
-    def num_terms(self) -> int | None:
-        """How many labels were scored; None where they are not known."""
-
-    @property
-    def described(self) -> Mapping[str, str | int | None]:
-        """Which matrix it is, in plain words."""
-
-    @property
-    def parts(self) -> Sequence[Part]:
-        """The parameters by form."""
-
-    def __call__(self, make: Make, keep: bool = False) -> Sequence[Statistic]:
-        """Make the statistics, then update them over all batches.
-
-        With `keep` the forms are kept for the next call where they fit into memory.
-        """
 
 
 class SecondMoment(Statistic):
@@ -149,6 +79,7 @@ class SecondMoment(Statistic):
         self._total: Tensor | None = None
 
     def costs(self, sample: Sample) -> Iterator[Cost]:
+        """p^2 numbers for a block of p parameters."""
         p = sum(part.layout.size for part in self._parts)
         for k, part in zip(self.indices, self._parts, strict=True):
             own = part.layout.size
@@ -156,31 +87,32 @@ class SecondMoment(Statistic):
             yield Cost(k, f"dense {p}x{p}", own * p, flops)
 
     def update(self, forms: Sequence[Form | None], first: bool, last: bool) -> None:
+        """Add the outer products of the joint rows."""
         present = [form for form in forms if form is not None]
         if present:
             added = second_moment(present)
             self._total = added if self._total is None else self._total.add_(added)
 
-    def matrix(self, sweep: Sweep) -> Tensor:
+    def matrix(self, facts: Facts) -> Tensor:
         """The block in flat parameter order, as a mean over examples."""
         p = sum(part.layout.size for part in self._parts)
-        out = torch.zeros(p, p, dtype=sweep.dtype, device=sweep.space.device)
-        used = [part for part in self._parts if part.kind != "unused"]
+        out = torch.zeros(p, p, dtype=facts.dtype, device=facts.space.device)
+        used = [part for part in self._parts if part.kind is not Kind.UNUSED]
         if self._total is None or not used:
             return out
         index = flat_order(self._parts, used).to(out.device)
-        out[index[:, None], index[None, :]] = self._total / sweep.denominator
+        out[index[:, None], index[None, :]] = self._total / facts.denominator
         return out
 
 
 class SquareSum(Statistic):
-    """Sum of the squared rows, in a Kronecker eigenbasis where one is given.
+    """Sum of the squared rows, in a Kronecker eigenbasis if one is given.
 
     Args:
         index: the part.
         part: its layout says how many coordinates there are.
         left, right: the eigenbasis of an outer form, (G, o, o) and (G, w, w), or (G, o) and (G, w)
-            where it is the identity.
+            if it is the identity.
     """
 
     def __init__(
@@ -196,6 +128,7 @@ class SquareSum(Statistic):
         self._total: Tensor | None = None
 
     def costs(self, sample: Sample) -> Iterator[Cost]:
+        """A number for each parameter; a basis costs its products."""
         (k,), directions, grid = self.indices, sample.directions, self._layout
         t = sample.positions(k)
         once = 1 if t == 1 else directions  # with one position, directions are summed first
@@ -208,6 +141,7 @@ class SquareSum(Statistic):
         yield Cost(k, kind, self._size, flops)
 
     def update(self, forms: Sequence[Form | None], first: bool, last: bool) -> None:
+        """Add the squared rows."""
         for form in forms:
             if isinstance(form, Outer):
                 self._outer(form, first, last)
@@ -232,11 +166,11 @@ class SquareSum(Statistic):
     def _add(self, sums: Tensor) -> None:
         self._total = sums if self._total is None else self._total.add_(sums)
 
-    def diagonal(self, sweep: Sweep) -> Tensor:
+    def diagonal(self, facts: Facts) -> Tensor:
         """(p,), in the part's own coordinates, as a mean over examples."""
         if self._total is None:
-            return torch.zeros(self._size, dtype=sweep.dtype, device=sweep.space.device)
-        return self._total / sweep.denominator
+            return torch.zeros(self._size, dtype=facts.dtype, device=facts.space.device)
+        return self._total / facts.denominator
 
 
 class BiasCross(Statistic):
@@ -248,22 +182,24 @@ class BiasCross(Statistic):
         self._total: Tensor | None = None
 
     def costs(self, sample: Sample) -> Iterator[Cost]:
+        """What a quasi-diagonal block keeps beside its diagonal."""
         (k,), (o, i) = self.indices, self._shape
         flops = 4 * sample.directions * sample.positions(k) * o * i
         yield Cost(k, f"quasi-diagonal {o} x ({i} + 1)", o * (i + 2), flops)
 
     def update(self, forms: Sequence[Form | None], first: bool, last: bool) -> None:
+        """Add the products with the bias's rows."""
         for form in forms:
             if not isinstance(form, Outer):
                 raise TypeError("couplings to a bias need an outer form")
             added = form.bias_cross()
             self._total = added if self._total is None else self._total.add_(added)
 
-    def cross(self, sweep: Sweep) -> Tensor:
+    def cross(self, facts: Facts) -> Tensor:
         """(G o, i), as a mean over examples."""
         if self._total is None:
-            return torch.zeros(self._shape, dtype=sweep.dtype, device=sweep.space.device)
-        return self._total.reshape(self._shape) / sweep.denominator
+            return torch.zeros(self._shape, dtype=facts.dtype, device=facts.space.device)
+        return self._total.reshape(self._shape) / facts.denominator
 
 
 class RowSum(Statistic):
@@ -275,20 +211,22 @@ class RowSum(Statistic):
         self._total: Tensor | None = None
 
     def costs(self, sample: Sample) -> Iterator[Cost]:
+        """A number for each parameter, of no block of its own."""
         (k,) = self.indices
         yield Cost(k, "", self._size, 2 * sample.directions * sample.positions(k) * self._size)
 
     def update(self, forms: Sequence[Form | None], first: bool, last: bool) -> None:
+        """Add the rows."""
         for form in forms:
             if form is not None:
                 added = form.total()
                 self._total = added if self._total is None else self._total.add_(added)
 
-    def mean(self, sweep: Sweep) -> Tensor:
+    def mean(self, facts: Facts) -> Tensor:
         """(p,), in the part's own coordinates."""
         if self._total is None:
-            return torch.zeros(self._size, dtype=sweep.dtype, device=sweep.space.device)
-        return self._total / sweep.denominator
+            return torch.zeros(self._size, dtype=facts.dtype, device=facts.space.device)
+        return self._total / facts.denominator
 
 
 class RowStack(Statistic):
@@ -306,6 +244,7 @@ class RowStack(Statistic):
         self._bytes = 0
 
     def costs(self, sample: Sample) -> Iterator[Cost]:
+        """As many numbers for each parameter as the root has columns."""
         rank = min(sample.directions * sample.examples, self._size)
         rank = rank if self._rank is None else min(rank, self._rank)
         for k, part in zip(self.indices, self._parts, strict=True):
@@ -315,6 +254,11 @@ class RowStack(Statistic):
             yield Cost(k, f"rank {rank} of {self._size}", rank * size + core, flops)
 
     def update(self, forms: Sequence[Form | None], first: bool, last: bool) -> None:
+        """Keep the rows of a chunk.
+
+        Raises:
+            TooLargeError: all rows so far take more than 8 GiB.
+        """
         present = [form for form in forms if form is not None]
         if not present:
             return
@@ -332,7 +276,7 @@ class RowStack(Statistic):
             self._rows.append(torch.cat(self._batch).transpose(0, 1))
             self._batch = []
 
-    def rows(self, sweep: Sweep) -> Tensor:
+    def rows(self, facts: Facts) -> Tensor:
         """(N, R, p) in flat parameter order; every batch must have as many directions."""
         counts = sorted({rows.shape[1] for rows in self._rows})
         if len(counts) > 1:
@@ -340,18 +284,18 @@ class RowStack(Statistic):
                 f"expected every batch to have one number of outputs, got {counts}: pad them alike"
             )
         rows = self._ordered(torch.cat(self._rows))
-        return rows - rows.mean(0) if sweep.center else rows
+        return rows - rows.mean(0) if facts.center else rows
 
-    def stacked(self, sweep: Sweep) -> Tensor:
+    def stacked(self, facts: Facts) -> Tensor:
         """All rows (K, p), of batches with any numbers of directions."""
         if not self._rows:  # of parameters that the outputs do not depend on
-            return torch.zeros(1, self._size, dtype=sweep.dtype, device=sweep.space.device)
-        if sweep.center:
-            return self.rows(sweep).flatten(0, 1)
+            return torch.zeros(1, self._size, dtype=facts.dtype, device=facts.space.device)
+        if facts.center:
+            return self.rows(facts).flatten(0, 1)
         return self._ordered(torch.cat([rows.flatten(0, 1) for rows in self._rows]))
 
     def _ordered(self, joint: Tensor) -> Tensor:
-        used = [part for part in self._parts if part.kind != "unused"]
+        used = [part for part in self._parts if part.kind is not Kind.UNUSED]
         out = joint.new_zeros(*joint.shape[:-1], self._size)
         out[..., flat_order(self._parts, used).to(joint.device)] = joint
         return out
@@ -364,10 +308,10 @@ class KroneckerFactors(Statistic):
     reduce: the same of sum_t g and mean_t x, right divided by N.
     """
 
-    def __init__(self, index: int, part: Part, sharing: str) -> None:
+    def __init__(self, index: int, part: Part, sharing: Sharing) -> None:
         super().__init__(index)
         self._layout = part.layout
-        self._reduce = sharing == "reduce"
+        self._reduce = sharing is Sharing.REDUCE
         self._diagonal_left = part.layout.rows > MAX_FACTOR
         self._diagonal_right = part.layout.width > MAX_FACTOR
         self._left: Tensor | None = None
@@ -375,6 +319,7 @@ class KroneckerFactors(Statistic):
         self._positions: Tensor | int = 0
 
     def costs(self, sample: Sample) -> Iterator[Cost]:
+        """The numbers of both factors."""
         (k,), grid = self.indices, self._layout
         t = 1 if self._reduce else sample.positions(k)
         right = self._diagonal_right or (sample.indexed(k) and not self._reduce)
@@ -389,6 +334,7 @@ class KroneckerFactors(Statistic):
         yield Cost(k, _grid_kind("Kronecker", grid, self._diagonal_left, right), numbers, flops)
 
     def update(self, forms: Sequence[Form | None], first: bool, last: bool) -> None:
+        """Add the moments of output gradients, and once a batch those of inputs."""
         (form,) = forms
         if not isinstance(form, Outer):
             raise TypeError("Kronecker factors need an outer form")
@@ -399,11 +345,11 @@ class KroneckerFactors(Statistic):
             self._right = form.input_moment(self._diagonal_right, self._right)
             self._positions = self._positions + form.positions
 
-    def factors(self, sweep: Sweep) -> tuple[Tensor, Tensor]:
-        """left (G, o, o) and right (G, w, w); (G, o), (G, w) where diagonal."""
+    def factors(self, facts: Facts) -> tuple[Tensor, Tensor]:
+        """left (G, o, o) and right (G, w, w); (G, o), (G, w) if diagonal."""
         if self._left is None or self._right is None:
             raise TypeError("no batch has been seen")
-        return self._left.div_(sweep.denominator), self._right.div_(self._positions)
+        return self._left.div_(facts.denominator), self._right.div_(self._positions)
 
     @property
     def positions(self) -> int:

@@ -1,10 +1,11 @@
-"""Passes over the data that feed the forms of output directions to statistics."""
+"""A model, its data and a quantity; and the passes over them, which update statistics."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -13,38 +14,54 @@ from torch import Tensor, nn
 
 from .data import Batch, Batches
 from .errors import DataError, NonFiniteError, TooLargeError
+from .facts import Facts, Sample
 from .jacobian.capture import Capture, Recorded
 from .jacobian.forms import Form, Outer
-from .jacobian.plan import Part
+from .jacobian.parts import Part
 from .jacobian.record import recording, refuse_training_mode
 from .quantities import Quantity
 from .selectors import Selector, space_of
 from .space import ParamSpace
-from .statistics import Make, Sample, Statistic, all_finite
+from .statistics import Statistic, all_finite
 
-__all__ = ["DataSweep", "Totals", "make_sweep"]
+__all__ = ["Make", "Problem", "Sweep", "Totals", "make_sweep"]
 
 Chunk = tuple[list[Form | None], bool, bool]
 KEPT_BYTES = 2**26  # the forms of a whole pass are kept for a second one up to this size
 
 
-class DataSweep:
-    """A model, its data and a quantity, as passes on demand (see `statistics.Sweep`).
+Make = Callable[[Facts], Sequence[Statistic]]  # of the parts that the first batch shows
 
-    Args:
+
+@dataclass(frozen=True)
+class Problem:
+    """A model, its data and a quantity: all that a matrix is made from.
+
+    Attributes:
         model: the network.
         space: the selected parameters.
         batches: the data.
-        quantity: which directions.
-        seed: of label draws, and of the order of a shuffling loader in every pass.
+        quantity: which output directions.
+        seed: of the label draws, as it was given.
+        drawn_seed: the seed that is used; None if nothing is drawn.
+        orders: the states of the loader's generators, which every pass starts from.
         max_directions: the most directions of a batch in an exact computation.
         center: whether the mean row is subtracted from every row.
-        replayed: whether every pass repeats its random draws, so that a model in training mode is
-            one fixed function of a batch; only matrix-free operators may differentiate it.
     """
 
-    def __init__(
-        self,
+    model: nn.Module
+    space: ParamSpace
+    batches: Batches
+    quantity: Quantity
+    seed: int | None
+    drawn_seed: int | None
+    orders: tuple[Tensor, ...]
+    max_directions: int
+    center: bool
+
+    @classmethod
+    def of(
+        cls,
         model: nn.Module,
         space: ParamSpace,
         batches: Batches,
@@ -54,116 +71,168 @@ class DataSweep:
         max_directions: int = 1000,
         center: bool = False,
         replayed: bool = False,
-    ) -> None:
+    ) -> Problem:
+        """The problem, from the model as it is now.
+
+        Args:
+            model: the network.
+            space: the selected parameters.
+            batches: the data.
+            quantity: which output directions.
+            seed: of label draws, and of the order of a shuffling loader in every pass.
+            max_directions: the most directions of a batch in an exact computation.
+            center: whether the mean row is subtracted from every row.
+            replayed: whether every pass repeats its random draws, so that a model in training mode
+                is one fixed function of a batch; only matrix-free operators may differentiate it.
+
+        Raises:
+            NonFiniteError: NaN or infinity in the parameters.
+            StochasticModelError: the model is in training mode and random.
+        """
         _require_finite_parameters(model, space)
         if not replayed:
             refuse_training_mode(model)
-        self.space = space
-        self.center = center
-        self.model = model
-        self.batches = batches
-        self.quantity = quantity
-        self._given_seed = seed
-        self._max_directions = max_directions
-        mc = quantity.estimator == "mc"
-        self._seed = int(torch.randint(2**62, ())) if seed is None and mc else seed
-        self._orders = [own.get_state() for own in batches.generators]
-        self._capture = Capture(model, space, batches.forward)
-        self.dtype = torch.promote_types(space.dtype, torch.float32)
-        self._kept: list[Chunk] | None = None
-        self.num_examples = 0
-        self.num_terms = 0
-        self.denominator = 0.0
-        self.log_likelihood: float | None = None
-
-    @property
-    def parts(self) -> Sequence[Part]:
-        return self._capture.parts
+        draws = seed is None and quantity.estimator == "mc"
+        return cls(
+            model,
+            space,
+            batches,
+            quantity,
+            seed,
+            int(torch.randint(2**62, ())) if draws else seed,
+            tuple(own.get_state() for own in batches.generators),
+            max_directions,
+            center,
+        )
 
     @property
     def described(self) -> Mapping[str, str | int | None]:
+        """Which matrix it is, in plain words; the quantity knows more once it saw a batch."""
         known = self.quantity.described()
         if self.quantity.estimator == "mc":
-            known["seed"] = self._given_seed
+            known["seed"] = self.seed
         return {**known, "center": 1} if self.center else known
-
-    def __call__(self, make: Make, keep: bool = False) -> Sequence[Statistic]:
-        if self._kept is not None:
-            return self._replay(make, self._kept)
-        statistics: Sequence[Statistic] | None = None
-        kept: list[Chunk] | None = [] if keep else None
-        totals = Totals(self.quantity, self.space.device)
-        with (
-            self.seeded() as generator,
-            recording(self.model, self.space.parameters(self.model)),
-        ):
-            for batch in self.batches:
-                for recorded, target in self._record(batch):
-                    totals.add(recorded.outputs, target)
-                    if statistics is None:
-                        statistics = make(self._capture.parts)
-                    for chunk in self._chunks(recorded, target, generator):
-                        _update(statistics, chunk)
-                        kept = _keep(kept, chunk)
-        self.num_examples, self.num_terms, self.denominator = totals.finish()
-        self.log_likelihood = totals.log_likelihood
-        self._kept = kept
-        return statistics or ()
-
-    def sampled(self) -> tuple[Sample, int | None]:
-        """The forms of one direction of the first batch, and how many batches there are."""
-        with (
-            self.seeded() as generator,
-            recording(self.model, self.space.parameters(self.model)),
-            closing(iter(self.batches)) as batches,
-        ):
-            first, count = next(batches), self.batches.count
-            for recorded, target in self._record(first):
-                outputs = recorded.outputs
-                directions = self.quantity.directions(outputs, target, generator)
-                ((forms, _, _),) = recorded.chunks(islice(directions, 1), 1)
-                labelled = outputs if first.target is None else first.target
-                examples = self.batches.num_examples(labelled.shape[0])
-                return Sample(forms, self.quantity.count(outputs, target), examples), count
-        raise DataError("expected at least one example in the first batch")
 
     @contextmanager
     def seeded(self) -> Iterator[torch.Generator | None]:
         """The same label draws, and the same order of a shuffling loader, in every pass."""
-        if self._seed is None:
+        if self.drawn_seed is None:
             yield None
             return
-        for own, state in zip(self.batches.generators, self._orders, strict=True):
+        for own, state in zip(self.batches.generators, self.orders, strict=True):
             own.set_state(state)
         # What draws on the default generator is the order of a shuffling loader; on the CPU alone.
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(self._seed)
-            yield torch.Generator(device=self.space.device).manual_seed(self._seed)
+            torch.default_generator.manual_seed(self.drawn_seed)
+            yield torch.Generator(device=self.space.device).manual_seed(self.drawn_seed)
+
+
+class Sweep:
+    """Passes over the data of a problem, which feed the forms of output directions to statistics.
+
+    Args:
+        problem: the model and its data.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self._capture = Capture(problem.model, problem.space, problem.batches.forward)
+        self._parts: Sequence[Part] = ()
+        self._kept: tuple[Facts, list[Chunk]] | None = None
+
+    @property
+    def facts(self) -> Facts:
+        """What is known without a pass, and the parts once a batch was seen."""
+        space = self.problem.space
+        wide = torch.promote_types(space.dtype, torch.float32)
+        return Facts(space, self._parts, wide, self.problem.described, self.problem.center)
+
+    def run(self, make: Make, keep: bool = False) -> tuple[Facts, Sequence[Statistic]]:
+        """Make statistics on the first batch and update them over all batches.
+
+        Args:
+            make: the statistics, of the facts that the first batch shows.
+            keep: whether the forms are kept for the next pass, if they fit into memory.
+
+        Returns:
+            What is known after the pass, and the statistics.
+
+        Raises:
+            NonFiniteError, DataError: something was wrong on some batch.
+            TooLargeError: more directions than `max_directions`.
+        """
+        if self._kept is not None:
+            return self._replay(make, *self._kept)
+        problem = self.problem
+        statistics: Sequence[Statistic] | None = None
+        kept: list[Chunk] | None = [] if keep else None
+        totals = Totals(problem.quantity, problem.space.device)
+        with (
+            problem.seeded() as generator,
+            recording(problem.model, problem.space.parameters(problem.model)),
+        ):
+            for batch in problem.batches:
+                for recorded, target in self._record(batch):
+                    totals.add(recorded.outputs, target)
+                    if statistics is None:
+                        statistics = make(self.facts)
+                    for chunk in self._chunks(recorded, target, generator):
+                        _update(statistics, chunk)
+                        kept = _keep(kept, chunk)
+        facts = replace(self.facts, **totals.finish())
+        self._kept = None if kept is None else (facts, kept)
+        return facts, statistics or ()
+
+    def sampled(self) -> tuple[Sample, int | None]:
+        """The forms of one direction of the first batch, and how many batches there are.
+
+        Raises:
+            DataError: the first batch has no example.
+        """
+        problem = self.problem
+        with (
+            problem.seeded() as generator,
+            recording(problem.model, problem.space.parameters(problem.model)),
+            closing(iter(problem.batches)) as batches,
+        ):
+            first, count = next(batches), problem.batches.count
+            for recorded, target in self._record(first):
+                outputs = recorded.outputs
+                directions = problem.quantity.directions(outputs, target, generator)
+                ((forms, _, _),) = recorded.chunks(islice(directions, 1), 1)
+                labelled = outputs if first.target is None else first.target
+                examples = problem.batches.num_examples(labelled.shape[0])
+                return Sample(forms, problem.quantity.count(outputs, target), examples), count
+        raise DataError("expected at least one example in the first batch")
 
     def _record(self, batch: Batch) -> Iterator[tuple[Recorded, Tensor | None]]:
         for recorded, target in self._capture(batch.raw, batch.target):
-            self.quantity.fit(recorded.outputs, target)
+            self.problem.quantity.fit(recorded.outputs, target)
+            self._parts = self._capture.parts
             yield recorded, target
 
-    def _replay(self, make: Make, kept: list[Chunk]) -> Sequence[Statistic]:
-        statistics = make(self.parts)
+    def _replay(
+        self, make: Make, facts: Facts, kept: list[Chunk]
+    ) -> tuple[Facts, Sequence[Statistic]]:
+        statistics = make(facts)
         for chunk in kept:
             _update(statistics, chunk)
         self._kept = None
-        return statistics
+        return facts, statistics
 
     def _chunks(
         self, recorded: Recorded, target: Tensor | None, generator: torch.Generator | None
     ) -> Iterator[Chunk]:
-        outputs, quantity = recorded.outputs, self.quantity
+        outputs, quantity = recorded.outputs, self.problem.quantity
+        most = self.problem.max_directions
         count = quantity.count(outputs, target)
-        if quantity.estimator == "exact" and count > self._max_directions:
-            known = self.batches.count
+        if quantity.estimator == "exact" and count > most:
+            known = self.problem.batches.count
             batches = "each batch" if known is None else f"each of {known} batches"
             raise TooLargeError(
                 f"an exact matrix of outputs {tuple(outputs.shape)} takes {count} backward passes "
                 f"for {batches}, one for each output direction of an example, more than "
-                f"max_directions={self._max_directions}: {quantity.fewer}, or raise "
+                f"max_directions={most}: {quantity.fewer}, or raise "
                 "max_directions (ng.plan says what it costs)"
             )
         return recorded.chunks(quantity.directions(outputs, target, generator), count)
@@ -179,13 +248,13 @@ def make_sweep(
     target: Callable[[Any], Tensor] | None = None,
     progress: bool = False,
     **options: Any,
-) -> DataSweep:
+) -> Sweep:
     """A sweep from what the builders take; see `FIM`."""
     space = space_of(model, params)
     batches = Batches(
         loader, device=space.device, forward=forward, target=target, progress=progress
     )
-    return DataSweep(model, space, batches, quantity, **options)
+    return Sweep(Problem.of(model, space, batches, quantity, **options))
 
 
 class Totals:
@@ -200,6 +269,7 @@ class Totals:
         self._log_likelihood: Tensor | None = torch.zeros_like(self._denominator)
 
     def add(self, outputs: Tensor, target: Tensor | None) -> None:
+        """Count a batch."""
         for message, wrong in self.quantity.flags(outputs, target).items():
             before = self._flags.get(message)
             self._flags[message] = wrong if before is None else before | wrong
@@ -210,14 +280,8 @@ class Totals:
             added = self.quantity.log_likelihood(outputs, target)
             self._log_likelihood = None if added is None else self._log_likelihood + added
 
-    @property
-    def log_likelihood(self) -> float | None:
-        """Of all observed labels; None where there are none, or some do not fit."""
-        value = math.nan if self._log_likelihood is None else float(self._log_likelihood)
-        return value if math.isfinite(value) else None
-
-    def finish(self) -> tuple[int, int, float]:
-        """Examples, terms, denominator.
+    def finish(self) -> dict[str, Any]:
+        """The fields of `Facts` that a pass finds.
 
         Raises:
             NonFiniteError, DataError: something was wrong on some batch.
@@ -228,8 +292,13 @@ class Totals:
             if messages:
                 finite = any("finite" in message for message in messages)
                 raise (NonFiniteError if finite else DataError)("; ".join(messages))
-        total = self.quantity.total(float(self._denominator))
-        return self._examples, int(self._terms), total
+        likelihood = math.nan if self._log_likelihood is None else float(self._log_likelihood)
+        return {
+            "num_examples": self._examples,
+            "num_terms": int(self._terms),
+            "denominator": self.quantity.total(float(self._denominator)),
+            "log_likelihood": likelihood if math.isfinite(likelihood) else None,
+        }
 
 
 def _update(statistics: Sequence[Statistic], chunk: Chunk) -> None:

@@ -61,8 +61,7 @@ def masked(matrix, space):
 
 def check_ekfac(ekfac, expected):
     """Yardstick 6: the orthogonal projection of each block onto its eigenbasis."""
-    info = ekfac.info
-    for block, layout in zip(ekfac.members, info.layouts, strict=True):
+    for block, layout in zip(ekfac.members, ekfac.layouts, strict=True):
         where = layout.positions()
         exact = expected[where][:, where]
         p = len(where)
@@ -90,7 +89,7 @@ def test_kfac_factors(kind, estimator, sharing):
     F = case.build(ng.representations.KFAC(sharing=sharing))
     modules = dict(net.model.named_modules())
     checked = 0
-    for name, block in zip(F.info.names, F.members, strict=True):
+    for name, block in zip(F.names, F.members, strict=True):
         left, right = reference_factors(case, modules[name], sharing)
         close(block.left, left)
         close(block.right, right)

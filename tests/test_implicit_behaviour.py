@@ -369,7 +369,7 @@ def test_wrong_derivatives_are_found():
 
 
 def test_forms_past_the_limit(monkeypatch):
-    monkeypatch.setattr("nngeo_lazy.representations.factored.MAX_BLOCK_BYTES", 100)
+    monkeypatch.setattr("nngeo_lazy.representations.form_stack.MAX_BLOCK_BYTES", 100)
     with pytest.raises(TooLargeError, match="estimator='mc' or 'empirical'"):
         ng.FIM(small(), data(), "factored")
 
@@ -427,7 +427,7 @@ def test_cache_all_or_nothing(monkeypatch):
     dense = ng.FIM(net, (x, y), "dense").to_dense()
     one = ng.FIM(net, (x[:3], y[:3]), "implicit")
     _ = one @ torch.ones(17)
-    graph = one.info.memory.graph_bytes
+    graph = one.memory.graph_bytes
     for given in (loader, batches):
         F = ng.FIM(net, given, "implicit")
         assert passes_of(F) == 3
@@ -437,7 +437,7 @@ def test_cache_all_or_nothing(monkeypatch):
     F = ng.FIM(net, loader, "implicit")
     assert passes_of(F) == 3
     assert passes_of(F) >= 3  # one batch did not fit: nothing is kept
-    assert not F.info.memory._kept
+    assert not F.memory._kept
     close(F.to_dense(), dense, 1e-9)
     F = ng.FIM(net, batches, "implicit")
     assert passes_of(F) == 3
@@ -451,13 +451,13 @@ def test_graphs_are_freed_and_bounded():
     F = ng.FIM(net, (x, y), "implicit")
     v = torch.randn(17)
     F @ v
-    graph = weakref.ref(F.info.memory._kept[0][0])
+    graph = weakref.ref(F.memory._kept[0][0])
     for _ in range(3):
         F @ v
-    assert len(F.info.memory._kept) == 1
+    assert len(F.memory._kept) == 1
     elsewhere = F.at(F.parameters + 1)
     elsewhere @ v
-    assert F.info.memory._kept[0][0] is graph()  # another point has a memory of its own
+    assert F.memory._kept[0][0] is graph()  # another point has a memory of its own
     del F, elsewhere
     gc.collect()
     assert graph() is None
@@ -532,7 +532,7 @@ def test_outputs_are_kept_once():
     outputs = 100 * 5000 * 8
     F = ng.FIM(net, x, "implicit", likelihood="gaussian")
     F @ torch.ones(F.shape[0])
-    assert F.info.memory.graph_bytes < 1.2 * outputs + 2 * F.shape[0] * 8
+    assert F.memory.graph_bytes < 1.2 * outputs + 2 * F.shape[0] * 8
 
 
 # --- values ---------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ from torch import nn
 
 import nngeo_lazy as ng
 from nngeo_lazy import linalg
-from nngeo_lazy.errors import ConvergenceWarning, NonFiniteError, SpaceMismatchError
+from nngeo_lazy.errors import ConvergenceWarning, DataError, NonFiniteError, SpaceMismatchError
+from nngeo_lazy.linalg.krylov import norms
 from nngeo_lazy.testing import LargestTensor
 
 import zoo
@@ -334,7 +335,7 @@ def test_singular_values_of_a_jacobian_by_name():
 def test_an_adjoint_that_is_not_one():
     A, B = torch.randn(2, 9, 9)
     with pytest.raises(ValueError, match="svds needs products with A and with its transpose: here"):
-        linalg.svds(lambda v: A @ v, lambda u: B @ u, (9, 9), 2, dtype=torch.float64)
+        linalg.svds(lambda v: A @ v, lambda u: B @ u, (9, 9), 2, A[:0, 0], linalg.Search())
 
 
 def test_spectral_norm_has_a_gradient():
@@ -534,7 +535,8 @@ def test_products_that_are_not_linear_have_true_residuals():
     def noisy(v):
         return A @ v + 1e-7 * torch.randn(v.shape, generator=noise)
 
-    found = linalg.eigsh(noisy, 61, 1, dtype=torch.float64, tol=1e-10, max_matvecs=60)
+    options = linalg.Search(tol=1e-10, max_matvecs=60)
+    found = linalg.eigsh(noisy, 61, 1, "LA", A[:0, 0], options)
     true = torch.linalg.vector_norm(A @ found.vectors - found.vectors * found.values, dim=0)
     assert not found.converged
     torch.testing.assert_close(found.residuals, true, rtol=0, atol=3e-6)
@@ -596,13 +598,13 @@ def test_nan_says_in_which_product():
         return v * (torch.nan if count == 3 else torch.arange(20.0)[:, None])
 
     with pytest.raises(NonFiniteError, match="eigsh: NaN or infinity in product 3"):
-        linalg.eigsh(failing, 20, 2, dtype=torch.float64)
+        linalg.eigsh(failing, 20, 2, "LA", A[:0, 0], linalg.Search())
     count = 0
     with pytest.raises(NonFiniteError, match="svds: NaN or infinity in product 3"):
-        linalg.svds(failing, failing, (20, 20), 2, dtype=torch.float64, device=A.device)
+        linalg.svds(failing, failing, (20, 20), 2, A[:0, 0], linalg.Search())
     count = 0
     with pytest.raises(NonFiniteError, match="spectral density: NaN or infinity in product 3"):
-        linalg.spectral_density(failing, 20, 1, 10, A[:0, 0])
+        linalg.spectral_density(failing, 20, A[:0, 0], linalg.Probes(1, steps=10))
 
 
 def test_start_that_is_zero_or_not_finite():
@@ -623,8 +625,12 @@ def test_too_few_products_warn():
 
 def test_density_options_out_of_range():
     A = products_only(torch.eye(5).double())
-    with pytest.raises(ValueError, match="at least 1 probe and 1 step, got 0 and 90"):
+    with pytest.raises(DataError, match="expected probes= to be a whole number from 1 on, got 0"):
         ng.spectral_density(A, probes=0)
+    with pytest.raises(DataError, match="expected steps= to be a whole number from 1 on, got 0"):
+        ng.spectral_density(A, steps=0)
+    with pytest.raises(ValueError, match=r"expected k from 1 to 5, .* got -1"):
+        ng.spectral_density(A, deflate=-1)
     found = ng.spectral_density(A, probes=1, seed=0)
     with pytest.raises(ValueError, match="needs at least 2 probes=, got 1"):
         found.standard_error(found.grid())
@@ -644,3 +650,46 @@ def test_closed_forms_do_not_warn():
             net = make()
             F = ng.FIM(net.model, net.batch, "kfac", likelihood="categorical")
             assert ng.eigsh(F, 2).matvecs == 0
+
+
+# --- large and float32 ----------------------------------------------------------------------------
+
+
+LARGE = 300_000
+
+
+def outliers_and_bulk():
+    """Four outliers of very different size above a bulk: products with a diagonal in float32."""
+    bulk = 1e-3 * torch.linspace(0, 1, LARGE - 4, dtype=torch.float32)
+    d = torch.cat([bulk, torch.tensor([1.5e-3, 2e-3, 2.5e-3, 1.0])]).float()
+    return d, lambda v: d[:, None] * v
+
+
+def test_a_small_remainder_is_no_breakdown_in_float32():
+    d, product = outliers_and_bulk()
+    options = linalg.Search(tol=1e-4, max_matvecs=400, seed=0)
+    found = linalg.eigsh(product, LARGE, 4, "LA", d[:0], options)
+    assert found.converged
+    torch.testing.assert_close(found.values, d[-4:], rtol=1e-4, atol=0)
+    options = linalg.Search(max_matvecs=400, seed=0)
+    singular = linalg.svds(product, product, (LARGE, LARGE), 4, d[:0], options)
+    assert singular.converged
+    torch.testing.assert_close(singular.values, d[-4:], rtol=1e-4, atol=0)
+    for vectors in (found.vectors, singular.left, singular.right):
+        vectors = vectors.double()
+        torch.testing.assert_close(vectors.mT @ vectors, torch.eye(4), rtol=0, atol=1e-5)
+
+
+def test_a_density_below_an_outlier_takes_all_its_steps_in_float32():
+    d, product = outliers_and_bulk()
+    found = linalg.spectral_density(product, LARGE, d[:0], linalg.Probes(2, steps=15, seed=0))
+    assert found.matvecs == 30
+    assert float(found.nodes.max()) == pytest.approx(1, abs=1e-5)
+    moment = found.expectation(lambda t: torch.where(t < 0.5, t, 0.0) * 1e3)
+    assert float(moment) == pytest.approx(0.5, rel=0.01)
+
+
+def test_norms_of_a_million_float32_numbers():
+    v = torch.randn(1_000_000, 2, dtype=torch.float32)
+    exact = v.double().square().sum(0, keepdim=True).sqrt()
+    torch.testing.assert_close(norms(v).double(), exact, rtol=1e-6, atol=0)

@@ -13,7 +13,7 @@ from torch import nn
 import nngeo_lazy as ng
 from nngeo_lazy import linalg
 from nngeo_lazy.errors import DataError, NotPositiveDefiniteError, UnsupportedLayerError
-from nngeo_lazy.operators import BaseLinearOperator, BlockDiagonalLinearOperator, estimation
+from nngeo_lazy.operators import BaseLinearOperator, BlockDiagonalLinearOperator
 from nngeo_lazy.operators import lazy as lazy_module
 from nngeo_lazy.operators.eigen_low_rank import EigenLowRankLinearOperator
 from nngeo_lazy.operators.lazy import LazyLinearOperator
@@ -170,10 +170,10 @@ def cell(name, member):
     call, expected = MEMBERS[member]
     F, G = build(name)
     with (
-        mock.patch.object(lazy_module, "cg", wraps=lazy_module.cg) as solves,
+        mock.patch.object(linalg, "cg", wraps=linalg.cg) as solves,
         mock.patch.object(linalg, "svds", wraps=linalg.svds) as decompositions,
         mock.patch.object(
-            estimation, "estimated_logdet", wraps=estimation.estimated_logdet
+            lazy_module, "estimated_logdet", wraps=lazy_module.estimated_logdet
         ) as estimates,
     ):
         try:

@@ -19,20 +19,34 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .smooth_layers import composed, frozen, without_padding
+from ..errors import NNGeoError
+from .smooth_layers import NotDifferentiableError, composed, frozen, without_padding
 
 __all__ = [
     "MODES",
     "Function",
     "HessianOf",
     "JacobianOf",
+    "NotDifferentiableError",
     "hessian_of",
     "jacobian_of",
     "kept_bytes",
+    "lowest_precision",
 ]
 
 Function: TypeAlias = Callable[[Sequence[Tensor]], Tensor]
 MODES = ("double_vjp", "forward_over_reverse")
+
+
+@contextmanager
+def _deriving() -> Iterator[None]:
+    """Inside, a function that has a value is differentiated: an error is about that."""
+    try:
+        yield
+    except (NNGeoError, NotDifferentiableError, RecursionError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, NotImplementedError) as error:
+        raise NotDifferentiableError(str(error).split("\n")[0]) from error
 
 
 _ONCE = "a function's backward pass cannot be differentiated twice"
@@ -111,7 +125,7 @@ class _DoubleVJP(JacobianOf):
         weights = [tangents[k] for k, _ in self._linear]
         (out,) = _grad(outputs, [self._u], weights, self._taped)
         if out is None:
-            raise RuntimeError(_ONCE)
+            raise NotDifferentiableError(_ONCE)
         return out
 
     def vjp(self, cotangent: Tensor) -> list[Tensor]:
@@ -133,7 +147,7 @@ class _Forward(JacobianOf):
     def jvp(self, tangents: Sequence[Tensor]) -> Tensor:
         out: Tensor
         if self._linear is not None:
-            with torch.no_grad():
+            with torch.no_grad(), _deriving():
                 out = self._linear(*tangents)
             return out
         with torch.set_grad_enabled(self._taped):
@@ -159,7 +173,7 @@ class _DoubleBackward(HessianOf):
             weights = [tangents[k] for k, _ in self._gradients]
             found = _grad(outputs, self._parameters, weights, self._taped)
             if all(g is None for g in found):
-                raise RuntimeError(_ONCE)
+                raise NotDifferentiableError(_ONCE)
         return _filled(found, self._parameters)
 
 
@@ -176,7 +190,7 @@ class _ForwardOverReverse(HessianOf):
 
     def product(self, tangents: Sequence[Tensor]) -> list[Tensor]:
         if self._linear is not None:
-            with torch.no_grad():
+            with torch.no_grad(), _deriving():
                 return list(self._linear(*tangents))
         with torch.set_grad_enabled(self._taped):
             out = _jvp(self._gradient, self._parameters, tangents)
@@ -184,7 +198,8 @@ class _ForwardOverReverse(HessianOf):
 
 
 def _jvp(function: Callable[..., Any], parameters: Any, tangents: Sequence[Tensor]) -> Any:
-    return torch.func.jvp(function, tuple(parameters), tuple(tangents))[1]
+    with _deriving():
+        return torch.func.jvp(function, tuple(parameters), tuple(tangents))[1]
 
 
 def _grad(
@@ -194,20 +209,21 @@ def _grad(
     several = outputs if isinstance(outputs, list) else [outputs]
     if not any(t.requires_grad for t in several):
         return [None] * len(inputs)
-    return torch.autograd.grad(
-        outputs,
-        list(inputs),
-        weights,
-        create_graph=create_graph,
-        retain_graph=True,
-        allow_unused=True,
-    )
+    with _deriving():
+        return torch.autograd.grad(
+            outputs,
+            list(inputs),
+            weights,
+            create_graph=create_graph,
+            retain_graph=True,
+            allow_unused=True,
+        )
 
 
 def _linearised(function: Callable[..., Any], parameters: Sequence[Tensor]) -> Callable[..., Any]:
     """The forward-mode derivative as a traced function of the tangents alone."""
     detached = tuple(p.detach() for p in parameters)
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings(), _deriving():
         warnings.filterwarnings("ignore", message="Attempted to insert a get_attr Node")
         _, linear = torch.func.linearize(function, *detached)
     return linear
@@ -215,6 +231,31 @@ def _linearised(function: Callable[..., Any], parameters: Sequence[Tensor]) -> C
 
 def _filled(found: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
     return [torch.zeros_like(p) if g is None else g for g, p in zip(found, like, strict=True)]
+
+
+class _Lowest(TorchDispatchMode):
+    """The coarsest floating-point dtype that an operation returns while it is active."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.dtype = dtype
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                self.dtype = max(self.dtype, tensor.dtype, key=lambda d: torch.finfo(d).eps)
+        return out
+
+
+def lowest_precision(function: Function, parameters: Sequence[Tensor]) -> torch.dtype:
+    """The coarsest floating-point dtype in which a function computes."""
+    lowest = _Lowest(parameters[0].dtype)
+    with lowest, torch.enable_grad():
+        function(parameters)
+    return lowest.dtype
 
 
 class _Made(TorchDispatchMode):

@@ -15,7 +15,12 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["composed", "frozen", "without_padding"]
+__all__ = ["NotDifferentiableError", "composed", "frozen", "without_padding"]
+
+
+class NotDifferentiableError(RuntimeError):
+    """A function that has a value has no derivative of the kind that was asked for."""
+
 
 _FORWARD = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 _TRANSPOSED = {torch.conv_transpose1d: 1, torch.conv_transpose2d: 2, torch.conv_transpose3d: 3}
@@ -277,7 +282,7 @@ def _unpadded_embedding(
     input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any
 ) -> Tensor:
     if padding_idx is not None:
-        raise RuntimeError(
+        raise NotDifferentiableError(
             "forward mode takes the derivative in an embedding's padding, which its gradient does "
             "not have"
         )

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..operators.info import Info
 from ..space import ParamSpace
 
-__all__ = ["Batch", "ImplicitInfo", "Memory", "Metric", "Source"]
+__all__ = ["BatchFunction", "Memory", "Middle", "Source"]
 
 
-class Metric(Protocol):
+class Middle(Protocol):
     """The middle S_n S_n^T of J^T S S^T J, on one batch."""
 
     @property
@@ -28,14 +27,17 @@ class Metric(Protocol):
         """(n, generator) to draws (n, *values) from N(0, S S^T)."""
 
 
-class Batch(Protocol):
+class BatchFunction(Protocol):
     """One batch as a function of the parameters."""
 
     def values(self, parameters: Any) -> Tensor:
         """What is differentiated: outputs, losses of examples, or the sum of the losses."""
 
-    def metric(self, values: Tensor) -> Metric:
-        """The metric at these values, which may be differentiable in them."""
+    def metric(self, values: Tensor) -> Middle:
+        """The middle matrix at these values, which may be differentiable in them."""
+
+    def wide(self) -> BatchFunction | None:
+        """The same function in float64; None where it has none."""
 
 
 class Source(Protocol):
@@ -79,7 +81,7 @@ class Source(Protocol):
     def scope(self) -> AbstractContextManager[None]:
         """In which batches are evaluated and differentiated."""
 
-    def batches(self, start: int = 0) -> Iterator[Batch]:
+    def batches(self, start: int = 0) -> Iterator[BatchFunction]:
         """The batches, from the given one on."""
 
     def diagonal(self, parameters: Tensor) -> Tensor | None:
@@ -132,26 +134,11 @@ class Memory:
         """Free all graphs."""
         self._key, self._point, self._kept, self.complete = None, None, [], False
 
-
-@dataclass(frozen=True)
-class ImplicitInfo(Info):
-    """Info of a matrix-free operator.
-
-    Attributes:
-        source: its data.
-        memory: of its products; it belongs to one point.
-    """
-
-    source: Source | None = None
-    memory: Memory = field(default_factory=Memory, compare=False)
-
-    def moved(self, dtype: torch.dtype | None, device: Any) -> ImplicitInfo:
-        source = None if self.source is None else self.source.moved(dtype, device)
-        space = None if self.space is None else self.space.to(dtype=dtype, device=device)
-        return replace(self, space=space, source=source, memory=Memory())
-
-    def elsewhere(self) -> ImplicitInfo:
-        """The same at another point."""
-        remembered = Memory(dict(self.memory.failed), self.memory.too_large)
-        remembered.graph_bytes, remembered.proved = self.memory.graph_bytes, self.memory.proved
-        return replace(self, memory=remembered, quantity={}, log_likelihood=None)
+    def elsewhere(self) -> Memory:
+        """What stays known at another point."""
+        return Memory(
+            dict(self.failed),
+            self.too_large,
+            graph_bytes=self.graph_bytes,
+            proved=self.proved,
+        )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
 from typing import Any
 
 import torch
@@ -17,12 +18,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from ..errors import UnsupportedLayerError
-from .plan import agree
+from .proof import agree
 
-__all__ = ["Forward", "GeneralRows", "Whole", "cut", "example_leaves"]
+__all__ = ["Forward", "GeneralRows", "Way", "Whole", "cut", "example_leaves"]
 
 Forward = Callable[[nn.Module, Any], Tensor]
-WAYS = ("vmap", "slices", "masked")
+
+
+class Way(Enum):
+    """How rows are made from the model alone."""
+
+    VMAP = "vmap"
+    SLICES = "slices"
+    MASKED = "masked"
 
 
 def example_leaves(raw: Any, n: int) -> tuple[int, ...]:
@@ -57,7 +65,7 @@ class GeneralRows:
         self.model = model
         self.parameters = dict(parameters)
         self.forward = forward
-        self.way = WAYS[0]
+        self.way = Way.VMAP
         self._leaves: tuple[int, ...] = ()
 
     def probe(
@@ -76,7 +84,7 @@ class GeneralRows:
         reasons = []
         self._leaves = example_leaves(raw, outputs.shape[0])
         expected = [self._flat(outputs, cotangent) for _, cotangent in cotangents]
-        for way in WAYS:
+        for way in Way:
             self.way = way
             try:
                 with warnings.catch_warnings():
@@ -87,11 +95,11 @@ class GeneralRows:
                         for (e, c), flat in zip(cotangents, expected, strict=True)
                     )
             except Exception as error:  # noqa: BLE001 - whatever a foreign model raises
-                reasons.append(f"{way}: {type(error).__name__}: {error}")
+                reasons.append(f"{way.value}: {type(error).__name__}: {error}")
                 continue
             if agrees:
                 return
-            reasons.append(f"{way}: its rows differ from autograd's gradients")
+            reasons.append(f"{way.value}: its rows differ from autograd's gradients")
         raise UnsupportedLayerError(
             f"found no way to the per-example gradients of {list(self.parameters)}; tried "
             + "; ".join(reasons)
@@ -101,8 +109,8 @@ class GeneralRows:
         self, raw: Any, outputs: Tensor, directions: Tensor, start: int, stop: int
     ) -> Tensor:
         """Rows (R, n, p) of a range of examples; directions (R, N, *outputs)."""
-        make = {"vmap": self._vmap, "slices": self._slices, "masked": self._masked}[self.way]
-        return make(raw, outputs, directions, start, stop)
+        make = {Way.VMAP: self._vmap, Way.SLICES: self._slices, Way.MASKED: self._masked}
+        return make[self.way](raw, outputs, directions, start, stop)
 
     def _vmap(self, raw: Any, outputs: Tensor, directions: Tensor, start: int, stop: int) -> Tensor:
         leaves, spec = pytree.tree_flatten(raw)

@@ -8,10 +8,10 @@ over its positions. Exact roots have as few columns as possible.
 
 from __future__ import annotations
 
-from .base import ESTIMATORS, Likelihood, check_estimator
 from .categorical import Categorical
 from .elementwise import Bernoulli, Poisson
 from .gaussian import Gaussian
+from .likelihood import ESTIMATORS, Likelihood, check_estimator
 from .losses import CallableLoss, Reduction, resolve_loss
 from .names import NAMES, described, resolve
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import DataError
-from .base import NOT_FINITE, Likelihood, check_outputs, labels_needed, standard_normal, wide
+from .likelihood import NOT_FINITE, Likelihood, check_outputs, labels_needed, standard_normal, wide
 
 __all__ = ["Categorical"]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import DataError
-from .base import (
+from .likelihood import (
     NOT_FINITE,
     Likelihood,
     broadcasts,

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
-from .base import broadcasts, standard_normal, wide
 from .elementwise import Elementwise
+from .likelihood import broadcasts, standard_normal, wide
 
 __all__ = ["Gaussian"]
 

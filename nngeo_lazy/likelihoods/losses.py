@@ -6,6 +6,7 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -14,14 +15,15 @@ from torch import Tensor, nn
 
 from ..errors import (
     DataError,
+    NNGeoError,
     NonFiniteError,
     NotPositiveDefiniteError,
     UnsupportedLayerError,
 )
-from .base import NOT_FINITE, Likelihood, broadcasts, check_outputs, standard_normal, wide
 from .categorical import Categorical
 from .elementwise import Bernoulli, Poisson
 from .gaussian import Gaussian
+from .likelihood import NOT_FINITE, Likelihood, broadcasts, check_outputs, standard_normal, wide
 from .names import NAMES, resolve
 
 __all__ = ["CallableLoss", "Reduction", "resolve_loss"]
@@ -171,9 +173,17 @@ class CallableLoss(Likelihood):
         return gradient
 
     def _product(self, outputs: Tensor, target: Tensor | None) -> Callable[[Tensor], Tensor]:
-        pullback: Callable[[Tensor], tuple[Tensor, ...]]
-        pullback = torch.func.vjp(self._gradient(target), outputs)[1]
-        return lambda vector: pullback(vector)[0]
+        """H v for the Hessian H of the losses in the outputs."""
+        with _deriving():
+            pullback: Callable[[Tensor], tuple[Tensor, ...]]
+            pullback = torch.func.vjp(self._gradient(target), outputs)[1]
+
+        def product(vector: Tensor) -> Tensor:
+            with _deriving():
+                found: Tensor = pullback(vector)[0]
+            return found
+
+        return product
 
     def _roots(self, outputs: Tensor, target: Tensor | None) -> Tensor:
         """S (N, D, D) with S S^T the Hessian of each example.
@@ -188,15 +198,7 @@ class CallableLoss(Likelihood):
         for j in range(size):  # each is far cheaper than direction j's pass through the model
             unit = torch.zeros_like(outputs).reshape(n, size)
             unit[:, j] = 1
-            try:
-                hessians[..., j] = product(unit.view(outputs.shape)).reshape(n, size)
-            except RuntimeError as error:
-                if "derivative" not in str(error):
-                    raise
-                raise UnsupportedLayerError(
-                    f"the loss cannot be differentiated twice in the outputs ({error}): write it "
-                    "with other functions of torch"
-                ) from error
+            hessians[..., j] = product(unit.view(outputs.shape)).reshape(n, size)
         finite = hessians.isfinite().all() | ~outputs.isfinite().all()
         hessians.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)  # outputs that are not are flagged
         convex = torch.ones_like(finite)
@@ -224,6 +226,21 @@ class CallableLoss(Likelihood):
                 "loss"
             )
         return hessians
+
+
+@contextmanager
+def _deriving() -> Iterator[None]:
+    """Inside, a loss that is known to have values is differentiated: an error is about that."""
+    try:
+        yield
+    except (NNGeoError, RecursionError, torch.OutOfMemoryError):
+        raise
+    except RuntimeError as error:
+        reason = str(error).split("\n")[0]
+        raise UnsupportedLayerError(
+            f"the loss cannot be differentiated twice in the outputs ({reason}): write it with "
+            "other functions of torch"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ..errors import DataError
-from .base import Likelihood
 from .categorical import Categorical
 from .elementwise import Bernoulli, Poisson
 from .gaussian import Gaussian
+from .likelihood import Likelihood
 
 __all__ = ["NAMES", "described", "resolve"]
 

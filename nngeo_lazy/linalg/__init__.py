@@ -3,30 +3,38 @@
 | module | has |
 |---|---|
 | `cg`, `minres`, `lsmr` | solutions of linear systems |
-| `eigsh`, `svds` | eigenvalues and singular values at an end of the spectrum, by Lanczos |
+| `eigsh`, `svds`, `subspace` | the ends of a spectrum, by Lanczos; the options of the search |
 | `lanczos` | Krylov spaces side by side, and their quadrature |
 | `functions`, `density` | f(A) v, and the density of a spectrum |
-| `estimates` | traces and diagonals from random vectors, with their errors |
+| `estimates`, `probes` | traces and diagonals from random vectors, with their errors; the options |
+| `results` | results that are tuples with attributes beside |
 | `nystrom` | low rank from one product |
 """
 
 from .cg import cg
 from .density import SpectralDensity, spectral_density
 from .eigsh import Eigenpairs, eigsh
-from .estimates import Estimate, hutchinson, hutchpp, quadrature_trace, signs, xdiag, xtrace
+from .estimates import hutchinson, hutchpp, quadrature_trace, signs, xdiag, xtrace
 from .functions import matrix_function
-from .krylov import KrylovResult, default_tolerance
+from .krylov import IndefinitePreconditionerError, KrylovResult, default_tolerance
 from .lanczos import Lanczos, evaluated
 from .lsmr import lsmr
 from .minres import minres
 from .nystrom import nystrom
+from .probes import Probes
+from .results import Estimate, Result
+from .subspace import Search
 from .svds import Triplets, svds
 
 __all__ = [
     "Eigenpairs",
     "Estimate",
+    "IndefinitePreconditionerError",
     "KrylovResult",
     "Lanczos",
+    "Probes",
+    "Result",
+    "Search",
     "SpectralDensity",
     "Triplets",
     "cg",

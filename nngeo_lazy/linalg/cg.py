@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import NonFiniteError, NotPositiveDefiniteError
 from .krylov import (
+    IndefinitePreconditionerError,
     KrylovResult,
     Matvec,
     default_tolerance,
@@ -21,6 +22,17 @@ from .krylov import (
 __all__ = ["cg"]
 
 _METHOD = "conjugate gradients"
+_REMEDIES: dict[str, tuple[type[NotPositiveDefiniteError], str]] = {
+    "the matrix": (
+        NotPositiveDefiniteError,
+        "add damping= above the size of its most negative eigenvalue, or take "
+        "ng.solve(..., method='minres')",
+    ),
+    "the preconditioner": (
+        IndefinitePreconditionerError,
+        "pass one that is, such as a damped 'kfac' or 'diagonal', or none",
+    ),
+}
 
 
 def cg(
@@ -34,9 +46,9 @@ def cg(
 ) -> KrylovResult:
     """Solve A x = b for a symmetric positive definite A, to a relative residual.
 
-    Every column is divided by its norm first, and stops on its own: no number here is absolute, so
+    Every column is divided by its norm first, and stops on its own. No tolerance is absolute, so
     that results are the same at any scale of A and of b. When the recurrence says that it has
-    converged, the true residual is computed; where that disagrees, the iteration starts again from
+    converged, the true residual is computed; if that is too large, the iteration starts again from
     the current x.
 
     Args:
@@ -45,7 +57,7 @@ def cg(
         tol: relative residual to reach; 1e-6 in float32, 1e-10 in float64.
         max_iter: at most so many products with A; by default 10 n, at least 100.
         preconditioner: r (n, k) to an approximation of A^-1 r, symmetric positive definite.
-        x0: where to start (n, k); zero by default.
+        x0: the start (n, k); by default zero.
 
     Raises:
         NotPositiveDefiniteError: A or the preconditioner has a direction of negative curvature.
@@ -108,13 +120,8 @@ def _require_positive(curvature: Tensor, live: Tensor, what: str) -> None:
     if not bool(inside.isfinite().all()):
         raise NonFiniteError(f"conjugate gradients: NaN or infinity in a product with {what}")
     if bool((inside <= 0).any()):
-        remedy = (
-            "pass one that is, such as a damped 'kfac' or 'diagonal', or none"
-            if what == "the preconditioner"
-            else "add damping= above its most negative eigenvalue, or take "
-            "ng.solve(..., method='minres')"
-        )
-        raise NotPositiveDefiniteError(
-            f"conjugate gradients: {what} is not positive definite (a vector met on the way has "
-            f"v.Av = {float(inside.min()):.3g}): {remedy}"
+        kind, remedy = _REMEDIES[what]
+        raise kind(
+            f"conjugate gradients: {what} is not positive definite (for one vector, v.Av = "
+            f"{float(inside.min()):.3g}): {remedy}"
         )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .krylov import Matvec, default_tolerance
 from .products import Products
-from .subspace import orthogonalised, orthonormal, random_block, require_symmetric
+from .subspace import Search, orthogonalised, orthonormal, random_block, require_symmetric
 
 __all__ = ["ENDS", "Eigenpairs", "eigsh", "wanted"]
 
@@ -24,8 +24,8 @@ class Eigenpairs:
     Attributes:
         values: eigenvalues (k,), ascending.
         vectors: orthonormal eigenvectors (n, k).
-        residuals: |A v - value v| (k,), as the products of the iteration have them; where these
-            were not symmetric to within the tolerance, from products of their own.
+        residuals: |A v - value v| (k,), from the products of the iteration; if these are not
+            symmetric to within the tolerance, from further products.
         matvecs: how many products with A were made.
         converged: whether all residuals are within the tolerance.
         interrupted: whether the user stopped it.
@@ -57,46 +57,33 @@ def eigsh(
     matvec: Matvec,
     n: int,
     k: int,
-    which: str = "LA",
+    which: str,
+    like: Tensor,
+    options: Search,
     *,
-    dtype: torch.dtype,
-    device: torch.device | str = "cpu",
-    tol: float | None = None,
-    subspace: int | None = None,
     block_size: int = 1,
-    start: Tensor | None = None,
-    max_matvecs: int | None = None,
-    generator: torch.Generator | None = None,
-    progress: bool = False,
 ) -> Eigenpairs:
-    """The k eigenpairs at an end of the spectrum of a symmetric A of any signs.
+    """The k eigenpairs at an end of the spectrum of a symmetric A, with eigenvalues of any sign.
 
-    Block Lanczos with full reorthogonalisation. When the subspace is full it is restarted with its
-    best Ritz vectors (thick restart, which is implicit restart with exact shifts). A breakdown is
-    an invariant subspace: it is kept, and the iteration goes on orthogonally to it, so that all k
-    pairs of a matrix of low rank are found. With blocks of b vectors eigenvalues of multiplicity up
-    to b have as many vectors.
+    This is block Lanczos with full reorthogonalisation. A full subspace is restarted with its best
+    Ritz vectors (a thick restart, equal to an implicit restart with exact shifts). A breakdown is
+    an invariant subspace: it is kept, and the iteration continues in its complement, so that all k
+    pairs of a matrix of low rank are found. Blocks of b vectors find a repeated eigenvalue up to b
+    times.
 
     Args:
         matvec: v (n, b) to A v (n, b).
         n: the size of A.
         k: how many, from 1 to n.
         which: "LA" largest, "SA" smallest, "LM" largest magnitude, "BE" half from each end.
-        dtype: of A.
-        device: of A.
-        tol: |A v - value v| to reach, as a multiple of |value|, or of |A| / 1000 where that is
-            larger; not below rounding, 10 eps |A|. 1e-6 in float32, 1e-10 in float64.
-        subspace: how many vectors are held; by default max(2 k, k + 30) and two blocks.
+        like: an empty tensor of A's dtype and device.
+        options: the tolerance is of |A v - value v|, as a multiple of |value| or of |A| / 1000,
+            whichever is larger; it is not below rounding, 10 eps |A|.
         block_size: how many vectors each product has.
-        start: (n, j) where to start, such as earlier eigenvectors.
-        max_matvecs: at most so many products before the residuals are computed; 10 n, at least
-            1,000, by default.
-        generator: of the start.
-        progress: whether to show a bar.
 
     Raises:
-        ValueError: k outside 1 to n, a subspace that does not hold k and two blocks, or a matrix
-            that is not symmetric.
+        ValueError: k is outside 1 to n, the subspace does not hold k vectors and two blocks, or the
+            matrix is not symmetric.
         NonFiniteError: NaN or infinity in a product.
 
     Source:
@@ -109,6 +96,7 @@ def eigsh(
         raise ValueError(f"expected which to be one of {list(ENDS)}, got {which!r}")
     if not 1 <= block_size <= n:
         raise ValueError(f"expected a block_size from 1 to {n}, got {block_size}")
+    subspace = options.subspace
     if subspace is None:
         subspace = max(2 * k, k + 30) + 2 * block_size
     if subspace < min(k + 2 * block_size, n):
@@ -116,13 +104,14 @@ def eigsh(
             f"expected a subspace of at least k + 2 block_size = {k + 2 * block_size} vectors, got "
             f"{subspace}"
         )
-    tol = default_tolerance(dtype) if tol is None else tol
-    most = max(10 * n, 1000) if max_matvecs is None else max_matvecs
-    with Products(matvec, "eigsh", progress=progress) as products:
-        block = random_block(n, block_size, dtype, device, generator)
+    tol = default_tolerance(like.dtype) if options.tol is None else options.tol
+    most = max(10 * n, 1000) if options.max_matvecs is None else options.max_matvecs
+    generator = options.generator(like.device)
+    with Products(matvec, "eigsh", progress=options.progress) as products:
+        block = random_block(n, block_size, like, generator)
         run = _Lanczos(products, block, min(subspace, n), generator)
-        if start is not None:
-            run.start_from(start)
+        if options.start is not None:
+            run.start_from(options.start)
         interrupted = False
         try:
             run.until_converged(k, which, tol, most)
@@ -143,10 +132,10 @@ def eigsh(
 
 
 class _Lanczos:
-    """A V = V H + Q B + E with orthonormal (V, Q): V the basis, Q the next block.
+    """A V = V H + Q B + E with orthonormal (V, Q): V is the basis, Q the next block.
 
-    E is what symmetry of H leaves of the products; rounding, unless they are not those of one
-    symmetric matrix. Only its norm is known.
+    H is made symmetric, and E is the difference. It is of the size of rounding if the products are
+    those of one symmetric matrix. Only its norm is known.
     """
 
     def __init__(
@@ -240,13 +229,13 @@ class _Lanczos:
         """The next block, and how W is made of it; after a breakdown some of it is random."""
         n, b = W.shape
         left, sizes, right = torch.linalg.svd(W, full_matrices=False)
-        limit = 10 * torch.finfo(W.dtype).eps * n**0.5 * max(self.norm, float(sizes[0]))
+        limit = 10 * torch.finfo(W.dtype).eps * max(self.norm, float(sizes[0]))
         rank = int((sizes > limit).sum())
         R = (sizes[:rank, None] * right[:rank]).double().cpu()
         room = n - basis.shape[1]
         Q = left[:, :rank]
         if rank < min(b, room):
-            more = random_block(n, min(b, room) - rank, W.dtype, W.device, self._generator)
+            more = random_block(n, min(b, room) - rank, W, self._generator)
             whole = torch.cat([basis, Q], 1)
             fresh = orthonormal(orthogonalised(more, whole)[0])
             Q = torch.cat([Q, orthogonalised(fresh, whole)[0]], 1)

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-import scipy.stats
 import torch
 from torch import Tensor
 
 from .krylov import Matvec
 from .lanczos import Lanczos, evaluated
+from .probes import Probes
 from .products import Products
+from .results import Estimate
 from .subspace import orthogonalised, orthonormal
 
 __all__ = [
     "MIN_STEPS",
-    "Estimate",
+    "PROBES",
+    "QUADRATURES",
     "hutchinson",
     "hutchpp",
     "quadrature_trace",
@@ -25,41 +27,11 @@ __all__ = [
     "xtrace",
 ]
 
+PROBES = 30  # of a trace or a diagonal, by default
+QUADRATURES = 10  # probes of a function of a matrix, by default
+STEPS = 100  # of Lanczos, by default
 MIN_STEPS = 30  # of a quadrature, before it may stop early
-_AT_ONCE = 10  # probes in one product, between which an interrupt loses nothing
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number, or one for each entry, and how sure it is.
-
-    Attributes:
-        value: the estimate.
-        standard_error: of the value; 0 where it is exact.
-        matvecs: how many products were made.
-        probes: how many random vectors it is a mean over; 0 where it is exact.
-        bias: how far off the mean itself may be, which more probes do not mend: the error of the
-            quadrature in a function of a matrix.
-        interrupted: whether the user stopped it.
-    """
-
-    value: Tensor
-    standard_error: Tensor
-    matvecs: int
-    probes: int = 0
-    bias: float = 0.0
-    interrupted: bool = False
-
-    def interval(self, confidence: float = 0.9973) -> tuple[Tensor, Tensor]:
-        """Where the number lies with this confidence, by Student's t; 0.9973 is three sigma."""
-        if self.probes == 0:
-            return self.value, self.value
-        t = float(scipy.stats.t.ppf((1 + confidence) / 2, self.probes - 1))
-        half = t * self.standard_error
-        return self.value - half, self.value + half
-
-    def __float__(self) -> float:
-        return float(self.value)
+_AT_ONCE = 10  # probes in one product: an interrupt loses no more than these
 
 
 def signs(n: int, k: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -71,31 +43,29 @@ def signs(n: int, k: int, like: Tensor, generator: torch.Generator | None) -> Te
 def hutchinson(
     matvec: Matvec,
     n: int,
-    probes: int,
     like: Tensor,
+    options: Probes,
     *,
     diagonal: bool = False,
-    tol: float | None = None,
-    max_matvecs: int = 10_000,
-    generator: torch.Generator | None = None,
-    progress: bool = False,
 ) -> Estimate:
-    """The mean over random signs z of z.Az, or of z * Az for the diagonal.
+    """The mean over random signs z of z.Az, or of z * Az for the diagonal; 1 product a probe.
 
     Args:
         matvec: v (n, k) to A v.
         n: the size of A.
-        probes: how many, at least 2.
         like: an empty tensor of A's dtype and device.
-        diagonal: whether the diagonal is wanted, (n,).
-        tol: relative standard error to reach, by doubling the probes.
-        max_matvecs: at most so many products, with tol.
-        generator: of the probes.
-        progress: whether to show a bar.
+        options: probes, tol, max_matvecs, seed, progress.
+        diagonal: whether the diagonal (n,) is wanted.
 
-    Source: Hutchinson (1990); Bekas, Kokiopoulou and Saad (2007) for the diagonal.
+    Raises:
+        ValueError: fewer than 2 probes.
+        NonFiniteError: NaN or infinity in a product.
+
+    Source: Hutchinson (1990), A stochastic estimator of the trace; Bekas, Kokiopoulou and Saad
+        (2007), An estimator for the diagonal of a matrix.
     """
     samples: list[Tensor] = []
+    generator = options.generator(like.device)
 
     def more(k: int) -> tuple[Tensor, Tensor]:
         for width in [_AT_ONCE] * (k // _AT_ONCE) + [k % _AT_ONCE] * (k % _AT_ONCE > 0):
@@ -110,33 +80,30 @@ def hutchinson(
             samples.append(terms if diagonal else terms.double().sum(0, keepdim=True))
         return _mean(torch.cat(samples, 1), diagonal)
 
-    with Products(matvec, "hutchinson", progress=progress) as products:
-        return _refined(more, products, probes, 1, tol, min(max_matvecs, n), like)
+    with Products(matvec, "hutchinson", progress=options.progress) as products:
+        return _refined(more, products, options.probes or PROBES, 1, _within(options, n), like)
 
 
-def hutchpp(
-    matvec: Matvec,
-    n: int,
-    probes: int,
-    like: Tensor,
-    *,
-    generator: torch.Generator | None = None,
-    progress: bool = False,
-) -> Estimate:
-    """tr(Q^T A Q) for a random range Q of A, and Hutchinson's estimate on what it leaves.
+def hutchpp(matvec: Matvec, n: int, like: Tensor, options: Probes) -> Estimate:
+    """tr(Q^T A Q) for a random range Q of A, plus Hutchinson's estimate on the complement of Q.
+
+    Q has as many columns as there are probes, and the complement as many probes: 3 products each.
 
     Args:
         matvec: v (n, k) to A v.
         n: the size of A.
-        probes: columns of Q, and as many probes of the rest, at least 2: 3 products each.
         like: an empty tensor of A's dtype and device.
-        generator: of the probes.
-        progress: whether to show a bar.
+        options: probes, seed, progress.
 
-    Source: Meyer, Musco, Musco and Woodruff (2021), Hutch++.
+    Raises:
+        ValueError: fewer than 2 probes.
+        NonFiniteError: NaN or infinity in a product.
+
+    Source: Meyer, Musco, Musco and Woodruff (2021), Hutch++: optimal stochastic trace estimation.
     """
+    probes, generator = options.probes or PROBES, options.generator(like.device)
     _require_probes(probes)
-    with Products(matvec, "hutch++", progress=progress) as products:
+    with Products(matvec, "hutch++", progress=options.progress) as products:
         Q = orthonormal(products(signs(n, probes, like, generator)))
         inside = (Q * products(Q)).double().sum()
         z = orthogonalised(signs(n, probes, like, generator), Q)[0]
@@ -146,74 +113,58 @@ def hutchpp(
         return Estimate(value.to(like), error.to(like), products.count, probes)
 
 
-def xtrace(
-    matvec: Matvec,
-    n: int,
-    probes: int,
-    like: Tensor,
-    *,
-    tol: float | None = None,
-    max_matvecs: int = 10_000,
-    generator: torch.Generator | None = None,
-    progress: bool = False,
-) -> Estimate:
-    r"""The mean over probes of the trace on the range of the others, and a sample of the rest.
+def xtrace(matvec: Matvec, n: int, like: Tensor, options: Probes) -> Estimate:
+    r"""The mean over probes of the trace on the range of the others, plus a sample of the rest.
 
     .. math:: \frac1m \sum_i \operatorname{tr} Q_i^T A Q_i + \tilde\omega_i^T A \tilde\omega_i,
         \quad \tilde\omega_i \propto (I - Q_i Q_i^T)\,\omega_i
 
-    with an orthonormal basis Q_i of the A omega_j, j other than i: every product serves both ends.
+    Q_i is an orthonormal basis of the A omega_j with j other than i. Each product serves both in a
+    basis and in a sample. A probe takes 2 products, and there are at most n / 2 probes.
 
     Args:
         matvec: v (n, k) to A v.
         n: the size of A.
-        probes: how many, from 2 to n / 2; 2 products each.
         like: an empty tensor of A's dtype and device.
-        tol: relative standard error to reach, by doubling the probes.
-        max_matvecs: at most so many products, with tol.
-        generator: of the probes.
-        progress: whether to show a bar.
+        options: probes, tol, max_matvecs, seed, progress.
+
+    Raises:
+        ValueError: fewer than 2 probes.
+        NonFiniteError: NaN or infinity in a product.
 
     Source: Epperly, Tropp and Webber (2024), XTrace: making the most of every sample in stochastic
         trace estimation.
     """
-    with Products(matvec, "xtrace", progress=progress) as products:
-        sketch = _Sketch(products, n, like, generator, gaussian=True)
+    with Products(matvec, "xtrace", progress=options.progress) as products:
+        sketch = _Sketch(products, n, like, options.generator(like.device), gaussian=True)
 
         def more(k: int) -> tuple[Tensor, Tensor]:
             sketch.grow(k)
             return _mean(_xtrace_samples(sketch).unsqueeze(0), False)
 
-        return _refined(more, products, min(probes, n // 2), 2, tol, min(max_matvecs, n), like)
+        probes = min(options.probes or PROBES, n // 2)
+        return _refined(more, products, probes, 2, _within(options, n), like)
 
 
-def xdiag(
-    matvec: Matvec,
-    n: int,
-    probes: int,
-    like: Tensor,
-    *,
-    tol: float | None = None,
-    max_matvecs: int = 10_000,
-    generator: torch.Generator | None = None,
-    progress: bool = False,
-) -> Estimate:
-    """The diagonal (n,) of a symmetric A: the exact one on a random range, and samples of the rest.
+def xdiag(matvec: Matvec, n: int, like: Tensor, options: Probes) -> Estimate:
+    """The diagonal (n,) of a symmetric A: exact on a random range, plus samples of the rest.
+
+    A probe takes 2 products, and there are at most n / 2 probes.
 
     Args:
         matvec: v (n, k) to A v.
         n: the size of A.
-        probes: how many, from 2 to n / 2; 2 products each.
         like: an empty tensor of A's dtype and device.
-        tol: relative standard error to reach, of the whole diagonal in the 2-norm.
-        max_matvecs: at most so many products, with tol.
-        generator: of the probes.
-        progress: whether to show a bar.
+        options: probes, tol (of the whole diagonal in the 2-norm), max_matvecs, seed, progress.
 
-    Source: Epperly, Tropp and Webber (2024), section 3.
+    Raises:
+        ValueError: fewer than 2 probes.
+        NonFiniteError: NaN or infinity in a product.
+
+    Source: Epperly, Tropp and Webber (2024), XTrace, section 3.
     """
-    with Products(matvec, "xdiag", progress=progress) as products:
-        sketch = _Sketch(products, n, like, generator, gaussian=False)
+    with Products(matvec, "xdiag", progress=options.progress) as products:
+        sketch = _Sketch(products, n, like, options.generator(like.device), gaussian=False)
 
         def more(k: int) -> tuple[Tensor, Tensor]:
             sketch.grow(k)
@@ -224,56 +175,48 @@ def xdiag(
             mean, error = _mean(samples, True)
             return fixed + mean, error
 
-        return _refined(more, products, min(probes, n // 2), 2, tol, min(max_matvecs, n), like)
+        probes = min(options.probes or PROBES, n // 2)
+        return _refined(more, products, probes, 2, _within(options, n), like)
 
 
 def quadrature_trace(
     matvec: Matvec,
     f: Callable[[Tensor], Tensor],
     n: int,
-    probes: int,
-    steps: int,
     like: Tensor,
+    options: Probes,
     *,
     what: str = "tr f(A)",
-    tol: float | None = None,
-    max_matvecs: int = 10_000,
-    reorthogonalize: bool = True,
-    generator: torch.Generator | None = None,
-    progress: bool = False,
 ) -> Estimate:
     """tr f(A) of a symmetric A by stochastic Lanczos quadrature.
 
-    The mean over random signs z of the Gauss quadrature of z.f(A) z. How far the quadrature is from
-    its limit is extrapolated from its values after a third, two thirds and all of the steps, which
-    are free; it stops early once that is below a tenth of the standard error.
+    The value is the mean over random signs z of the Gauss quadrature of z.f(A) z. Its bias is
+    extrapolated from the quadratures after a third, two thirds and all of the steps, which cost no
+    further product. A probe stops early if its bias is below a tenth of the standard error.
 
     Args:
         matvec: v (n, k) to A v.
         f: eigenvalues to their function, elementwise.
         n: the size of A.
-        probes: how many, at least 2.
-        steps: at most so many products for each.
         like: an empty tensor of A's dtype and device.
-        what: is estimated, for messages.
-        tol: relative standard error to reach, by doubling the probes.
-        max_matvecs: at most so many products, with tol.
-        reorthogonalize: whether every vector is held.
-        generator: of the probes.
-        progress: whether to show a bar.
+        options: probes, steps, tol, max_matvecs, seed, progress.
+        what: the name of the estimated quantity, for messages.
 
     Raises:
+        ValueError: fewer than 2 probes, or a matrix that is not symmetric.
         NotPositiveDefiniteError: f is not finite on the spectrum.
+        NonFiniteError: NaN or infinity in a product.
 
     Source: Ubaru, Chen and Saad (2017), Fast estimation of tr(f(A)) via stochastic Lanczos
         quadrature.
     """
     samples: list[Tensor] = []
     biases: list[float] = []
+    steps, generator = options.steps or STEPS, options.generator(like.device)
 
     def more(k: int) -> tuple[Tensor, Tensor]:
         z = signs(n, k, like, generator)
-        run = Lanczos(products, z, steps, reorthogonalize=reorthogonalize, method=what)
+        run = Lanczos(products, z, steps, reorthogonalize=True, method=what)
         try:
             while not run.finished:
                 run.step()
@@ -290,13 +233,13 @@ def quadrature_trace(
         biases.append(n * bias)
         return _mean(torch.cat(samples).unsqueeze(0), False)
 
-    with Products(matvec, what, progress=progress) as products:
-        found = _refined(more, products, probes, steps, tol, max_matvecs, like)
+    with Products(matvec, what, progress=options.progress) as products:
+        found = _refined(more, products, options.probes or QUADRATURES, steps, options, like)
     return replace(found, bias=max(biases))
 
 
 def _quadratures(run: Lanczos, f: Callable[[Tensor], Tensor], what: str) -> tuple[Tensor, float]:
-    """z.f(A) z / |z|^2 of each probe, and how far off their mean may be."""
+    """z.f(A) z / |z|^2 of each probe, and the bias of their mean."""
     means = []
     for steps in sorted({-(-run.steps // 3), -(-2 * run.steps // 3), run.steps}):
         nodes, weights = run.quadrature(steps)
@@ -322,11 +265,19 @@ def _refined(
     products: Products,
     probes: int,
     cost: int,
-    tol: float | None,
-    max_matvecs: int,
+    options: Probes,
     like: Tensor,
 ) -> Estimate:
-    """Double the probes until the standard error is small enough; keep what an interrupt leaves."""
+    """Double the probes until the standard error is small enough. An interrupt ends it early.
+
+    Args:
+        more: draws so many further probes; the mean over all probes, and its standard error.
+        products: counts the products.
+        probes: how many to draw first.
+        cost: products of one probe.
+        options: tol and max_matvecs.
+        like: an empty tensor of the dtype and device of the value.
+    """
     _require_probes(probes)
     done, more_probes = 0, probes
     found: Estimate | None = None
@@ -342,26 +293,32 @@ def _refined(
         if products.interrupted:
             return replace(found, interrupted=True)
         more_probes = done
+        tol = options.tol
         short = tol is not None and float(error.norm()) > tol * float(mean.norm())
-        if not short or products.count + cost * more_probes > max_matvecs:
+        if not short or products.count + cost * more_probes > options.max_matvecs:
             return found
+
+
+def _within(options: Probes, n: int) -> Probes:
+    """At most n products: these give the exact value."""
+    return replace(options, max_matvecs=min(options.max_matvecs, n))
 
 
 def _require_probes(probes: int) -> None:
     if probes < 2:
-        raise ValueError(f"expected at least 2 probes, which a standard error needs, got {probes}")
+        raise ValueError(f"expected at least 2 probes= for a standard error, got {probes}")
 
 
 class _Sketch:
-    """Probes W, an orthonormal basis Q of A W, and Z = A Q, growing without repeating products.
+    """Probes W, an orthonormal basis Q of A W, and Z = A Q; `grow` repeats no product.
 
     Attributes:
         probes: W (n, m).
         Q: (n, m).
         Z: A Q (n, m).
         R: Q^T A W (m, m), float64.
-        S: (m, m), float64: column i is the unit vector in Q's coordinates orthogonal to A w_j for
-            all j other than i.
+        S: (m, m), float64. Column i is a unit vector in Q's coordinates; it is orthogonal to A w_j
+            for all j other than i.
     """
 
     def __init__(
@@ -379,6 +336,7 @@ class _Sketch:
         self._images = empty
 
     def grow(self, k: int) -> None:
+        """Add k probes: 2 k products."""
         n = len(self.probes)
         if self._gaussian:
             like = self.probes

@@ -25,8 +25,8 @@ def matrix_function(
 ) -> KrylovResult:
     """f(A) v for a symmetric A, as |v| V f(T) e_1 with the Lanczos vectors V of v.
 
-    It ends when the last tenth of the steps has changed it by less than the tolerance. All vectors
-    are held.
+    It ends when the last tenth of the steps has changed the result by less than the tolerance. All
+    Lanczos vectors are held.
 
     Args:
         matvec: v (n, k) to A v.
@@ -34,7 +34,7 @@ def matrix_function(
         v: (n, k).
         tol: relative change to reach; 1e-6 in float32, 1e-10 in float64.
         max_steps: at most so many; by default n, at most 500.
-        progress: whether to show a bar.
+        progress: whether to show a progress bar.
 
     Returns:
         x = f(A) v, with the relative change of each column as `residual`.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import NotPositiveDefiniteError
 from .krylov import Matvec, norms
-from .subspace import require_symmetric
+from .subspace import orthogonalised, require_symmetric
 
 __all__ = ["Lanczos", "evaluated"]
 
@@ -17,16 +17,17 @@ __all__ = ["Lanczos", "evaluated"]
 class Lanczos:
     """For each column v of a start, orthonormal V_m with V_m e_1 = v / |v| and V_m^T A V_m = T_m.
 
-    Columns are independent, and multiplied together. One that has found an invariant subspace stays
-    as it is. Reorthogonalised in full, it holds every vector; else three, and eigenvalues may come
-    several times, with weights that add up (Greenbaum 1989): quadrature is as good.
+    Columns are independent, and multiplied together. A column that has found an invariant subspace
+    stays as it is. With reorthogonalisation every vector is held. Otherwise three are held; then
+    eigenvalues may come several times, with weights that add up, and the quadrature is as good
+    (Greenbaum 1989).
 
     Args:
         matvec: v (n, k) to A v, A symmetric.
         start: (n, k).
         steps: at most so many.
         reorthogonalize: whether to hold every vector.
-        method: what uses it, for messages.
+        method: the method that uses it, for messages.
 
     Attributes:
         steps: how many were done.
@@ -59,7 +60,11 @@ class Lanczos:
         return self.steps >= self.capacity or not bool(self.live.any())
 
     def step(self) -> None:
-        """One product, and one more row of every T."""
+        """Make one product, and with it one more row of every T.
+
+        Raises:
+            ValueError: A is not symmetric.
+        """
         j, v = self.steps, self._v
         w = self._matvec(v)
         alpha = (v * w).sum(0)
@@ -72,13 +77,12 @@ class Lanczos:
         self._basis[:, j % self._basis.shape[1]] = v.mT
         w = w - alpha * v - beta * previous
         if self._full:
-            basis = self._basis[:, : j + 1]
-            for _ in range(2):
-                inside = basis @ w.mT.unsqueeze(-1)  # (k, j, n), (k, n, 1) -> (k, j, 1)
-                w = w - (basis.mT @ inside).squeeze(-1).mT
+            bases = self._basis[:, : j + 1].mT.unbind()  # k of (n, j)
+            each = zip(w.split(1, dim=1), bases, strict=True)
+            w = torch.cat([orthogonalised(column, basis)[0] for column, basis in each], 1)
         beta = norms(w).squeeze(0)
-        limit = 10 * torch.finfo(w.dtype).eps * len(w) ** 0.5 * torch.maximum(self._norm, beta)
-        # past its end a column gets a diagonal that its T does not see
+        limit = 10 * torch.finfo(w.dtype).eps * torch.maximum(self._norm, beta)
+        # a column that has ended gets a diagonal that is apart from its T
         self._alphas.append(torch.where(self.live, alpha, self._alphas[0] if j else alpha))
         self.live = self.live & (beta > limit)
         beta = torch.where(self.live, beta, 0.0)
@@ -87,7 +91,7 @@ class Lanczos:
         self.steps = j + 1
 
     def tridiagonal(self, steps: int | None = None) -> Tensor:
-        """T (k, m, m) after all steps, or only so many; in float64, on the CPU."""
+        """T (k, m, m) after so many steps, by default all; in float64, on the CPU."""
         m = self.steps if steps is None else steps
         alphas = torch.stack(self._alphas[:m]).double().cpu()  # (m, k)
         T = torch.diag_embed(alphas.mT)
@@ -127,7 +131,15 @@ def evaluated(
     dtype: torch.dtype,
     what: str,
 ) -> Tensor:
-    """f at nodes that have a weight; a node that is zero up to rounding is taken as zero.
+    """f at the nodes that have a weight. A node that is zero up to rounding counts as zero.
+
+    Args:
+        f: eigenvalues to their function, elementwise.
+        nodes: eigenvalues.
+        weights: their weights, in the same shape; f is not read at a weight of 0.
+        norm: |A|; rounding is 100 eps |A|.
+        dtype: the dtype of the products, which eps is of.
+        what: the name of the quantity, for messages.
 
     Raises:
         NotPositiveDefiniteError: f is not finite at an eigenvalue.
@@ -139,7 +151,7 @@ def evaluated(
         worst = float(nodes[~values.isfinite()].min())
         near = " (up to rounding)" if worst == 0 else ""
         raise NotPositiveDefiniteError(
-            f"{what}: the function is not finite at {worst:.3g}{near}, which is in the matrix's "
-            "spectrum; add damping with F.damped(...)"
+            f"{what}: the function is not finite at {worst:.3g}{near}, an eigenvalue of A: "
+            "add damping with F.damped(...)"
         )
     return values

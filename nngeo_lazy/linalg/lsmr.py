@@ -35,18 +35,18 @@ def lsmr(
 ) -> KrylovResult:
     """The x that minimises |A x - b|^2 + damping |x|^2: (A^T A + damping) x = A^T b.
 
-    From x0 = 0 it is the one of least norm where several minimise. Each iteration takes one product
-    with A and one with A^T. Columns, scales and restarts are those of `cg`; the residual is that of
-    the normal equations, |A^T (b - A x) - damping x| / |A^T b|.
+    If several x minimise, the start x0 = 0 gives the one of least norm. Each iteration takes one
+    product with A and one with A^T. Columns, scales and restarts are those of `cg`. The residual is
+    that of the normal equations, |A^T (b - A x) - damping x| / |A^T b|.
 
     Args:
         matvec: v (n, k) to A v (m, k).
         rmatvec: u (m, k) to A^T u (n, k).
         b: the right-hand sides (m, k).
-        damping: added to A^T A, and not squared.
+        damping: a number in the units of A^T A; it is not squared.
         tol: relative residual to reach; 1e-6 in float32, 1e-10 in float64.
         max_iter: at most so many iterations; by default 10 times the smaller side, at least 100.
-        x0: where to start (n, k); zero by default.
+        x0: the start (n, k); by default zero.
 
     Raises:
         NotPositiveDefiniteError: negative damping.
@@ -62,7 +62,9 @@ def lsmr(
         Fong and Saunders (2011), LSMR: An iterative algorithm for sparse least-squares problems.
     """
     if not damping >= 0:
-        raise NotPositiveDefiniteError(f"expected damping >= 0, got {damping}")
+        raise NotPositiveDefiniteError(
+            f"expected damping >= 0 for least squares, got {damping}: take one that is not negative"
+        )
     tol = default_tolerance(b.dtype) if tol is None else tol
     unit, sizes = scaled(b, _METHOD)
     m, root = b.shape[0], damping**0.5
@@ -99,8 +101,8 @@ def _descend(
 ) -> tuple[Tensor, int]:
     """LSMR from zero, until |A^T r| of every column is at most its target (1, k).
 
-    Golub-Kahan bidiagonalisation, and two rotations a step: those of LSQR, and those that make
-    |A^T r| fall in every step.
+    Each step has a Golub-Kahan bidiagonalisation and two rotations: that of LSQR, and one that
+    makes |A^T r| fall.
     """
     eps = torch.finfo(b.dtype).eps
     size = beta = norms(b)

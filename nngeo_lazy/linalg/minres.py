@@ -7,8 +7,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..errors import NonFiniteError, NotPositiveDefiniteError
+from ..errors import NonFiniteError
 from .krylov import (
+    IndefinitePreconditionerError,
     KrylovResult,
     Matvec,
     default_tolerance,
@@ -21,7 +22,7 @@ from .krylov import (
 __all__ = ["minres"]
 
 _METHOD = "minimal residuals"
-_PATIENCE = 20  # iterations, and once more those until then, before a null vector is taken for one
+_PATIENCE = 20  # with those done so far: iterations to wait before r counts as a null vector
 
 
 def minres(
@@ -35,8 +36,8 @@ def minres(
 ) -> KrylovResult:
     """Solve A x = b for a symmetric A, indefinite or not, to a relative residual.
 
-    The residual never grows, in the norm of the preconditioner. Columns, scales, restarts and
-    arguments are those of `cg`; the preconditioner must be positive definite, A need not.
+    The residual never grows, in the norm of the preconditioner. Columns, scales and restarts are
+    those of `cg`. The preconditioner must be positive definite, A need not be.
 
     Args:
         matvec: v (n, k) to A v (n, k).
@@ -44,7 +45,7 @@ def minres(
         tol: relative residual to reach; 1e-6 in float32, 1e-10 in float64.
         max_iter: at most so many products with A; by default 10 n, at least 100.
         preconditioner: r (n, k) to M^-1 r, M positive definite and near |A|.
-        x0: where to start (n, k); zero by default.
+        x0: the start (n, k); by default zero.
 
     Raises:
         NotPositiveDefiniteError: the preconditioner is not positive definite.
@@ -87,13 +88,13 @@ def _descend(
 ) -> tuple[Tensor, int]:
     """MINRES from zero for the right-hand sides b, to residuals of size tol.
 
-    Lanczos vectors v with beta v_{k+1} = A v_k - alpha v_k - beta v_{k-1}, and a QR factorisation
-    of their tridiagonal matrix by one rotation (c, s) a step. `largest` (1, k), the size of A as
-    far as it is known, is kept from one call to the next.
+    The Lanczos vectors v satisfy beta v_{k+1} = A v_k - alpha v_k - beta v_{k-1}. One rotation
+    (c, s) a step makes a QR factorisation of their tridiagonal matrix. `largest` (1, k) is a lower
+    bound of |A| that is kept from one call to the next.
 
-    Where |A r| falls below sqrt(eps) |A| |r|, r may be in the null space, and going on would then
-    add null vectors without bound. So x is kept from there, and given back unless the residual soon
-    falls by half.
+    If |A r| falls below sqrt(eps) |A| |r|, r may be in the null space. Further steps would then add
+    null vectors without bound. So this x is held, and returned unless the residual soon falls by
+    half.
     """
     eps = torch.finfo(b.dtype).eps
     tol = max(tol, eps / 100)  # below rounding the recurrence means nothing
@@ -102,14 +103,14 @@ def _descend(
     r_old, r = torch.zeros_like(b), b
     y = r if preconditioner is None else preconditioner(r)
     beta = _root(r, y, live, first=True)
-    residual, size = b, norms(b)  # phi is the size in M^-1's norm, which tells little of the plain
+    residual, size = b, norms(b)  # phi is the size in the norm of M^-1
     phi = torch.where(live, beta, 0.0)
     one, zero = torch.ones_like(beta), torch.zeros_like(beta)
     c, s, beta_old, delta, epsilon = -one, zero, zero, zero, zero
     x, w, w_old = torch.zeros_like(b), torch.zeros_like(b), torch.zeros_like(b)
     held, kept, size_kept, since = torch.zeros_like(live), x, zero, zero
     least = torch.full_like(one, torch.inf)
-    plain = zero  # the size of A where `largest` is that of M^-1/2 A M^-1/2
+    plain = zero  # a lower bound of |A|; `largest` is one of |M^-1/2 A M^-1/2|
     for iteration in range(max_iter):
         if not bool(live.any()):
             return torch.where(held, kept, x), iteration
@@ -146,9 +147,9 @@ def _descend(
         w_old, w = w, w_new
         delta, epsilon = delta_new, epsilon_new
         falls = size <= torch.where(size_kept / 2 > tol, size_kept / 2, tol)
-        true = eps * plain * norms(x - kept) <= size_kept / 10  # else it may be rounding that fell
+        true = eps * plain * norms(x - kept) <= size_kept / 10  # else only rounding fell
         held = held & ~(live & falls & true)
-        # a first step along a null vector is known as one when the size of A is
+        # a first step along a null vector shows as one once |A| is known
         least = torch.where(live & usable, torch.minimum(least, gamma), least)
         held = held | (least <= 10 * eps * largest)
         live = live & (least > 10 * eps * largest)
@@ -166,10 +167,10 @@ def _root(r: Tensor, y: Tensor, live: Tensor, *, first: bool = False) -> Tensor:
     rounding = -torch.finfo(r.dtype).eps * norms(r) * norms(y)
     negative = square <= 0 if first else square < rounding  # later, r may be zero
     if bool(negative[live].any()):
-        raise NotPositiveDefiniteError(
-            f"{_METHOD}: the preconditioner is not positive definite (a vector met on the way has "
-            f"r.M^-1 r = {float(inside.min()):.3g}): pass one that is, such as a damped 'kfac' or "
-            "'diagonal', or none"
+        raise IndefinitePreconditionerError(
+            f"{_METHOD}: the preconditioner is not positive definite (for one vector, r.M^-1 r = "
+            f"{float(inside.min()):.3g}): pass one that is, such as a damped 'kfac' or 'diagonal', "
+            "or none"
         )
     return torch.where(live, square.clamp_min(0).sqrt(), 0.0)
 

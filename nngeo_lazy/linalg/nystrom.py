@@ -26,8 +26,8 @@ def nystrom(
 
     .. math:: A \approx (A \Omega) (\Omega^T A \Omega)^+ (A \Omega)^T = U \Lambda U^T
 
-    with a random orthonormal test matrix Omega (n, rank): positive semidefinite, below A, and exact
-    where A has no larger rank.
+    with a random orthonormal test matrix Omega (n, rank). The approximation is positive
+    semidefinite and not above A. It is exact if the rank of A is not larger.
 
     Args:
         matmat: V (n, k) to A V, A symmetric positive semidefinite.
@@ -39,10 +39,10 @@ def nystrom(
         chunk: at most so many columns in one product; by default all at once.
 
     Returns:
-        U with orthonormal columns, and the eigenvalues, falling, none negative.
+        U with orthonormal columns, and the eigenvalues, falling and not negative.
 
     Raises:
-        ValueError: a rank outside 1 to n.
+        ValueError: the rank is outside 1 to n.
         NotPositiveDefiniteError: A has a direction of negative curvature.
         NonFiniteError: NaN or infinity in a product with A.
 
@@ -73,7 +73,7 @@ def nystrom(
     y = y + shift * test.double()
     core = core + shift * torch.eye(rank, dtype=y.dtype, device=y.device)
     factor, failed = torch.linalg.cholesky_ex(core)
-    if bool(failed):  # by rounding alone: what is not positive carries nothing
+    if bool(failed):  # by rounding alone: drop the directions that are not positive
         kept, vectors = torch.linalg.eigh(core)
         root = (y @ vectors) * torch.where(kept > shift / 10, kept, torch.inf).rsqrt()
     else:

@@ -18,12 +18,12 @@ class Products:
 
     Args:
         matvec: v (n, k) to A v.
-        method: what uses it, for messages.
-        progress: whether to show a bar.
+        method: the method that uses it, for messages.
+        progress: whether to show a progress bar.
 
     Attributes:
         count: how many columns have been multiplied.
-        interrupted: whether the user has stopped what it is used for, which keeps what it has.
+        interrupted: whether the user has stopped the method, which then returns what it has.
     """
 
     def __init__(self, matvec: Matvec, method: str, *, progress: bool = False) -> None:
@@ -32,15 +32,28 @@ class Products:
         self._bar = tqdm(desc=method, unit=" products", disable=not progress, leave=False)
 
     def __call__(self, v: Tensor) -> Tensor:
+        """A v (n, k).
+
+        Raises:
+            NonFiniteError: NaN or infinity in it.
+        """
         return self.through(self._matvec, v)
 
     def through(self, matvec: Matvec, v: Tensor) -> Tensor:
-        """A product with another matrix, such as the transpose, counted alike."""
+        """A product with another matrix, such as the transpose. It counts as one with A.
+
+        Args:
+            matvec: v (n, k) to B v.
+            v: the vectors (n, k).
+
+        Raises:
+            NonFiniteError: NaN or infinity in the product.
+        """
         product = matvec(v)
         self.count += v.shape[1]
         if not bool(norms(product).isfinite().all()):
             raise NonFiniteError(
-                f"{self._method}: NaN or infinity in product {self.count}: look for it in the "
+                f"{self._method}: NaN or infinity in product {self.count}: look for NaN in the "
                 "parameters, the data and the matrix"
             )
         self._bar.update(v.shape[1])

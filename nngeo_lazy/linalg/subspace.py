@@ -1,22 +1,51 @@
-"""Orthonormal blocks, and the check that comes with them."""
+"""Orthonormal blocks, and the options of the searches that hold them."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["orthogonalised", "orthonormal", "random_block", "require_symmetric"]
+from .krylov import seeded
+
+__all__ = ["Search", "inner", "orthogonalised", "orthonormal", "random_block", "require_symmetric"]
+
+_CHUNK = 4096  # rows whose products are added up one after the other
 
 
-def random_block(
-    n: int,
-    b: int,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    generator: torch.Generator | None,
-) -> Tensor:
-    """Normal numbers (n, b)."""
-    return torch.randn(n, b, dtype=dtype, device=device, generator=generator)
+@dataclass(frozen=True)
+class Search:
+    """How a search for eigenvectors or singular vectors is made.
+
+    Attributes:
+        tol: relative residual to reach; by default 1e-6 in float32, 1e-10 in float64.
+        subspace: how many vectors are held; by default max(2 k, k + 30), and for eigenvectors two
+            blocks more.
+        start: vectors to start from (n,) or (n, j), such as earlier ones. They are added up to as
+            many as a block has.
+        max_matvecs: at most so many products before the residuals are computed; by default 10
+            products for each row, for singular values 20 for each of the smaller side, at least
+            1,000.
+        seed: of the random start; by default it comes from torch's global generator.
+        progress: whether to show a progress bar.
+    """
+
+    tol: float | None = None
+    subspace: int | None = None
+    start: Tensor | None = None
+    max_matvecs: int | None = None
+    seed: int | None = None
+    progress: bool = False
+
+    def generator(self, device: torch.device) -> torch.Generator | None:
+        """A new generator with the seed; None, torch's global one, without a seed."""
+        return seeded(self.seed, device)
+
+
+def random_block(n: int, b: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Normal numbers (n, b), of the dtype and on the device of `like`."""
+    return torch.randn(n, b, dtype=like.dtype, device=like.device, generator=generator)
 
 
 def orthonormal(block: Tensor) -> Tensor:
@@ -25,35 +54,52 @@ def orthonormal(block: Tensor) -> Tensor:
     return basis
 
 
+def inner(X: Tensor, Y: Tensor) -> Tensor:
+    """X^T Y (a, b) for X (n, a) and Y (n, b), in float32 added up in chunks of rows.
+
+    A product adds up its n terms one after the other on some devices. For a million float32 terms
+    that loses four of seven digits, and vectors from it are not orthogonal.
+    """
+    whole = len(X) // _CHUNK * _CHUNK
+    if whole == 0 or X.dtype == torch.float64:
+        return X.mT @ Y
+    x, y = (v[:whole].unflatten(0, (-1, _CHUNK)) for v in (X, Y))
+    total: Tensor = (x.mT @ y).sum(0) + X[whole:].mT @ Y[whole:]
+    return total
+
+
 def orthogonalised(W: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """The part of W (n, b) orthogonal to a basis (n, m), and its coefficients (m, b) inside.
 
-    Twice is enough (Parlett 1980).
+    Two passes are enough (Parlett 1980).
     """
-    inside = basis.mT @ W
+    inside = inner(basis, W)
     W = W - basis @ inside
-    again = basis.mT @ W
+    again = inner(basis, W)
     return W - basis @ again, inside + again
 
 
 def require_symmetric(
     inside: Tensor, coupling: Tensor, corner: Tensor, norm: float, dtype: torch.dtype, method: str
 ) -> None:
-    """Raise where V^T (A Q) is not (A V)^T Q, which costs no product.
+    """Raise if V^T (A Q) is not (A V)^T Q. This costs no product.
 
     Args:
-        inside: V^T A Q.
-        coupling: what symmetry makes of it.
+        inside: V^T (A Q).
+        coupling: (A V)^T Q.
         corner: Q^T A Q.
-        norm: |A|, from below.
-        dtype: that the products were made in.
-        method: what uses it, for messages.
+        norm: a lower bound of |A|.
+        dtype: the dtype of the products.
+        method: the method that uses them, for messages.
+
+    Raises:
+        ValueError: the matrix is not symmetric.
     """
     largest = float((corner - corner.mT).abs().max())
     if inside.numel():
         largest = max(largest, float((inside - coupling).abs().max()))
     if largest > (1e-6 if dtype == torch.float64 else 1e-2) * norm:
         raise ValueError(
-            f"{method} needs a symmetric matrix: here u.Av and Au.v differ by {largest:.2g}, of "
-            f"|A| = {norm:.2g}. For another one take svds, or A^T A"
+            f"{method} needs a symmetric matrix: here u.Av and Au.v differ by {largest:.2g}, with "
+            f"|A| = {norm:.2g}: take svds, or A^T A"
         )

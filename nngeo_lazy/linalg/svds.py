@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .krylov import Matvec, default_tolerance
+from .krylov import Matvec, default_tolerance, norms
 from .products import Products
-from .subspace import orthogonalised, orthonormal, random_block
+from .subspace import Search, orthogonalised, orthonormal, random_block
 
 __all__ = ["Triplets", "svds"]
 
@@ -22,7 +22,8 @@ class Triplets:
         left: orthonormal left singular vectors (m, k).
         values: singular values (k,), ascending.
         right: orthonormal right singular vectors (n, k).
-        residuals: (|A v - s u|^2 + |A^T u - s v|^2)^(1/2) (k,); true ones, unless interrupted.
+        residuals: (|A v - s u|^2 + |A^T u - s v|^2)^(1/2) (k,), from further products; after an
+            interrupt, as estimated by the iteration.
         matvecs: how many products with A and A^T were made.
         converged: whether all residuals are within the tolerance.
         interrupted: whether the user stopped it.
@@ -42,40 +43,26 @@ def svds(
     rmatvec: Matvec,
     shape: tuple[int, int],
     k: int,
-    *,
-    dtype: torch.dtype,
-    device: torch.device | str = "cpu",
-    tol: float | None = None,
-    subspace: int | None = None,
-    start: Tensor | None = None,
-    max_matvecs: int | None = None,
-    generator: torch.Generator | None = None,
-    progress: bool = False,
+    like: Tensor,
+    options: Search,
 ) -> Triplets:
     """The k largest singular values of A (m, n), and their vectors.
 
-    Golub-Kahan bidiagonalisation with full reorthogonalisation of both sides, restarted with its
-    best Ritz vectors; it never squares A, so that small values keep their digits.
+    This is Golub-Kahan bidiagonalisation with full reorthogonalisation of both sides, restarted
+    with its best Ritz vectors. It does not square A, so that small values keep their digits.
 
     Args:
         matvec: v (n, b) to A v.
         rmatvec: u (m, b) to A^T u.
         shape: (m, n).
         k: how many, from 1 to the smaller side.
-        dtype: of A.
-        device: of A.
-        tol: residual to reach, as a multiple of the largest value; 1e-6 in float32, 1e-10 in
-            float64.
-        subspace: how many vectors are held on each side; by default max(2 k, k + 30).
-        start: a vector (n,) or vectors (n, j), which are added up, such as right vectors from
-            earlier.
-        max_matvecs: at most so many products before the residuals are computed; by default 20 times
-            the smaller side, at least 1,000.
-        generator: of the start.
-        progress: whether to show a bar.
+        like: an empty tensor of A's dtype and device.
+        options: the tolerance is a multiple of the largest singular value, the subspace is held on
+            each side, and the start has right vectors.
 
     Raises:
-        ValueError: k outside 1 to the smaller side, or a subspace that does not hold k + 2.
+        ValueError: k is outside 1 to the smaller side, the subspace does not hold k + 2 vectors, or
+            the products are not those of A and A^T.
         NonFiniteError: NaN or infinity in a product.
 
     Source: Baglama and Reichel (2005), Augmented implicitly restarted Lanczos bidiagonalization
@@ -85,21 +72,23 @@ def svds(
     side = min(m, n)
     if not 1 <= k <= side:
         raise ValueError(f"expected k from 1 to {side}, the smaller side of {m} x {n}, got {k}")
-    subspace = max(2 * k, k + 30) if subspace is None else subspace
+    subspace = max(2 * k, k + 30) if options.subspace is None else options.subspace
     if subspace < min(k + 2, side):
         raise ValueError(f"expected a subspace of at least k + 2 = {k + 2} vectors, got {subspace}")
+    start = options.start
     if start is not None and start.dim() == 2:
         start = (start / torch.linalg.vector_norm(start, dim=0)).sum(1)
-    with Products(matvec, "svds", progress=progress) as products:
+    generator = options.generator(like.device)
+    with Products(matvec, "svds", progress=options.progress) as products:
         if m < n:  # the recurrence ends by itself on the smaller side
             first = None if start is None else products(start.unsqueeze(1))
             run = _GolubKahan(products, rmatvec, matvec, (n, m), min(subspace, side), generator)
         else:
             first = None if start is None else start.unsqueeze(1)
             run = _GolubKahan(products, matvec, rmatvec, (m, n), min(subspace, side), generator)
-        run.begin(dtype, device, first)
-        tol = default_tolerance(dtype) if tol is None else tol
-        most = max(20 * side, 1000) if max_matvecs is None else max_matvecs
+        run.begin(like, first)
+        tol = default_tolerance(like.dtype) if options.tol is None else options.tol
+        most = max(20 * side, 1000) if options.max_matvecs is None else options.max_matvecs
         interrupted = False
         try:
             run.until_converged(k, tol, most)
@@ -130,19 +119,19 @@ class _GolubKahan:
         self.size = 0
         self.norm = 0.0
 
-    def begin(self, dtype: torch.dtype, device: torch.device | str, start: Tensor | None) -> None:
+    def begin(self, like: Tensor, start: Tensor | None) -> None:
         """Begin with a vector (n, 1), or a random one."""
         (m, n), capacity = self._shape, self._capacity
-        self._U = torch.empty(capacity, m, dtype=dtype, device=device)
-        self._V = torch.empty(capacity, n, dtype=dtype, device=device)
+        self._U, self._V = like.new_empty(capacity, m), like.new_empty(capacity, n)
         if start is None:
-            start = random_block(n, 1, dtype, device, self._generator)
-        size = float(torch.linalg.vector_norm(start))
+            start = random_block(n, 1, like, self._generator)
+        size = float(norms(start))
         if not 0 < size < float("inf"):
             raise ValueError("expected start to have finite columns, not zero")
         self._q = start / size
 
     def until_converged(self, k: int, tol: float, most: int) -> None:
+        """Expand and restart until k triplets have converged, or `most` products were made."""
         while True:
             self._expand()
             full = self.size == self._capacity
@@ -160,7 +149,7 @@ class _GolubKahan:
                 self._restart(left, values, right, min(kept, self._capacity - 2))
 
     def result(self, k: int, interrupted: bool, tol: float) -> Triplets:
-        """The best k of what is there, ascending; with two more products each, unless hurried."""
+        """The k largest triplets so far, ascending. Their residuals take two more products each."""
         left, values, right = self._small()
         k = min(k, self.size)
         u = self._U[: self.size].mT @ left[:, :k].flip(1).to(self._U)
@@ -171,9 +160,7 @@ class _GolubKahan:
         else:
             forth = self._products.through(self._matvec, v) - u * s
             back = self._products.through(self._rmatvec, u) - v * s
-            residuals = torch.hypot(
-                torch.linalg.vector_norm(forth, dim=0), torch.linalg.vector_norm(back, dim=0)
-            )
+            residuals = torch.hypot(norms(forth), norms(back)).squeeze(0)
         eps = torch.finfo(u.dtype).eps
         limit = max(tol, 10 * eps) * s[-1]
         converged = not interrupted and bool((residuals <= limit).all())
@@ -200,11 +187,11 @@ class _GolubKahan:
 
     def _unit(self, w: Tensor, basis: Tensor) -> tuple[Tensor, float]:
         """A unit vector orthogonal to the basis, and how long w was; random after a breakdown."""
-        size = float(torch.linalg.vector_norm(w))
+        size = float(norms(w))
         self.norm = max(self.norm, size)
-        if size > 10 * torch.finfo(w.dtype).eps * len(w) ** 0.5 * self.norm:
+        if size > 10 * torch.finfo(w.dtype).eps * self.norm:
             return w / size, size
-        fresh = random_block(len(w), 1, w.dtype, w.device, self._generator)
+        fresh = random_block(len(w), 1, w, self._generator)
         fresh = orthonormal(orthogonalised(fresh, basis)[0])
         return orthonormal(orthogonalised(fresh, basis)[0]), 0.0
 
@@ -215,7 +202,7 @@ class _GolubKahan:
         if error > (1e-6 if inside.dtype == torch.float64 else 1e-2) * self.norm:
             raise ValueError(
                 f"svds needs products with A and with its transpose: here u.(A v) and (A^T u).v "
-                f"differ by {error:.2g}, of |A| = {self.norm:.2g}"
+                f"differ by {error:.2g}, with |A| = {self.norm:.2g}: correct one of the products"
             )
 
     def _restart(self, left: Tensor, values: Tensor, right: Tensor, kept: int) -> None:

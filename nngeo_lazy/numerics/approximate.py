@@ -32,26 +32,28 @@ def low_rank(
 
     .. math:: A \approx U \Lambda U^T + D \qquad\text{or}\qquad U \Lambda U^T + c\,(I - U U^T)
 
-    with the eigenpairs of largest magnitude. As a preconditioner (`F.solve(g, damping=d,
-    preconditioner=low)`), or for a posterior (`low.inverse(damping=d).sample(n)`).
+    with the eigenpairs (Lambda, U) of largest magnitude. It serves as a preconditioner
+    (`F.solve(g, damping=d, preconditioner=low)`) or as a posterior
+    (`low.inverse(damping=d).sample(n)`).
 
     Args:
-        A: a symmetric operator, a tensor, or whatever `aslinearoperator` takes.
-        rank: how many eigenpairs.
-        method: "lanczos" (the best of that rank, of any signs), or "nystrom" (one product with
-            `rank` columns; positive semidefinite).
-        rest: of the spectrum: "zero"; "constant", the mean c of the other eigenvalues, so that the
-            trace is that of A; or "diagonal", a D by which the diagonal is. Neither is negative.
-            Where the trace or the diagonal is no closed form it is an estimate.
-        tol: of the eigenpairs, as of `eigsh`.
-        seed: of what is random; by default from torch's global generator.
-        progress: whether to show a bar.
+        A: a symmetric operator (P x P), a tensor, or anything that `aslinearoperator` takes.
+        rank: how many eigenpairs, from 1 to P.
+        method: "lanczos" gives the best approximation of that rank, with eigenvalues of any sign.
+            "nystrom" takes one product with `rank` columns; A must be positive semidefinite.
+        rest: what stands for the other eigenvalues. "zero": D = 0. "constant": their mean c, so
+            that the trace is that of A. "diagonal": a D that gives the diagonal of A. Neither c nor
+            D is negative. If the structure knows no trace or diagonal, it is estimated.
+        tol: relative residual of the eigenpairs, as of `eigsh`.
+        seed: of the random vectors; by default they come from torch's global generator.
+        progress: whether to show a progress bar.
 
     Returns:
-        The operator, over the parameters that A is over.
+        The operator (P x P), over the parameters of A.
 
     Raises:
-        ValueError: an unknown method or rest, or a rank outside of 1 to the size of A.
+        ValueError: the method, the rest or the rank is out of range, or A is not symmetric.
+        NotPositiveDefiniteError: A has negative curvature, with "nystrom".
 
     Example:
         >>> A = torch.diag(torch.tensor([9.0, 2.0, 1.0]))
@@ -69,7 +71,7 @@ def low_rank(
         low = nystrom(operator, rank, seed=seed)
     else:
         values, vectors = eigsh(operator, rank, "LM", tol=tol, seed=seed, progress=progress)
-        info = operator.info.plain().altered()
+        info = operator.info.altered()
         low = LowRankLinearOperator(vectors.flip(1), values.flip(0), info=info)
     if rest == "zero" or rank == operator.shape[-1]:
         return low
@@ -83,24 +85,25 @@ def low_rank(
 
 
 def nystrom(A: Any, rank: int, *, seed: int | None = None) -> LowRankLinearOperator:
-    r"""A randomised low-rank approximation of a positive semidefinite operator.
+    r"""A low-rank approximation of a positive semidefinite operator, from random vectors.
 
     .. math:: A \approx (A \Omega) (\Omega^T A \Omega)^+ (A \Omega)^T = U \Lambda U^T
 
-    with a random orthonormal Omega (P, rank), from one product with `rank` columns. As a
-    preconditioner of A + d I, which it then damps alike, its rank should be near twice the
-    effective dimension sum e / (e + d): `F.solve(g, damping=d, preconditioner=ng.nystrom(F, 50))`.
+    with a random orthonormal Omega (P, rank), from one product with `rank` columns. For a
+    preconditioner of A + d I, take a rank of about twice the effective dimension
+    sum_i e_i / (e_i + d): `F.solve(g, damping=d, preconditioner=ng.nystrom(F, 50))`.
 
     Args:
-        A: a positive semidefinite operator, a tensor, or whatever `aslinearoperator` takes.
-        rank: how many directions, at most the size of A.
-        seed: of Omega; by default from torch's global generator.
+        A: a positive semidefinite operator (P x P), a tensor, or anything that `aslinearoperator`
+            takes.
+        rank: how many directions, from 1 to P.
+        seed: of Omega; by default it comes from torch's global generator.
 
     Returns:
-        The low-rank operator, over the parameters that A is over.
+        The low-rank operator (P x P), over the parameters of A.
 
     Raises:
-        ValueError: a rank outside of 1 to the size of A.
+        ValueError: the rank is out of range.
         NotPositiveDefiniteError: A has a direction of negative curvature.
 
     Example:
@@ -121,4 +124,4 @@ def nystrom(A: Any, rank: int, *, seed: int | None = None) -> LowRankLinearOpera
             device=operator.device,
             generator=seeded(seed, operator.device),
         )
-    return LowRankLinearOperator(basis, values, info=operator.info.plain().altered())
+    return LowRankLinearOperator(basis, values, info=operator.info.altered())

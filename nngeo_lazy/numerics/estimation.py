@@ -1,40 +1,46 @@
-"""Traces, diagonals and log-determinants of any linear operator, exact or with their error."""
+"""Traces, diagonals and log-determinants of any linear operator, each with its error."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from .. import linalg
-from ..errors import EstimateWarning, NotPositiveDefiniteError, UnsupportedLayerError
-from ..linalg import Estimate
-from ..linalg.estimates import MIN_STEPS
+from ..errors import NotPositiveDefiniteError, UnsupportedLayerError
+from ..linalg import Estimate, Probes
+from ..linalg.estimates import MIN_STEPS, PROBES, QUADRATURES, STEPS
 from ..operators.base import BaseLinearOperator
 from ..operators.convert import aslinearoperator
-from ..operators.dense import DenseLinearOperator
-from ..operators.lazy import closed_forms_only, require_products
-from ..operators.primitives import Krylov, seeded
-from ..operators.vectors import VectorLike, columns, flattened
-from ..operators.warn import falls_short, warn, warn_of_estimate, warn_unless_converged
-from .spectra import require_symmetric_operator
+from ..operators.lazy import closed_forms_only
+from ..operators.warn import falls_short, warn_of_estimate
+from .functions import Function, evaluated
+from .spectra import _like, require_symmetric_operator
 
-__all__ = [
-    "diagonal",
-    "effective_dimension",
-    "estimated_logdet",
-    "logdet",
-    "matrix_function",
-    "trace",
-]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-Function: TypeAlias = Callable[[Tensor], Tensor]
+__all__ = ["diagonal", "effective_dimension", "logdet", "trace"]
 
-PROBES = 10  # of a quadrature, by default
 TRACES = ("auto", "exact", "hutchinson", "hutch++", "xtrace", "slq")
 DIAGONALS = ("auto", "exact", "hutchinson", "xdiag")
+FUNCTIONS = ("auto", "exact", "slq")
+
+
+class DiagonalOptions(TypedDict, total=False):
+    """Keywords of `diagonal` that are fields of `Probes`."""
+
+    tol: float | None
+    max_matvecs: int
+    progress: bool
+
+
+class Options(DiagonalOptions, total=False):
+    """Keywords of the other functions that are fields of `Probes`."""
+
+    steps: int
 
 
 def trace(
@@ -42,41 +48,42 @@ def trace(
     function: Function | None = None,
     *,
     method: str = "auto",
-    probes: int | None = None,
-    steps: int = 100,
-    tol: float | None = None,
-    max_matvecs: int = 10_000,
+    probes: int | Probes | None = None,
     seed: int | None = None,
-    progress: bool = False,
+    **options: Unpack[Options],
 ) -> Estimate:
-    """The trace of an operator, or tr f(A) of a symmetric one.
+    r"""The trace of an operator, or tr f(A) of a symmetric one.
 
-    Exact, with error 0, where the structure knows it or the matrix has no more columns than
-    products would be made. Else from random vectors. Without gradient.
+    .. math:: \operatorname{tr} f(A) = \sum_i f(\lambda_i)
+
+    It is exact, with standard error 0, if the structure knows it, or if the exact value takes no
+    more products than the estimate. Otherwise it is estimated from random vectors. It has no
+    gradient.
 
     Args:
-        A: an operator, a tensor, or whatever `aslinearoperator` takes.
+        A: a square operator (P x P), a tensor, or anything that `aslinearoperator` takes.
         function: f, eigenvalues to their function, elementwise, such as `torch.exp`; by default the
-            trace itself.
-        method: "exact" (P products where the structure does not know), "hutchinson" (1 product a
-            probe), "hutch++" (3) and "xtrace" (2), which are better by orders of magnitude where
-            the spectrum decays, or "slq" (`steps` products), the one for a function; "auto" takes
-            the closed form, else "xtrace" or "slq".
-        probes: how many random vectors, at least 2; by default 30, for a function 10.
-        steps: of Lanczos at most, for a function.
-        tol: relative standard error to reach, by doubling the probes, and exactly where that
-            would take more than P products; not for "hutch++".
-        max_matvecs: at most so many products, with tol.
-        seed: of the probes; by default from torch's global generator.
-        progress: whether to show a bar.
+            trace of A itself.
+        method: "exact" takes P products if the structure does not know the trace. "hutchinson"
+            takes 1 product for each probe, "xtrace" 2 and "hutch++" 3; these two are better by
+            orders of magnitude if the spectrum decays. "slq", for a function, takes `steps`
+            products. "auto" takes the closed form, else "xtrace", for a function "slq".
+        probes: how many random vectors, at least 2, by default 30, for a function 10; or a `Probes`
+            object, which holds all options below.
+        seed: of the random vectors; by default they come from torch's global generator.
+        **options: `steps`, `tol`, `max_matvecs` and `progress`, as of `Probes`. If `tol` would take
+            more than P products, the value is exact; "hutch++" takes no `tol`.
 
     Returns:
-        The estimate; with an `EstimateWarning` where a quadrature has not converged, tol was not
-        reached, or it was interrupted.
+        The tuple (value, standard_error, matvecs). If the quadrature has not converged, `tol` was
+        not reached or the user interrupted the call, an `EstimateWarning` says so.
 
     Raises:
         NotPositiveDefiniteError: the function is not finite on the spectrum.
-        ValueError: an unknown method, a function of a matrix that is not symmetric, too few probes.
+        ValueError: the method is unknown or takes no such option, there are too few probes, or the
+            matrix of a function is not symmetric.
+        DataError: an option is out of range, or a `Probes` object is given beside keywords.
+        TypeError: an unknown option.
 
     Example:
         >>> float(trace(torch.diag(torch.tensor([1.0, 2.0])), torch.exp))  # e + e^2
@@ -86,126 +93,127 @@ def trace(
         Saad (2017) for functions.
     """
     _require_method(method, TRACES)
+    given = Probes.of("trace", probes, seed=seed, **options)
     if function is not None:
-        if method not in ("auto", "exact", "slq"):
+        if method not in FUNCTIONS:
             raise ValueError(f"a function needs method 'slq', got {method!r}")
         operator = require_symmetric_operator(A, "a function")
-        options = (probes, steps, tol, max_matvecs, seed, progress)
-        return _of_function(operator, function, "tr f(A)", method, *options)
+        return _of_function(operator, function, "tr f(A)", method, given)
     operator = aslinearoperator(A)
     operator._require_square("trace")
     if method == "slq":
         raise ValueError("method 'slq' is for a function=: take 'xtrace'")
-    probes, n = 30 if probes is None else probes, operator.shape[-1]
+    if method == "hutch++" and given.tol is not None:
+        raise ValueError("method 'hutch++' takes no tol=: take 'xtrace', or leave it out")
+    estimate, cost = {
+        "hutchinson": (linalg.hutchinson, 1),
+        "hutch++": (linalg.hutchpp, 3),
+    }.get(method, (linalg.xtrace, 2))
+    n = operator.shape[-1]
     with torch.no_grad():
         if (exact := _exact(operator._trace, method)) is not None:
             return exact
-        generator = seeded(seed, operator.device)
-        common: dict[str, Any] = {"generator": generator, "progress": progress}
-        if method == "hutchinson":
-            common |= {"tol": tol, "max_matvecs": max_matvecs}
-            found = linalg.hutchinson(operator._apply, n, probes, _like(operator), **common)
-        elif (3 if method == "hutch++" else 2) * probes >= n:
+        if cost > 1 and cost * (given.probes or PROBES) >= n:
             return Estimate(operator._trace(), _zero(operator), n)
-        elif method == "hutch++":
-            found = linalg.hutchpp(operator._apply, n, probes, _like(operator), **common)
-        else:
-            common |= {"tol": tol, "max_matvecs": max_matvecs}
-            found = linalg.xtrace(operator._apply, n, probes, _like(operator), **common)
-        found = _or_exact(found, operator._trace, n, tol, max_matvecs)
-    return warn_of_estimate(found, "the trace", tol)
+        found = estimate(operator._apply, n, _like(operator), given)
+        found = _or_exact(found, operator._trace, n, given)
+    return warn_of_estimate(found, "the trace", given.tol)
 
 
 def diagonal(
     A: Any,
     *,
     method: str = "auto",
-    probes: int = 30,
-    tol: float | None = None,
-    max_matvecs: int = 10_000,
+    probes: int | Probes | None = None,
     seed: int | None = None,
-    progress: bool = False,
+    **options: Unpack[DiagonalOptions],
 ) -> Estimate:
     """The diagonal (P,) of an operator, with the standard error of each entry.
 
-    Exact where the structure knows it or the matrix has no more columns than products would be
-    made. Without gradient.
+    It is exact, with standard error 0, if the structure knows it, or if the exact value takes no
+    more products than the estimate. Otherwise it is estimated from random vectors. It has no
+    gradient.
 
     Args:
-        A: an operator, a tensor, or whatever `aslinearoperator` takes.
-        method: "exact" (P products where the structure does not know), "hutchinson" (1 product a
-            probe), "xdiag" (2; symmetric matrices); "auto" takes the closed form, else "xdiag".
-        probes: how many random vectors, at least 2.
-        tol: relative standard error to reach, in the 2-norm of the diagonal, as of `trace`.
-        max_matvecs: at most so many products, with tol.
-        seed: of the probes; by default from torch's global generator.
-        progress: whether to show a bar.
+        A: a square operator (P x P), a tensor, or anything that `aslinearoperator` takes.
+        method: "exact" takes P products if the structure does not know the diagonal. "hutchinson"
+            takes 1 product for each probe, "xdiag", for symmetric matrices, 2. "auto" takes the
+            closed form, else "xdiag".
+        probes: how many random vectors, at least 2, by default 30; or a `Probes` object, which
+            holds all options below.
+        seed: of the random vectors; by default they come from torch's global generator.
+        **options: `tol`, in the 2-norm of the diagonal, `max_matvecs` and `progress`, as of
+            `Probes`.
 
     Returns:
-        The estimate; with an `EstimateWarning` where tol was not reached or it was interrupted.
+        The tuple (value, standard_error, matvecs), two tensors (P,) and a number. If `tol` was not
+        reached or the user interrupted the call, an `EstimateWarning` says so.
 
     Raises:
-        ValueError: an unknown method, or too few probes.
+        ValueError: the method is unknown, or there are too few probes.
+        DataError: an option is out of range, or a `Probes` object is given beside keywords.
+        TypeError: an unknown option.
 
     Example:
         >>> diagonal(torch.diag(torch.tensor([1.0, 2.0]))).value
         tensor([1., 2.])
 
-    Source: Bekas, Kokiopoulou and Saad (2007); Epperly, Tropp and Webber (2024), section 3.
+    Source: Bekas, Kokiopoulou and Saad (2007), An estimator for the diagonal of a matrix; Epperly,
+        Tropp and Webber (2024), XTrace, section 3.
     """
     _require_method(method, DIAGONALS)
+    given = Probes.of("diagonal", probes, ("steps",), seed=seed, **options)
     operator = aslinearoperator(A)
     operator._require_square("diagonal")
     n = operator.shape[-1]
     with torch.no_grad():
         if (exact := _exact(operator._diagonal, method)) is not None:
             return exact
-        options: dict[str, Any] = {"tol": tol, "max_matvecs": max_matvecs, "progress": progress}
-        options["generator"] = seeded(seed, operator.device)
         if method == "hutchinson":
-            options["diagonal"] = True
-            found = linalg.hutchinson(operator._apply, n, probes, _like(operator), **options)
-        elif 2 * probes >= n:
+            found = linalg.hutchinson(operator._apply, n, _like(operator), given, diagonal=True)
+        elif 2 * (given.probes or PROBES) >= n:
             value = operator._diagonal()
             return Estimate(value, torch.zeros_like(value), n)
         else:
-            found = linalg.xdiag(operator._apply, n, probes, _like(operator), **options)
-        found = _or_exact(found, operator._diagonal, n, tol, max_matvecs)
-    return warn_of_estimate(found, "the diagonal", tol)
+            found = linalg.xdiag(operator._apply, n, _like(operator), given)
+        found = _or_exact(found, operator._diagonal, n, given)
+    return warn_of_estimate(found, "the diagonal", given.tol)
 
 
 def logdet(
     A: Any,
     *,
     method: str = "auto",
-    probes: int | None = None,
-    steps: int = 100,
-    tol: float | None = None,
-    max_matvecs: int = 10_000,
+    probes: int | Probes | None = None,
     seed: int | None = None,
-    progress: bool = False,
+    **options: Unpack[Options],
 ) -> Estimate:
-    """The logarithm of the determinant of a positive definite operator.
+    r"""The natural logarithm of the determinant of a positive definite operator.
 
-    Exact where the structure knows it; else by stochastic Lanczos quadrature. Without gradient:
-    `F.logdet()` has one.
+    .. math:: \log\det A = \operatorname{tr} \log A = \sum_i \log \lambda_i
+
+    It is exact if the structure knows it, or if A is small. Otherwise it is estimated by stochastic
+    Lanczos quadrature. It has no gradient; `F.logdet()` has one.
 
     Args:
-        A: an operator, a tensor, or whatever `aslinearoperator` takes.
-        method: "exact", "slq"; "auto" takes the closed form where there is one.
-        probes: how many random vectors, at least 2; 10 by default.
-        steps: of Lanczos at most.
-        tol: relative standard error to reach, by doubling the probes.
-        max_matvecs: at most so many products, with tol.
-        seed: of the probes; by default from torch's global generator.
-        progress: whether to show a bar.
+        A: a symmetric operator (P x P), a tensor, or anything that `aslinearoperator` takes.
+        method: "exact" or "slq"; "auto" takes the closed form if there is one.
+        probes: how many random vectors, at least 2, by default 10; or a `Probes` object, which
+            holds all options below.
+        seed: of the random vectors; by default they come from torch's global generator.
+        **options: `steps`, `tol`, `max_matvecs` and `progress`, as of `Probes`.
 
     Returns:
-        The estimate; with an `EstimateWarning` where the quadrature has not converged, as at a
-        large condition number, tol was not reached, or it was interrupted.
+        The tuple (value, standard_error, matvecs). If the quadrature has not converged (as at a
+        large condition number), `tol` was not reached or the user interrupted the call, an
+        `EstimateWarning` says so.
 
     Raises:
         NotPositiveDefiniteError: A has an eigenvalue that is not positive.
+        UnsupportedLayerError: the method is "exact", and the structure has no closed form.
+        ValueError: the method is unknown, there are too few probes, or A is not symmetric.
+        DataError: an option is out of range, or a `Probes` object is given beside keywords.
+        TypeError: an unknown option.
 
     Example:
         >>> float(logdet(torch.diag(torch.tensor([1.0, 2.0]))))
@@ -214,7 +222,8 @@ def logdet(
     Source: Ubaru, Chen and Saad (2017), Fast estimation of tr(f(A)) via stochastic Lanczos
         quadrature.
     """
-    _require_method(method, ("auto", "exact", "slq"))
+    _require_method(method, FUNCTIONS)
+    given = Probes.of("logdet", probes, seed=seed, **options)
     operator = require_symmetric_operator(A, "logdet")
     with torch.no_grad():
         if method != "slq" and (exact := _exact(operator._logdet, "auto")) is not None:
@@ -223,8 +232,7 @@ def logdet(
                     "logdet: the matrix is singular; add damping with F.damped(...)"
                 )
             return exact
-    options = (probes, steps, tol, max_matvecs, seed, progress)
-    return _of_function(operator, torch.log, "logdet", method, *options)
+    return _of_function(operator, torch.log, "logdet", method, given)
 
 
 def effective_dimension(
@@ -232,35 +240,36 @@ def effective_dimension(
     damping: float | Tensor,
     *,
     method: str = "auto",
-    probes: int | None = None,
-    steps: int = 100,
-    tol: float | None = None,
-    max_matvecs: int = 10_000,
+    probes: int | Probes | None = None,
     seed: int | None = None,
-    progress: bool = False,
+    **options: Unpack[Options],
 ) -> Estimate:
-    r"""How many directions a positive semidefinite operator has above the damping.
+    r"""How many directions of a positive semidefinite operator have eigenvalues above the damping.
 
     .. math:: \operatorname{tr} A (A + d I)^{-1} = \sum_i \lambda_i / (\lambda_i + d)
 
-    Exact where the structure knows the eigenvalues; else by stochastic Lanczos quadrature.
+    It is exact if the structure knows the eigenvalues, or if A is small. Otherwise it is estimated
+    by stochastic Lanczos quadrature. It has no gradient.
 
     Args:
-        A: an operator, a tensor, or whatever `aslinearoperator` takes.
-        damping: d > 0, a number.
-        method: "exact", "slq"; "auto" takes the closed form where there is one.
-        probes: how many random vectors, at least 2; 10 by default.
-        steps: of Lanczos at most.
-        tol: relative standard error to reach, by doubling the probes.
-        max_matvecs: at most so many products, with tol.
-        seed: of the probes; by default from torch's global generator.
-        progress: whether to show a bar.
+        A: a symmetric operator (P x P), a tensor, or anything that `aslinearoperator` takes.
+        damping: d > 0, a number in the units of A.
+        method: "exact" or "slq"; "auto" takes the closed form if there is one.
+        probes: how many random vectors, at least 2, by default 10; or a `Probes` object, which
+            holds all options below.
+        seed: of the random vectors; by default they come from torch's global generator.
+        **options: `steps`, `tol`, `max_matvecs` and `progress`, as of `Probes`.
 
     Returns:
-        The estimate, with warnings as of `logdet`.
+        The tuple (value, standard_error, matvecs), a number of directions from 0 to P. Warnings
+        are those of `logdet`.
 
     Raises:
         NotPositiveDefiniteError: A + d I has an eigenvalue that is not positive, or d is not.
+        UnsupportedLayerError: the method is "exact", and the structure has no closed form.
+        ValueError: the method is unknown, there are too few probes, or A is not symmetric.
+        DataError: an option is out of range, or a `Probes` object is given beside keywords.
+        TypeError: an unknown option.
 
     Example:
         >>> float(effective_dimension(torch.diag(torch.tensor([1.0, 3.0])), 1.0))
@@ -271,108 +280,20 @@ def effective_dimension(
     d = float(damping)
     if not d > 0:
         raise NotPositiveDefiniteError(f"effective_dimension: expected damping > 0, got {d}")
-    _require_method(method, ("auto", "exact", "slq"))
+    _require_method(method, FUNCTIONS)
+    given = Probes.of("effective_dimension", probes, seed=seed, **options)
     operator = require_symmetric_operator(A, "effective_dimension")
 
     def share(values: Tensor) -> Tensor:
         return torch.where(values + d > 0, values / (values + d), torch.nan)
 
-    options = (probes, steps, tol, max_matvecs, seed, progress)
-    return _of_function(operator, share, "the effective dimension", method, *options)
-
-
-def matrix_function(
-    A: Any,
-    function: Function,
-    v: VectorLike,
-    *,
-    tol: float | None = None,
-    max_steps: int | None = None,
-    progress: bool = False,
-) -> Any:
-    """f(A) v for a symmetric operator: square roots, inverse square roots, exponentials.
-
-    In closed form where the structure has one; else by Lanczos, each column in its own Krylov
-    space, which is held. Without gradient.
-
-    Args:
-        A: a symmetric operator, a tensor, or whatever `aslinearoperator` takes.
-        function: f, eigenvalues to their function, elementwise, such as `torch.sqrt`.
-        v: a vector, columns, or a dict by parameter name.
-        tol: relative change to reach; by default 1e-6, in float64 1e-10.
-        max_steps: at most so many products; by default P, at most 500.
-        progress: whether to show a bar.
-
-    Returns:
-        f(A) v, of the form of v; where it has not converged, with a `ConvergenceWarning`.
-
-    Raises:
-        NotPositiveDefiniteError: the function is not finite on the spectrum, as a square root of a
-            negative eigenvalue.
-
-    Example:
-        >>> matrix_function(torch.diag(torch.tensor([4.0, 9.0])), torch.sqrt, torch.ones(2))
-        tensor([2., 3.])
-
-    Source: Higham (2008), Functions of matrices, section 13.2.
-    """
-    operator = require_symmetric_operator(A, "matrix_function")
-    with torch.no_grad():
-        b, restore = columns(operator, v)
-        try:
-            values, basis = operator._eigensystem()
-        except UnsupportedLayerError:  # no closed form
-            wide, back = flattened(b)
-            options: dict[str, Any] = {"tol": tol, "max_steps": max_steps, "progress": progress}
-            found = linalg.matrix_function(operator._apply, function, wide, **options)
-            warn_unless_converged(found, tol, wide.dtype, "f(A) v")
-            return restore(back(found.x))
-        applied = _evaluated(function, values, "f(A) v").unsqueeze(-1)
-        return restore(basis._apply(applied * basis._transpose_nonbatch()._apply(b)))
-
-
-def estimated_logdet(operator: BaseLinearOperator) -> Tensor:
-    """The log-determinant of an operator of which only products are known, with a warning.
-
-    Its gradient is the estimate of tr A^-1 dA with random signs z, z.A^-1 dA z. A matrix that is
-    smaller than the vectors which an estimate holds is multiplied out instead, and exact.
-    """
-    require_products(operator, "logdet")
-    if operator.shape[-1] <= PROBES * MIN_STEPS:
-        dense = operator._dense()
-        if float((dense - dense.mT).detach().norm()) > 1e-3 * float(dense.detach().norm()):
-            raise operator._unsupported("logdet")  # not symmetric
-        return DenseLinearOperator(dense)._logdet()
-    found = logdet(operator, method="slq")
-    warn(
-        EstimateWarning(
-            f"logdet is an estimate: {float(found):.6g}, standard error "
-            f"{float(found.standard_error):.2g}, from {found.matvecs} products; "
-            "ng.logdet(F, tol=..., seed=...) says how good it is to be",
-            found,
-        )
-    )
-    if not (torch.is_grad_enabled() and operator.requires_grad):
-        return found.value
-    z = linalg.signs(operator.shape[-1], found.probes, _like(operator), None)
-    with torch.no_grad():
-        x = operator._solve_any(z, Krylov())
-    slope = (x * operator._apply(z)).sum(0).mean()
-    return found.value + slope - slope.detach()
+    return _of_function(operator, share, "the effective dimension", method, given)
 
 
 def _of_function(
-    operator: BaseLinearOperator,
-    function: Function,
-    what: str,
-    method: str,
-    probes: int | None,
-    steps: int,
-    tol: float | None,
-    max_matvecs: int,
-    seed: int | None,
-    progress: bool,
+    operator: BaseLinearOperator, function: Function, what: str, method: str, options: Probes
 ) -> Estimate:
+    """tr f(A): of the eigenvalues if the structure or the size allows, else by quadrature."""
     with torch.no_grad():
         if method != "slq":
             try:
@@ -381,30 +302,20 @@ def _of_function(
                 if method == "exact":
                     raise
             else:
-                return Estimate(_evaluated(function, values, what).sum(), _zero(operator), 0)
-        probes, n = PROBES if probes is None else probes, operator.shape[-1]
-        if method == "auto" and n <= probes * min(steps, MIN_STEPS):
+                return Estimate(evaluated(function, values, what).sum(), _zero(operator), 0)
+        steps, n = options.steps or STEPS, operator.shape[-1]
+        if method == "auto" and n <= (options.probes or QUADRATURES) * min(steps, MIN_STEPS):
             values = torch.linalg.eigvalsh(operator._dense().double())
-            total = _evaluated(function, values, what, operator.dtype).sum()
+            total = evaluated(function, values, what, operator.dtype).sum()
             return Estimate(total.to(operator.dtype), _zero(operator), n)
         found = linalg.quadrature_trace(
-            operator._apply,
-            function,
-            n,
-            probes,
-            steps,
-            _like(operator),
-            what=what,
-            tol=tol,
-            max_matvecs=max_matvecs,
-            generator=seeded(seed, operator.device),
-            progress=progress,
+            operator._apply, function, n, _like(operator), options, what=what
         )
-    return warn_of_estimate(found, what, tol)
+    return warn_of_estimate(found, what, options.tol)
 
 
 def _exact(known: Callable[[], Tensor], method: str) -> Estimate | None:
-    """What the structure knows; with method "exact" at any price."""
+    """The exact value if the structure knows it; for the method "exact", by P products if not."""
     if method == "exact":
         value = known()
     elif method == "auto":
@@ -418,31 +329,18 @@ def _exact(known: Callable[[], Tensor], method: str) -> Estimate | None:
     return Estimate(value, torch.zeros_like(value), 0)
 
 
-def _or_exact(
-    found: Estimate, known: Callable[[], Tensor], n: int, tol: float | None, max_matvecs: int
-) -> Estimate:
-    """The estimate; where it is short of tol after nearly n products, what n more make exact."""
-    if found.interrupted or found.matvecs + n > max_matvecs or not falls_short(found, tol):
+def _or_exact(found: Estimate, known: Callable[[], Tensor], n: int, options: Probes) -> Estimate:
+    """The estimate; if it is short of tol and n more products are allowed, the exact value."""
+    allowed = found.matvecs + n <= options.max_matvecs
+    if found.interrupted or not allowed or not falls_short(found, options.tol):
         return found
     value = known()
     return Estimate(value, torch.zeros_like(value), found.matvecs + n)
 
 
-def _evaluated(
-    function: Function, values: Tensor, what: str, dtype: torch.dtype | None = None
-) -> Tensor:
-    dtype = values.dtype if dtype is None else dtype
-    ones = torch.ones_like(values)
-    return linalg.evaluated(function, values, ones, values.abs().max(), dtype, what)
-
-
 def _require_method(method: str, methods: tuple[str, ...]) -> None:
     if method not in methods:
         raise ValueError(f"expected method to be one of {list(methods)}, got {method!r}")
-
-
-def _like(operator: BaseLinearOperator) -> Tensor:
-    return torch.empty(0, dtype=operator.dtype, device=operator.device)
 
 
 def _zero(operator: BaseLinearOperator) -> Tensor:

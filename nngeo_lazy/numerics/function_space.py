@@ -1,4 +1,4 @@
-"""What is said of a network in the space of its functions, by kernels."""
+"""What kernels say of a network's functions."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SpaceMismatchError, UnsupportedLayerError
+from ..linalg import Result
 from ..operators.base import BaseLinearOperator
 from ..operators.convert import aslinearoperator
 from ..operators.factored import FactoredGaussNewtonLinearOperator
@@ -19,7 +20,7 @@ __all__ = ["Eigenfunctions", "alignment", "eigenfunctions", "sample_space"]
 
 
 def alignment(K: Any, y: Tensor, *, center: bool = False) -> Tensor:
-    r"""How much a kernel looks like the labels' own, from -1 to 1.
+    r"""The cosine between a kernel and the kernel Y Y^T of the labels, from -1 to 1.
 
     .. math:: \frac{\langle K, Y Y^T \rangle_F}{\|K\|_F \, \|Y Y^T\|_F}
 
@@ -27,14 +28,15 @@ def alignment(K: Any, y: Tensor, *, center: bool = False) -> Tensor:
         K: a symmetric kernel (N x N), or a full one (N C x N C): any operator or tensor.
         y: labels (N,) or (N, k); whole numbers are classes, and Y their indicators. For a full
             kernel, Y (N, C) is one vector.
-        center: whether K and Y are centered over the examples first, without which a large constant
-            in the kernel hides the rest.
+        center: whether to center K and Y over the examples first. Otherwise a large constant in the
+            kernel hides the rest.
 
     Returns:
-        A 0-d tensor.
+        A 0-d tensor, without unit.
 
     Raises:
-        SpaceMismatchError: y has another number of examples.
+        SpaceMismatchError: y has another number of examples than K.
+        ValueError: K is not symmetric.
 
     Example:
         >>> y = torch.tensor([1.0, -1.0])
@@ -68,23 +70,39 @@ def alignment(K: Any, y: Tensor, *, center: bool = False) -> Tensor:
     return found
 
 
-@dataclass(frozen=True)
-class Eigenfunctions:
-    """The leading eigenfunctions of a kernel, by N inputs.
+@dataclass(frozen=True, eq=False, repr=False)
+class Eigenfunctions(Result, tuple[Tensor, Tensor], items=2):
+    """The leading eigenfunctions of a kernel, known from N inputs: `(eigenvalues, values)`.
 
     Attributes:
-        eigenvalues: of the kernel's integral operator (k,), falling: those of K divided by N.
-        values: (N, k), at the inputs; the mean of each square is 1.
+        eigenvalues: those of the kernel's integral operator (k,), falling. They are those of the
+            matrix K divided by N.
+        values: the functions at the inputs (N, k). The mean of the squares of each is 1.
+
+    Example:
+        >>> x = torch.tensor([[1.0], [-1.0]])
+        >>> values, functions = eigenfunctions(x @ x.mT, 1)
+        >>> values, functions.shape
+        (tensor([1.]), torch.Size([2, 1]))
+
+    Source: Williams and Seeger (2001), Using the Nystrom method to speed up kernel machines.
     """
 
     eigenvalues: Tensor
     values: Tensor
 
     def __call__(self, cross: Any) -> Tensor:
-        """The eigenfunctions at other inputs (M, k).
+        """The eigenfunctions at other inputs.
 
         Args:
-            cross: the kernel (M x N) between those and the inputs, such as `ng.NTK(model, x, x1)`.
+            cross: the kernel (M x N) between the other inputs and the N known ones, such as
+                `ng.NTK(model, other, known)`.
+
+        Returns:
+            Their values (M, k).
+
+        Raises:
+            SpaceMismatchError: the kernel does not have N columns.
         """
         operator = aslinearoperator(cross)
         n = len(self.values)
@@ -105,10 +123,13 @@ def eigenfunctions(K: Any, k: int, **options: Any) -> Eigenfunctions:
     Args:
         K: the kernel (N x N): any operator or tensor.
         k: how many, at most the rank of K.
-        **options: of `eigsh`.
+        **options: keywords of `eigsh`.
+
+    Returns:
+        The tuple (eigenvalues, values), which is also a function of other inputs.
 
     Raises:
-        ValueError: K has fewer than k positive eigenvalues.
+        ValueError: K has fewer than k positive eigenvalues, or is not symmetric.
 
     Example:
         >>> x = torch.tensor([[1.0], [-1.0], [2.0]])
@@ -126,25 +147,26 @@ def eigenfunctions(K: Any, k: int, **options: Any) -> Eigenfunctions:
     floor = n * torch.finfo(values.dtype).eps * values.abs().max()
     if not bool((values > floor).all()):
         raise ValueError(
-            f"expected a kernel with {k} positive eigenvalues, and it has "
+            f"expected a kernel with {k} positive eigenvalues, got one with "
             f"{int((values > floor).sum())}: ask for fewer"
         )
     return Eigenfunctions(values / n, n**0.5 * vectors)
 
 
 def sample_space(F: BaseLinearOperator) -> BaseLinearOperator:
-    r"""The twin B B^T of a Fisher or Gauss-Newton matrix B^T B, over examples and directions.
+    r"""The matrix B B^T of a Fisher or Gauss-Newton matrix B^T B, over examples and directions.
 
-    Both have the same eigenvalues but for zeros, and B B^T is small where examples are few.
+    Both have the same eigenvalues except zeros. B B^T is the smaller one if examples are few.
 
     Args:
-        F: built with the representation "factored", not damped.
+        F: built with the representation "factored", and not damped.
 
     Returns:
-        A kernel (N R x N R), example slowest.
+        A kernel (N R x N R) with the scale of F, the mean over N examples; rows are ordered
+        (example, direction), example slowest.
 
     Raises:
-        UnsupportedLayerError: another representation.
+        UnsupportedLayerError: F has another representation, or is damped.
 
     Example:
         >>> import nngeo_lazy as ng
@@ -156,8 +178,8 @@ def sample_space(F: BaseLinearOperator) -> BaseLinearOperator:
     """
     if not isinstance(F, FactoredGaussNewtonLinearOperator) or F.shift is not None:
         raise UnsupportedLayerError(
-            f"sample_space needs a matrix B^T B of which B is known, got {type(F).__name__}: build "
-            "it with the representation 'factored', without damping"
+            f"sample_space needs a matrix B^T B with a known B, got {type(F).__name__}: build it "
+            "with the representation 'factored', without damping"
         )
     return kernel_of(F.root, F.root)
 

@@ -1,15 +1,14 @@
-"""`solve`: one call for any linear operator, with what the iteration found."""
+"""`solve`: one call for any linear operator; the result says how good it is."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import NotPositiveDefiniteError
-from ..linalg import cg, lsmr, minres
+from ..linalg import IndefinitePreconditionerError, cg, lsmr, minres
 from ..operators.base import BaseLinearOperator
 from ..operators.convert import aslinearoperator
 from ..operators.damping import DampingLike, is_zero
@@ -17,30 +16,11 @@ from ..operators.dense import MatrixLinearOperator
 from ..operators.primitives import Krylov
 from ..operators.vectors import VectorLike, columns, flattened, require_fitting
 from ..operators.warn import warn_unless_converged
+from .results import Solution
 
-__all__ = ["METHODS", "Solution", "solve"]
+__all__ = ["METHODS", "solve"]
 
 METHODS = ("auto", "direct", "cg", "minres", "lsmr")
-
-
-@dataclass(frozen=True)
-class Solution:
-    """What `solve` found.
-
-    Attributes:
-        x: the solution, of the same form as b.
-        residual: |b - (A + damping) x| / |b| of each column (k,), as computed from x; for "lsmr"
-            that of the normal equations.
-        iterations: how many products the iteration took; 0 for a closed form.
-        converged: whether every column has reached the tolerance.
-        method: which method it was.
-    """
-
-    x: Any
-    residual: Tensor
-    iterations: int
-    converged: bool
-    method: str
 
 
 def solve(
@@ -56,31 +36,33 @@ def solve(
 ) -> Solution:
     r"""Solve (A + damping) x = b for any linear operator A.
 
-    Rectangular: the x that minimises |A x - b|^2 + damping |x|^2, which is
-    (A^T A + damping) x = A^T b. Without gradient: `F.solve` is differentiable.
+    If A is rectangular or not symmetric, x minimises |A x - b|^2 + damping |x|^2, so that
+    (A^T A + damping) x = A^T b. The result has no gradient; `F.solve` has one.
 
     Args:
-        A: a tensor, a numpy array, a scipy or linear_operator operator, or one of this package.
-        b: a vector, columns, or a dict by parameter name.
-        damping: a float, a 0-d or (P,) tensor, or {selector: either}; a number for "lsmr".
-        method: "direct" (closed form), "cg" (positive definite), "minres" (symmetric, indefinite or
-            not), "lsmr" (rectangular, or not symmetric); "auto" takes "lsmr" for what is not
-            square, the closed form where the structure has one, and otherwise "cg", or "minres"
-            where that meets negative curvature.
+        A: an operator (m x n), a tensor, or anything that `aslinearoperator` takes.
+        b: a vector (m,), columns (m, k), or a dict by parameter name.
+        damping: a float, a 0-d or (n,) tensor, or {selector: either}; for "lsmr" a number. It has
+            the units of A, for "lsmr" those of A^T A.
+        method: "direct" (a closed form), "cg" (A positive definite), "minres" (A symmetric),
+            "lsmr" (any A). "auto" takes "lsmr" if A is rectangular or not symmetric, the closed
+            form if the structure has one, and otherwise "cg", then "minres" if "cg" meets negative
+            curvature.
         tol: relative residual to reach; by default 1e-6, in float64 1e-10.
-        max_iter: at most so many products.
-        preconditioner: an operator that approximates A (not its inverse), damped alike; for "cg"
-            and "minres".
-        x0: where to start, like x.
+        max_iter: at most so many iterations.
+        preconditioner: an operator that approximates A (not its inverse) and is damped alike; for
+            "cg" and "minres".
+        x0: where to start, in the form of x.
 
     Returns:
-        The solution. Where it has not converged, with a `ConvergenceWarning`.
+        The tuple (x, residual, iterations, converged), x in the form of b. If it has not converged,
+        a `ConvergenceWarning` says so.
 
     Raises:
-        NotPositiveDefiniteError: an indefinite A given to "cg", or such a preconditioner.
-        SpaceMismatchError: b, x0 or the preconditioner does not fit.
+        NotPositiveDefiniteError: "cg" was given an indefinite A or preconditioner.
+        SpaceMismatchError: b, x0 or the preconditioner does not fit A.
         NonFiniteError: NaN or infinity in b or A.
-        ValueError: an unknown method, or one that does not fit A.
+        ValueError: the method is unknown or does not fit A.
 
     Example:
         >>> A = torch.diag(torch.tensor([-1.0, 2.0]))
@@ -88,9 +70,8 @@ def solve(
         >>> found.x, found.converged
         (tensor([-1.0000,  0.5000]), True)
 
-    Source:
-        Saad (2003), Iterative Methods for Sparse Linear Systems; Paige and Saunders (1975); Fong
-        and Saunders (2011).
+    Source: Saad (2003), Iterative methods for sparse linear systems; Paige and Saunders (1975) for
+        MINRES; Fong and Saunders (2011) for LSMR.
     """
     if method not in METHODS:
         raise ValueError(f"expected method to be one of {list(METHODS)}, got {method!r}")
@@ -99,46 +80,38 @@ def solve(
         symmetric = operator.is_square and not isinstance(operator, MatrixLinearOperator)
         if method == "lsmr" or (method == "auto" and not symmetric):
             if preconditioner is not None:
-                raise ValueError("method 'lsmr' takes no preconditioner=")
+                raise ValueError("method 'lsmr' takes no preconditioner=: leave it out")
             return _least_squares(operator, b, damping, tol, max_iter, x0)
         if not symmetric:
             kind = "one that is not symmetric" if operator.is_square else tuple(operator.shape)
             raise ValueError(f"method {method!r} needs a symmetric matrix, got {kind}: take 'lsmr'")
-        return _square(operator, b, damping, method, tol, max_iter, preconditioner, x0)
+        undamped = is_zero(damping)
+        damped = operator if undamped else operator.damped(damping)
+        close = None
+        if preconditioner is not None:
+            approximation = require_fitting(aslinearoperator(preconditioner), operator)
+            close = approximation if undamped else approximation.damped(damping)
+        start = None if x0 is None else columns(damped, x0)[0]
+        return _square(damped, b, method, Krylov(tol, max_iter, close, start))
 
 
-def _square(
-    operator: BaseLinearOperator,
-    b: VectorLike,
-    damping: DampingLike,
-    method: str,
-    tol: float | None,
-    max_iter: int | None,
-    preconditioner: Any,
-    x0: VectorLike | None,
-) -> Solution:
-    damped = operator if is_zero(damping) else operator.damped(damping)
+def _square(damped: BaseLinearOperator, b: VectorLike, method: str, krylov: Krylov) -> Solution:
     v, restore = columns(damped, b)
-    close = None
-    if preconditioner is not None:
-        approximation = require_fitting(aslinearoperator(preconditioner), operator)
-        close = approximation if is_zero(damping) else approximation.damped(damping)
     if method == "direct" or (method == "auto" and not damped.iterates):
         if damped.iterates:
             raise ValueError(
-                f"method 'direct' needs a closed form, which {type(damped).__name__} has not: take "
+                f"method 'direct' needs a closed form, and {type(damped).__name__} has none: take "
                 "'auto', 'cg' or 'minres'"
             )
-        x = damped._solve_any(v, Krylov(tol, max_iter))
+        x = damped._solve(v, krylov=Krylov(krylov.tol, krylov.max_iter))
         residual = _residual(damped, x, v)
         return Solution(restore(x), residual, 0, True, "direct")
-    krylov = Krylov(tol, max_iter, close, None if x0 is None else columns(damped, x0)[0])
     if method == "minres":
         return _iterated("minres", damped, v, restore, krylov)
     try:
         return _iterated("cg", damped, v, restore, krylov)
     except NotPositiveDefiniteError as error:
-        if method == "cg" or "preconditioner" in str(error):
+        if method == "cg" or isinstance(error, IndefinitePreconditionerError):
             raise
         return _iterated("minres", damped, v, restore, krylov)
 
@@ -155,7 +128,7 @@ def _iterated(
         b,
         tol=krylov.tol,
         max_iter=krylov.max_iter,
-        preconditioner=None if close is None else lambda r: close._solve_any(r, Krylov()),
+        preconditioner=None if close is None else lambda r: close._solve(r),
         x0=x0,
     )
     warn_unless_converged(found, krylov.tol, b.dtype, _NAMES[method])
@@ -177,7 +150,10 @@ def _least_squares(
 ) -> Solution:
     if not isinstance(damping, (int, float)):
         if not isinstance(damping, Tensor) or damping.dim() > 0:
-            raise ValueError("method 'lsmr' takes a number as damping=")
+            raise ValueError(
+                f"method 'lsmr' takes a number as damping=, got {type(damping).__name__}: take a "
+                "float or a 0-d tensor"
+            )
         damping = float(damping)
     transposed = A._transpose_nonbatch()
     v = columns(transposed, b)[0]
@@ -199,7 +175,7 @@ def _least_squares(
 
 
 def _residual(A: BaseLinearOperator, x: Tensor, b: Tensor) -> Tensor:
-    """|b - A x| / |b| of each column, 0 where b is 0."""
+    """|b - A x| / |b| of each column (k,), 0 for a zero column."""
     wide, _ = flattened(b)
     left, _ = flattened(b - A._apply(x))
     norms = wide.norm(dim=0)

@@ -2,101 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import linalg
-from ..errors import ConvergenceWarning, SpaceMismatchError, UnsupportedLayerError
-from ..linalg import SpectralDensity
+from ..errors import ConvergenceWarning, UnsupportedLayerError
+from ..linalg import Probes, Search, SpectralDensity
 from ..linalg.eigsh import ENDS, wanted
 from ..operators.base import BaseLinearOperator
 from ..operators.convert import aslinearoperator
 from ..operators.dense import MatrixLinearOperator
-from ..operators.primitives import seeded
 from ..operators.vectors import VectorLike, columns, flattened
-from ..operators.warn import warn
-from ..space import ParamSpace
+from ..operators.warn import warn, warn_unless_resolved
+from .results import SingularValues, Spectrum
 
 __all__ = [
-    "SingularValues",
-    "Spectrum",
     "eigsh",
     "require_symmetric_operator",
     "spectral_density",
-    "spectral_norm",
     "svds",
 ]
-
-
-@dataclass(frozen=True)
-class Spectrum:
-    """Eigenpairs: unpacks as `eigenvalues, eigenvectors`.
-
-    Attributes:
-        eigenvalues: (k,), ascending.
-        eigenvectors: (P, k), orthonormal columns.
-        residuals: |A v - value v| of each pair (k,), from the products that were made; from further
-            ones where these were not symmetric to within the tolerance.
-        matvecs: how many products were made; 0 for a closed form.
-        converged: whether all residuals are within the tolerance.
-        space: the parameters that the eigenvectors are over, if any.
-    """
-
-    eigenvalues: Tensor
-    eigenvectors: Tensor
-    residuals: Tensor
-    matvecs: int
-    converged: bool
-    space: ParamSpace | None = None
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter((self.eigenvalues, self.eigenvectors))
-
-    def by_name(self) -> dict[str, Tensor]:
-        """The eigenvectors as {name: (k, *shape)}.
-
-        Raises:
-            SpaceMismatchError: the operator has no parameter space.
-        """
-        return _by_name(self.space, self.eigenvectors)
-
-
-@dataclass(frozen=True)
-class SingularValues:
-    """Singular triplets: unpacks as `U, S, Vh`.
-
-    Attributes:
-        U: left vectors (m, k).
-        S: singular values (k,), ascending, as of `scipy.sparse.linalg.svds`.
-        Vh: right vectors as rows (k, n).
-        residuals: (|A v - s u|^2 + |A^T u - s v|^2)^(1/2) of each (k,), from products of its own.
-        matvecs: how many products with A and A^T were made; 0 for a closed form.
-        converged: whether all residuals are within the tolerance.
-        space: the parameters that the right vectors are over, if any.
-    """
-
-    U: Tensor
-    S: Tensor
-    Vh: Tensor
-    residuals: Tensor
-    matvecs: int
-    converged: bool
-    space: ParamSpace | None = None
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter((self.U, self.S, self.Vh))
-
-    def by_name(self) -> dict[str, Tensor]:
-        """The right vectors as {name: (k, *shape)}.
-
-        Raises:
-            SpaceMismatchError: the operator has no parameter space.
-        """
-        return _by_name(self.space, self.Vh.mT)
 
 
 def eigsh(
@@ -112,35 +39,38 @@ def eigsh(
     seed: int | None = None,
     progress: bool = False,
 ) -> Spectrum:
-    """The k eigenvalues at an end of the spectrum of a symmetric operator, and their vectors.
+    r"""The k eigenvalues at an end of the spectrum of a symmetric operator, and their vectors.
 
-    In closed form where the structure has one (dense, diagonal, Kronecker, low rank and blocks of
-    these); else by thick-restart Lanczos with full reorthogonalisation, whose products are those of
-    the operator. Negative eigenvalues are right. Where an eigenvalue is repeated, blocks of b
-    vectors find it up to b times; a single vector, the default, meets it at least once. Without
-    gradient. When it is interrupted (Ctrl-C) it returns what it has, with a warning.
+    .. math:: A v_i = \lambda_i v_i, \qquad v_i^T v_j = \delta_{ij}
+
+    Structures with a closed form use it: dense, diagonal, Kronecker, low rank and blocks of these.
+    All others use thick-restart Lanczos with full reorthogonalisation, on the products of the
+    operator. Eigenvalues may have any sign. A repeated eigenvalue is found at least once, and up
+    to b times with `block_size=b`. The result has no gradient. If the user interrupts the call
+    (Ctrl-C), it returns the pairs so far, with a warning.
 
     Args:
-        A: a symmetric operator, a tensor, or whatever `aslinearoperator` takes.
+        A: a symmetric operator (P x P), a tensor, or anything that `aslinearoperator` takes.
         k: how many, from 1 to P.
         which: "LA" the largest, "SA" the smallest, "LM" of largest magnitude, "BE" half from each
             end.
-        tol: residual |A v - value v| to reach, as a multiple of |value|, or of |A| / 1000 where
-            that is larger, and not below rounding; by default 1e-6, in float64 1e-10.
-        subspace: how many vectors are held; by default max(2 k, k + 30) and two blocks.
-        block_size: how many vectors one product has.
-        start: where to start: vectors (P,), (P, j) or a dict by name, such as earlier eigenvectors.
+        tol: residual |A v - value v| to reach, as a multiple of |value| or of |A| / 1000,
+            whichever is larger, and not below rounding; by default 1e-6, in float64 1e-10.
+        subspace: how many vectors are held; by default max(2 k, k + 30) plus two blocks.
+        block_size: how many vectors each product has.
+        start: vectors to start from, such as earlier eigenvectors: (P,), (P, j) or a dict by name.
         max_matvecs: at most so many products; by default 10 P, at least 1,000.
-        seed: of the start; by default from torch's global generator.
-        progress: whether to show a bar.
+        seed: of the random start; by default it comes from torch's global generator.
+        progress: whether to show a progress bar.
 
     Returns:
-        The pairs; where they have not converged, with a `ConvergenceWarning`.
+        The pairs, a tuple of eigenvalues (k,) and eigenvectors (P, k). If they have not converged,
+        a `ConvergenceWarning` says so.
 
     Raises:
-        ValueError: k, which, subspace or block_size out of range, or a matrix that is not symmetric
-            (which Lanczos sees as it goes).
-        NonFiniteError: NaN in a product; says in which.
+        ValueError: k, which, subspace or block_size is out of range, or the matrix is not symmetric
+            (Lanczos sees this as it goes).
+        NonFiniteError: NaN or infinity in a product; the message says in which.
 
     Example:
         >>> A = torch.diag(torch.tensor([-3.0, 1.0, 2.0]))
@@ -167,17 +97,11 @@ def eigsh(
             n,
             k,
             which,
-            dtype=operator.dtype,
-            device=operator.device,
-            tol=tol,
-            subspace=subspace,
+            _like(operator),
+            Search(tol, subspace, first, max_matvecs, seed, progress),
             block_size=block_size,
-            start=first,
-            max_matvecs=max_matvecs,
-            generator=seeded(seed, operator.device),
-            progress=progress,
         )
-    _warn_unless_converged("eigsh", found)
+    warn_unless_resolved("eigsh", found)
     kept = (found.values, found.vectors, found.residuals, found.matvecs, found.converged)
     return Spectrum(*kept, operator.space)
 
@@ -193,28 +117,33 @@ def svds(
     seed: int | None = None,
     progress: bool = False,
 ) -> SingularValues:
-    """The k largest singular values of any operator, such as a Jacobian, and their vectors.
+    r"""The k largest singular values of any operator, such as a Jacobian, and their vectors.
 
-    A held matrix is decomposed; else by thick-restart Golub-Kahan bidiagonalisation, which does not
-    square the matrix. Without gradient. When it is interrupted it returns what it has.
+    .. math:: A v_i = s_i u_i, \qquad A^T u_i = s_i v_i
+
+    A matrix that is held is decomposed. All others use thick-restart Golub-Kahan bidiagonalisation,
+    which does not square the matrix. The result has no gradient. If the user interrupts the call
+    (Ctrl-C), it returns the triplets so far, with a warning.
 
     Args:
-        A: an operator with both products, a tensor, or whatever `aslinearoperator` takes.
+        A: an operator (m x n) with both products, a tensor, or anything that `aslinearoperator`
+            takes.
         k: how many, from 1 to the smaller side.
         tol: residual to reach, as a multiple of the largest singular value; by default 1e-6, in
             float64 1e-10.
         subspace: how many vectors are held on each side; by default max(2 k, k + 30).
-        start: right vectors to start with (n,), (n, j) or a dict by name.
+        start: right vectors to start from: (n,), (n, j) or a dict by name.
         max_matvecs: at most so many products; by default 20 times the smaller side, at least 1,000.
-        seed: of the start; by default from torch's global generator.
-        progress: whether to show a bar.
+        seed: of the random start; by default it comes from torch's global generator.
+        progress: whether to show a progress bar.
 
     Returns:
-        The triplets; where they have not converged, with a `ConvergenceWarning`.
+        The triplets, a tuple of U (m, k), S (k,) ascending and Vh (k, n). If they have not
+        converged, a `ConvergenceWarning` says so.
 
     Raises:
-        ValueError: k or subspace out of range.
-        NonFiniteError: NaN in a product; says in which.
+        ValueError: k or subspace is out of range.
+        NonFiniteError: NaN or infinity in a product; the message says in which.
 
     Example:
         >>> U, S, Vh = svds(torch.tensor([[3.0, 0.0, 0.0], [0.0, -4.0, 0.0]]), 2)
@@ -238,16 +167,10 @@ def svds(
             transposed._apply,
             (m, n),
             k,
-            dtype=operator.dtype,
-            device=operator.device,
-            tol=tol,
-            subspace=subspace,
-            start=first,
-            max_matvecs=max_matvecs,
-            generator=seeded(seed, operator.device),
-            progress=progress,
+            _like(operator),
+            Search(tol, subspace, first, max_matvecs, seed, progress),
         )
-    _warn_unless_converged("svds", found)
+    warn_unless_resolved("svds", found)
     kept = (found.left, found.values, found.right.mT, found.residuals)
     return SingularValues(*kept, found.matvecs, found.converged, operator.space)
 
@@ -255,9 +178,9 @@ def svds(
 def spectral_density(
     A: Any,
     *,
-    probes: int = 10,
-    steps: int = 90,
-    deflate: int | Spectrum = 0,
+    probes: int | Probes | None = None,
+    steps: int | None = None,
+    deflate: int | tuple[Tensor, Tensor] = 0,
     reorthogonalize: bool = True,
     probes_at_once: int | None = None,
     seed: int | None = None,
@@ -267,28 +190,32 @@ def spectral_density(
 
     .. math:: \frac1P \sum_i \delta(t - \lambda_i) \approx \sum_j w_j\,\delta(t - \theta_j)
 
-    by stochastic Lanczos quadrature: the raw nodes and weights, and `density(grid, width)`. Without
-    gradient. When it is interrupted it returns what it has, with a warning.
+    by stochastic Lanczos quadrature. The result has no gradient. If the user interrupts the call
+    (Ctrl-C), it returns the density of the probes so far, with a warning.
 
     Args:
-        A: a symmetric operator, a tensor, or whatever `aslinearoperator` takes.
-        probes: how many random vectors, multiplied together.
-        steps: nodes of each probe, and products.
-        deflate: so many outliers of largest magnitude, or known eigenpairs, to take out of the
-            probes and to count exactly: sharper where a few eigenvalues are far from the bulk.
-        reorthogonalize: whether to hold all `steps` vectors of each probe; without, three are held,
-            and nodes at outliers come several times, with weights that add up.
-        probes_at_once: how many probes are multiplied and held together; all by default.
-        seed: of the probes; by default from torch's global generator.
-        progress: whether to show a bar.
+        A: a symmetric operator (P x P), a tensor, or anything that `aslinearoperator` takes.
+        probes: how many random vectors, by default 10; or a `Probes` object in place of probes,
+            steps, seed and progress.
+        steps: how many nodes and products each probe has, by default 90.
+        deflate: how many eigenpairs of largest magnitude to take out of the probes and to count
+            exactly, or known pairs (eigenvalues, eigenvectors). The density is sharper if a few
+            eigenvalues are far from the bulk.
+        reorthogonalize: whether to hold all `steps` vectors of each probe. Otherwise three are
+            held; then nodes at outliers come several times, with weights that add up.
+        probes_at_once: how many probes are multiplied and held together; by default all.
+        seed: of the probes; by default they come from torch's global generator.
+        progress: whether to show a progress bar.
 
     Returns:
-        Nodes and weights, which sum to 1; `.density(grid, width, log=False)`,
-        `.standard_error(grid, width)` over the probes, `.expectation(f)` for tr f(A) / P.
+        A tuple of nodes (K,) and weights (K,), which sum to 1. Its methods are
+        `.density(grid, width, log=False)`, `.standard_error(grid, width)` over the probes, and
+        `.expectation(f)`, which is tr f(A) / P.
 
     Raises:
-        ValueError: a matrix that is not symmetric, or no probes.
-        NonFiniteError: NaN in a product; says in which.
+        ValueError: the matrix is not symmetric.
+        DataError: probes or steps is below 1, or a `Probes` object is given beside keywords.
+        NonFiniteError: NaN or infinity in a product; the message says in which.
 
     Example:
         >>> A = torch.diag(torch.tensor([1.0, 1.0, 5.0]))
@@ -301,29 +228,25 @@ def spectral_density(
         eigenvalue density.
     """
     operator = require_symmetric_operator(A, "spectral_density")
-    if probes < 1 or steps < 1:
-        raise ValueError(f"expected at least 1 probe and 1 step, got {probes} and {steps}")
-    if isinstance(deflate, int) and deflate > 0:
-        deflate = eigsh(operator, deflate, "LM", seed=seed, progress=progress)
-    known = (deflate.eigenvalues, deflate.eigenvectors) if isinstance(deflate, Spectrum) else None
+    given = {"steps": steps, "seed": seed, "progress": progress or None}
+    options = Probes.of("spectral_density", probes, ("tol", "max_matvecs"), **given)
+    if isinstance(deflate, int) and deflate != 0:
+        deflate = eigsh(operator, deflate, "LM", seed=options.seed, progress=options.progress)
     with torch.no_grad():
         found = linalg.spectral_density(
             operator._apply,
             operator.shape[-1],
-            probes,
-            steps,
-            torch.empty(0, dtype=operator.dtype, device=operator.device),
-            known=known,
+            _like(operator),
+            options,
+            known=None if isinstance(deflate, int) else (deflate[0], deflate[1]),
             reorthogonalize=reorthogonalize,
             at_once=probes_at_once,
-            generator=seeded(seed, operator.device),
-            progress=progress,
         )
     if found.interrupted:
         warn(
             ConvergenceWarning(
                 f"spectral_density was interrupted after {found.matvecs} products: this is the "
-                "density of what there was",
+                "density of the probes so far",
                 float("nan"),
                 found.matvecs,
             )
@@ -332,10 +255,14 @@ def spectral_density(
 
 
 def require_symmetric_operator(A: Any, what: str) -> BaseLinearOperator:
-    """The operator, where it can be symmetric.
+    """A as an operator that may be symmetric.
+
+    Args:
+        A: anything that `aslinearoperator` takes.
+        what: the function that needs it, for messages.
 
     Raises:
-        ValueError: it is rectangular, known not to be symmetric, or has batch dimensions.
+        ValueError: A is rectangular, known not to be symmetric, or has batch dimensions.
     """
     operator = aslinearoperator(A)
     m, n = _plain(operator, what)
@@ -345,12 +272,8 @@ def require_symmetric_operator(A: Any, what: str) -> BaseLinearOperator:
     return operator
 
 
-def spectral_norm(operator: BaseLinearOperator) -> Tensor:
-    """The largest singular value of an operator whose products are all that is known: u.A v."""
-    found = svds(operator, 1)
-    if not (torch.is_grad_enabled() and operator.requires_grad):
-        return found.S[0]
-    return (found.U * operator._apply(found.Vh.mT)).sum()
+def _like(operator: BaseLinearOperator) -> Tensor:
+    return torch.empty(0, dtype=operator.dtype, device=operator.device)
 
 
 def _plain(operator: BaseLinearOperator, what: str) -> tuple[int, int]:
@@ -372,25 +295,3 @@ def _closed(operator: BaseLinearOperator, k: int, which: str) -> Spectrum:
     vectors = basis._apply(unit)
     residuals = torch.linalg.vector_norm(operator._apply(vectors) - vectors * values, dim=0)
     return Spectrum(values, vectors, residuals, 0, True, operator.space)
-
-
-def _warn_unless_converged(what: str, found: linalg.Eigenpairs | linalg.Triplets) -> None:
-    if found.converged:
-        return
-    worst = float(found.residuals.max())
-    size = float(found.values.abs().max())
-    if found.interrupted:
-        reason = f"was interrupted after {found.matvecs} products: these are the pairs so far"
-    else:
-        reason = (
-            f"stopped after {found.matvecs} products, short of its tolerance: raise max_matvecs=, "
-            "subspace= or tol=, or take float64 where rounding is the limit"
-        )
-    message = f"{what} {reason} (largest residual {worst:.2g}, largest value {size:.2g})"
-    warn(ConvergenceWarning(message, worst / size if size else worst, found.matvecs))
-
-
-def _by_name(space: ParamSpace | None, vectors: Tensor) -> dict[str, Tensor]:
-    if space is None:
-        raise SpaceMismatchError("expected an operator with a parameter space, this one has none")
-    return space.unravel(vectors.mT)

@@ -23,19 +23,19 @@ All are `BaseLinearOperator`s and share one interface, and all are subclasses of
 are the package `numerics`.
 """
 
-from .algebra import ours
+from . import rules
 from .base import BaseLinearOperator
 from .block_diagonal import BlockDiagonalLinearOperator
+from .composite import ProductLinearOperator, ScaledLinearOperator, SumLinearOperator
 from .convert import FromScipyLinearOperator, aslinearoperator
 from .dense import DenseLinearOperator, MatrixLinearOperator
 from .diagonal import DiagonalLinearOperator, identity
-from .eigen_kronecker import EigenKroneckerLinearOperator
 from .eigen_low_rank import EigenLowRankLinearOperator
 from .factored import FactoredGaussNewtonLinearOperator, FactoredJacobianLinearOperator
-from .info import BlockInfo, Info, Origin
+from .info import Info, Origin
 from .kernel import KernelLinearOperator
-from .kronecker import KroneckerLinearOperator
-from .lazy import LazyLinearOperator, ProductLinearOperator, ScaledLinearOperator, SumLinearOperator
+from .kronecker import EigenKroneckerLinearOperator, KroneckerLinearOperator
+from .lazy import LazyLinearOperator
 from .low_rank import LowRankLinearOperator
 from .matrix_free import (
     GaussNewtonLinearOperator,
@@ -58,7 +58,6 @@ from .views import (
 __all__ = [
     "BaseLinearOperator",
     "BlockDiagonalLinearOperator",
-    "BlockInfo",
     "BroadcastLinearOperator",
     "DenseLinearOperator",
     "DiagonalLinearOperator",
@@ -92,5 +91,6 @@ __all__ = [
     "TransposedLinearOperator",
     "aslinearoperator",
     "identity",
-    "ours",
 ]
+
+rules.complete()

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ..errors import SpaceMismatchError, TooLargeError
 from ..selectors import Selector, select
 from ..space import ParamSpace
-from .contract import ContractLinearOperator
+from . import rules
+from .contract import ContractLinearOperator, combined
 from .damping import Damping, DampingLike, is_zero, resolve_damping
 from .primitives import Krylov, flat_positions, seeded
 from .report import Report, make_report
@@ -90,9 +91,7 @@ class BaseLinearOperator(ContractLinearOperator):
             SpaceMismatchError: a wrong length, dtype or device, or missing or unknown names.
         """
         if isinstance(other, LinearOperator):
-            from .algebra import multiply
-
-            return multiply(self, other)
+            return combined(rules.products, self, rules.as_operator(other))
         v, restore = columns(self, other)
         return restore(self._apply(v))
 
@@ -157,7 +156,7 @@ class BaseLinearOperator(ContractLinearOperator):
             krylov = replace(krylov, check=not known_positive)
             if preconditioner is not None:
                 krylov = replace(krylov, preconditioner=preconditioner.damped(damping))
-        x = operator._solve_any(v, krylov)
+        x = operator._solve(v, krylov=krylov)
         if left_tensor is not None:
             product = left_tensor @ x
             is_vector = isinstance(right_tensor, Tensor) and right_tensor.dim() == 1
@@ -325,9 +324,8 @@ class BaseLinearOperator(ContractLinearOperator):
         Raises:
             UnsupportedLayerError: the operator is not made of tensors alone.
         """
-        from ..files import state_of
-
-        return state_of(self)
+        state: dict[str, Any] = rules.states(self)
+        return state
 
     def to_scipy(self, dtype: Any = None) -> ScipyOperator:
         """A `scipy.sparse.linalg.LinearOperator`, for its Krylov methods.

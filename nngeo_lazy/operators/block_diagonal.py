@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeGuard, cast
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ..errors import NonFiniteError, NotPositiveDefiniteError
 from ..layout import Layout, assemble
+from . import rules
 from .base import BaseLinearOperator, Krylov
 from .damping import Damping
-from .info import BlockInfo, Info
+from .info import Info
 
 __all__ = ["BlockDiagonalLinearOperator"]
 
@@ -29,7 +30,10 @@ class BlockDiagonalLinearOperator(BaseLinearOperator):
 
     Args:
         *blocks: square operators or tensors of any sizes.
-        info: with the blocks' names and layouts; None for anonymous blocks one after the other.
+        info: what is known besides the numbers.
+        names: of the blocks; by default their positions.
+        layouts: where each block lies in the flat vector, which they partition; by default one
+            after the other.
 
     Example:
         >>> from nngeo_lazy.operators import DenseLinearOperator, DiagonalLinearOperator
@@ -39,36 +43,27 @@ class BlockDiagonalLinearOperator(BaseLinearOperator):
         tensor([1., 2., 3.])
     """
 
-    def __init__(self, *blocks: Any, info: Info | None = None) -> None:
-        from .algebra import ours
-
+    def __init__(
+        self,
+        *blocks: Any,
+        info: Info | None = None,
+        names: Iterable[str] | None = None,
+        layouts: Iterable[Layout] | None = None,
+    ) -> None:
         if not blocks:
             raise ValueError("expected at least one block")
-        members = tuple(ours(block) for block in blocks)
-        if not isinstance(info, BlockInfo):
-            info = _contiguous(members, info)
-        sizes = [layout.size for layout in info.layouts]
-        if sizes != [m.shape[-1] for m in members] or len(info.names) != len(members):
+        members: tuple[BaseLinearOperator, ...] = tuple(map(rules.as_operator, blocks))
+        names = map(str, range(len(members))) if names is None else names
+        self.names: tuple[str, ...] = tuple(names)
+        self.layouts = _contiguous(members) if layouts is None else tuple(layouts)
+        sizes = [layout.size for layout in self.layouts]
+        if sizes != [m.shape[-1] for m in members] or len(self.names) != len(members):
             raise ValueError(
                 f"expected a name and a layout for each block, of sizes "
-                f"{[m.shape[-1] for m in members]}, got {len(info.names)} names and sizes {sizes}"
+                f"{[m.shape[-1] for m in members]}, got {len(self.names)} names and sizes {sizes}"
             )
-        super().__init__(*members, info=info)
+        super().__init__(*members, info=info, names=self.names, layouts=self.layouts)
         self.members = members
-
-    @property
-    def info(self) -> BlockInfo:
-        return cast(BlockInfo, self._nondifferentiable_kwargs["info"])
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The blocks' names."""
-        return self.info.names
-
-    @property
-    def layouts(self) -> tuple[Layout, ...]:
-        """Where the blocks lie in the flat vector."""
-        return self.info.layouts
 
     @property
     def parts(self) -> list[tuple[str, Layout, BaseLinearOperator]]:
@@ -108,18 +103,36 @@ class BlockDiagonalLinearOperator(BaseLinearOperator):
         return torch.stack(values)
 
     def _map(
-        self,
-        function: Callable[[BaseLinearOperator], BaseLinearOperator],
-        info: BlockInfo | None = None,
+        self, function: Callable[[BaseLinearOperator], BaseLinearOperator]
     ) -> BlockDiagonalLinearOperator:
         """An operator of each block."""
         blocks = []
         for name, _, block in self.parts:
             with _named(name):
                 blocks.append(function(block))
-        return BlockDiagonalLinearOperator(*blocks, info=self.info if info is None else info)
+        return self._of(blocks)
+
+    def _of(
+        self, blocks: Iterable[BaseLinearOperator], info: Info | None = None
+    ) -> BlockDiagonalLinearOperator:
+        """Other blocks in the same coordinates."""
+        made = BlockDiagonalLinearOperator(*blocks, **self._kwargs)
+        return made if info is None else cast(BlockDiagonalLinearOperator, made._with_info(info))
+
+    def _joined(
+        self, other: BlockDiagonalLinearOperator, function: Callable[[Any, Any], Any], info: Info
+    ) -> Any:
+        """A function of each pair of blocks, if both have the same ones."""
+        if not self.same_blocks(other):
+            return NotImplemented
+        return self._of(map(function, self.members, other.members), info)
 
     # --- primitives -----------------------------------------------------------------------------
+
+    @property
+    def is_explicit(self) -> bool:
+        """Whether all blocks' entries are known without products."""
+        return all(member.is_explicit for member in self.members)
 
     def _size(self) -> torch.Size:
         size = sum(layout.size for layout in self.layouts)
@@ -148,14 +161,14 @@ class BlockDiagonalLinearOperator(BaseLinearOperator):
                     for layout in self.layouts
                 )
             each = [replace(e, preconditioner=p) for e, p in zip(each, parts, strict=True)]
-        return self._columns(lambda k, b, part: b._solve_any(part, each[k]), v)
+        return self._columns(lambda k, b, part: b._solve(part, krylov=each[k]), v)
 
     def _damp(self, damping: Damping, method: str) -> BaseLinearOperator:
         blocks = []
         for name, layout, block in self.parts:
             with _named(name):
                 blocks.append(block._damp(Damping(damping.on(layout)), method))
-        return BlockDiagonalLinearOperator(*blocks, info=self.info)
+        return self._of(blocks)
 
     def _scale(self, c: float | Tensor) -> BaseLinearOperator:
         return self._map(lambda b: b._scale(c))
@@ -201,10 +214,7 @@ class BlockDiagonalLinearOperator(BaseLinearOperator):
                 own, basis = block._eigensystem()
             values += layout.scatter(own.unsqueeze(-1))
             bases.append(basis)
-        return (
-            assemble(values).squeeze(-1),
-            BlockDiagonalLinearOperator(*bases, info=self.info),
-        )
+        return assemble(values).squeeze(-1), self._of(bases)
 
     def _dense(self) -> Tensor:
         dense: Tensor = torch.block_diag(*(b._dense() for b in self.members))
@@ -230,26 +240,34 @@ class BlockDiagonalLinearOperator(BaseLinearOperator):
             blocks.append(block)
             layouts.append(chosen.shifted(moves))
             kept.append(name)
-        return BlockDiagonalLinearOperator(*blocks, info=info.blocks(kept, layouts))
+        return BlockDiagonalLinearOperator(*blocks, info=info, names=kept, layouts=layouts)
 
     def _principal(self, index: Tensor, columns: Tensor | None, info: Info) -> BaseLinearOperator:
-        from .views import RestrictedLinearOperator
-
-        return RestrictedLinearOperator(self, index, info=info)
+        restricted: BaseLinearOperator = rules.selections(self, index, None, info)
+        return restricted
 
     def _kind(self) -> str:
         return f"block diagonal ({', '.join(block._kind() for block in self.members)})"
 
 
-def _contiguous(members: tuple[BaseLinearOperator, ...], info: Info | None) -> BlockInfo:
+@rules.sums.register(BlockDiagonalLinearOperator, BlockDiagonalLinearOperator)
+def _(A: BlockDiagonalLinearOperator, B: BlockDiagonalLinearOperator, info: Info) -> Any:
+    return A._joined(B, lambda a, b: a + b, info)
+
+
+@rules.products.register(BlockDiagonalLinearOperator, BlockDiagonalLinearOperator)
+def _(A: BlockDiagonalLinearOperator, B: BlockDiagonalLinearOperator, info: Info) -> Any:
+    return A._joined(B, lambda a, b: a @ b, info)
+
+
+def _contiguous(members: tuple[BaseLinearOperator, ...]) -> tuple[Layout, ...]:
     layouts, start = [], 0
     for member in members:
         if not member.is_square or member.dim() != 2:
             raise ValueError(f"expected square blocks, got one of shape {tuple(member.shape)}")
         layouts.append(Layout.flat([slice(start, start + member.shape[-1])]))
         start += member.shape[-1]
-    info = Info() if info is None else info
-    return info.blocks((str(k) for k in range(len(members))), layouts)
+    return tuple(layouts)
 
 
 def _piece(block: BaseLinearOperator, layout: Layout, starts: set[int]) -> BaseLinearOperator:

@@ -7,6 +7,7 @@ primitives.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from numbers import Number
 from typing import TYPE_CHECKING, Any
 
@@ -17,18 +18,19 @@ from linear_operator.operators import (
     TriangularLinearOperator,
     ZeroLinearOperator,
 )
-from linear_operator.utils.getitem import _is_noop_index
 from torch import Tensor
 
-from ..errors import NotPositiveDefiniteError
-from .primitives import Krylov, PrimitiveLinearOperator, positions, tensors_of
+from ..errors import NotPositiveDefiniteError, SpaceMismatchError
+from . import rules
+from .info import joint
+from .primitives import PrimitiveLinearOperator, tensors_of
 from .torch_functions import TORCH_FUNCTIONS
 from .vectors import columns
 
 if TYPE_CHECKING:
     from .base import BaseLinearOperator
 
-__all__ = ["ContractLinearOperator"]
+__all__ = ["ContractLinearOperator", "combined"]
 
 
 class ContractLinearOperator(PrimitiveLinearOperator):
@@ -39,9 +41,7 @@ class ContractLinearOperator(PrimitiveLinearOperator):
     def rmatmul(self, other: Any) -> Any:
         """The product with something on the left."""
         if isinstance(other, LinearOperator):
-            from .algebra import multiply, ours
-
-            return multiply(ours(other), self._this())
+            return combined(rules.products, rules.as_operator(other), self._this())
         transposed = self._transpose_nonbatch()
         if other.ndim == 1:
             return transposed.matmul(other)
@@ -56,12 +56,8 @@ class ContractLinearOperator(PrimitiveLinearOperator):
         product: Tensor = self._transpose_nonbatch()._matmul(rhs)
         return product
 
-    def _solve(
-        self, rhs: Tensor, preconditioner: Any = None, num_tridiag: int | None = 0
-    ) -> Tensor:
-        return self._solve_any(rhs, Krylov())
-
     def inv_quad(self, inv_quad_rhs: Tensor, reduce_inv_quad: bool = True) -> Tensor:
+        """v^T F^-1 v, summed over the columns of v unless told otherwise."""
         return self.inv_quad_logdet(inv_quad_rhs, False, reduce_inv_quad)[0]
 
     def inv_quad_logdet(
@@ -70,11 +66,12 @@ class ContractLinearOperator(PrimitiveLinearOperator):
         logdet: bool | None = False,
         reduce_inv_quad: bool | None = True,
     ) -> tuple[Tensor, Tensor]:
+        """v^T F^-1 v as `inv_quad` gives it, and log det F; zero for what is not asked."""
         zero = torch.zeros(self.batch_shape, dtype=self.dtype, device=self.device)
         quadratic, determinant = zero, zero
         if inv_quad_rhs is not None:
             v, _ = columns(self._this(), inv_quad_rhs)
-            quadratic = (v * self._solve_any(v, Krylov())).sum(-2)
+            quadratic = (v * self._solve(v)).sum(-2)
             if reduce_inv_quad or inv_quad_rhs.dim() == 1:
                 quadratic = quadratic.sum(-1)
         if logdet:
@@ -82,20 +79,25 @@ class ContractLinearOperator(PrimitiveLinearOperator):
         return quadratic, determinant
 
     def add_jitter(self, jitter_val: float = 1e-3) -> Any:
+        """F + jitter_val I."""
         return self.add_diagonal(jitter_val)
 
     def zero_mean_mvn_samples(self, num_samples: int) -> Tensor:
+        """Draws (num_samples, n) from N(0, F); `sample` takes a seed."""
         return self._draw(num_samples, None).movedim(-1, 0)
 
     def root_decomposition(self, method: str | None = None) -> Any:
+        """F as R R^T, with R = F^1/2."""
         return RootLinearOperator(self._power(0.5))
 
     def root_inv_decomposition(
         self, initial_vectors: Any = None, test_vectors: Any = None, method: str | None = None
     ) -> Any:
+        """F^-1 as R R^T, with R = F^-1/2."""
         return RootLinearOperator(self._power(-0.5))
 
     def sqrt_inv_matmul(self, rhs: Tensor, lhs: Tensor | None = None) -> Any:
+        """F^-1/2 rhs; with lhs, lhs F^-1/2 rhs and the diagonal of lhs F^-1 lhs^T."""
         root = self._power(-0.5)
         x = root @ rhs
         if lhs is None:
@@ -103,6 +105,7 @@ class ContractLinearOperator(PrimitiveLinearOperator):
         return lhs @ x, (root @ lhs.mT).square().sum(-2)
 
     def diagonalization(self, method: str | None = None) -> tuple[Tensor, Any]:
+        """Eigenvalues (n,), in any order, and the orthogonal operator of eigenvectors."""
         return self._symeig(eigenvectors=True)
 
     def _symeig(
@@ -110,12 +113,6 @@ class ContractLinearOperator(PrimitiveLinearOperator):
     ) -> tuple[Tensor, Any]:
         values, basis = self._eigensystem()
         return values, basis if eigenvectors else None
-
-    def _svd(self) -> tuple[Any, Tensor, Any]:
-        from .diagonal import DiagonalLinearOperator
-
-        values, basis = self._eigensystem()
-        return basis, values.abs(), basis @ DiagonalLinearOperator(values.sign())
 
     def _cholesky(self, upper: bool | None = False) -> Any:
         factor, failed = torch.linalg.cholesky_ex(self.to_dense())
@@ -134,9 +131,7 @@ class ContractLinearOperator(PrimitiveLinearOperator):
             return self
         if isinstance(other, (Tensor, LinearOperator)):
             if other.dim() == 2 and self.dim() == 2:
-                from .algebra import add, ours
-
-                return add(self._this(), ours(other))
+                return combined(rules.sums, self._this(), rules.as_operator(other))
             return super().__add__(other)
         if isinstance(other, Number):
             raise TypeError(
@@ -164,34 +159,6 @@ class ContractLinearOperator(PrimitiveLinearOperator):
             return super()._mul_constant(other)
         return self._altered(self._scale(other))
 
-    # --- indices and batches ---------------------------------------------------------------------
-
-    def _getitem(self, row_index: Any, col_index: Any, *batch_indices: Any) -> Any:
-        if _is_noop_index(row_index) and _is_noop_index(col_index):
-            return self
-        from .views import RestrictedLinearOperator
-
-        return RestrictedLinearOperator(
-            self._this(),
-            positions(row_index, self.shape[-2], self.device),
-            positions(col_index, self.shape[-1], self.device),
-        )
-
-    def _get_indices(self, row_index: Any, col_index: Any, *batch_indices: Any) -> Tensor:
-        from .views import entries
-
-        return entries(self._this(), row_index, col_index)
-
-    def _expand_batch(self, batch_shape: Any) -> Any:
-        from .views import BroadcastLinearOperator
-
-        if len(batch_shape) == 0:
-            return self
-        return BroadcastLinearOperator.of(self._this(), torch.Size(batch_shape))
-
-    def _unsqueeze_batch(self, dim: int) -> Any:
-        return self._expand_batch(torch.Size([1]))
-
     # --- dtype, device, torch functions ----------------------------------------------------------
 
     def to(self, *args: Any, **kwargs: Any) -> BaseLinearOperator:
@@ -200,15 +167,19 @@ class ContractLinearOperator(PrimitiveLinearOperator):
         return self._moved(probe.dtype, probe.device)
 
     def type(self, dtype: torch.dtype) -> BaseLinearOperator:
+        """The same operator in another dtype."""
         return self._moved(dtype, self.device)
 
     def cpu(self) -> BaseLinearOperator:
+        """The same operator on the CPU."""
         return self.to("cpu")
 
     def cuda(self, device_id: Any = None) -> BaseLinearOperator:
+        """The same operator on a GPU, the current one by default."""
         return self.to("cuda" if device_id is None else torch.device("cuda", device_id))
 
     def bfloat16(self) -> BaseLinearOperator:
+        """The same operator in bfloat16."""
         return self.type(torch.bfloat16)
 
     def _moved(self, dtype: torch.dtype, device: torch.device) -> BaseLinearOperator:
@@ -218,7 +189,7 @@ class ContractLinearOperator(PrimitiveLinearOperator):
             else arg.to(device=device)  # indices stay integers
             for arg in self._args
         ]
-        return self.__class__(*args, info=self.info.moved(dtype, device))
+        return self.__class__(*args, **self._moved_fields(dtype, device))
 
     def _set_requires_grad(self, val: bool) -> None:
         for tensor in tensors_of(self):
@@ -235,3 +206,25 @@ class ContractLinearOperator(PrimitiveLinearOperator):
         known = "" if self.space is None else f", {len(self.space.names)} parameters"
         shape = " x ".join(map(str, self.shape))
         return f"{type(self).__name__}({shape}, {self.dtype}{known})"
+
+
+def combined(rule: rules.Rule, A: BaseLinearOperator, B: BaseLinearOperator) -> Any:
+    """A + B or A @ B: structured if the structures fit, lazy otherwise.
+
+    Raises:
+        SpaceMismatchError: other shapes, dtypes, devices or parameters.
+    """
+    is_sum = rule is rules.sums
+    if A.shape[-2:] != B.shape[-2:] if is_sum else A.shape[-1] != B.shape[-2]:
+        wanted = "two matrices of one shape" if is_sum else "matrices that fit"
+        sign = "+" if is_sum else "@"
+        raise SpaceMismatchError(f"expected {wanted}, got {tuple(A.shape)} {sign} {tuple(B.shape)}")
+    if A.dtype != B.dtype or A.device != B.device:
+        raise SpaceMismatchError(
+            f"expected two operators of one dtype and device, got {A.dtype} on {A.device} and "
+            f"{B.dtype} on {B.device}: convert one with .to(...)"
+        )
+    info = joint(A.info, B.info)
+    if not is_sum and B.space is None and not (B.is_square and B.maps_to_parameters):
+        info = replace(info, space=None)  # the product takes no parameters
+    return rule(A, B, info)

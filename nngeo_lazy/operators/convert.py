@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
 from typing import Any
 
 import numpy as np
 import scipy.sparse
 import scipy.sparse.linalg
 import torch
+from linear_operator.operators import (
+    ConstantMulLinearOperator,
+    DiagLinearOperator,
+    LinearOperator,
+)
+from linear_operator.operators import DenseLinearOperator as TheirDenseLinearOperator
+from linear_operator.operators import SumLinearOperator as TheirSumLinearOperator
+from scipy.sparse.linalg import aslinearoperator as scipy_operator
 from torch import Tensor
 
 from ..derivatives.opaque import Map, apply_map
-from .algebra import ours
+from . import rules
 from .base import BaseLinearOperator
-from .dense import MatrixLinearOperator
+from .dense import DenseLinearOperator, MatrixLinearOperator
+from .diagonal import DiagonalLinearOperator
 from .info import Info
 from .lazy import LazyLinearOperator
 from .matrix_free import TransposedLinearOperator
 from .scipy import ScipyOperator
+from .stack import StackLinearOperator
 from .vectors import flattened
+from .views import ForeignLinearOperator
 
 __all__ = ["FromScipyLinearOperator", "aslinearoperator"]
 
@@ -43,32 +55,74 @@ def aslinearoperator(A: Any) -> BaseLinearOperator:
         >>> F.solve(torch.tensor([1.0, 2.0], dtype=torch.float64))
         tensor([1.0000, 0.5000], dtype=torch.float64)
     """
-    if isinstance(A, ScipyOperator):
-        return A.operator
-    if isinstance(A, np.ndarray):
-        A = torch.from_numpy(A)
-    if isinstance(A, Tensor):
-        square = A.dim() == 2 and A.shape[0] == A.shape[1]
-        if square and not torch.allclose(A, A.mT, rtol=1e-5, atol=1e-6 * float(A.abs().max())):
-            return MatrixLinearOperator(A)
-        return ours(A)
-    if scipy.sparse.issparse(A):
-        A = scipy.sparse.linalg.aslinearoperator(A)
-    if isinstance(A, scipy.sparse.linalg.LinearOperator):
-        kind = np.promote_types(A.dtype, np.float32)
-        like = torch.empty(0, dtype=torch.float64 if kind == np.float64 else torch.float32)
-        return FromScipyLinearOperator(like, info=_ScipyInfo(operator=A))
-    return ours(A)
+    operator: BaseLinearOperator
+    if isinstance(A, Tensor) and A.dim() == 2 and A.shape[0] == A.shape[1]:
+        symmetric = torch.allclose(A, A.mT, rtol=1e-5, atol=1e-6 * float(A.abs().max()))
+        operator = rules.as_operator(A) if symmetric else MatrixLinearOperator(A)
+    elif isinstance(A, np.ndarray):
+        operator = aslinearoperator(torch.from_numpy(A))
+    else:
+        operator = rules.as_operator(scipy_operator(A) if scipy.sparse.issparse(A) else A)
+    return operator
 
 
-@dataclass(frozen=True)
-class _ScipyInfo(Info):
-    """Info of a scipy operator."""
+@rules.as_operator.register(object)
+def _(A: object) -> BaseLinearOperator:
+    raise TypeError(f"expected a tensor or a linear operator, got {type(A).__name__}")
 
-    operator: Any = None
 
-    def moved(self, dtype: torch.dtype | None, device: Any) -> _ScipyInfo:
-        return replace(self)
+@rules.as_operator.register(BaseLinearOperator)
+def _(A: BaseLinearOperator) -> BaseLinearOperator:
+    return A
+
+
+@rules.as_operator.register(Tensor)
+def _(A: Tensor) -> BaseLinearOperator:
+    if A.dim() == 2:
+        return DenseLinearOperator(A) if A.shape[0] == A.shape[1] else MatrixLinearOperator(A)
+    if A.dim() == 3:
+        return StackLinearOperator(*map(rules.as_operator, A))
+    return ForeignLinearOperator(TheirDenseLinearOperator(A))
+
+
+@rules.as_operator.register(LinearOperator)
+def _(A: LinearOperator) -> BaseLinearOperator:
+    return ForeignLinearOperator(A)
+
+
+@rules.as_operator.register(DiagLinearOperator)
+def _(A: DiagLinearOperator) -> BaseLinearOperator:
+    return DiagonalLinearOperator(A._diag) if A.dim() == 2 else ForeignLinearOperator(A)
+
+
+@rules.as_operator.register(TheirDenseLinearOperator)
+def _(A: TheirDenseLinearOperator) -> Any:
+    # a subclass of theirs may mean more than its tensor
+    return rules.as_operator(A.tensor) if type(A) is TheirDenseLinearOperator else NotImplemented
+
+
+@rules.as_operator.register(TheirSumLinearOperator)
+def _(A: TheirSumLinearOperator) -> Any:  # also one with a diagonal
+    return reduce(add, map(rules.as_operator, A.linear_ops)) if A.dim() == 2 else NotImplemented
+
+
+@rules.as_operator.register(ConstantMulLinearOperator)
+def _(A: ConstantMulLinearOperator) -> Any:
+    if type(A) is not ConstantMulLinearOperator or A.dim() != 2:
+        return NotImplemented
+    return rules.as_operator(A.base_linear_op)._scale(A._constant)
+
+
+@rules.as_operator.register(ScipyOperator)
+def _(A: ScipyOperator) -> BaseLinearOperator:
+    return A.operator
+
+
+@rules.as_operator.register(scipy.sparse.linalg.LinearOperator)
+def _(A: scipy.sparse.linalg.LinearOperator) -> BaseLinearOperator:
+    wide = np.promote_types(A.dtype, np.float32) == np.float64
+    like = torch.empty(0, dtype=torch.float64 if wide else torch.float32)
+    return FromScipyLinearOperator(like, operator=A)
 
 
 class FromScipyLinearOperator(LazyLinearOperator):
@@ -76,16 +130,16 @@ class FromScipyLinearOperator(LazyLinearOperator):
 
     Args:
         like: an empty tensor that gives dtype and device.
-        info: with the operator.
+        operator: the scipy operator.
+        info: what is known besides the numbers.
     """
 
-    def __init__(self, like: Tensor, *, info: _ScipyInfo) -> None:
-        super().__init__(like, info=info)
-        self.like = like
+    def __init__(self, like: Tensor, *, operator: Any, info: Info | None = None) -> None:
+        super().__init__(like, operator=operator, info=info)
+        self.like, self.operator = like, operator
 
     def _size(self) -> torch.Size:
-        known: _ScipyInfo = self.info  # type: ignore[assignment]
-        return torch.Size(known.operator.shape)
+        return torch.Size(self.operator.shape)
 
     def _transpose_nonbatch(self) -> BaseLinearOperator:
         return TransposedLinearOperator(self)
@@ -97,9 +151,8 @@ class FromScipyLinearOperator(LazyLinearOperator):
         return self._through(u, True)
 
     def _through(self, v: Tensor, transposed: bool) -> Tensor:
-        known: _ScipyInfo = self.info  # type: ignore[assignment]
         wide, back = flattened(v)
-        return back(apply_map(_Product(known.operator, transposed), wide))
+        return back(apply_map(_Product(self.operator, transposed), wide))
 
     def _kind(self) -> str:
         return "scipy"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import NonFiniteError
 
-__all__ = ["Cache", "eigh", "eigvalsh", "eps", "matrix_power"]
+__all__ = ["Decomposition", "eigh", "eigvalsh", "eps", "matrix_power"]
 
 T = TypeVar("T")
 _HALF = (torch.float16, torch.bfloat16)
@@ -21,26 +21,41 @@ def eps(tensor: Tensor) -> float:
     return float(torch.finfo(tensor.dtype).eps)
 
 
-class Cache:
-    """Results that are forgotten when one of the tensors they came from is modified in place."""
+class Decomposition:
+    """What is computed once from some tensors, and again if one of them is modified in place.
 
-    def __init__(self) -> None:
-        self._entries: dict[str, tuple[tuple[tuple[int, int], ...], Any]] = {}
+    Several operators may hold it: damping by a multiple of the identity changes no eigenvector.
+    It travels with an operator that is made again, as long as its tensors are the same.
+    """
 
-    def get(self, key: str, tensors: Sequence[Tensor], compute: Callable[[], T]) -> T:
-        if any(t.is_inference() for t in tensors):
+    def __init__(self, *tensors: Tensor) -> None:
+        self._tensors = tensors
+        self._entries: dict[str, tuple[tuple[int, ...], Any]] = {}
+
+    @classmethod
+    def of(cls, known: Decomposition | None, *tensors: Tensor) -> Decomposition:
+        """The known one if it is that of these very tensors, else a new one."""
+        if known is None or len(known._tensors) != len(tensors):
+            return cls(*tensors)
+        same = all(a is b for a, b in zip(known._tensors, tensors, strict=True))
+        return known if same else cls(*tensors)
+
+    def get(self, key: str, compute: Callable[[], T], *tensors: Tensor) -> T:
+        """The result of `compute`, which reads these tensors (by default, all)."""
+        read = tensors or self._tensors
+        if any(t.is_inference() for t in read):
             return compute()  # they count no modifications
-        stamp = tuple((id(t), t._version) for t in tensors)
+        versions = tuple(t._version for t in read)
         found = self._entries.get(key)
-        if found is not None and found[0] == stamp:
+        if found is not None and found[0] == versions:
             value: T = found[1]
             return value
         fresh = compute()
-        self._entries[key] = stamp, fresh
+        self._entries[key] = versions, fresh
         return fresh
 
-    def __reduce__(self) -> tuple[type[Cache], tuple[()]]:
-        return Cache, ()  # a pickle holds no derived numbers
+    def __reduce__(self) -> tuple[type[Decomposition], tuple[Tensor, ...]]:
+        return Decomposition, self._tensors  # a pickle holds no derived numbers
 
 
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,8 +72,27 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
         try:
             values, vectors = torch.linalg.eigh(work)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-            values, vectors = torch.linalg.eigh(work.double())
-    return _cleaned(values).to(matrix.dtype), vectors.to(matrix.dtype)
+            values, vectors = _without_zeros(work)
+    cleaned = _cleaned(values, eps(work))  # what was accumulated in float32 has its rounding
+    return cleaned.to(matrix.dtype), vectors.to(matrix.dtype)
+
+
+def _without_zeros(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """`torch.linalg.eigh` in float64, of what remains without rows that are zero.
+
+    LAPACK may fail on many of them. Their unit vectors are eigenvectors.
+    """
+    flat = matrix.double().reshape(-1, *matrix.shape[-2:])
+    values, vectors = torch.zeros_like(flat[..., 0]), torch.zeros_like(flat)
+    for k, each in enumerate(flat):
+        kept = (each != 0).any(-1)
+        own, basis = torch.linalg.eigh(each[kept][:, kept])
+        units = torch.eye(len(each), dtype=each.dtype, device=each.device)
+        placed = torch.zeros(len(each), len(own), dtype=each.dtype, device=each.device)
+        placed[kept] = basis
+        values[k], order = torch.cat([own, own.new_zeros(len(each) - len(own))]).sort()
+        vectors[k] = torch.cat([placed, units[:, ~kept]], -1)[:, order]
+    return values.reshape(matrix.shape[:-1]), vectors.reshape(matrix.shape)
 
 
 def eigvalsh(matrix: Tensor) -> Tensor:
@@ -68,7 +102,7 @@ def eigvalsh(matrix: Tensor) -> Tensor:
         values = torch.linalg.eigvalsh(work)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         values = torch.linalg.eigvalsh(work.double())
-    return _cleaned(values).to(matrix.dtype)
+    return _cleaned(values, eps(work)).to(matrix.dtype)
 
 
 def matrix_power(matrix: Tensor, values: Tensor, vectors: Tensor, p: float) -> Tensor:
@@ -107,10 +141,10 @@ def _prepared(matrix: Tensor) -> Tensor:
     return matrix.float() if matrix.dtype in _HALF else matrix
 
 
-def _cleaned(values: Tensor) -> Tensor:
+def _cleaned(values: Tensor, rounding: float) -> Tensor:
     """Negative eigenvalues set to 0 where all of them are rounding: at least -n eps max."""
     if values.shape[-1] == 0:
         return values
-    noise = values.shape[-1] * eps(values) * values.abs().amax(-1, keepdim=True)
+    noise = values.shape[-1] * rounding * values.abs().amax(-1, keepdim=True)
     semidefinite = values.amin(-1, keepdim=True) >= -noise
     return torch.where(semidefinite, values.clamp_min(0), values)

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedLayerError
+from . import rules
 from .base import BaseLinearOperator, Krylov, flat_positions
-from .decompose import Cache, eigh, eigvalsh, eps, matrix_power
+from .decompose import Decomposition, eigh, eigvalsh, eps, matrix_power
+from .diagonal import DiagonalLinearOperator, plus_diagonal
 from .info import Info
 from .lazy import LazyLinearOperator
 from .spectral import SpectralLinearOperator
@@ -35,12 +37,18 @@ class DenseLinearOperator(SpectralLinearOperator):
 
     _implicit_in_tensors = True
 
-    def __init__(self, tensor: Tensor, *, info: Info | None = None) -> None:
+    def __init__(
+        self,
+        tensor: Tensor,
+        *,
+        info: Info | None = None,
+        decomposition: Decomposition | None = None,
+    ) -> None:
         if tensor.dim() != 2 or tensor.shape[0] != tensor.shape[1]:
             raise ValueError(f"expected a square matrix, got shape {tuple(tensor.shape)}")
-        super().__init__(tensor, info=info)
+        self._decomposed = Decomposition.of(decomposition, tensor)
+        super().__init__(tensor, info=info, decomposition=self._decomposed)
         self.tensor = tensor
-        self._cache = Cache()
 
     def _size(self) -> torch.Size:
         return self.tensor.shape
@@ -52,21 +60,25 @@ class DenseLinearOperator(SpectralLinearOperator):
         return self.tensor @ v
 
     def _decomposition(self) -> tuple[Tensor, Tensor]:
-        return self._cache.get("eigh", [self.tensor], lambda: eigh(self.tensor))
+        return self._decomposed.get("eigh", lambda: eigh(self.tensor), self.tensor)
 
     def rotate(self, v: Tensor) -> Tensor:
+        """Q^T v, with Q the eigenvectors."""
         return self._decomposition()[1].mT @ v
 
     def unrotate(self, v: Tensor) -> Tensor:
+        """Q v, with Q the eigenvectors."""
         return self._decomposition()[1] @ v
 
     @property
     def eigenvalues(self) -> Tensor:
+        """(n,), ascending; with a gradient if the matrix wants one."""
         if self.tensor.requires_grad and torch.is_grad_enabled():
             return eigvalsh(self.tensor)
         return self._decomposition()[0]
 
     def basis(self) -> BaseLinearOperator:
+        """Q, the eigenvectors as columns."""
         return DenseLinearOperator(self._decomposition()[1])
 
     def _function(self, values: Tensor, p: float | None) -> BaseLinearOperator:
@@ -108,6 +120,22 @@ class DenseLinearOperator(SpectralLinearOperator):
 
     def _kind(self) -> str:
         return f"dense {self.tensor.shape[0]}x{self.tensor.shape[0]}"
+
+
+@rules.sums.register(DenseLinearOperator, BaseLinearOperator, symmetric=True)
+def _(A: DenseLinearOperator, B: BaseLinearOperator, info: Info) -> Any:
+    if not B.is_explicit:
+        return NotImplemented
+    # as much memory again as the dense one takes already
+    return DenseLinearOperator(A.tensor + B._dense(), info=info)
+
+
+@rules.sums.register(DenseLinearOperator, DenseLinearOperator)
+def _(A: DenseLinearOperator, B: DenseLinearOperator, info: Info) -> BaseLinearOperator:
+    return DenseLinearOperator(A.tensor + B.tensor, info=info)
+
+
+rules.sums.register(DiagonalLinearOperator, DenseLinearOperator, symmetric=True)(plus_diagonal)
 
 
 class MatrixLinearOperator(LazyLinearOperator):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..space import ParamSpace
+from . import rules
 from .base import BaseLinearOperator
 from .info import Info
 from .spectral import SpectralLinearOperator
@@ -42,16 +43,20 @@ class DiagonalLinearOperator(SpectralLinearOperator):
         return self.diag.unsqueeze(-1) * v
 
     def rotate(self, v: Tensor) -> Tensor:
+        """The vector as it is: the eigenbasis is that of the coordinates."""
         return v
 
     def unrotate(self, v: Tensor) -> Tensor:
+        """The vector as it is: the eigenbasis is that of the coordinates."""
         return v
 
     @property
     def eigenvalues(self) -> Tensor:
+        """The diagonal (n,), in its own order."""
         return self.diag
 
     def basis(self) -> BaseLinearOperator:
+        """The identity."""
         return DiagonalLinearOperator(torch.ones_like(self.diag))
 
     def _function(self, values: Tensor, p: float | None) -> BaseLinearOperator:
@@ -103,3 +108,25 @@ def identity(space: ParamSpace, scale: float | Tensor = 1.0) -> DiagonalLinearOp
     """
     value = torch.as_tensor(scale, dtype=space.dtype, device=space.device)
     return DiagonalLinearOperator(value.expand(len(space)), info=Info(space))
+
+
+@rules.sums.register(DiagonalLinearOperator, DiagonalLinearOperator)
+def _(A: DiagonalLinearOperator, B: DiagonalLinearOperator, info: Info) -> BaseLinearOperator:
+    return DiagonalLinearOperator(A.diag + B.diag, info=info)
+
+
+@rules.sums.register(DiagonalLinearOperator, BaseLinearOperator, symmetric=True)
+def plus_diagonal(
+    A: DiagonalLinearOperator, B: BaseLinearOperator, info: Info
+) -> BaseLinearOperator:
+    """A sum with a diagonal has the structure of the other matrix, and the space of either."""
+    total: BaseLinearOperator = B.add_diagonal(A.diag)
+    if total.space is not None or info.space is None:
+        return total
+    known: BaseLinearOperator = total._with(info=info)
+    return known
+
+
+@rules.products.register(DiagonalLinearOperator, DiagonalLinearOperator)
+def _(A: DiagonalLinearOperator, B: DiagonalLinearOperator, info: Info) -> BaseLinearOperator:
+    return DiagonalLinearOperator(A.diag * B.diag, info=info)

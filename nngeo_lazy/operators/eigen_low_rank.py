@@ -8,9 +8,13 @@ import torch
 from torch import Tensor
 
 from ..errors import NotPositiveDefiniteError, UnsupportedLayerError
+from . import rules
 from .base import BaseLinearOperator, Krylov
+from .composite import ProductLinearOperator, SumLinearOperator
 from .damping import Damping, collapse
 from .decompose import eps
+from .dense import MatrixLinearOperator
+from .diagonal import DiagonalLinearOperator
 from .info import Info
 from .lazy import LazyLinearOperator
 
@@ -66,9 +70,7 @@ class EigenLowRankLinearOperator(LazyLinearOperator):
         """How many eigenvalues `rest` stands for."""
         return int(self.basis.shape[0] - self.basis.shape[1])
 
-    def _with(
-        self, values: Tensor, rest: Tensor, scale: Tensor | None
-    ) -> EigenLowRankLinearOperator:
+    def _of(self, values: Tensor, rest: Tensor, scale: Tensor | None) -> EigenLowRankLinearOperator:
         return EigenLowRankLinearOperator(self.basis, values, rest, scale, info=self.info)
 
     def _scaled(self, v: Tensor, inverse: bool = False) -> Tensor:
@@ -144,17 +146,14 @@ class EigenLowRankLinearOperator(LazyLinearOperator):
             )
 
     def _damp(self, damping: Damping, method: str) -> BaseLinearOperator:
-        from .low_rank import LowRankLinearOperator
-
         d = collapse(damping.value)
         if self.scale is None and d.dim() == 0:
-            return self._with(self.values + d, self.rest + d, None)
-        root, core = self._scaled(self.basis.detach()), self.values - self.rest
-        diag = self.rest + d if self.scale is None else self.rest * self.scale.square() + d
-        return LowRankLinearOperator(root, core, diag, info=self.info)
+            return self._of(self.values + d, self.rest + d, None)
+        damped: BaseLinearOperator = rules.plus_diagonal(self, d)
+        return damped
 
     def _scale(self, c: float | Tensor) -> BaseLinearOperator:
-        return self._with(self.values * c, self.rest * c, self.scale)
+        return self._of(self.values * c, self.rest * c, self.scale)
 
     def _diagonal(self) -> Tensor:
         squares = self.basis.detach().square()
@@ -185,7 +184,7 @@ class EigenLowRankLinearOperator(LazyLinearOperator):
         self._require_regular()
         scale = None if self.scale is None else self.scale.reciprocal()
         rest = self.rest.reciprocal() if self.multiplicity else self.rest
-        return self._with(self.values.reciprocal(), rest, scale)
+        return self._of(self.values.reciprocal(), rest, scale)
 
     def _power(self, p: float) -> BaseLinearOperator:
         if p == -1:
@@ -196,14 +195,14 @@ class EigenLowRankLinearOperator(LazyLinearOperator):
         if p != int(p):
             self._require_nonnegative(f"power {p}")
         rest = self.rest.pow(p) if self.multiplicity else self.rest
-        return self._with(self.values.pow(p), rest, None)
+        return self._of(self.values.pow(p), rest, None)
 
     def _pinv(self, rcond: float | None) -> BaseLinearOperator:
         self._require_unscaled("pinv")
         null, empty = self._null(rcond)
         values = torch.where(null, 0.0, torch.where(null, 1.0, self.values).reciprocal())
         rest = torch.where(empty, 0.0, torch.where(empty, 1.0, self.rest).reciprocal())
-        return self._with(values, rest if self.multiplicity else self.rest, None)
+        return self._of(values, rest if self.multiplicity else self.rest, None)
 
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
         self._require_nonnegative("sample")
@@ -231,10 +230,6 @@ def completed(basis: Tensor) -> BaseLinearOperator:
 
     Schreiber and Van Loan (1989), a storage-efficient WY representation.
     """
-    from .algebra import ours
-    from .diagonal import DiagonalLinearOperator
-    from .lazy import ProductLinearOperator, SumLinearOperator
-
     n, m = basis.shape
     packed, tau = torch.geqrf(basis.to(torch.promote_types(basis.dtype, torch.float32)))
     reflectors = packed.tril(-1)
@@ -246,6 +241,7 @@ def completed(basis: Tensor) -> BaseLinearOperator:
     reflectors, inner = (reflectors * used).to(basis), inner.to(basis)
     sign = basis.new_ones(n)
     sign[:m] = packed.diagonal().sign()
-    low = ProductLinearOperator(ours(-reflectors @ inner), ours(reflectors.mT.contiguous()))
+    left, right = -reflectors @ inner, reflectors.mT.contiguous()
+    low = ProductLinearOperator(MatrixLinearOperator(left), MatrixLinearOperator(right))
     whole = SumLinearOperator(DiagonalLinearOperator(basis.new_ones(n)), low)
     return ProductLinearOperator(whole, DiagonalLinearOperator(sign))

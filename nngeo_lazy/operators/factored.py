@@ -14,16 +14,16 @@ from ..jacobian.forms import Form, Outer
 from ..jacobian.grams import add_products, mirror, row_products, row_squares
 from ..layout import Layout, assemble
 from .base import BaseLinearOperator, Krylov
+from .composite import add_diagonal_lazily
 from .damping import Damping
-from .decompose import Cache
+from .decompose import Decomposition
 from .info import Info
-from .lazy import LazyLinearOperator, add_diagonal_lazily
+from .lazy import LazyLinearOperator
 from .matrix_free import RectangularLinearOperator, TransposedLinearOperator, columns_of
 from .vectors import flattened
 
 __all__ = [
     "FactoredGaussNewtonLinearOperator",
-    "FactoredInfo",
     "FactoredJacobianLinearOperator",
     "inner_products",
 ]
@@ -32,35 +32,32 @@ COLUMN_BYTES = 2**26  # of columns of J^T at a time
 SAMPLE_SPACE = 2**14  # rows up to which their Gram matrix is decomposed: 2 GiB in float64
 
 
-@dataclass(frozen=True)
-class FactoredInfo(Info):
-    """Info of a factored Jacobian.
-
-    Attributes:
-        layouts: where each part lies in the flat vector.
-        template: the forms of each part in each batch, with slots for the tensors.
-        order: which of the operator's tensors goes into each slot.
-        center: whether the mean row is subtracted from every row.
-    """
-
-    layouts: tuple[Layout, ...] = ()
-    template: Any = None
-    order: tuple[int, ...] = ()
-    center: bool = False
-
-
 class FactoredJacobianLinearOperator(RectangularLinearOperator):
     """J (N R) x P, example slowest, from the forms of its parts: products are matrix products.
 
     Args:
         *tensors: what the forms are made of; see `of`.
-        info: how they are put together.
+        layouts: where each part lies in the flat vector.
+        template: the forms of each part in each batch, with slots for the tensors.
+        order: which of the tensors goes into each slot.
+        center: whether the mean row is subtracted from every row.
+        info: what is known besides the numbers.
     """
 
-    def __init__(self, *tensors: Tensor, info: FactoredInfo) -> None:
-        super().__init__(*tensors, info=info)
-        slots = [tensors[k] for k in info.order]
-        self.batches: list[list[Form | None]] = _put_together(info.template, slots)
+    def __init__(
+        self,
+        *tensors: Tensor,
+        layouts: tuple[Layout, ...],
+        template: Any,
+        order: tuple[int, ...],
+        center: bool = False,
+        info: Info | None = None,
+    ) -> None:
+        super().__init__(
+            *tensors, layouts=layouts, template=template, order=order, center=center, info=info
+        )
+        self.layouts, self.center = layouts, center
+        self.batches: list[list[Form | None]] = _put_together(template, [tensors[k] for k in order])
         shapes = [next(form.shape for form in batch if form is not None) for batch in self.batches]
         self.row_shapes: list[tuple[int, int]] = [(n, r) for r, n, _ in shapes]
 
@@ -78,24 +75,14 @@ class FactoredJacobianLinearOperator(RectangularLinearOperator):
         template = _taken_apart([list(batch) for batch in batches], tensors)
         # the first one gives dtype and device
         order = sorted(range(len(tensors)), key=lambda k: not tensors[k].is_floating_point())
-        known = FactoredInfo(
-            info.space,
-            info.num_examples,
-            info.num_terms,
-            info.origins,
-            info.quantity,
+        return cls(
+            *(tensors[k] for k in order),
             layouts=tuple(layouts),
             template=template,
             order=tuple(order.index(k) for k in range(len(tensors))),
             center=center,
+            info=info,
         )
-        return cls(*(tensors[k] for k in order), info=known)
-
-    @property
-    def layouts(self) -> tuple[Layout, ...]:
-        """Where each part lies in the flat vector."""
-        known: FactoredInfo = self.info  # type: ignore[assignment]
-        return known.layouts
 
     def _size(self) -> torch.Size:
         rows = sum(n * r for n, r in self.row_shapes)
@@ -157,7 +144,7 @@ class FactoredJacobianLinearOperator(RectangularLinearOperator):
                 if form is not None:
                     total += form.sqsum()
                     mean += form.total()
-            if self._centered:  # with one row for each example
+            if self.center:  # with one row for each example
                 total = (total - mean.square() / n).clamp_min(0)
             placed += layout.scatter(total.unsqueeze(-1))
         return assemble(placed).squeeze(-1)
@@ -207,17 +194,11 @@ class FactoredJacobianLinearOperator(RectangularLinearOperator):
         return torch.cat(parts)
 
     def _of(self, batches: list[list[Form | None]]) -> FactoredJacobianLinearOperator:
-        known = self.info.plain()
-        return self.of(batches, self.layouts, known, center=self._centered)
-
-    @property
-    def _centered(self) -> bool:
-        known: FactoredInfo = self.info  # type: ignore[assignment]
-        return known.center
+        return self.of(batches, self.layouts, self.info, center=self.center)
 
     def _less_mean(self, rows: Tensor) -> Tensor:
         """Rows (N R, k) less their mean over examples, where that is subtracted."""
-        if not self._centered:
+        if not self.center:
             return rows
         by_example = rows.unflatten(0, (-1, self.row_shapes[0][1]))
         centered: Tensor = (by_example - by_example.mean(0)).flatten(0, 1)
@@ -282,10 +263,12 @@ class FactoredGaussNewtonLinearOperator(LazyLinearOperator):
         shift: Tensor | None = None,
         *,
         info: Info | None = None,
+        decomposition: Decomposition | None = None,
     ) -> None:
-        super().__init__(root, *(() if shift is None else (shift,)), info=info)
+        self._decomposed = Decomposition.of(decomposition, *root._args)
+        args = (root,) if shift is None else (root, shift)
+        super().__init__(*args, info=info, decomposition=self._decomposed)
         self.root, self.shift = root, shift
-        self._cache = Cache()
 
     def _size(self) -> torch.Size:
         n = self.root.shape[-1]
@@ -302,9 +285,9 @@ class FactoredGaussNewtonLinearOperator(LazyLinearOperator):
         if damping.value.dim() > 0:
             return add_diagonal_lazily(self, damping.value)
         shift = damping.value if self.shift is None else self.shift + damping.value
-        damped = FactoredGaussNewtonLinearOperator(self.root, shift, info=self.info)
-        damped._cache = self._cache  # the Gram matrix is that of the root
-        return damped
+        return FactoredGaussNewtonLinearOperator(
+            self.root, shift, info=self.info, decomposition=self._decomposed
+        )
 
     def _diagonal(self) -> Tensor:
         diagonal = self.root.squares()
@@ -312,6 +295,7 @@ class FactoredGaussNewtonLinearOperator(LazyLinearOperator):
 
     @property
     def iterates(self) -> bool:
+        """Whether a solve is an iteration: yes, unless it is solved in sample space."""
         return not self.in_sample_space
 
     @property
@@ -321,8 +305,7 @@ class FactoredGaussNewtonLinearOperator(LazyLinearOperator):
         return self.shift is not None and 2 * rows <= n and rows <= SAMPLE_SPACE
 
     def _gram(self) -> Tensor:
-        made: Tensor = self._cache.get("gram", [], lambda: self.root.gram().double())
-        return made
+        return self._decomposed.get("gram", lambda: self.root.gram().double())
 
     def _factor(self) -> Tensor | None:
         """The Cholesky factor of B B^T + d I in float64; None where it is singular."""

@@ -95,3 +95,13 @@ def factor_shifted(factor: Tensor, d: Tensor) -> Tensor:
     if factor.dim() == 2:
         return factor + d[:, None]
     return factor + d[:, None].expand(factor.shape[:-1]).diag_embed()
+
+
+def sizes(left: Tensor, right: Tensor) -> str:
+    """How a report names the sizes of two factors: "2 x (3x3) x (diagonal 4)"."""
+    named = [
+        f"{f.shape[1]}x{f.shape[1]}" if f.dim() == 3 else f"diagonal {f.shape[1]}"
+        for f in (left, right)
+    ]
+    many = f"{left.shape[0]} x " if left.shape[0] > 1 else ""
+    return f"{many}({named[0]}) x ({named[1]})"

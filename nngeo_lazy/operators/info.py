@@ -1,23 +1,22 @@
 """What an operator knows besides its numbers: the parameter space and where the numbers came from.
 
-It is the one keyword argument that every operator carries. linear_operator converts a keyword that
+Every operator carries it as the keyword argument `info`. linear_operator converts a keyword that
 has `to`, `clone`, `cpu` or `detach`: these classes have none of them, on purpose.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
 
 from ..errors import SpaceMismatchError
-from ..layout import Layout
 from ..space import ParamSpace
 
 Number = TypeVar("Number", int, float)
-__all__ = ["BatchInfo", "BlockInfo", "Info", "Origin", "joint"]
+__all__ = ["Info", "Origin", "joint"]
 
 
 @dataclass(frozen=True)
@@ -59,22 +58,14 @@ class Info:
     log_likelihood: float | None = None
 
     def restrict(self, names: Iterable[str]) -> Info:
-        """The same for some of the parameters; which blocks they lie in is forgotten."""
+        """The same for some of the parameters."""
         if self.space is None:
             raise SpaceMismatchError("this operator has no parameter space to choose from")
         space = self.space.subspace(names)
         origins = {name: self.origins[name] for name in space.names if name in self.origins}
-        return replace(self.plain(), space=space, origins=origins)
+        return replace(self, space=space, origins=origins)
 
-    def plain(self) -> Info:
-        """The same without a block structure."""
-        return Info(**{each.name: getattr(self, each.name) for each in fields(Info)})
-
-    def blocks(self, names: Iterable[str], layouts: Iterable[Layout]) -> BlockInfo:
-        """The same with a block structure."""
-        return BlockInfo(**vars(self.plain()), names=tuple(names), layouts=tuple(layouts))
-
-    def altered(self) -> Any:
+    def altered(self) -> Info:
         """The same of a matrix that is no build's any more: its statistics cannot be pooled."""
         return replace(self, quantity={})
 
@@ -83,26 +74,6 @@ class Info:
         if self.space is None:
             return self
         return replace(self, space=self.space.to(dtype=dtype, device=device))
-
-
-@dataclass(frozen=True)
-class BlockInfo(Info):
-    """Info of a block-diagonal operator.
-
-    Attributes:
-        names: of the blocks.
-        layouts: where each block lies in the flat vector; together they partition it.
-    """
-
-    names: tuple[str, ...] = ()
-    layouts: tuple[Layout, ...] = ()
-
-
-@dataclass(frozen=True)
-class BatchInfo(Info):
-    """Info of a matrix repeated over leading batch dimensions."""
-
-    batch_shape: torch.Size = field(default_factory=torch.Size)
 
 
 def joint(first: Info, second: Info) -> Info:
@@ -117,9 +88,9 @@ def joint(first: Info, second: Info) -> Info:
             f"{_listed(first.space)} and {_listed(second.space)}: take block(...) of the larger one"
         )
     if first.space is None:
-        return second.plain() if second.space is not None else Info()
+        return second.altered() if second.space is not None else Info()
     if second.space is None:
-        return first.plain()
+        return first.altered()
     return Info(
         first.space,
         _agreed(first.num_examples, second.num_examples),

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import SpaceMismatchError, UnsupportedLayerError
+from . import rules
 from .base import BaseLinearOperator, Krylov
-from .damping import Damping
-from .decompose import Cache
+from .composite import ProductLinearOperator
+from .decompose import Decomposition
 from .dense import DenseLinearOperator, MatrixLinearOperator
 from .factored import (
     SAMPLE_SPACE,
@@ -21,31 +21,24 @@ from .factored import (
     inner_products,
 )
 from .info import Info
-from .lazy import LazyLinearOperator, ProductLinearOperator, require_products
+from .lazy import LazyLinearOperator, require_products
+from .matrix_free import JacobianLinearOperator, TransposedLinearOperator
 from .stack import StackLinearOperator
 
-__all__ = ["KINDS", "KernelInfo", "KernelLinearOperator", "kernel_of", "rows_of_an_example"]
+__all__ = ["KINDS", "KernelLinearOperator", "kernel_of", "rows_of_an_example"]
 
+_JACOBIANS = (JacobianLinearOperator, FactoredJacobianLinearOperator)
 KINDS = ("full", "mean", "per_output", "per_example")
 
 
-@dataclass(frozen=True)
-class KernelInfo(Info):
-    """Info of a kernel.
+def _delegated(name: str) -> Any:
+    """A member that the closed form answers, if there is one."""
 
-    Attributes:
-        symmetric: whether the second Jacobian is the first.
-        outputs: "full" for all pairs of outputs, "mean" for the mean over equal ones.
-        num_outputs: C, rows of one example.
-        centered: whether the mean over examples is subtracted from rows and columns.
-        way: how inner products of rows are made: "auto", "pairs" or "rows".
-    """
+    def member(self: KernelLinearOperator, *args: Any) -> Any:
+        closed = self._closed()
+        return getattr(super(KernelLinearOperator, self) if closed is None else closed, name)(*args)
 
-    symmetric: bool = False
-    outputs: str = "full"
-    num_outputs: int = 1
-    centered: bool = False
-    way: str = "auto"
+    return member
 
 
 class KernelLinearOperator(LazyLinearOperator):
@@ -63,30 +56,45 @@ class KernelLinearOperator(LazyLinearOperator):
         left: J1.
         right: J2; left out where it is J1.
         middle: M; left out where it is the identity.
-        info: with what the kernel is.
+        symmetric: whether the second Jacobian is the first.
+        outputs: "full" for all pairs of outputs, "mean" for the mean over equal ones.
+        num_outputs: C, rows of one example.
+        centered: whether the mean over examples is subtracted from rows and columns.
+        way: how inner products of rows are made: "auto", "pairs" or "rows".
+        info: what is known besides the numbers.
     """
 
     maps_to_parameters = False
 
-    def __init__(self, left: BaseLinearOperator, *more: BaseLinearOperator, info: Info) -> None:
-        super().__init__(left, *more, info=info)
-        operands = list(more)
+    def __init__(
+        self,
+        left: BaseLinearOperator,
+        *more: BaseLinearOperator,
+        symmetric: bool = False,
+        outputs: str = "full",
+        num_outputs: int = 1,
+        centered: bool = False,
+        way: str = "auto",
+        info: Info | None = None,
+    ) -> None:
+        super().__init__(
+            left,
+            *more,
+            symmetric=symmetric,
+            outputs=outputs,
+            num_outputs=num_outputs,
+            centered=centered,
+            way=way,
+            info=info,
+        )
         self.left = left
-        self.right = left if self._known.symmetric else operands.pop(0)
-        self.middle = operands.pop() if operands else None
-        self._cache = Cache()
-
-    @property
-    def _known(self) -> KernelInfo:
-        info: KernelInfo = self.info  # type: ignore[assignment]
-        return info
+        self.right, *rest = (left, *more) if symmetric else more
+        self.middle = rest[0] if rest else None
+        self.symmetric, self.centered, self.way = symmetric, centered, way
+        self.kind, self.num_outputs = outputs, num_outputs
+        self._decomposed = Decomposition()
 
     # --- what it is ------------------------------------------------------------------------------
-
-    @property
-    def num_outputs(self) -> int:
-        """C: how many outputs an example has."""
-        return self._known.num_outputs
 
     def outputs(self, kind: str) -> BaseLinearOperator:
         """Which pairs of outputs the kernel is over.
@@ -101,16 +109,16 @@ class KernelLinearOperator(LazyLinearOperator):
         """
         if kind not in KINDS:
             raise ValueError(f"expected outputs to be one of {list(KINDS)}, got {kind!r}")
-        if kind == self._known.outputs:
+        if kind == self.kind:
             return self
-        if self._known.outputs == "mean":
+        if self.kind == "mean":
             raise ValueError(f"a kernel with outputs 'mean' has no {kind!r}: take the full one's")
         if kind == "mean":
-            mean: KernelLinearOperator = self._with_info(replace(self._known, outputs="mean"))
+            mean: KernelLinearOperator = self._with(outputs="mean")
             return mean
         if kind == "per_output":
             return StackLinearOperator(*self._each_output())
-        if not self._known.symmetric:
+        if not self.symmetric:
             raise ValueError("outputs 'per_example' needs a kernel of one set of inputs")
         return StackLinearOperator(*map(DenseLinearOperator, self._example_blocks()))
 
@@ -123,26 +131,31 @@ class KernelLinearOperator(LazyLinearOperator):
         Source: Cortes, Mohri and Rostamizadeh (2012), Algorithms for learning kernels based on
             centered alignment, eq. 1.
         """
-        if not self._known.symmetric:
+        if not self.symmetric:
             raise ValueError("center() needs a kernel of one set of inputs, got two")
-        centered: KernelLinearOperator = self._with_info(replace(self._known, centered=True))
+        centered: KernelLinearOperator = self._with(centered=True)
         return centered
 
     # --- primitives ------------------------------------------------------------------------------
 
     def _size(self) -> torch.Size:
-        c = 1 if self._known.outputs == "full" else self._known.num_outputs
+        c = 1 if self.kind == "full" else self.num_outputs
         return torch.Size((self.left.shape[0] // c, self.right.shape[0] // c))
 
+    @property
+    def is_explicit(self) -> bool:
+        """Whether it is made dense for closed forms; its entries are known then."""
+        return not self.iterates  # it is dense as soon as it is solved
+
     def _transpose_nonbatch(self) -> BaseLinearOperator:
-        if self._known.symmetric:
+        if self.symmetric:
             return self
         more = () if self.middle is None else (self.middle,)
-        return KernelLinearOperator(self.right, self.left, *more, info=self.info)
+        return KernelLinearOperator(self.right, self.left, *more, **self._kwargs)
 
     def _apply(self, v: Tensor) -> Tensor:
         v = self._less_mean(v)
-        if self._known.outputs == "full":
+        if self.kind == "full":
             return self._less_mean(self._product(self.left, self.right, v))
         total: Tensor | None = None
         for one in self._each_output():
@@ -150,7 +163,7 @@ class KernelLinearOperator(LazyLinearOperator):
             total = part if total is None else total + part
         if total is None:
             raise ValueError("a kernel without outputs")
-        return self._less_mean(total / self._known.num_outputs)
+        return self._less_mean(total / self.num_outputs)
 
     def _product(self, left: BaseLinearOperator, right: BaseLinearOperator, v: Tensor) -> Tensor:
         u = right._transpose_nonbatch()._apply(v)
@@ -158,15 +171,15 @@ class KernelLinearOperator(LazyLinearOperator):
 
     def _diagonal(self) -> Tensor:
         diagonal = self._raw_diagonal()
-        if not self._known.centered:
+        if not self.centered:
             return diagonal
         # (H K H)_ii = K_ii - 2 (K 1)_i / N + 1.K 1 / N^2, for each output
         parts = []
         for one, own in zip(self._each_output(), self._by_output(diagonal), strict=True):
             ones = own.new_full((len(own), 1), 1 / len(own))
-            row = one._with_info(replace(one._known, centered=False))._apply(ones).squeeze(-1)
+            row = one._with(centered=False)._apply(ones).squeeze(-1)
             parts.append(own - 2 * row + row.mean())
-        if self._known.outputs == "mean":
+        if self.kind == "mean":
             return torch.stack(parts).mean(0)
         return torch.stack(parts, 1).flatten()
 
@@ -180,7 +193,7 @@ class KernelLinearOperator(LazyLinearOperator):
     def _getitem(self, row_index: Any, col_index: Any, *batch_indices: Any) -> Any:
         rows = self._examples(row_index, self.shape[0])
         cols = self._examples(col_index, self.shape[1])
-        if rows is None or cols is None or self._known.centered:
+        if rows is None or cols is None or self.centered:
             return super()._getitem(row_index, col_index, *batch_indices)
         return self._narrowed(rows, cols)
 
@@ -188,61 +201,37 @@ class KernelLinearOperator(LazyLinearOperator):
 
     @property
     def iterates(self) -> bool:
+        """Whether a solve is an iteration: yes, unless it is made dense for it."""
         return self._closed() is None
 
     def _closed(self) -> DenseLinearOperator | None:
         """The symmetric matrix itself, where it is made from forms and not too large."""
-        if not (self._known.symmetric and self._factored and self.shape[0] <= SAMPLE_SPACE):
+        if not (self.symmetric and self._factored and self.shape[0] <= SAMPLE_SPACE):
             return None
-        made: DenseLinearOperator = self._cache.get(
-            "dense", [], lambda: DenseLinearOperator(self._dense())
-        )
-        return made
+        return self._decomposed.get("dense", lambda: DenseLinearOperator(self._dense()))
 
     def _solve_columns(self, v: Tensor, krylov: Krylov) -> Tensor:
-        if not self._known.symmetric:
+        if not self.symmetric:
             raise UnsupportedLayerError(
                 "a kernel between two sets of inputs is not symmetric: solve with that of one set, "
                 "or take ng.solve(K, b), the least-squares solution"
             )
         closed = self._closed()
-        return super()._solve_columns(v, krylov) if closed is None else closed._solve_any(v, krylov)
-
-    def _damp(self, damping: Damping, method: str) -> BaseLinearOperator:
-        closed = self._closed()
-        return super()._damp(damping, method) if closed is None else closed._damp(damping, method)
-
-    def _logdet(self) -> Tensor:
-        closed = self._closed()
-        return super()._logdet() if closed is None else closed._logdet()
+        return (
+            super()._solve_columns(v, krylov) if closed is None else closed._solve(v, krylov=krylov)
+        )
 
     def _norm(self, ord: Any) -> Tensor:
         if ord == "fro" and self._factored:
             require_products(self, "norm('fro')")
             norm: Tensor = torch.linalg.matrix_norm(self._dense())
             return norm
-        closed = self._closed()
-        return super()._norm(ord) if closed is None else closed._norm(ord)
+        made: Tensor = _delegated("_norm")(self, ord)
+        return made
 
-    def _inverse(self) -> BaseLinearOperator:
-        closed = self._closed()
-        return super()._inverse() if closed is None else closed._inverse()
-
-    def _power(self, p: float) -> BaseLinearOperator:
-        closed = self._closed()
-        return super()._power(p) if closed is None else closed._power(p)
-
-    def _pinv(self, rcond: float | None) -> BaseLinearOperator:
-        closed = self._closed()
-        return super()._pinv(rcond) if closed is None else closed._pinv(rcond)
-
-    def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
-        closed = self._closed()
-        return super()._draw(n, generator) if closed is None else closed._draw(n, generator)
-
-    def _eigensystem(self) -> tuple[Tensor, BaseLinearOperator]:
-        closed = self._closed()
-        return super()._eigensystem() if closed is None else closed._eigensystem()
+    _damp, _logdet, _inverse = map(_delegated, ("_damp", "_logdet", "_inverse"))
+    _power, _pinv, _draw = map(_delegated, ("_power", "_pinv", "_draw"))
+    _eigensystem = _delegated("_eigensystem")
 
     def _kind(self) -> str:
         return f"kernel {self.shape[0]}x{self.shape[1]}"
@@ -250,7 +239,7 @@ class KernelLinearOperator(LazyLinearOperator):
     @property
     def _rounded(self) -> bool:
         """Whether what was done to the tiles of a symmetric kernel leaves it so to rounding."""
-        return self._known.symmetric and (self._known.centered or self.middle is not None)
+        return self.symmetric and (self.centered or self.middle is not None)
 
     # --- tiles -----------------------------------------------------------------------------------
 
@@ -267,9 +256,9 @@ class KernelLinearOperator(LazyLinearOperator):
             right, FactoredJacobianLinearOperator
         ):
             return None
-        mean, c = self._known.outputs == "mean", self._known.num_outputs
+        mean, c = self.kind == "mean", self.num_outputs
         if self.middle is None:
-            made = inner_products(left, right, "same" if mean else "all", self._known.way)
+            made = inner_products(left, right, "same" if mean else "all", self.way)
             return made / c if mean else made
         parts = []
         for columns in right.columns():
@@ -282,27 +271,27 @@ class KernelLinearOperator(LazyLinearOperator):
 
     def _raw_diagonal(self) -> Tensor:
         left = self.left
-        if not (self._known.symmetric and isinstance(left, FactoredJacobianLinearOperator)):
-            plain = self._with_info(replace(self._known, centered=False))
+        if not (self.symmetric and isinstance(left, FactoredJacobianLinearOperator)):
+            plain = self._with(centered=False)
             diagonal: Tensor = LazyLinearOperator._diagonal(plain)
             return diagonal
         if self.middle is None:
             full = left.row_squares()
         else:
             full = torch.cat([(c * self.middle._apply(c)).sum(0) for c in left.columns()])
-        if self._known.outputs == "full":
+        if self.kind == "full":
             return full
-        mean: Tensor = full.unflatten(0, (-1, self._known.num_outputs)).mean(1)
+        mean: Tensor = full.unflatten(0, (-1, self.num_outputs)).mean(1)
         return mean
 
     def _example_blocks(self) -> Tensor:
         """The diagonal blocks (N, C, C)."""
-        c, left = self._known.num_outputs, self.left
-        plain = self.middle is None and not self._known.centered
+        c, left = self.num_outputs, self.left
+        plain = self.middle is None and not self.centered
         if plain and isinstance(left, FactoredJacobianLinearOperator):
             products: Tensor = left.row_products()
             return products
-        uncentered = self.middle is not None and not self._known.centered
+        uncentered = self.middle is not None and not self.centered
         if uncentered and isinstance(left, FactoredJacobianLinearOperator):
             return torch.cat([_within(self.middle, rows, c) for rows in left.columns()])
         blocks = []
@@ -314,29 +303,29 @@ class KernelLinearOperator(LazyLinearOperator):
 
     def _each_output(self) -> Iterator[KernelLinearOperator]:
         """The kernels of single outputs."""
-        known = replace(self._known, outputs="full", num_outputs=1)
+        known = {**self._kwargs, "outputs": "full", "num_outputs": 1}
         more = () if self.middle is None else (self.middle,)
-        for c in range(self._known.num_outputs):
-            left = _of_output(self.left, c, self._known.num_outputs)
-            if not self._known.symmetric:
-                right = _of_output(self.right, c, self._known.num_outputs)
-                yield KernelLinearOperator(left, right, *more, info=known)
+        for c in range(self.num_outputs):
+            left = _of_output(self.left, c, self.num_outputs)
+            if not self.symmetric:
+                right = _of_output(self.right, c, self.num_outputs)
+                yield KernelLinearOperator(left, right, *more, **known)
             else:
-                yield KernelLinearOperator(left, *more, info=known)
+                yield KernelLinearOperator(left, *more, **known)
 
     def _by_output(self, diagonal: Tensor) -> Iterator[Tensor]:
         """The diagonal of each single output's kernel, before it is centered."""
-        if self._known.outputs == "full":
-            yield from diagonal.unflatten(0, (-1, self._known.num_outputs)).unbind(1)
+        if self.kind == "full":
+            yield from diagonal.unflatten(0, (-1, self.num_outputs)).unbind(1)
         else:
             for one in self._each_output():
                 yield one._raw_diagonal()
 
     def _less_mean(self, v: Tensor) -> Tensor:
         """Rows (N C, k) or (N, k) less their mean over the examples, where that is subtracted."""
-        if not self._known.centered:
+        if not self.centered:
             return v
-        c = self._known.num_outputs if self._known.outputs == "full" else 1
+        c = self.num_outputs if self.kind == "full" else 1
         by_example = v.unflatten(-2, (-1, c))
         centered: Tensor = (by_example - by_example.mean(-3, keepdim=True)).flatten(-3, -2)
         return centered
@@ -346,7 +335,7 @@ class KernelLinearOperator(LazyLinearOperator):
         if not isinstance(index, slice) or not self._factored:
             return None
         start, stop, step = index.indices(n)
-        c = self._known.num_outputs if self._known.outputs == "full" else 1
+        c = self.num_outputs if self.kind == "full" else 1
         if step != 1 or start % c or stop % c or stop <= start:
             return None
         return start // c, stop // c
@@ -354,12 +343,11 @@ class KernelLinearOperator(LazyLinearOperator):
     def _narrowed(self, rows: tuple[int, int], cols: tuple[int, int]) -> KernelLinearOperator:
         left: Any = self.left
         right: Any = self.right
-        symmetric = self._known.symmetric and rows == cols
+        symmetric = self.symmetric and rows == cols
         operands = [left.examples(*rows)]
         operands += [] if symmetric else [right.examples(*cols)]
         operands += [] if self.middle is None else [self.middle]
-        known = replace(self._known, symmetric=symmetric)
-        return KernelLinearOperator(*operands, info=known)
+        return KernelLinearOperator(*operands, **{**self._kwargs, "symmetric": symmetric})
 
 
 def kernel_of(
@@ -385,8 +373,32 @@ def kernel_of(
         )
     symmetric = left is right and (middle is None or _is_symmetric(middle))
     operands = [left, *([] if symmetric else [right]), *([] if middle is None else [middle])]
-    known = KernelInfo(symmetric=symmetric, num_outputs=counts[0], way=way)
-    return KernelLinearOperator(*operands, info=known).outputs(outputs)
+    kernel = KernelLinearOperator(*operands, symmetric=symmetric, num_outputs=counts[0], way=way)
+    return kernel.outputs(outputs)
+
+
+def _product(A: BaseLinearOperator, B: BaseLinearOperator, info: Info) -> Any:
+    """J1 M J2^T, however it is put in brackets."""
+    factors = [*_factors(A), *_factors(B)]
+    first, last = factors[0], factors[-1]
+    if not (isinstance(last, TransposedLinearOperator) and len(factors) in (2, 3)):
+        return NotImplemented
+    if not (isinstance(first, _JACOBIANS) and isinstance(last.base, _JACOBIANS)):
+        return NotImplemented
+    if rows_of_an_example(first) != rows_of_an_example(last.base):
+        return NotImplemented  # such as gradients of outputs with those of losses
+    return kernel_of(first, last.base, *factors[1:-1])
+
+
+def _factors(A: BaseLinearOperator) -> tuple[BaseLinearOperator, ...]:
+    if isinstance(A, ProductLinearOperator):
+        return (*_factors(A.left), *_factors(A.right))
+    return (A,)
+
+
+for _first in (*_JACOBIANS, ProductLinearOperator):
+    for _last in (TransposedLinearOperator, ProductLinearOperator):
+        rules.products.register(_first, _last)(_product)
 
 
 def _is_symmetric(M: BaseLinearOperator) -> bool:

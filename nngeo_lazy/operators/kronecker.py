@@ -1,14 +1,16 @@
-"""Kronecker products: the blocks of KFAC."""
+"""Kronecker products, the blocks of KFAC, and free eigenvalues in their basis, those of EKFAC."""
 
 from __future__ import annotations
+
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from ..errors import NotPositiveDefiniteError, UnsupportedLayerError
+from . import rules
 from .base import BaseLinearOperator
-from .decompose import Cache, eps, matrix_power
-from .eigen_kronecker import EigenKroneckerLinearOperator
+from .decompose import Decomposition, eps, matrix_power
 from .factors import (
     apply_factors,
     check_factors,
@@ -18,11 +20,12 @@ from .factors import (
     factor_null,
     factor_shifted,
     factor_trace,
+    sizes,
 )
 from .info import Info
 from .spectral import SpectralLinearOperator
 
-__all__ = ["KroneckerLinearOperator"]
+__all__ = ["EigenKroneckerLinearOperator", "KroneckerLinearOperator"]
 
 
 class KroneckerLinearOperator(SpectralLinearOperator):
@@ -53,12 +56,19 @@ class KroneckerLinearOperator(SpectralLinearOperator):
     _implicit_in_tensors = True
 
     def __init__(
-        self, left: Tensor, right: Tensor, shift: Tensor | None = None, *, info: Info | None = None
+        self,
+        left: Tensor,
+        right: Tensor,
+        shift: Tensor | None = None,
+        *,
+        info: Info | None = None,
+        decomposition: Decomposition | None = None,
     ) -> None:
         check_factors(left, right, "factor")
-        super().__init__(left, right, *(() if shift is None else (shift,)), info=info)
+        self._decomposed = Decomposition.of(decomposition, left, right)
+        args = (left, right) if shift is None else (left, right, shift)
+        super().__init__(*args, info=info, decomposition=self._decomposed)
         self.left, self.right, self.shift = left, right, shift
-        self._cache = Cache()
 
     def _size(self) -> torch.Size:
         size = self.left.shape[0] * self.left.shape[1] * self.right.shape[1]
@@ -83,13 +93,16 @@ class KroneckerLinearOperator(SpectralLinearOperator):
         return EigenKroneckerLinearOperator(values, *self.bases(), info=self.info)
 
     def rotate(self, v: Tensor) -> Tensor:
+        """Q^T v, with Q the Kronecker product of the factors' eigenvectors."""
         return apply_factors(*self.bases(), v, transposed=True)
 
     def unrotate(self, v: Tensor) -> Tensor:
+        """Q v, with Q as in `rotate`."""
         return apply_factors(*self.bases(), v)
 
     @property
     def eigenvalues(self) -> Tensor:
+        """(G o i,): products of the factors' eigenvalues, plus the shift."""
         if torch.is_grad_enabled() and (self.left.requires_grad or self.right.requires_grad):
             left, right = factor_eigvalsh(self.left), factor_eigvalsh(self.right)
         else:
@@ -98,12 +111,13 @@ class KroneckerLinearOperator(SpectralLinearOperator):
         return values if self.shift is None else values + self.shift
 
     def basis(self) -> BaseLinearOperator:
+        """Q, the Kronecker product of the factors' eigenvectors."""
         return KroneckerLinearOperator(*self.bases())
 
     def _decomposition(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         return (
-            self._cache.get("left", [self.left], lambda: factor_eigh(self.left)),
-            self._cache.get("right", [self.right], lambda: factor_eigh(self.right)),
+            self._decomposed.get("left", lambda: factor_eigh(self.left), self.left),
+            self._decomposed.get("right", lambda: factor_eigh(self.right), self.right),
         )
 
     def _grid(self) -> tuple[int, int, int]:
@@ -137,14 +151,13 @@ class KroneckerLinearOperator(SpectralLinearOperator):
             systems.append((own.pow(p), vectors))
         power = KroneckerLinearOperator(*powers, info=self.info)
         for side, factor, system in zip(("left", "right"), powers, systems, strict=True):
-            power._cache.get(side, [factor], lambda known=system: known)  # type: ignore[misc]
+            power._decomposed.get(side, lambda known=system: known, factor)  # type: ignore[misc]
         return power
 
     def _inverse(self) -> BaseLinearOperator:
         if self._taped() and self.shift is not None:
-            from .views import InverseLinearOperator
-
-            return InverseLinearOperator(self, info=self.info)
+            inverse: BaseLinearOperator = rules.inverses(self)
+            return inverse
         if self.shift is None:
             self._require_regular()
             return self._factor_powers(-1.0)
@@ -181,9 +194,9 @@ class KroneckerLinearOperator(SpectralLinearOperator):
         if d.dim() > 0:
             return None
         shift = d if self.shift is None else self.shift + d
-        damped = KroneckerLinearOperator(self.left, self.right, shift, info=self.info)
-        damped._cache = self._cache  # the factors are the same
-        return damped
+        return KroneckerLinearOperator(
+            self.left, self.right, shift, info=self.info, decomposition=self._decomposed
+        )
 
     def _damp_factors(self, d: Tensor) -> BaseLinearOperator | None:
         if self.shift is not None:
@@ -222,17 +235,157 @@ class KroneckerLinearOperator(SpectralLinearOperator):
 
     def _principal(self, index: Tensor, columns: Tensor | None, info: Info) -> BaseLinearOperator:
         if columns is None:
-            from .views import RestrictedLinearOperator
-
-            return RestrictedLinearOperator(self, index, info=info)
+            restricted: BaseLinearOperator = rules.selections(self, index, None, info)
+            return restricted
         right = self.right[:, columns]
         if right.dim() == 3:
             right = right[:, :, columns]
         return KroneckerLinearOperator(self.left, right, self.shift, info=info)
 
     def _kind(self) -> str:
-        groups, o, i = self._grid()
-        left = f"{o}x{o}" if self.left.dim() == 3 else f"diagonal {o}"
-        right = f"{i}x{i}" if self.right.dim() == 3 else f"diagonal {i}"
-        many = f"{groups} x " if groups > 1 else ""
-        return f"Kronecker {many}({left}) x ({right})" + ("" if self.shift is None else " + c I")
+        more = "" if self.shift is None else " + c I"
+        return f"Kronecker {sizes(self.left, self.right)}{more}"
+
+
+class EigenKroneckerLinearOperator(SpectralLinearOperator):
+    r"""The block diagonal over groups of Q diag(eigenvalues) Q^T, Q = left kron right orthogonal.
+
+    .. math:: \mathrm{blockdiag}_g (U_g \otimes V_g)\,\mathrm{diag}(\lambda_g)\,(U_g \otimes V_g)^T
+
+    The bases lie on the orthogonal group: they are constants to autograd, never free matrices.
+
+    Args:
+        eigenvalues: (G, o, i), of any sign.
+        left_basis: (G, o, o) orthogonal, or (G, o) of ones for the identity.
+        right_basis: (G, i, i) orthogonal, or (G, i) of ones for the identity.
+        info: what is known besides the numbers.
+
+    Example:
+        >>> ones = torch.ones(1, 2)
+        >>> F = EigenKroneckerLinearOperator(torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]), ones, ones)
+        >>> F.inverse().diagonal()
+        tensor([1.0000, 0.5000, 0.3333, 0.2500])
+
+    Source: George et al. (2018), Fast Approximate Natural Gradient Descent in a
+    Kronecker-factored Eigenbasis.
+    """
+
+    def __init__(
+        self,
+        eigenvalues: Tensor,
+        left_basis: Tensor,
+        right_basis: Tensor,
+        *,
+        info: Info | None = None,
+    ) -> None:
+        check_factors(left_basis, right_basis, "basis")
+        grid = (left_basis.shape[0], left_basis.shape[1], right_basis.shape[1])
+        if eigenvalues.shape != grid:
+            raise ValueError(
+                f"expected eigenvalues of shape {grid}, got {tuple(eigenvalues.shape)}"
+            )
+        super().__init__(eigenvalues, left_basis, right_basis, info=info)
+        self.values = eigenvalues
+        self.left_basis, self.right_basis = left_basis, right_basis
+
+    def _size(self) -> torch.Size:
+        return torch.Size((self.values.numel(), self.values.numel()))
+
+    def _transpose_nonbatch(self) -> BaseLinearOperator:
+        return self
+
+    def _apply(self, v: Tensor) -> Tensor:
+        return self.unrotate(self.eigenvalues.unsqueeze(-1) * self.rotate(v))
+
+    def bases(self) -> tuple[Tensor, Tensor]:
+        """The two bases."""
+        return self.left_basis.detach(), self.right_basis.detach()
+
+    def rotate(self, v: Tensor) -> Tensor:
+        """Q^T v, with Q = left kron right."""
+        return apply_factors(*self.bases(), v, transposed=True)
+
+    def unrotate(self, v: Tensor) -> Tensor:
+        """Q v, with Q = left kron right."""
+        return apply_factors(*self.bases(), v)
+
+    @property
+    def eigenvalues(self) -> Tensor:
+        """(G o i,), the free eigenvalues in row-major order."""
+        return self.values.reshape(-1)
+
+    def basis(self) -> BaseLinearOperator:
+        """Q = left kron right."""
+        return KroneckerLinearOperator(*self.bases())
+
+    def _function(self, values: Tensor, p: float | None) -> BaseLinearOperator:
+        return self._with_values(values.reshape(self.values.shape))
+
+    def same_basis(self, other: BaseLinearOperator) -> TypeGuard[EigenKroneckerLinearOperator]:
+        """Whether another operator has the same two bases: the same numbers, if not the tensors."""
+        if not isinstance(other, EigenKroneckerLinearOperator) or self.dtype != other.dtype:
+            return False
+        return all(
+            mine is theirs or torch.equal(mine, theirs)
+            for mine, theirs in zip(self.bases(), other.bases(), strict=True)
+        )
+
+    def _with_values(
+        self, values: Tensor, info: Info | None = None
+    ) -> EigenKroneckerLinearOperator:
+        return EigenKroneckerLinearOperator(
+            values, self.left_basis, self.right_basis, info=self.info if info is None else info
+        )
+
+    def _null(self, rcond: float | None) -> Tensor:
+        sizes = self.eigenvalues.detach().abs()
+        if sizes.numel() == 0:
+            return sizes == 0
+        # free eigenvalues are accurate on their own, far below eps times the largest
+        tol = sizes.numel() * eps(sizes) ** 2 if rcond is None else rcond
+        return sizes <= tol * sizes.max()
+
+    def _frobenius(self) -> Tensor:
+        norm: Tensor = torch.linalg.vector_norm(self.values)
+        return norm
+
+    def _shifted(self, d: Tensor) -> BaseLinearOperator | None:
+        return None if d.dim() > 0 else self._with_values(self.values + d)
+
+    def _damp_factors(self, d: Tensor) -> BaseLinearOperator | None:
+        return None
+
+    def _scale(self, c: float | Tensor) -> BaseLinearOperator:
+        return self._with_values(self.values * c)
+
+    def _diagonal(self) -> Tensor:
+        left, right = (b if b.dim() == 2 else b.square() for b in self.bases())
+        y = self.values  # (G,o,o),(G,o,i),(G,i,i) -> (G,o,i)
+        y = left @ y if left.dim() == 3 else y
+        y = y @ right.mT if right.dim() == 3 else y
+        return y.reshape(-1)
+
+    def _dense(self) -> Tensor:
+        eye = torch.eye(self.values.numel(), dtype=self.dtype, device=self.device)
+        return self._apply(eye)
+
+    def _principal(self, index: Tensor, columns: Tensor | None, info: Info) -> BaseLinearOperator:
+        restricted: BaseLinearOperator = rules.selections(self, index, None, info)
+        return restricted
+
+    def _kind(self) -> str:
+        return f"eigen-Kronecker {sizes(self.left_basis, self.right_basis)}"
+
+
+@rules.sums.register(EigenKroneckerLinearOperator, EigenKroneckerLinearOperator)
+def _(
+    A: EigenKroneckerLinearOperator, B: EigenKroneckerLinearOperator, info: Info
+) -> BaseLinearOperator:
+    return A._with_values(A.values + B.values, info) if A.same_basis(B) else NotImplemented
+
+
+@rules.products.register(EigenKroneckerLinearOperator, EigenKroneckerLinearOperator)
+def _(
+    A: EigenKroneckerLinearOperator, B: EigenKroneckerLinearOperator, info: Info
+) -> BaseLinearOperator:
+    return A._with_values(A.values * B.values, info) if A.same_basis(B) else NotImplemented

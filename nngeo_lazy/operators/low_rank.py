@@ -8,13 +8,16 @@ import torch
 from torch import Tensor
 
 from ..errors import NotPositiveDefiniteError, UnsupportedLayerError
+from . import rules
 from .base import BaseLinearOperator, Krylov
+from .composite import ProductLinearOperator, SumLinearOperator
 from .damping import Damping, collapse
-from .decompose import Cache, eigh, eps, matrix_power
+from .decompose import Decomposition, eigh, eps, matrix_power
+from .dense import MatrixLinearOperator
 from .diagonal import DiagonalLinearOperator
 from .eigen_low_rank import EigenLowRankLinearOperator
 from .info import Info
-from .lazy import LazyLinearOperator, ProductLinearOperator, SumLinearOperator
+from .lazy import LazyLinearOperator
 
 __all__ = ["LowRankLinearOperator"]
 
@@ -53,6 +56,7 @@ class LowRankLinearOperator(LazyLinearOperator):
         diag: Tensor | None = None,
         *,
         info: Info | None = None,
+        decomposition: Decomposition | None = None,
     ) -> None:
         if root.dim() != 2:
             raise ValueError(f"expected a root of shape (P, k), got {tuple(root.shape)}")
@@ -62,9 +66,17 @@ class LowRankLinearOperator(LazyLinearOperator):
             raise ValueError(f"expected a core of shape ({k},), got {tuple(core.shape)}")
         if diag is not None and diag.shape not in ((), (n,)):
             raise ValueError(f"expected a diagonal () or ({n},), got {tuple(diag.shape)}")
-        super().__init__(root, core, *(() if diag is None else (diag,)), info=info)
+        # a constant diagonal changes nothing about the low-rank term
+        read = (root, core) if diag is None or diag.dim() == 0 else (root, core, diag)
+        self._decomposed = Decomposition.of(decomposition, *read)
+        args = (root, core) if diag is None else (root, core, diag)
+        super().__init__(*args, info=info, decomposition=self._decomposed)
         self.root, self.core, self.diag = root, core, diag
-        self._cache = Cache()
+
+    @property
+    def is_explicit(self) -> bool:
+        """Always: an entry is a short sum of the root's."""
+        return True
 
     @property
     def rank(self) -> int:
@@ -133,9 +145,7 @@ class LowRankLinearOperator(LazyLinearOperator):
                 values, vectors = eigh((r * self.core.to(r)) @ r.mT)
                 return values.to(root), (q @ vectors).to(root)
 
-        if self._constant:
-            return self._cache.get("spectrum", [self.root, self.core], compute)
-        return self._cache.get("scaled", list(self._args), compute)
+        return self._decomposed.get("spectrum", compute)
 
     def _values(self) -> Tensor:
         """lambda, with a gradient where the tensors want one."""
@@ -167,10 +177,9 @@ class LowRankLinearOperator(LazyLinearOperator):
     def _damp(self, damping: Damping, method: str) -> BaseLinearOperator:
         d = collapse(damping.value)
         diag = d if self.diag is None else self.diag + d
-        damped = LowRankLinearOperator(self.root, self.core, diag, info=self.info)
-        if self._constant and damped._constant:  # nothing changes about the low-rank term
-            damped._cache = self._cache
-        return damped
+        return LowRankLinearOperator(
+            self.root, self.core, diag, info=self.info, decomposition=self._decomposed
+        )
 
     def _scale(self, c: float | Tensor) -> BaseLinearOperator:
         diag = None if self.diag is None else self.diag * c
@@ -216,8 +225,6 @@ class LowRankLinearOperator(LazyLinearOperator):
 
     def _taped_power(self, p: float) -> BaseLinearOperator:
         """The power as a lazy sum s^p I + Q (M^p - s^p I) Q^T, differentiable in all tensors."""
-        from .algebra import ours
-
         self.eigen()._power(p)  # raises where there is none
         q, r = torch.linalg.qr(self._scaled_root())
         pivots = r.detach().diagonal().abs()
@@ -229,9 +236,9 @@ class LowRankLinearOperator(LazyLinearOperator):
         shift = self._shift.pow(p) if self.diag is not None else self._shift
         inner = (r * self.core) @ r.mT + self._shift.expand(r.shape[0]).diag_embed()
         power = matrix_power(inner, *eigh(inner), p) - shift.expand(r.shape[0]).diag_embed()
-        low = ProductLinearOperator(ours(q), ours(power @ q.mT))
+        low = ProductLinearOperator(MatrixLinearOperator(q), MatrixLinearOperator(power @ q.mT))
         rest = DiagonalLinearOperator(shift.expand(self.shape[-1]))
-        return SumLinearOperator(low, rest, info=self.info.plain())
+        return SumLinearOperator(low, rest, info=self.info)
 
     def _pinv(self, rcond: float | None) -> BaseLinearOperator:
         if self._taped():
@@ -274,6 +281,18 @@ class LowRankLinearOperator(LazyLinearOperator):
     def _kind(self) -> str:
         more = "" if self.diag is None else " + c I" if self.diag.dim() == 0 else " + diagonal"
         return f"rank {self.rank} of {self.shape[-1]}{more}"
+
+
+@rules.sums.register(LowRankLinearOperator, LowRankLinearOperator)
+def _(A: LowRankLinearOperator, B: LowRankLinearOperator, info: Info) -> BaseLinearOperator:
+    return A.joined(B, info)
+
+
+@rules.plus_diagonal.register(EigenLowRankLinearOperator)
+def _(A: EigenLowRankLinearOperator, d: Tensor) -> BaseLinearOperator:
+    root, core = A._scaled(A.basis.detach()), A.values - A.rest
+    rest = A.rest if A.scale is None else A.rest * A.scale.square()
+    return LowRankLinearOperator(root, core, rest + d, info=A.info)
 
 
 class _Eigenvalues(torch.autograd.Function):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ..derivatives.opaque import Map, apply_map
 from ..derivatives.products import GaussNewtonMap, HessianMap, JacobianMap, TransposedMap
-from ..derivatives.source import ImplicitInfo, Source
+from ..derivatives.source import Memory, Source
 from ..errors import UnsupportedLayerError
 from .base import BaseLinearOperator, Krylov, flat_positions
 from .info import Info
@@ -34,24 +35,26 @@ class ImplicitLinearOperator(LazyLinearOperator):
 
     Args:
         parameters: the point (P,), all parameters as one flat vector.
-        info: with the network and its data.
+        source: the network and its data.
+        memory: of products at this point; new by default.
+        info: what is known besides the numbers.
     """
 
-    def __init__(self, parameters: Tensor, *, info: ImplicitInfo) -> None:
-        super().__init__(parameters, info=info)
-        self.parameters = parameters
+    def __init__(
+        self,
+        parameters: Tensor,
+        *,
+        source: Source,
+        memory: Memory | None = None,
+        info: Info | None = None,
+    ) -> None:
+        memory = Memory() if memory is None else memory
+        super().__init__(parameters, source=source, memory=memory, info=info)
+        self.parameters, self.source, self.memory = parameters, source, memory
 
     @abstractmethod
     def _map(self) -> Map:
         """The product as a function of (columns, parameters)."""
-
-    @property
-    def source(self) -> Source:
-        """The network and its data."""
-        info = self.info
-        if not isinstance(info, ImplicitInfo) or info.source is None:
-            raise RuntimeError("a matrix-free operator without a network")
-        return info.source
 
     def _size(self) -> torch.Size:
         n = self.parameters.shape[-1]
@@ -64,9 +67,13 @@ class ImplicitLinearOperator(LazyLinearOperator):
         return _apply(self._map(), v, self.parameters)
 
     def _at(self, parameters: Tensor) -> BaseLinearOperator:
-        here: ImplicitInfo = self.info  # type: ignore[assignment]
-        operator: BaseLinearOperator = self.__class__(parameters, info=here.elsewhere())
-        return operator
+        info = replace(self.info, quantity={}, log_likelihood=None)
+        memory = self.memory.elsewhere()
+        return self.__class__(parameters, source=self.source, memory=memory, info=info)
+
+    def _moved_fields(self, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+        fields = super()._moved_fields(dtype, device)
+        return {**fields, "source": self.source.moved(dtype, device), "memory": Memory()}
 
     def _kind(self) -> str:
         return "matrix-free"
@@ -77,11 +84,13 @@ class GaussNewtonLinearOperator(ImplicitLinearOperator):
 
     Args:
         parameters: the point (P,).
-        info: with the network and its data.
+        source: the network and its data.
+        memory: of products at this point; new by default.
+        info: what is known besides the numbers.
     """
 
     def _map(self) -> GaussNewtonMap:
-        return GaussNewtonMap(self.source, self.info.memory)  # type: ignore[attr-defined]
+        return GaussNewtonMap(self.source, self.memory)
 
     def _diagonal(self) -> Tensor:
         if self.parameters.requires_grad and torch.is_grad_enabled():
@@ -99,11 +108,13 @@ class HessianLinearOperator(ImplicitLinearOperator):
 
     Args:
         parameters: the point (P,).
-        info: with the network and its data.
+        source: the network and its data.
+        memory: of products at this point; new by default.
+        info: what is known besides the numbers.
     """
 
     def _map(self) -> Map:
-        return HessianMap(self.source, self.info.memory)  # type: ignore[attr-defined]
+        return HessianMap(self.source, self.memory)
 
 
 class RectangularLinearOperator(LazyLinearOperator):
@@ -138,18 +149,19 @@ class JacobianLinearOperator(RectangularLinearOperator, ImplicitLinearOperator):
 
     Args:
         parameters: the point (P,).
-        info: with the network and its data.
+        source: the network and its data.
+        memory: of products at this point; new by default.
+        info: what is known besides the numbers.
     """
 
     def _size(self) -> torch.Size:
         return torch.Size((self.source.num_rows, self.parameters.shape[-1]))
 
     def _map(self) -> Map:
-        return JacobianMap(self.source, self.info.memory)  # type: ignore[attr-defined]
+        return JacobianMap(self.source, self.memory)
 
     def _apply_transposed(self, u: Tensor) -> Tensor:
-        memory = self.info.memory  # type: ignore[attr-defined]
-        return _apply(TransposedMap(self.source, memory), u, self.parameters)
+        return _apply(TransposedMap(self.source, self.memory), u, self.parameters)
 
     def _transpose_nonbatch(self) -> BaseLinearOperator:
         return TransposedLinearOperator(self)

@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from linear_operator.operators import LinearOperator
+from linear_operator.operators import DiagLinearOperator, LinearOperator
+from linear_operator.utils.getitem import _is_noop_index
 from torch import Tensor
 
 from ..errors import UnsupportedLayerError
 from ..space import ParamSpace
+from . import rules
 from ._autograd import implicit_solve
 from .damping import Damping
 from .info import Info
@@ -57,7 +59,9 @@ class PrimitiveLinearOperator(LinearOperator):
 
     Args:
         *args: the tensors and operators that it is made of; the first gives dtype and device.
-        info: what is known besides the numbers: the one keyword that every operator has.
+        info: what is known besides the numbers.
+        **fields: what else an operator of this class is, such as the layouts of its blocks. They
+            are keywords of its constructor, by which linear_operator makes it again.
     """
 
     # Whether the tensors it is made of get their gradient of a solve by implicit differentiation,
@@ -73,8 +77,13 @@ class PrimitiveLinearOperator(LinearOperator):
         """Whether a solve is an iteration, for lack of a closed form."""
         return self._implicit_in_vector
 
-    def __init__(self, *args: Any, info: Info | None = None) -> None:
-        super().__init__(*args, info=Info() if info is None else info)
+    @property
+    def is_explicit(self) -> bool:
+        """Whether its entries are known without products."""
+        return False
+
+    def __init__(self, *args: Any, info: Info | None = None, **fields: Any) -> None:
+        super().__init__(*args, info=Info() if info is None else info, **fields)
 
     @property
     def info(self) -> Info:
@@ -155,23 +164,76 @@ class PrimitiveLinearOperator(LinearOperator):
             "parameters, build it with the representation 'implicit'"
         )
 
-    def _solve_any(self, v: Tensor, krylov: Krylov) -> Tensor:
+    # --- indices, batches and singular vectors, for families that know better ---------------------
+
+    def _getitem(self, row_index: Any, col_index: Any, *batch_indices: Any) -> Any:
+        if _is_noop_index(row_index) and _is_noop_index(col_index):
+            return self
+        rows = positions(row_index, self.shape[-2], self.device)
+        return rules.selections(self, rows, positions(col_index, self.shape[-1], self.device), None)
+
+    def _get_indices(self, row_index: Any, col_index: Any, *batch_indices: Any) -> Tensor:
+        """Single entries A[rows, cols], from one product for each distinct column."""
+        rows, cols = torch.broadcast_tensors(row_index, col_index)
+        shape = rows.shape
+        rows = positions(rows.reshape(-1), self.shape[-2], self.device)
+        cols = positions(cols.reshape(-1), self.shape[-1], self.device)
+        distinct, which = cols.unique(return_inverse=True)
+        every = torch.arange(self.shape[-2], device=self.device)
+        columns: Tensor = rules.selections(self, every, distinct, None)._dense()
+        return columns[rows, which].reshape(shape)
+
+    def _expand_batch(self, batch_shape: Any) -> Any:
+        return self if len(batch_shape) == 0 else rules.broadcast(self, torch.Size(batch_shape))
+
+    def _unsqueeze_batch(self, dim: int) -> Any:
+        return self._expand_batch(torch.Size([1]))
+
+    def _svd(self) -> tuple[Any, Tensor, Any]:
+        values, basis = self._eigensystem()
+        signs = rules.as_operator(DiagLinearOperator(values.sign()))
+        return basis, values.abs(), basis @ signs
+
+    # --- what follows from the primitives --------------------------------------------------------
+
+    def _solve(
+        self,
+        rhs: Tensor,
+        preconditioner: Any = None,
+        num_tridiag: int | None = 0,
+        *,
+        krylov: Krylov | None = None,
+    ) -> Tensor:
+        """The solution for columns (..., n, k), differentiable in them and in the tensors.
+
+        linear_operator's hook: its options are ignored in favour of `krylov`.
+        """
+        krylov = Krylov() if krylov is None else krylov
         taped = torch.is_grad_enabled()
         if self._implicit_in_vector or (
             taped and self._implicit_in_tensors and any(t.requires_grad for t in tensors_of(self))
         ):
-            return implicit_solve(self._this(), v, krylov)
-        return self._solve_columns(v, krylov)
+            return implicit_solve(self._this(), rhs, krylov)
+        return self._solve_columns(rhs, krylov)
+
+    def _with(self, **fields: Any) -> Any:
+        """The same numbers with another `info`, or other fields."""
+        return self.__class__(*self._args, **{**self._kwargs, **fields})
 
     def _with_info(self, info: Info) -> Any:
         """The same numbers with other knowledge about them."""
-        return self.__class__(*self._args, info=info)
+        return self._with(info=info)
 
     def _altered(self, result: BaseLinearOperator) -> BaseLinearOperator:
-        """A result that is no build's statistics any more; in place, for it may share caches."""
-        if result is not self and result.info.quantity:
-            result._nondifferentiable_kwargs["info"] = result.info.altered()
-        return result
+        """A result that is no build's statistics any more."""
+        if result is self or not result.info.quantity:
+            return result
+        altered: BaseLinearOperator = result._with(info=result.info.altered())
+        return altered
+
+    def _moved_fields(self, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+        """The keywords of its constructor for an operator of another dtype or device."""
+        return {**self._kwargs, "info": self.info.moved(dtype, device)}
 
     def _require_square(self, what: str) -> None:
         if not self.is_square:

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from ..errors import NotPositiveDefiniteError
 from .base import BaseLinearOperator, Krylov
+from .composite import add_diagonal_lazily
 from .damping import Damping
 from .decompose import eps
 from .diagonal import DiagonalLinearOperator
 from .info import Info
-from .lazy import LazyLinearOperator, add_diagonal_lazily
+from .lazy import LazyLinearOperator
 
 __all__ = ["QuasiDiagonalLinearOperator"]
 

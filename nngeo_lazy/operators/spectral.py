@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NotPositiveDefiniteError
+from . import rules
 from .base import BaseLinearOperator, Krylov, flat_positions
 from .damping import Damping, collapse
 
@@ -58,6 +59,11 @@ class SpectralLinearOperator(BaseLinearOperator):
     def _damp_factors(self, d: Tensor) -> BaseLinearOperator | None:
         """Factored damping by d I, where the structure has factors."""
 
+    @property
+    def is_explicit(self) -> bool:
+        """Always: the eigenvalues and the basis are held."""
+        return True
+
     def _eigensystem(self) -> tuple[Tensor, BaseLinearOperator]:
         return self.eigenvalues, self.basis()
 
@@ -67,12 +73,10 @@ class SpectralLinearOperator(BaseLinearOperator):
         return self.unrotate(self.rotate(v) / self.eigenvalues.unsqueeze(-1))
 
     def _damp(self, damping: Damping, method: str) -> BaseLinearOperator:
-        from .lazy import add_diagonal_lazily
-
         d = collapse(damping.value)
         closed = self._damp_factors(d) if method == "factored" and d.dim() == 0 else None
         closed = self._shifted(d) if closed is None else closed
-        return add_diagonal_lazily(self, d) if closed is None else closed
+        return rules.plus_diagonal(self, d) if closed is None else closed
 
     def _trace(self) -> Tensor:
         return self._diagonal().sum()

@@ -40,6 +40,7 @@ class StackLinearOperator(LazyLinearOperator):
 
     @property
     def iterates(self) -> bool:
+        """Whether a solve with any member is an iteration."""
         return any(member.iterates for member in self.members)
 
     def _size(self) -> torch.Size:
@@ -52,7 +53,7 @@ class StackLinearOperator(LazyLinearOperator):
         return self._each(v, lambda member, part: member._apply(part))
 
     def _solve_columns(self, v: Tensor, krylov: Krylov) -> Tensor:
-        return self._each(v, lambda member, part: member._solve_any(part, krylov))
+        return self._each(v, lambda member, part: member._solve(part, krylov=krylov))
 
     def _damp(self, damping: Damping, method: str) -> BaseLinearOperator:
         return self._mapped(lambda member: member._damp(damping, method))
@@ -149,7 +150,7 @@ class StackLinearOperator(LazyLinearOperator):
     def _mapped(
         self, function: Callable[[BaseLinearOperator], BaseLinearOperator]
     ) -> BaseLinearOperator:
-        return StackLinearOperator(*map(function, self.members), info=self.info.plain())
+        return StackLinearOperator(*map(function, self.members), info=self.info)
 
     def _stacked(self, function: Callable[[BaseLinearOperator], Tensor]) -> Tensor:
         return torch.stack([function(member) for member in self.members])

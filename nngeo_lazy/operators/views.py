@@ -9,17 +9,16 @@ from linear_operator.operators import LinearOperator
 from linear_operator.utils.getitem import _is_noop_index
 from torch import Tensor
 
+from . import rules
 from .base import BaseLinearOperator, Krylov
-from .info import BatchInfo, Info
+from .info import Info
 from .lazy import LazyLinearOperator
-from .primitives import positions
 
 __all__ = [
     "BroadcastLinearOperator",
     "ForeignLinearOperator",
     "InverseLinearOperator",
     "RestrictedLinearOperator",
-    "entries",
 ]
 
 
@@ -62,7 +61,8 @@ class RestrictedLinearOperator(LazyLinearOperator):
     def _diagonal(self) -> Tensor:
         if self.is_principal:
             return self.base._diagonal()[..., self.rows]
-        return entries(self.base, self.rows, self.cols)
+        found: Tensor = self.base._get_indices(self.rows, self.cols)
+        return found
 
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
         if not self.is_principal:
@@ -102,7 +102,7 @@ class InverseLinearOperator(LazyLinearOperator):
         return InverseLinearOperator(self.base._transpose_nonbatch(), info=self.info)
 
     def _apply(self, v: Tensor) -> Tensor:
-        return self.base._solve_any(v, Krylov())
+        return self.base._solve(v)
 
     def _solve_columns(self, v: Tensor, krylov: Krylov) -> Tensor:
         return self.base._apply(v)
@@ -151,28 +151,20 @@ class BroadcastLinearOperator(LazyLinearOperator):
 
     Args:
         base: a matrix without batch dimensions.
-        info: with the batch shape.
+        repeats: the batch shape.
+        info: what is known besides the numbers.
     """
 
-    def __init__(self, base: BaseLinearOperator, *, info: BatchInfo) -> None:
-        super().__init__(base, info=info)
-        self.base, self.repeats = base, info.batch_shape
+    def __init__(
+        self, base: BaseLinearOperator, *, repeats: torch.Size, info: Info | None = None
+    ) -> None:
+        super().__init__(base, repeats=repeats, info=info)
+        self.base, self.repeats = base, repeats
 
     @classmethod
     def of(cls, base: BaseLinearOperator, batch_shape: torch.Size) -> BroadcastLinearOperator:
         """The matrix with a batch shape."""
-        known = base.info
-        return cls(
-            base,
-            info=BatchInfo(
-                known.space,
-                known.num_examples,
-                known.num_terms,
-                known.origins,
-                known.quantity,
-                batch_shape=batch_shape,
-            ),
-        )
+        return cls(base, repeats=batch_shape, info=base.info)
 
     # the matrix has its own way of solving
     _implicit_in_tensors = False
@@ -192,7 +184,7 @@ class BroadcastLinearOperator(LazyLinearOperator):
         return self._spread(self.base._apply(v))
 
     def _solve_columns(self, v: Tensor, krylov: Krylov) -> Tensor:
-        return self._spread(self.base._solve_any(v, krylov))
+        return self._spread(self.base._solve(v, krylov=krylov))
 
     def _diagonal(self) -> Tensor:
         diagonal = self.base._diagonal()
@@ -244,17 +236,20 @@ class BroadcastLinearOperator(LazyLinearOperator):
 
     def _get_indices(self, row_index: Any, col_index: Any, *batch_indices: Any) -> Tensor:
         shapes = [index.shape for index in (row_index, col_index, *batch_indices)]
-        return entries(self.base, row_index, col_index).expand(torch.broadcast_shapes(*shapes))
+        found: Tensor = self.base._get_indices(row_index, col_index)
+        return found.expand(torch.broadcast_shapes(*shapes))
 
 
-def entries(operator: BaseLinearOperator, rows: Tensor, cols: Tensor) -> Tensor:
-    """Single entries A[rows, cols], from one product for each distinct column."""
-    rows, cols = torch.broadcast_tensors(rows, cols)
-    shape = rows.shape
-    rows = positions(rows.reshape(-1), operator.shape[-2], operator.device)
-    cols = positions(cols.reshape(-1), operator.shape[-1], operator.device)
-    distinct, which = cols.unique(return_inverse=True)
-    columns = RestrictedLinearOperator(
-        operator, torch.arange(operator.shape[-2], device=operator.device), distinct
-    )
-    return columns._dense()[rows, which].reshape(shape)
+@rules.selections.register(BaseLinearOperator)
+def _(
+    A: BaseLinearOperator, rows: Tensor, cols: Tensor | None, info: Info | None
+) -> BaseLinearOperator:
+    return RestrictedLinearOperator(A, rows, cols, info=info)
+
+
+rules.broadcast.register(BaseLinearOperator)(BroadcastLinearOperator.of)
+
+
+@rules.inverses.register(BaseLinearOperator)
+def _(A: BaseLinearOperator) -> BaseLinearOperator:
+    return InverseLinearOperator(A, info=A.info)

@@ -9,9 +9,15 @@ import warnings
 import torch
 
 from ..errors import ConvergenceWarning, EstimateWarning
-from ..linalg import Estimate, KrylovResult, default_tolerance
+from ..linalg import Eigenpairs, Estimate, KrylovResult, Triplets, default_tolerance
 
-__all__ = ["falls_short", "warn", "warn_of_estimate", "warn_unless_converged"]
+__all__ = [
+    "falls_short",
+    "warn",
+    "warn_of_estimate",
+    "warn_unless_converged",
+    "warn_unless_resolved",
+]
 
 
 def warn(warning: Warning) -> None:
@@ -40,6 +46,23 @@ def warn_unless_converged(
             found.iterations,
         )
     )
+
+
+def warn_unless_resolved(what: str, found: Eigenpairs | Triplets) -> None:
+    """A ConvergenceWarning if pairs or triplets fall short of their tolerance."""
+    if found.converged:
+        return
+    worst = float(found.residuals.max())
+    size = float(found.values.abs().max())
+    if found.interrupted:
+        reason = f"was interrupted after {found.matvecs} products: these are the pairs so far"
+    else:
+        reason = (
+            f"stopped after {found.matvecs} products, short of its tolerance: raise max_matvecs=, "
+            "subspace= or tol=, or take float64 where rounding is the limit"
+        )
+    message = f"{what} {reason} (largest residual {worst:.2g}, largest value {size:.2g})"
+    warn(ConvergenceWarning(message, worst / size if size else worst, found.matvecs))
 
 
 def falls_short(found: Estimate, tol: float | None) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,13 +11,14 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from ..errors import DataError, NonFiniteError
+from ..facts import Facts
 from ..jacobian.capture import Recorded
 from ..operators import BaseLinearOperator
-from ..representations import Representation
+from ..representations import Streamed
 from .loop import Loop, Passed
 from .measure import Reading, Units
 from .options import Options, Schedule
-from .running import Forms, Running, StepSweep
+from .running import Forms, Running
 from .scores import Scores
 
 __all__ = ["Curvature"]
@@ -36,7 +38,7 @@ class Curvature:
         reading: the passes of the last refresh.
     """
 
-    def __init__(self, loop: Loop, representation: Representation, options: Options) -> None:
+    def __init__(self, loop: Loop, representation: Streamed, options: Options) -> None:
         schedule: Schedule = options.schedule
         self.scores = Scores(options.likelihood, options.estimator)
         self.rebase = True
@@ -46,7 +48,7 @@ class Curvature:
         self._running = Running(representation, schedule.factor_decay, factors)
         drawn = int(torch.randint(2**62, ())) if options.seed is None else options.seed
         self._generator = torch.Generator(device=loop.space.device).manual_seed(drawn)
-        self._begun: tuple[StepSweep, Forms] | None = None
+        self._begun: tuple[Facts, Forms] | None = None
         self._denominators: list[Tensor | int] = []
         self._terms: list[Tensor | int | None] = []
         self._bad = False
@@ -128,12 +130,10 @@ class Curvature:
                 "model and loss.backward() again"
             )
         self.reading = reading
-        sweep, forms = begun
+        facts, forms = begun
         known = [int(each) for each in terms if each is not None]
-        sweep.num_examples = examples
-        sweep.num_terms = sum(known) if len(known) == len(terms) else None
         total = self.scores.total(float(sum(denominators)))
-        sweep.denominator = total
+        denominator = total
         found = reading.close(total)
         scale, unit = found.scale, found.curvature
         if self.empirical:
@@ -141,10 +141,16 @@ class Curvature:
             first = float(denominators[0]) or 1.0  # near the size of an example's own gradient
             for passed in self._loop.passes:
                 forms.update(_observed(passed, first * times), True, True)
-            sweep.denominator = first**2 / total
+            denominator = first**2 / total
             if reading.likelihood is None and ratio is not None:
                 unit = unit / ratio.square()
-        weight = self._running.finish(sweep, forms.replay, self.rebase)
+        counted = replace(
+            facts,
+            num_examples=examples,
+            num_terms=sum(known) if len(known) == len(terms) else None,
+            denominator=denominator,
+        )
+        weight = self._running.finish(counted, forms.replay, self.rebase)
         before = self._inverse_unit
         fresh = 1 / unit
         self._inverse_unit = fresh if before is None else before.lerp(fresh, weight)
@@ -162,13 +168,13 @@ class Curvature:
         self._begun, self._denominators, self._terms, self._bad = None, [], [], False
         self.reading = Reading()
 
-    def _begin(self, recorded: Recorded) -> tuple[StepSweep, Forms]:
+    def _begin(self, recorded: Recorded) -> tuple[Facts, Forms]:
         if self._begun is None:
             loop = self._loop
             described = dict(self.scores.described())
-            sweep = StepSweep(loop.space, loop.parts, recorded.dtype, described)
-            statistics = self._running.begin(sweep, self.rebase)
-            self._begun = sweep, Forms(statistics, self._running.keeps_forms(self.rebase))
+            facts = Facts(loop.space, loop.parts, recorded.dtype, described)
+            statistics = self._running.begin(facts, self.rebase)
+            self._begun = facts, Forms(statistics, self._running.keeps_forms(self.rebase))
         return self._begun
 
     def state(self) -> dict[str, Any]:

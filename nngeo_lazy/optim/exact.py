@@ -9,11 +9,10 @@ from torch import Tensor, nn
 
 from ..data import Batches
 from ..errors import DataError
-from ..implicit import gauss_newton
 from ..operators import BaseLinearOperator
 from ..representations import Implicit
 from ..space import ParamSpace
-from ..sweep import DataSweep
+from ..sweep import Problem, Sweep
 from .loop import Passed
 from .scores import Scores
 
@@ -43,8 +42,8 @@ def exact_curvature(
         forward=lambda model, batch: batch["replay"](model),
         target=lambda batch: batch["target"],
     )
-    sweep = DataSweep(model, space, loader, quantity, replayed=True)
-    G: BaseLinearOperator = gauss_newton(sweep, Implicit(check=False))
+    problem = Problem.of(model, space, loader, quantity, replayed=True)
+    G = Implicit(check=False).build(Sweep(problem))
     wide = torch.promote_types(space.dtype, torch.float32)
     return G if G.dtype == wide else G.to(wide)
 

@@ -15,8 +15,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from ..data import outputs_of
 from ..errors import DataError, SpaceMismatchError, UnsupportedLayerError
 from ..jacobian.capture import Capture, Recorded
+from ..jacobian.parts import Kind, Part
 from ..jacobian.passes import gradients_at
-from ..jacobian.plan import Part
 from ..jacobian.record import Recorder, in_build, plain_functions, recording
 from ..jacobian.registry import whole_modules
 from ..space import ParamSpace
@@ -176,7 +176,7 @@ class Loop:
         if self.recording and self.scorer is not None:
             if self._capture is None:
                 self._capture = self._first_plan((args, kwargs))
-            recorder = Recorder(self.space.parameters(self.model), training=True)
+            recorder = self._capture.recorder((args, kwargs), training=True)
             for scope in (plain_functions(), whole_modules(self.model), recorder):
                 stack.enter_context(scope)
         self._running = _Running(stack, recorder, (args, kwargs), replay)
@@ -274,12 +274,12 @@ class Loop:
         while True:
             capture = Capture(self.model, self.space, _Forward(self._outputs))
             parts = self._prove(capture, raw)
-            out = [part for part in parts if part.kind in ("general", "unused")]
+            out = [part for part in parts if part.kind in (Kind.GENERAL, Kind.UNUSED)]
             if not out:
                 return capture
             for part in out:
                 unused = "the outputs do not depend on it"
-                note = unused if part.kind == "unused" else part.note
+                note = unused if part.kind is Kind.UNUSED else part.note
                 self.plain.update(dict.fromkeys(part.names, note))
             kept = [name for name in self.space.names if name not in self.plain]
             if not kept:

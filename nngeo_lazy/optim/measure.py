@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..likelihoods import Categorical, Likelihood
-from ..likelihoods.base import wide
+from ..likelihoods.likelihood import wide
 from .loop import Passed
 
 __all__ = ["Reading", "Touched", "changed"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import DataError
 from ..quantities import LossLike
-from ..representations import Implicit, Representation
+from ..representations import Representation
 from .base import CurvatureOptimizer
 from .direction import Direction
 from .exact import mean_eigenvalue, quadratic_step
@@ -122,7 +122,7 @@ class NaturalGradient(CurvatureOptimizer):
     def __init__(
         self,
         model: nn.Module,
-        representation: str | Representation | Implicit | HessianFree = "kfac",
+        representation: str | Representation | HessianFree = "kfac",
         likelihood: LossLike | None = None,
         *,
         lr: float | None = 1.0,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import DataError
 from ..quantities import LossLike
-from ..representations import Implicit, Representation
+from ..representations import Representation
 from .base import CurvatureOptimizer
 from .direction import Direction
 from .options import Damping, HessianFree, LevenbergMarquardt, Options, Schedule
@@ -55,7 +55,7 @@ class Preconditioner(CurvatureOptimizer):
     def __init__(
         self,
         model: nn.Module,
-        representation: str | Representation | Implicit | HessianFree = "kfac",
+        representation: str | Representation | HessianFree = "kfac",
         likelihood: LossLike | None = None,
         *,
         momentum: float = 0.0,

@@ -6,48 +6,26 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
+from ..averages import averaged, decomposed, rebased, require_semidefinite
 from ..errors import DataError, SpaceMismatchError
+from ..facts import Facts
 from ..files import load
-from ..jacobian.plan import Part
 from ..operators import BaseLinearOperator
-from ..pooling import averaged, decomposed, rebased, require_semidefinite
 from ..representations import (
     EKFAC,
     KFAC,
-    BlockDiagonal,
-    Dense,
+    NAMES,
     Diagonal,
     Factored,
     Mixed,
     QuasiDiagonal,
-    Representation,
+    Recipe,
+    Streamed,
 )
-from ..representations.recipes import Recipe
 from ..space import ParamSpace
-from ..statistics import Make, Statistic
+from ..statistics import Statistic
 
-__all__ = ["Forms", "Running", "StepSweep"]
-
-
-@dataclass
-class StepSweep:
-    """The passes of one step as a pass over data (see `statistics.Sweep`)."""
-
-    space: ParamSpace
-    parts: Sequence[Part]
-    dtype: torch.dtype
-    described: Mapping[str, str | int | None]
-    num_examples: int = 0
-    num_terms: int | None = None
-    denominator: float = 0.0
-    log_likelihood: float | None = None
-    center: bool = False
-
-    def __call__(self, make: Make, keep: bool = False) -> Sequence[Statistic]:
-        """A loop's passes come when they come."""
-        raise RuntimeError("a training loop cannot be passed over on demand")
+__all__ = ["Forms", "Running"]
 
 
 class Running:
@@ -69,7 +47,7 @@ class Running:
         solved: what is solved with.
     """
 
-    def __init__(self, representation: Representation, decay: float, factors: bool) -> None:
+    def __init__(self, representation: Streamed, decay: float, factors: bool) -> None:
         _require_averaged(representation)
         self._whole = factors
         self.operator: BaseLinearOperator | None = None
@@ -83,17 +61,17 @@ class Running:
         self._representation = representation
         if isinstance(representation, EKFAC):
             self._representation = KFAC(representation.sharing)
-        self._recipes: list[tuple[Representation, Recipe]] = []
+        self._recipes: list[tuple[Streamed, Recipe]] = []
 
-    def begin(self, sweep: StepSweep, rebase: bool) -> list[Statistic]:
+    def begin(self, facts: Facts, rebase: bool) -> list[Statistic]:
         """The statistics of a step, to be updated with its forms."""
         self._recipes = []
-        wanted: list[Representation] = [self._representation]
+        wanted: list[Streamed] = [self._representation]
         if self._eigen and not rebase and self.operator is not None:
             wanted.append(EKFAC(basis=self.operator))
         statistics: list[Statistic] = []
         for each in wanted:
-            recipe = each.recipe(sweep, range(len(sweep.parts)))
+            recipe = each.recipe(facts, range(len(facts.parts)))
             statistics += next(recipe)
             self._recipes.append((each, recipe))
         return statistics
@@ -103,12 +81,12 @@ class Running:
         return self._eigen and (rebase or self.operator is None)
 
     def finish(
-        self, sweep: StepSweep, replay: Callable[[Sequence[Statistic]], None], rebase: bool
+        self, facts: Facts, replay: Callable[[Sequence[Statistic]], None], rebase: bool
     ) -> float:
         """Take the statistics of a step into the average.
 
         Args:
-            sweep: with the numbers of examples.
+            facts: with the numbers of examples.
             replay: updates statistics with the step's forms once more.
             rebase: whether a decomposition is made anew.
 
@@ -120,15 +98,15 @@ class Running:
         """
         count = self._count + 1
         weight = 1.0 if self._once else (1 - self._decay) / (1 - self._decay**count)
-        fresh = [_finished(each, recipe, sweep) for each, recipe in self._recipes]
+        fresh = [_finished(each, recipe, facts) for each, recipe in self._recipes]
         factors, operator = None, self.operator
         if self._eigen:
             factors = averaged(self._factors, fresh[0], weight)
             if len(fresh) == 1:  # in a new basis
                 basis = EKFAC(basis=factors)
-                recipe = basis.recipe(sweep, range(len(sweep.parts)))
+                recipe = basis.recipe(facts, range(len(facts.parts)))
                 replay(next(recipe))
-                fresh.append(_finished(basis, recipe, sweep))
+                fresh.append(_finished(basis, recipe, facts))
                 operator = None if operator is None else rebased(operator, factors)
         operator = averaged(None if self._once else operator, fresh[-1], weight)
         if rebase or self._free or self.solved is None:
@@ -190,40 +168,27 @@ def _update(statistics: Sequence[Statistic], forms: Sequence[Any], first: bool, 
         each.update([forms[k] for k in each.indices], first, last)
 
 
-def _finished(
-    representation: Representation, recipe: Recipe, sweep: StepSweep
-) -> BaseLinearOperator:
+def _finished(representation: Streamed, recipe: Recipe, facts: Facts) -> BaseLinearOperator:
     try:
-        next(recipe)
+        recipe.send(facts)
     except StopIteration as done:
-        return representation.finish(sweep, done.value)
+        return representation.finish(facts, done.value)
     raise RuntimeError(f"{representation} wants a second pass over a training step")
 
 
-def _require_averaged(representation: Representation) -> None:
-    averages: tuple[type[Representation], ...] = (
-        Dense,
-        BlockDiagonal,
-        Diagonal,
-        QuasiDiagonal,
-        KFAC,
-        EKFAC,
-        Factored,
-    )
-    kinds: list[Any] = [representation]
+def _require_averaged(representation: Streamed) -> None:
+    kinds: list[Streamed] = [representation]
+    others: tuple[type[Streamed], ...] = ()
     if isinstance(representation, Mixed):
-        averages = (
-            Dense,
-            BlockDiagonal,
-            Diagonal,
-            QuasiDiagonal,
-            KFAC,
-        )
-        kinds = list(representation.members)
-    wrong = [each for each in kinds if not isinstance(each, averages)]
+        kinds, others = representation.members, (EKFAC, Factored)
+    wrong = [each for each in kinds if not each.averages or isinstance(each, others)]
     given = isinstance(representation, EKFAC) and representation.basis is not None
     if wrong or given:
-        names = ", ".join(kind.__name__ for kind in averages)
+        names = ", ".join(
+            kind.__name__
+            for kind in NAMES.values()
+            if issubclass(kind, Streamed) and kind.averages and not issubclass(kind, others)
+        )
         raise DataError(
             f"expected a representation of which running averages keep the form ({names}), got "
             f"{(wrong or [representation])[0]!r}"

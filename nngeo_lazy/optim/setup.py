@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import DataError, SpaceMismatchError
-from ..representations import Factored, Implicit, Representation, resolve
+from ..representations import Factored, Representation, Streamed, resolve
 from ..selectors import space_of
 from .options import Damping, HessianFree, LevenbergMarquardt
 
@@ -17,19 +17,19 @@ __all__ = ["checked_damping", "first_damping", "group_of", "groups_of", "require
 
 
 def resolved(
-    representation: str | Representation | Implicit | HessianFree,
-) -> tuple[HessianFree | None, Representation | None]:
+    representation: str | Representation | HessianFree,
+) -> tuple[HessianFree | None, Streamed | None]:
     """Hessian-free options and a representation that is averaged, either or both."""
     if representation == "kernel":
         return None, Factored()
     if isinstance(representation, HessianFree):
         close = representation.preconditioner
         kept = None if close is None else resolve(close)
-        if isinstance(kept, (Implicit, Factored)):
+        if kept is not None and (not isinstance(kept, Streamed) or isinstance(kept, Factored)):
             raise DataError(f"expected a preconditioner that is averaged over steps, got {close!r}")
         return representation, kept
     known = resolve(representation)
-    return (HessianFree(), None) if isinstance(known, Implicit) else (None, known)
+    return (None, known) if isinstance(known, Streamed) else (HessianFree(), None)
 
 
 def require_whole(model: Any) -> None:

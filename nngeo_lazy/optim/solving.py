@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from ..averages import extended
 from ..errors import ConvergenceWarning, DataError, NotPositiveDefiniteError
 from ..numerics.solve import solve
 from ..operators import (
@@ -19,7 +20,6 @@ from ..operators import (
     EigenKroneckerLinearOperator,
     FactoredGaussNewtonLinearOperator,
 )
-from ..pooling import extended
 from ..space import ParamSpace
 from .options import HessianFree
 

@@ -1,20 +1,25 @@
 """The representation axis: how a matrix is stored, and how it is built from forms.
 
-An options object is a recipe: it asks for statistics (plain sums over the data), once for each pass
-that it needs, and makes blocks from them at the end. Statistics know forms, operators know algebra,
-and neither knows a layer. Recipes run side by side, so that a mixture costs no more passes than its
-parts.
+An options object builds a matrix, and says which matrices it can. `Implicit` differentiates the
+network in every product. All others are `Streamed`, and have a recipe: it asks for statistics
+(plain sums over the data), once for each pass that it needs, and makes blocks from them at the end.
+Statistics know forms, operators know algebra, and neither knows a layer. Recipes run side by side,
+so that a mixture costs no more passes than its parts.
 """
 
-from .base import Representation
-from .factored import Factored
+from .dense import Dense
+from .form_stack import Factored
 from .implicit import Implicit
-from .mixed import Mixed, resolve
-from .single import EKFAC, KFAC, BlockDiagonal, Dense, Diagonal, LowRank, QuasiDiagonal
+from .mixed import NAMES, Mixed, resolve
+from .recipes import Block, Recipe
+from .representation import Representation, Streamed
+from .single import EKFAC, KFAC, BlockDiagonal, Diagonal, LowRank, QuasiDiagonal
 
 __all__ = [
     "EKFAC",
     "KFAC",
+    "NAMES",
+    "Block",
     "BlockDiagonal",
     "Dense",
     "Diagonal",
@@ -23,6 +28,8 @@ __all__ = [
     "LowRank",
     "Mixed",
     "QuasiDiagonal",
+    "Recipe",
     "Representation",
+    "Streamed",
     "resolve",
 ]

@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
+import torch
+from torch import Tensor
+
+from ..data import refuse_shuffling
 from ..derivatives.engines import MODES
-from ..errors import DataError
+from ..errors import DataError, StochasticModelError
+from ..facts import Cost, Facts, Sample
+from ..jacobian.proof import agree
+from ..network import Network
+from ..operators import BaseLinearOperator, Info
+from ..operators.matrix_free import (
+    GaussNewtonLinearOperator,
+    HessianLinearOperator,
+    ImplicitLinearOperator,
+    JacobianLinearOperator,
+)
+from ..quantities import MatrixKind
+from ..sweep import Sweep, Totals
+from .network_source import NetworkSource
+from .representation import Representation
 
 __all__ = ["Implicit"]
 
+OPERATORS: dict[MatrixKind, type[ImplicitLinearOperator]] = {
+    MatrixKind.GAUSS_NEWTON: GaussNewtonLinearOperator,
+    MatrixKind.HESSIAN: HessianLinearOperator,
+    MatrixKind.JACOBIAN: JacobianLinearOperator,
+}
+
 
 @dataclass(frozen=True)
-class Implicit:
+class Implicit(Representation):
     """The exact matrix as products: each passes over the data and differentiates the network.
 
     The operator holds the loader, a copy of the selected parameters and of all buffers. Memory P,
@@ -20,13 +45,13 @@ class Implicit:
 
     Args:
         mode: "double_vjp" (reverse mode alone, which every architecture has),
-            "forward_over_reverse", or "auto": double_vjp where graphs are kept and for Hessians,
-            forward_over_reverse elsewhere; and the other one where a function of the model lacks a
+            "forward_over_reverse", or "auto": double_vjp if graphs are kept and for Hessians,
+            forward_over_reverse otherwise; and the other one if a function of the model lacks a
             derivative.
         cache: True keeps the graphs of all batches, False none, "auto" keeps them up to 2 GiB: all
             or none, unless the batches are held in a list.
-        chunk_size: so many columns go at once, by vmap; by default as many as pay, one after the
-            other where they are large.
+        chunk_size: so many columns go at once, by vmap; by default as many as pay off, and one
+            after the other if they are large.
         check: whether the first batch is evaluated twice, to refuse a random model.
 
     Raises:
@@ -36,6 +61,8 @@ class Implicit:
         Pearlmutter (1994), Fast exact multiplication by the Hessian; Schraudolph (2002), Fast
         curvature matrix-vector products for second-order gradient descent.
     """
+
+    matrices: ClassVar[frozenset[MatrixKind]] = frozenset(MatrixKind)
 
     mode: str = "auto"
     cache: str | bool = "auto"
@@ -50,3 +77,88 @@ class Implicit:
         size = self.chunk_size
         if size is not None and (not isinstance(size, int) or size < 1):
             raise DataError(f"expected chunk_size to be a positive integer or None, got {size!r}")
+
+    def build(self, sweep: Sweep) -> BaseLinearOperator:
+        """The operator of the sweep's quantity, from one forward pass over the data."""
+        problem = sweep.problem
+        if problem.quantity.kind is MatrixKind.GAUSS_NEWTON and problem.quantity.estimator == "mc":
+            refuse_shuffling(
+                problem.batches.loader, "a matrix-free 'mc' matrix, whose draws are redone,"
+            )
+        point = problem.space.values(problem.model).detach().clone()
+        return OPERATORS[problem.quantity.kind](point, **_fields(sweep, self))
+
+    def costs(self, facts: Facts, sample: Sample) -> list[list[Cost]]:
+        """One product: J v and J^T u, each two products with the weight or its size."""
+        sizes = [part.layout.size for part in facts.parts]
+        return [
+            [
+                Cost(k, "matrix-free", size, 8 * sample.positions(k) * size)
+                for k, size in enumerate(sizes)
+            ]
+        ]
+
+
+def _fields(sweep: Sweep, options: Implicit) -> dict[str, Any]:
+    """Everything but the point, from one forward pass over the data."""
+    problem = sweep.problem
+    space, quantity = problem.space, problem.quantity
+    network = Network(problem.model, space, problem.batches.forward)
+    leaves = [p.detach().requires_grad_() for p in space.parameters(problem.model).values()]
+    totals, num_rows, num_batches = Totals(quantity, space.device), 0, 0
+    with torch.inference_mode(False), network.scope(), torch.no_grad(), problem.seeded():
+        for batch in problem.batches:
+            with torch.enable_grad():  # a forward pass may call autograd itself
+                graph = network(leaves, batch.raw)
+            outputs = graph.detach()
+            quantity.fit(outputs, batch.target)
+            totals.add(outputs, batch.target)
+            if num_batches == 0:
+                _require_differentiable(graph)
+                quantity.values(outputs, batch.target)  # whether it has the labels that it needs
+                if options.check and bool(outputs.isfinite().all()):
+                    with torch.enable_grad():
+                        _require_fixed(outputs, network(leaves, batch.raw))
+            del graph
+            one_each = quantity.estimator == "empirical"
+            num_rows += outputs.shape[0] if one_each else outputs.numel()
+            num_batches += 1
+    facts = replace(sweep.facts, **totals.finish())
+    if problem.center and num_rows % facts.num_examples:
+        raise DataError("center=True expects every batch to have outputs of one shape")
+    random = quantity.estimator == "mc"
+    source = NetworkSource(
+        space=space,
+        network=network,
+        sweep=sweep,
+        total=facts.denominator,
+        num_rows=num_rows,
+        num_examples=facts.num_examples,
+        num_batches=num_batches,
+        held=problem.batches.held and not random,
+        center=problem.center,
+        random=random,
+        mode=options.mode,
+        cache=options.cache,
+        chunk_size=options.chunk_size,
+    )
+    described = {**facts.described, "representation": options.described()}
+    info = Info(space, facts.num_examples, facts.num_terms, {}, described, facts.log_likelihood)
+    return {"source": source, "info": info}
+
+
+def _require_differentiable(outputs: Tensor) -> None:
+    if not outputs.requires_grad:
+        raise DataError(
+            "the outputs do not depend on any selected parameter: select others with params=, "
+            "and check that the forward pass does not run under no_grad or detach"
+        )
+
+
+def _require_fixed(first: Tensor, second: Tensor) -> None:
+    if not agree(second, first):
+        raise StochasticModelError(
+            "expected one fixed function, but two forward passes of the same batch differ: call "
+            "model.eval(), and remove sampling from the forward pass (Implicit(check=False) skips "
+            "this check)"
+        )

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import DataError, SpaceMismatchError
+from ..facts import Facts
+from ..quantities import MatrixKind
 from ..selectors import select
 from ..space import ParamSpace
-from ..statistics import Statistic, Sweep
-from .base import Representation
-from .factored import Factored
+from ..statistics import Statistic
+from .dense import Dense
+from .form_stack import Factored
 from .implicit import Implicit
 from .recipes import Recipe, together
-from .single import EKFAC, KFAC, BlockDiagonal, Dense, Diagonal, LowRank, QuasiDiagonal
+from .representation import Representation, Streamed
+from .single import EKFAC, KFAC, BlockDiagonal, Diagonal, LowRank, QuasiDiagonal
 
 __all__ = ["Mixed", "resolve"]
 
 
 @dataclass(frozen=True)
-class Mixed(Representation):
+class Mixed(Streamed):
     """One representation for each of several groups of parameters, in one build.
 
     Args:
-        default: for the parameters that no selector names; None where there must be none.
+        default: for the parameters that no selector names; None if there must be none.
         chosen: {selector: representation}; "dense" and "low_rank" make one block of a group.
 
     Raises:
@@ -45,42 +48,45 @@ class Mixed(Representation):
     chosen: Mapping[Any, str | Representation] = field(default_factory=dict)
 
     @property
-    def members(self) -> list[Representation]:
+    def members(self) -> list[Streamed]:
         """The representations that it is made of."""
         given = [] if self.default is None else [self.default]
         return [stored(each) for each in (*given, *self.chosen.values())]
 
     @property
     def passes(self) -> int:
+        """As many as the most demanding member needs."""
         return max(each.passes for each in self.members)
 
-    def check(self, sweep: Sweep) -> None:
-        self._groups(sweep.space)
+    def require_fit(self, facts: Facts) -> None:
+        """Refuse selectors that do not fit, and what a member refuses."""
+        self._groups(facts.space)
         for each in self.members:
-            each.check(sweep)
+            each.require_fit(facts)
 
-    def recipe(self, sweep: Sweep, indices: Sequence[int]) -> Recipe:
-        recipes = [each.recipe(sweep, inside) for each, inside in self._parts(sweep, indices)]
+    def recipe(self, facts: Facts, indices: Sequence[int]) -> Recipe:
+        """The recipes of all members, side by side."""
+        recipes = [each.recipe(facts, inside) for each, inside in self._parts(facts, indices)]
         return (yield from together(recipes))
 
     def described(self) -> str:
+        """The members, without their selectors."""
         return f"Mixed({', '.join(each.described() for each in self.members)})"
 
-    def outline(self, sweep: Sweep, indices: Sequence[int]) -> list[Sequence[Statistic]]:
+    def outline(self, facts: Facts, indices: Sequence[int]) -> list[Sequence[Statistic]]:
+        """The statistics of all members."""
         passes: list[list[Statistic]] = [[] for _ in range(self.passes)]
-        for representation, inside in self._parts(sweep, indices):
-            for own, more in zip(passes, representation.outline(sweep, inside), strict=False):
+        for representation, inside in self._parts(facts, indices):
+            for own, more in zip(passes, representation.outline(facts, inside), strict=False):
                 own += more
         return list(passes)
 
-    def _parts(
-        self, sweep: Sweep, indices: Sequence[int]
-    ) -> Iterator[tuple[Representation, list[int]]]:
+    def _parts(self, facts: Facts, indices: Sequence[int]) -> Iterator[tuple[Streamed, list[int]]]:
         """Each representation with its parts, where it has any."""
-        for representation, names in self._groups(sweep.space):
+        for representation, names in self._groups(facts.space):
             inside = []
             for k in indices:
-                part = set(sweep.parts[k].names)
+                part = set(facts.parts[k].names)
                 if names >= part:
                     inside.append(k)
                 elif names & part:
@@ -91,9 +97,9 @@ class Mixed(Representation):
             if inside:
                 yield representation, inside
 
-    def _groups(self, space: ParamSpace) -> list[tuple[Representation, set[str]]]:
+    def _groups(self, space: ParamSpace) -> list[tuple[Streamed, set[str]]]:
         """Each representation with its parameters."""
-        groups: list[tuple[Representation, set[str]]] = []
+        groups: list[tuple[Streamed, set[str]]] = []
         left = set(space.names)
         for selector, representation in self.chosen.items():
             names = set(select(space, selector))
@@ -115,7 +121,9 @@ class Mixed(Representation):
         return groups
 
 
-NAMES: dict[str, Callable[[], Representation | Implicit]] = {
+NAMES: dict[str, type[Representation]] = {
+    "implicit": Implicit,
+    "factored": Factored,
     "dense": Dense,
     "block_diagonal": BlockDiagonal,
     "diagonal": Diagonal,
@@ -123,15 +131,13 @@ NAMES: dict[str, Callable[[], Representation | Implicit]] = {
     "kfac": KFAC,
     "ekfac": EKFAC,
     "low_rank": LowRank,
-    "factored": Factored,
-    "implicit": Implicit,
 }
 
 
-def stored(representation: Any) -> Representation:
+def stored(representation: Any) -> Streamed:
     """A representation that can be one of several: `resolve`, without the matrix-free one."""
     known = resolve(representation)
-    if isinstance(known, Representation):
+    if isinstance(known, Streamed):
         return known
     raise DataError(
         "'implicit' is a whole matrix, and no part of Mixed: build it on its own, for some "
@@ -139,17 +145,29 @@ def stored(representation: Any) -> Representation:
     )
 
 
-def resolve(representation: Any) -> Representation | Implicit:
+def resolve(representation: Any, kind: MatrixKind = MatrixKind.GAUSS_NEWTON) -> Representation:
     """An options object from itself or from its name.
 
+    Args:
+        representation: an object, or one of `NAMES`.
+        kind: which matrix it shall represent.
+
     Raises:
-        DataError: an unknown name, or an options class that was not called.
+        DataError: an unknown name, an options class that was not called, or a representation that
+            has no such matrix.
     """
-    if isinstance(representation, (Representation, Implicit)):
-        return representation
+    known = representation
     if isinstance(representation, str) and representation in NAMES:
-        return NAMES[representation]()
-    raise DataError(
-        f"unknown representation {representation!r}: expected one of {sorted(NAMES)}, or an "
-        "options object such as nngeo_lazy.representations.KFAC(sharing='reduce')"
-    )
+        known = NAMES[representation]()
+    if not isinstance(known, Representation):
+        raise DataError(
+            f"unknown representation {representation!r}: expected one of {sorted(NAMES)}, or an "
+            "options object such as nngeo_lazy.representations.KFAC(sharing='reduce')"
+        )
+    if kind not in known.matrices:
+        names = ", ".join(repr(name) for name, each in NAMES.items() if kind in each.matrices)
+        raise DataError(
+            f"expected the representation of a {kind.value} to be one of {names}, got "
+            f"{representation!r}"
+        )
+    return known

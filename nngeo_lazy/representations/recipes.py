@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError
+from ..facts import Facts
+from ..jacobian.parts import Kind
 from ..layout import Layout
 from ..operators import (
     BaseLinearOperator,
@@ -26,9 +28,9 @@ from ..statistics import (
     KroneckerFactors,
     RowSum,
     SecondMoment,
+    Sharing,
     SquareSum,
     Statistic,
-    Sweep,
     all_finite,
 )
 
@@ -53,7 +55,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Block:
-    """A block of the matrix: which parts it represents, where it lies, and the operator."""
+    """A block of the matrix.
+
+    Attributes:
+        indices: the parts that it represents.
+        layout: where its coordinates lie in the flat vector.
+        operator: the block.
+        positions: how many positions of all examples share the part; None if they are not counted.
+    """
 
     indices: tuple[int, ...]
     layout: Layout
@@ -61,7 +70,8 @@ class Block:
     positions: int | None = None
 
 
-Recipe: TypeAlias = Generator[Sequence[Statistic], None, list[Block]]
+# It yields the statistics of a pass, is sent what is known after it, and returns the blocks.
+Recipe: TypeAlias = Generator[Sequence[Statistic], Facts, list[Block]]
 
 
 # --- recipes of blocks ----------------------------------------------------------------------------
@@ -70,63 +80,63 @@ Recipe: TypeAlias = Generator[Sequence[Statistic], None, list[Block]]
 def together(recipes: Sequence[Recipe]) -> Recipe:
     """Recipes side by side: what they want from a pass, they get from the same one."""
     blocks: list[Block] = []
-    running = list(recipes)
+    running, known = list(recipes), None
     while True:
         wanted: list[Statistic] = []
         still = []
         for recipe in running:
             try:
-                wanted += next(recipe)
+                wanted += next(recipe) if known is None else recipe.send(known)
                 still.append(recipe)
             except StopIteration as done:
                 blocks += done.value
         running = still
         if not running:
             return sorted(blocks, key=lambda block: block.indices)
-        yield wanted
+        known = yield wanted
 
 
-def moment_blocks(sweep: Sweep, groups: Sequence[Sequence[int]]) -> Recipe:
+def moment_blocks(facts: Facts, groups: Sequence[Sequence[int]]) -> Recipe:
     """A dense block for each group of parts."""
-    moments = [SecondMoment(group, [sweep.parts[k] for k in group]) for group in groups]
-    sums = [[RowSum(k, sweep.parts[k]) for k in group] for group in groups]
-    yield [*moments, *(each for group in sums for each in group if sweep.center)]
+    moments = [SecondMoment(group, [facts.parts[k] for k in group]) for group in groups]
+    sums = [[RowSum(k, facts.parts[k]) for k in group] for group in groups]
+    facts = yield [*moments, *(each for group in sums for each in group if facts.center)]
     blocks = []
     for group, moment, means in zip(groups, moments, sums, strict=True):
-        matrix = moment.matrix(sweep)
-        layout = flat_layout(sweep, group)
-        if sweep.center:
-            mean = torch.cat([each.mean(sweep) for each in means])
-            where = torch.cat([sweep.parts[k].layout.positions() for k in group]).argsort()
+        matrix = moment.matrix(facts)
+        layout = flat_layout(facts, group)
+        if facts.center:
+            mean = torch.cat([each.mean(facts) for each in means])
+            where = torch.cat([facts.parts[k].layout.positions() for k in group]).argsort()
             mean = mean[where.to(mean.device)]
             matrix = matrix - torch.outer(mean, mean)
-        require_finite(matrix, block_name(sweep, group))
+        require_finite(matrix, block_name(facts, group))
         blocks.append(Block(tuple(group), layout, DenseLinearOperator(matrix)))
     return blocks
 
 
-def diagonal_block(sweep: Sweep, k: int) -> Recipe:
+def diagonal_block(facts: Facts, k: int) -> Recipe:
     """A diagonal block for one part."""
-    part = sweep.parts[k]
+    part = facts.parts[k]
     squares, sums = SquareSum(k, part), RowSum(k, part)
-    yield [squares, sums] if sweep.center else [squares]
-    diagonal = squares.diagonal(sweep)
-    if sweep.center:
-        diagonal = centered(diagonal, sums.mean(sweep))
+    facts = yield [squares, sums] if facts.center else [squares]
+    diagonal = squares.diagonal(facts)
+    if facts.center:
+        diagonal = centered(diagonal, sums.mean(facts))
     return [Block((k,), part.layout, DiagonalLinearOperator(diagonal))]
 
 
-def quasi_diagonal_block(sweep: Sweep, k: int) -> Recipe:
+def quasi_diagonal_block(facts: Facts, k: int) -> Recipe:
     """A quasi-diagonal block for one part, where it has a weight and a bias."""
-    part = sweep.parts[k]
-    if part.kind != "outer" or len(part.names) < 2:
-        return (yield from diagonal_block(sweep, k))
+    part = facts.parts[k]
+    if part.kind is not Kind.OUTER or len(part.names) < 2:
+        return (yield from diagonal_block(facts, k))
     squares, cross, sums = SquareSum(k, part), BiasCross(k, part), RowSum(k, part)
-    yield [squares, cross, sums] if sweep.center else [squares, cross]
+    facts = yield [squares, cross, sums] if facts.center else [squares, cross]
     width = part.layout.width
-    diagonal, coupling = squares.diagonal(sweep), cross.cross(sweep)
-    if sweep.center:
-        mean = sums.mean(sweep)
+    diagonal, coupling = squares.diagonal(facts), cross.cross(facts)
+    if facts.center:
+        mean = sums.mean(facts)
         diagonal = centered(diagonal, mean)
         grid = mean.view(-1, width)
         coupling = coupling - grid[:, :-1] * grid[:, -1:]
@@ -134,14 +144,14 @@ def quasi_diagonal_block(sweep: Sweep, k: int) -> Recipe:
     return [Block((k,), part.layout, operator)]
 
 
-def kronecker_block(sweep: Sweep, k: int, sharing: str) -> Recipe:
+def kronecker_block(facts: Facts, k: int, sharing: Sharing) -> Recipe:
     """A Kronecker block for one part, where it has such a form."""
-    part = sweep.parts[k]
-    if part.kind != "outer":
-        return (yield from diagonal_block(sweep, k))
+    part = facts.parts[k]
+    if part.kind is not Kind.OUTER:
+        return (yield from diagonal_block(facts, k))
     factors = KroneckerFactors(k, part, sharing)
-    yield [factors]
-    operator = KroneckerLinearOperator(*factors.factors(sweep))
+    facts = yield [factors]
+    operator = KroneckerLinearOperator(*factors.factors(facts))
     return [Block((k,), part.layout, operator, factors.positions)]
 
 
@@ -153,74 +163,75 @@ def centered(squares: Tensor, mean: Tensor) -> Tensor:
 # --- operators from blocks ------------------------------------------------------------------------
 
 
-def whole(sweep: Sweep, block: Block) -> BaseLinearOperator:
+def whole(facts: Facts, block: Block) -> BaseLinearOperator:
     """The operator of a single block in flat order."""
-    operator: BaseLinearOperator = block.operator._with_info(info_of(sweep, [block]))
+    operator: BaseLinearOperator = block.operator._with_info(info_of(facts, [block]))
     return operator
 
 
-def block_diagonal(sweep: Sweep, blocks: Sequence[Block]) -> BaseLinearOperator:
+def block_diagonal(facts: Facts, blocks: Sequence[Block]) -> BaseLinearOperator:
     """The block-diagonal operator of all blocks."""
-    names = [block_name(sweep, block.indices) for block in blocks]
+    names = [block_name(facts, block.indices) for block in blocks]
     for name, block in zip(names, blocks, strict=True):
         require_finite(block.operator, name)
     layouts = [block.layout for block in blocks]
-    info = info_of(sweep, blocks).blocks(names, layouts)
-    return BlockDiagonalLinearOperator(*(block.operator for block in blocks), info=info)
+    operators = [block.operator for block in blocks]
+    info = info_of(facts, blocks)
+    return BlockDiagonalLinearOperator(*operators, info=info, names=names, layouts=layouts)
 
 
-def info_of(sweep: Sweep, blocks: Sequence[Block]) -> Info:
+def info_of(facts: Facts, blocks: Sequence[Block]) -> Info:
     """What an operator made of these blocks knows."""
     positions = {k: block.positions for block in blocks for k in block.indices}
     origins = {}
-    for k, part in enumerate(sweep.parts):
-        form = "zero" if part.kind == "unused" else f"{part.function}: {part.kind}"
-        origin = Origin(_layer(sweep, k), form, part.note, positions.get(k))
-        origins.update(dict.fromkeys(part.names, origin))
-    space = sweep.space.to(dtype=sweep.dtype)
+    for k, part in enumerate(facts.parts):
+        origin = Origin(_layer(facts, k), part.form_name, part.note, positions.get(k))
+        first = {name for name in part.names if name not in origins}
+        origins.update(dict.fromkeys(part.names if part.members else first, origin))
+    space = facts.space.to(dtype=facts.dtype)
     ordered = {name: replace(origins[name], layer=space.owner(name)) for name in space.names}
     return Info(
         space,
-        sweep.num_examples,
-        sweep.num_terms,
+        facts.num_examples,
+        facts.num_terms,
         ordered,
-        sweep.described,
-        sweep.log_likelihood,
+        facts.described,
+        facts.log_likelihood,
     )
 
 
-def flat_layout(sweep: Sweep, indices: Sequence[int]) -> Layout:
+def flat_layout(facts: Facts, indices: Sequence[int]) -> Layout:
     """The parameters of some parts, one after the other in flat order."""
-    names = {name for k in indices for name in sweep.parts[k].names}
-    return Layout.flat([sweep.space.slices[n] for n in sweep.space.names if n in names])
+    names = {name for k in indices for name in facts.parts[k].names}
+    return Layout.flat([facts.space.slices[n] for n in facts.space.names if n in names])
 
 
-def block_name(sweep: Sweep, indices: Sequence[int]) -> str:
-    """The layers of some parts, or their parameters where a layer has other parts, too."""
+def block_name(facts: Facts, indices: Sequence[int]) -> str:
+    """The layers of some parts, or their parameters if a layer has other parts, too."""
     names = []
-    for owner, inside in by_owner(sweep, indices).items():
-        whole = by_owner(sweep, range(len(sweep.parts)))[owner]
+    for owner, inside in by_owner(facts, indices).items():
+        whole = by_owner(facts, range(len(facts.parts)))[owner]
         if len(inside) == len(whole):
             names.append(owner)
         else:
-            names += [name for k in inside for name in sweep.parts[k].names]
+            names += [name for k in inside for name in facts.parts[k].names]
     return " + ".join(names)
 
 
-def _layer(sweep: Sweep, k: int) -> str:
-    return sweep.space.owner(sweep.parts[k].names[0])
+def _layer(facts: Facts, k: int) -> str:
+    return facts.space.owner(facts.parts[k].names[0])
 
 
-def by_owner(sweep: Sweep, indices: Sequence[int]) -> dict[str, list[int]]:
+def by_owner(facts: Facts, indices: Sequence[int]) -> dict[str, list[int]]:
     """Parts of each module that owns parameters, in parameter order."""
     owners: dict[str, list[int]] = {}
     for k in indices:
-        owners.setdefault(_layer(sweep, k), []).append(k)
+        owners.setdefault(_layer(facts, k), []).append(k)
     return owners
 
 
 def require_finite(statistic: Tensor | BaseLinearOperator, layer: str) -> None:
-    """Raise NonFiniteError where a statistic overflowed."""
+    """Raise NonFiniteError if a statistic overflowed."""
     tensors = [statistic] if isinstance(statistic, Tensor) else statistic.representation()
     if not all(bool(all_finite(t)) for t in tensors):
         raise NonFiniteError(

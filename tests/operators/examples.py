@@ -5,7 +5,6 @@ import torch
 from nngeo_lazy.layout import Layout, Piece
 from nngeo_lazy.operators import (
     BlockDiagonalLinearOperator,
-    BlockInfo,
     DenseLinearOperator,
     DiagonalLinearOperator,
     EigenKroneckerLinearOperator,
@@ -62,16 +61,10 @@ def info(dtype=torch.float64):
     return Info(SPACE.to(dtype), 10, 20, origins)
 
 
-def block_info(dtype=torch.float64):
-    known = info(dtype)
-    return BlockInfo(
-        known.space,
-        known.num_examples,
-        known.num_terms,
-        known.origins,
-        names=("norm", "fc", "conv1d"),
-        layouts=LAYOUTS,
-    )
+def placed(blocks, dtype=torch.float64):
+    """The block-diagonal operator of blocks in the layouts."""
+    names = ("norm", "fc", "conv1d")
+    return BlockDiagonalLinearOperator(*blocks, info=info(dtype), names=names, layouts=LAYOUTS)
 
 
 def permuted(blocks):
@@ -169,14 +162,14 @@ def jacobian(dtype=torch.float64):
 def blocks(dtype=torch.float64):
     g = torch.Generator().manual_seed(3)
     values = torch.rand(1, 2, 3, generator=g, dtype=torch.float64).to(dtype) + 0.5
-    return BlockDiagonalLinearOperator(
+    members = [
         DenseLinearOperator(1.1 * spd(4, g, 5.0, dtype)),
         KroneckerLinearOperator(spd(2, g, 5.0, dtype)[None], spd(4, g, 3.0, dtype)[None]),
         EigenKroneckerLinearOperator(
             values, orthogonal(2, g, dtype)[None], orthogonal(3, g, dtype)[None]
         ),
-        info=block_info(dtype),
-    )
+    ]
+    return placed(members, dtype)
 
 
 def anonymous(dtype=torch.float64):

@@ -16,7 +16,6 @@ from nngeo_lazy.errors import (
 from nngeo_lazy.layout import Layout
 from nngeo_lazy.operators import (
     BlockDiagonalLinearOperator,
-    BlockInfo,
     DenseLinearOperator,
     DiagonalLinearOperator,
     EigenKroneckerLinearOperator,
@@ -101,8 +100,7 @@ def test_singular_solve_names_the_block(name):
     B = _singular()[name]
     v = torch.ones(B.shape[-1])
     n = B.shape[-1]
-    info = BlockInfo(names=("fc1",), layouts=(Layout.flat([slice(0, n)]),))
-    F = BlockDiagonalLinearOperator(B, info=info)
+    F = BlockDiagonalLinearOperator(B, names=("fc1",), layouts=(Layout.flat([slice(0, n)]),))
     for member in (lambda: F.solve(v), F.inverse, lambda: F.power(-0.5)):
         with pytest.raises(NotPositiveDefiniteError, match=r"block 'fc1'.*singular.*damping="):
             member()
@@ -223,7 +221,7 @@ def test_constructors():
     with pytest.raises(ValueError, match="at least one block"):
         BlockDiagonalLinearOperator()
     with pytest.raises(ValueError, match="a name and a layout for each block"):
-        BlockDiagonalLinearOperator(torch.eye(2), info=BlockInfo(names=("a",)))
+        BlockDiagonalLinearOperator(torch.eye(2), names=("a",), layouts=())
 
 
 def test_numbers_are_not_matrices(F):

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from ..errors import TooLargeError
+from ..facts import Cost, Facts, Sample
 from ..jacobian.forms import Form, Outer, Rows, Stored, Summed
-from ..jacobian.plan import Part
+from ..jacobian.parts import Part
 from ..operators import BaseLinearOperator, Info
 from ..operators.factored import (
     FactoredGaussNewtonLinearOperator,
     FactoredJacobianLinearOperator,
 )
-from ..statistics import MAX_BLOCK_BYTES, Cost, Sample, Statistic, Sweep
-from .base import Representation
+from ..quantities import MatrixKind
+from ..statistics import MAX_BLOCK_BYTES, Statistic
+from ..sweep import Sweep
 from .recipes import Block, Recipe, block_name, flat_layout, info_of, require_finite, whole
+from .representation import Streamed
 
 __all__ = ["Factored", "FormStack", "factored_rows"]
 
@@ -34,9 +38,10 @@ class FormStack(Statistic):
         self._limit = MAX_BLOCK_BYTES if limit is None else limit
         self._chunks: list[list[Form | None]] = []  # of the current batch
         self._bytes = 0
-        self.batches: list[list[Form | None]] = []  # a form for each part, None where it is zero
+        self.batches: list[list[Form | None]] = []  # a form for each part, None if it is zero
 
     def costs(self, sample: Sample) -> Iterator[Cost]:
+        """The numbers of inputs and output gradients."""
         for k, part in zip(self.indices, self._parts, strict=True):
             form = sample.forms[k]
             numbers = 0
@@ -49,6 +54,11 @@ class FormStack(Statistic):
             yield Cost(k, f"factored {part.layout.size}", numbers, 0)
 
     def update(self, forms: Sequence[Form | None], first: bool, last: bool) -> None:
+        """Keep the forms of a chunk.
+
+        Raises:
+            TooLargeError: all forms so far take more than the limit.
+        """
         self._chunks.append([_stored(form) for form in forms])
         self._bytes += sum(_bytes_of(form, first) for form in self._chunks[-1])
         if self._bytes > self._limit:
@@ -98,7 +108,7 @@ def _joined(chunks: Sequence[Form | None]) -> Form | None:
 
 
 @dataclass(frozen=True)
-class Factored(Representation):
+class Factored(Streamed):
     """The exact matrix J^T S S^T J / N, with the inputs x and output gradients g of J stored.
 
     Products are matrix products, without autograd and without the data. Damped systems are solved
@@ -111,30 +121,42 @@ class Factored(Representation):
         low-rank structure, on the Gram matrix.
     """
 
-    def recipe(self, sweep: Sweep, indices: Sequence[int]) -> Recipe:
-        stack = FormStack(indices, [sweep.parts[k] for k in indices])
-        yield [stack]
-        scale = sweep.denominator**-0.5
-        root = _jacobian_of(sweep, indices, stack, Info(), scale)
-        require_finite(root, block_name(sweep, indices))
-        operator = FactoredGaussNewtonLinearOperator(root)
-        return [Block(tuple(indices), flat_layout(sweep, indices), operator)]
+    matrices: ClassVar[frozenset[MatrixKind]] = frozenset(
+        {MatrixKind.GAUSS_NEWTON, MatrixKind.JACOBIAN}
+    )
 
-    def finish(self, sweep: Sweep, blocks: Sequence[Block]) -> BaseLinearOperator:
-        return whole(sweep, blocks[0])
+    def build(self, sweep: Sweep) -> BaseLinearOperator:
+        """B^T B of the rows B, or the rows themselves if the quantity is a Jacobian."""
+        if sweep.problem.quantity.kind is MatrixKind.JACOBIAN:
+            return factored_rows(sweep)
+        return super().build(sweep)
+
+    def recipe(self, facts: Facts, indices: Sequence[int]) -> Recipe:
+        """The forms of all parts."""
+        stack = FormStack(indices, [facts.parts[k] for k in indices])
+        facts = yield [stack]
+        scale = facts.denominator**-0.5
+        root = _jacobian_of(facts, indices, stack, Info(), scale)
+        require_finite(root, block_name(facts, indices))
+        operator = FactoredGaussNewtonLinearOperator(root)
+        return [Block(tuple(indices), flat_layout(facts, indices), operator)]
+
+    def finish(self, facts: Facts, blocks: Sequence[Block]) -> BaseLinearOperator:
+        """The one block, in flat order."""
+        return whole(facts, blocks[0])
 
 
 def _jacobian_of(
-    sweep: Sweep, indices: Sequence[int], stack: FormStack, info: Info, scale: float = 1.0
+    facts: Facts, indices: Sequence[int], stack: FormStack, info: Info, scale: float = 1.0
 ) -> FactoredJacobianLinearOperator:
     """The rows of a pass as an operator on the parameters of some parts."""
     starts, start = {}, 0
-    for where in flat_layout(sweep, indices).slices:
+    for where in flat_layout(facts, indices).slices:
         starts[where.start] = start
         start += where.stop - where.start
-    layouts = [sweep.parts[k].layout.shifted(starts) for k in indices]
+    layouts = [facts.parts[k].layout.shifted(starts) for k in indices]
     batches = [[_scaled(form, scale) for form in batch] for batch in stack.batches]
-    return FactoredJacobianLinearOperator.of(batches, layouts, info, center=sweep.center)
+    return FactoredJacobianLinearOperator.of(batches, layouts, info, center=facts.center)
 
 
 def factored_rows(sweep: Sweep, limit: int | None = None) -> FactoredJacobianLinearOperator:
@@ -144,9 +166,9 @@ def factored_rows(sweep: Sweep, limit: int | None = None) -> FactoredJacobianLin
         TooLargeError: their forms take more than `limit` bytes.
         NonFiniteError: NaN or infinity in them.
     """
-    stack: FormStack
-    (stack,) = sweep(lambda parts: [FormStack(range(len(parts)), parts, limit)])  # type: ignore[assignment]
-    factored = _jacobian_of(sweep, range(len(sweep.parts)), stack, info_of(sweep, []))
+    facts, (stack,) = sweep.run(lambda f: [FormStack(range(len(f.parts)), f.parts, limit)])
+    indices = range(len(facts.parts))
+    factored = _jacobian_of(facts, indices, cast(FormStack, stack), info_of(facts, []))
     require_finite(factored, "the network")
     return factored
 

@@ -1,0 +1,118 @@
+"""Running averages of matrices, for optimizers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .errors import NotPositiveDefiniteError
+from .layout import Layout
+from .operators.base import BaseLinearOperator
+from .operators.block_diagonal import BlockDiagonalLinearOperator
+from .operators.diagonal import DiagonalLinearOperator
+from .operators.info import Info
+from .operators.kronecker import EigenKroneckerLinearOperator, KroneckerLinearOperator
+from .pooling import pool
+from .space import ParamSpace
+
+__all__ = ["averaged", "decomposed", "extended", "rebased", "require_semidefinite"]
+
+
+def averaged(
+    before: BaseLinearOperator | None, fresh: BaseLinearOperator, weight: float
+) -> BaseLinearOperator:
+    """(1 - weight) before + weight fresh, of the statistics: Kronecker factors each on their own.
+
+    It knows what the fresh one knows.
+    """
+    if before is None:
+        return fresh
+    mean = pool([before, fresh], [1 - weight, weight])
+    known: BaseLinearOperator = mean._with_info(fresh.info)
+    return known
+
+
+def decomposed(F: BaseLinearOperator) -> BaseLinearOperator:
+    """The same matrix, its Kronecker blocks by their eigenvalues and eigenvectors."""
+    if not isinstance(F, BlockDiagonalLinearOperator):
+        return F
+    return F._map(lambda b: b.eigen() if isinstance(b, KroneckerLinearOperator) else b)
+
+
+def require_semidefinite(F: BaseLinearOperator) -> None:
+    """Refuse blocks whose eigenvalues are known, if one is negative beyond rounding.
+
+    Raises:
+        NotPositiveDefiniteError: it names the block.
+    """
+    parts = [("the whole matrix", F)]
+    if isinstance(F, BlockDiagonalLinearOperator):
+        parts = [(repr(name), block) for name, _, block in F.parts]
+    known = (DiagonalLinearOperator, EigenKroneckerLinearOperator)
+    lowest = {
+        name: torch.stack([block.eigenvalues.min(), block.eigenvalues.abs().max()])
+        for name, block in parts
+        if isinstance(block, known) and block.shape[-1]
+    }
+    values = torch.stack(list(lowest.values())).tolist() if lowest else []
+    rounding = torch.finfo(F.dtype).eps ** 0.5
+    for name, (value, size) in zip(lowest, values, strict=True):
+        if value < -rounding * size:
+            raise NotPositiveDefiniteError(
+                f"the curvature of {name} has a negative eigenvalue {value:.3g}: its statistics "
+                "are no averages of squares any more. Train in a wider dtype, or make a new "
+                "optimizer in the place of this state"
+            )
+
+
+def rebased(E: BaseLinearOperator, F: BaseLinearOperator) -> BaseLinearOperator:
+    r"""An EKFAC in the eigenbasis Q' of a KFAC F: the diagonal of Q'^T E Q'.
+
+    .. math:: s' = (U'^T U)^{\circ 2} \, s \, (V'^T V)^{\circ 2 T}
+
+    It is the closest matrix to E with those eigenvectors. Blocks without any stay as they are.
+    """
+    if not isinstance(E, BlockDiagonalLinearOperator) or not E.same_blocks(F):
+        raise TypeError("expected an EKFAC and a KFAC over the same blocks")
+    blocks = []
+    for old, new in zip(E.members, F.members, strict=True):
+        if isinstance(old, EigenKroneckerLinearOperator) and isinstance(
+            new, (KroneckerLinearOperator, EigenKroneckerLinearOperator)
+        ):
+            left, right = new.bases()
+            values = old.values  # (G,o,i)
+            if left.dim() == 3:
+                values = _overlaps(left, old.left_basis) @ values
+            if right.dim() == 3:
+                values = values @ _overlaps(right, old.right_basis).mT
+            blocks.append(EigenKroneckerLinearOperator(values, left, right))
+        else:
+            blocks.append(old)
+    return E._of(blocks)
+
+
+def _overlaps(new: Tensor, old: Tensor) -> Tensor:
+    """Squared inner products of two bases' vectors, (G, n, n)."""
+    return (new.mT @ old).square()
+
+
+def extended(F: BaseLinearOperator, space: ParamSpace) -> BaseLinearOperator:
+    """F over a larger space: a multiple of the identity, its mean eigenvalue, on the rest."""
+    own = F.space
+    if own is None or own == space:
+        return F
+    starts = {own.slices[n].start: space.slices[space.resolve(n)].start for n in own.names}
+    names, layouts, blocks = ["known"], [Layout.flat([own.slices[n] for n in own.names])], [F]
+    if isinstance(F, BlockDiagonalLinearOperator):
+        names, layouts, blocks = list(F.names), list(F.layouts), list(F.members)
+    layouts = [layout.shifted(starts) for layout in layouts]
+    known = {space.resolve(name) for name in own.names}
+    mean = F.trace() / F.shape[-1]
+    for name in space.names:
+        if name not in known:
+            where = space.slices[name]
+            names.append(name)
+            layouts.append(Layout.flat([where]))
+            blocks.append(DiagonalLinearOperator(mean.expand(where.stop - where.start).clone()))
+    info = Info(space.to(dtype=F.dtype))
+    return BlockDiagonalLinearOperator(*blocks, info=info, names=names, layouts=layouts)

@@ -1,0 +1,98 @@
+"""What a build will cost, from its first batch, before the work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .facts import Cost
+from .representations import Representation
+from .sweep import Sweep
+from .table import Table
+
+__all__ = ["BuildCost", "CostRow", "cost_of"]
+
+
+@dataclass(frozen=True)
+class CostRow:
+    """One parameter of a matrix that has not been built.
+
+    Attributes:
+        parameter: its name.
+        layer: the path of the module that owns it.
+        form: how its Jacobian will be computed.
+        block: the kind of block that it will lie in.
+        size: how many numbers the parameter has.
+        flops: of the statistics of its block, for each example; 0 if an earlier row counts them.
+        bytes: what its block will take, likewise.
+        note: why a fallback is taken; empty if none is.
+    """
+
+    parameter: str
+    layer: str
+    form: str
+    block: str
+    size: int
+    flops: int
+    bytes: int
+    note: str
+
+
+class BuildCost(Table[CostRow]):
+    """Rows that print as a table, and totals.
+
+    Attributes:
+        passes: how often the data are read.
+        directions: backward passes for each batch, in each pass that reads the data.
+        batches: how many batches there are, None if the loader does not say.
+        flops: of all statistics, for each example; forward and backward passes come on top.
+        bytes: what the operator will take.
+    """
+
+    def __init__(
+        self, rows: Sequence[CostRow], passes: int, directions: int, batches: int | None
+    ) -> None:
+        self.passes, self.directions, self.batches = passes, directions, batches
+        self.flops = sum(row.flops for row in rows)
+        self.bytes = sum(row.bytes for row in rows)
+        data = "the data" if batches is None else f"{batches} batch{'es' * (batches != 1)}"
+        super().__init__(
+            rows,
+            [
+                f"{passes} pass{'es' * (passes != 1)} over {data}, "
+                f"{directions} backward for each batch",
+                f"{self.flops:,} flops for each example, {self.bytes:,} bytes",
+            ],
+        )
+
+
+def cost_of(representation: Representation, sweep: Sweep) -> BuildCost:
+    """What a build will cost, from the first batch: one forward and one backward pass."""
+    representation.require_fit(sweep.facts)
+    sample, batches = sweep.sampled()
+    facts = sweep.facts
+    passes = representation.costs(facts, sample)
+    found: dict[int, list[Cost]] = {}
+    for costs in passes:
+        for cost in costs:
+            found.setdefault(cost.part, []).append(cost)
+    space, itemsize = facts.space, facts.dtype.itemsize
+    rows: dict[str, CostRow] = {}
+    for k, part in enumerate(facts.parts):
+        own = found.get(k, [])
+        kinds = [cost.block for cost in own if cost.block]
+        for name in part.names:
+            first = name == part.names[0]
+            where = space.slices[name]
+            rows[name] = CostRow(
+                name,
+                space.owner(name),
+                part.form_name,
+                kinds[-1] if kinds else "",
+                where.stop - where.start,
+                sum(cost.flops for cost in own) if first else 0,
+                sum(cost.numbers for cost in own if cost.block) * itemsize if first else 0,
+                part.note,
+            )
+    ordered = [rows[name] for name in space.names]
+    return BuildCost(ordered, len(passes), sample.directions, batches)

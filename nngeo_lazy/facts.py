@@ -1,0 +1,84 @@
+"""What is known of a matrix: its parameters and data, and what a build of it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from .jacobian.forms import Form, Outer
+from .jacobian.inputs import IndexInputs
+from .jacobian.parts import Part
+from .space import ParamSpace
+
+__all__ = ["Cost", "Facts", "Sample"]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a matrix's data: the parameters, and after a pass also what it counted.
+
+    Attributes:
+        space: the parameters.
+        parts: the parameters by form; empty before the first batch is seen.
+        dtype: of the sums.
+        described: which matrix it is, in plain words.
+        center: whether the mean row is subtracted from every row.
+        num_examples: how many examples the pass saw.
+        num_terms: how many labels were scored; None if that is not known.
+        denominator: what sums are divided by: the number of examples, or a loss's own.
+        log_likelihood: of all observed labels; None if there are none, or some do not fit.
+    """
+
+    space: ParamSpace
+    parts: Sequence[Part]
+    dtype: torch.dtype
+    described: Mapping[str, str | int | None]
+    center: bool = False
+    num_examples: int = 0
+    num_terms: int | None = None
+    denominator: float = 0.0
+    log_likelihood: float | None = None
+
+
+class Cost(NamedTuple):
+    """What a statistic costs for one part.
+
+    Attributes:
+        part: its index.
+        block: the kind of block that it makes, with its sizes; empty if it only helps one.
+        numbers: how many numbers are kept.
+        flops: floating-point operations for each example, all its directions together.
+    """
+
+    part: int
+    block: str
+    numbers: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The forms of one direction of the first batch, from which costs are told.
+
+    Attributes:
+        forms: of each part; None is a zero block.
+        directions: of each example.
+        examples: in the whole loader, or in what is known of it.
+    """
+
+    forms: Sequence[Form | None]
+    directions: int
+    examples: int
+
+    def positions(self, k: int) -> int:
+        """How many positions of an example share a part."""
+        form = self.forms[k]
+        return int(form.g.shape[3]) if isinstance(form, Outer) else int(form is not None)
+
+    def indexed(self, k: int) -> bool:
+        """Whether a part's input factor is a histogram."""
+        form = self.forms[k]
+        return isinstance(form, Outer) and isinstance(form.inputs, IndexInputs)

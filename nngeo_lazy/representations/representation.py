@@ -1,0 +1,107 @@
+"""What every representation is, and what one is that is made from statistics of passes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import ClassVar
+
+from ..facts import Cost, Facts, Sample
+from ..operators import BaseLinearOperator
+from ..quantities import MatrixKind
+from ..statistics import Statistic
+from ..sweep import Make, Sweep
+from .recipes import Block, Recipe, block_diagonal
+
+__all__ = ["Representation", "Streamed"]
+
+
+class Representation(ABC):
+    """What to build; one of the options objects below, or its name in lower case.
+
+    Attributes:
+        matrices: which matrices it can represent.
+    """
+
+    matrices: ClassVar[frozenset[MatrixKind]] = frozenset({MatrixKind.GAUSS_NEWTON})
+
+    @abstractmethod
+    def build(self, sweep: Sweep) -> BaseLinearOperator:
+        """The matrix of the sweep's quantity, which is one of `matrices`."""
+
+    @abstractmethod
+    def costs(self, facts: Facts, sample: Sample) -> list[list[Cost]]:
+        """What `build` will cost: for each pass over the data, the costs of its parts."""
+
+    def require_fit(self, facts: Facts) -> None:  # noqa: B027 - most have nothing to check
+        """Raise DataError or SpaceMismatchError if this cannot be built; before any pass."""
+
+    def described(self) -> str:
+        """In words: statistics of two representations with the same ones can be pooled."""
+        return repr(self)
+
+
+class Streamed(Representation):
+    """A representation whose blocks are made from statistics of the data, as a recipe says.
+
+    A new one is a frozen dataclass with a `recipe`, and an operator for its blocks. It is then
+    passed as an object wherever a representation is taken.
+
+    Attributes:
+        averages: whether an average of several of its matrices keeps its form; optimizers ask.
+    """
+
+    averages: ClassVar[bool] = True
+
+    @property
+    def passes(self) -> int:
+        """How often the data are read."""
+        return 1
+
+    @abstractmethod
+    def recipe(self, facts: Facts, indices: Sequence[int]) -> Recipe:
+        """Yield the statistics of each pass over the data, then return the blocks.
+
+        Args:
+            facts: what the first batch shows. Each `yield` returns what is known after its pass.
+            indices: the parts to represent.
+        """
+
+    def finish(self, facts: Facts, blocks: Sequence[Block]) -> BaseLinearOperator:
+        """The operator of all blocks."""
+        return block_diagonal(facts, blocks)
+
+    def outline(self, facts: Facts, indices: Sequence[int]) -> list[Sequence[Statistic]]:
+        """The statistics of each pass, without a pass: their costs are counted."""
+        return [next(self.recipe(facts, indices))]
+
+    def costs(self, facts: Facts, sample: Sample) -> list[list[Cost]]:
+        """What the statistics of each pass cost."""
+        passes = self.outline(facts, range(len(facts.parts)))
+        return [[cost for each in wanted for cost in each.costs(sample)] for wanted in passes]
+
+    def build(self, sweep: Sweep) -> BaseLinearOperator:
+        """The operator, from one or more passes over the data."""
+        self.require_fit(sweep.facts)
+        recipes: list[Recipe] = []
+
+        def start(facts: Facts) -> Sequence[Statistic]:
+            recipes.append(self.recipe(facts, range(len(facts.parts))))
+            return next(recipes[0])
+
+        facts, _ = sweep.run(start, keep=self.passes > 1)
+        while True:
+            try:
+                wanted = recipes[0].send(facts)
+            except StopIteration as done:
+                operator = self.finish(facts, done.value)
+                break
+            facts, _ = sweep.run(_always(wanted))
+        quantity = {**operator.info.quantity, "representation": self.described()}
+        known: BaseLinearOperator = operator._with_info(replace(operator.info, quantity=quantity))
+        return known
+
+
+def _always(statistics: Sequence[Statistic]) -> Make:
+    return lambda _: statistics

@@ -1,0 +1,98 @@
+"""The house: rooms of a size that one can read, and no import that goes in a circle or hides."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "nngeo_lazy"
+FILES = sorted(PACKAGE.rglob("*.py"))
+LINES = {path: path.read_text().count("\n") for path in FILES}
+OPTIONAL = {"gpytorch", "matplotlib"}  # extras: imported where they are needed, if at all
+
+
+def name_of(path):
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(path): path for path in FILES}
+
+
+def imports(tree):
+    """Each import statement, with whether it is inside a function and whether only for types."""
+
+    def walk(node, inside, typing):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import | ast.ImportFrom):
+                yield child, inside, typing
+            function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            types = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
+            yield from walk(child, inside or function, typing or types)
+
+    return walk(tree, False, False)
+
+
+def targets(node, path):
+    """The modules that a statement imports, as absolute names."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    base = node.module or ""
+    if node.level:
+        here = name_of(path).split(".")
+        package = here if path.name == "__init__.py" else here[:-1]
+        package = package[: len(package) - node.level + 1]
+        base = ".".join([*package, *([node.module] if node.module else [])])
+    inner = [f"{base}.{alias.name}" for alias in node.names]
+    return [name if name in MODULES else base for name in inner]
+
+
+def graph():
+    """module -> the modules of the package that it imports when it is imported."""
+    edges = {}
+    for name, path in MODULES.items():
+        found = set()
+        for node, inside, typing in imports(ast.parse(path.read_text())):
+            if not inside and not typing:
+                found |= {t for t in targets(node, path) if t in MODULES and t != name}
+        edges[name] = found
+    return edges
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_no_import_hides_in_a_function(path):
+    for node, inside, _ in imports(ast.parse(path.read_text())):
+        names = {target.split(".")[0] for target in targets(node, path)}
+        assert not inside or names <= OPTIONAL, f"line {node.lineno} imports {names} in a function"
+
+
+def test_no_module_imports_itself_by_a_detour():
+    edges, done, path = graph(), set(), []
+
+    def visit(name):
+        assert name not in path, " -> ".join([*path[path.index(name) :], name])
+        if name in done:
+            return
+        path.append(name)
+        for other in sorted(edges[name]):
+            visit(other)
+        path.pop()
+        done.add(name)
+
+    for name in sorted(edges):
+        visit(name)
+
+
+def test_no_room_and_no_file_is_too_large():
+    total = sum(LINES.values())
+    for room in {path.relative_to(PACKAGE).parts[0] for path in FILES}:
+        share = sum(n for p, n in LINES.items() if p.is_relative_to(PACKAGE / room)) / total
+        assert share <= 0.30, f"{room} holds {share:.0%} of the lines"
+    long = {str(p.relative_to(PACKAGE)): n for p, n in LINES.items() if n > 450}
+    assert not long, f"more than 450 lines: {long}"
+
+
+def test_the_checks_see_what_they_forbid(tmp_path):
+    tree = ast.parse("import a\ndef f():\n    import b\nif TYPE_CHECKING:\n    import c\n")
+    assert [flags for _, *flags in imports(tree)] == [[False, False], [True, False], [False, True]]
+    assert "nngeo_lazy.operators.rules" in graph()["nngeo_lazy.operators.base"]
