@@ -297,10 +297,11 @@ class Recorder(TorchFunctionMode):
             return
         for other in names - own:
             self.formless[other] = f"{function} has no form for it"
-        made = any(weight.selection is None for weight in weights.values())
-        if made and not self._through:
-            self.formless.update(dict.fromkeys(own, f"{function} with a weight made of others"))
-        elif weights:
+        if not self._through:
+            made = {n for w in weights.values() if w.selection is None for n in w.names}
+            self.formless.update(dict.fromkeys(made, f"{function} with a weight made of others"))
+            weights = {role: w for role, w in weights.items() if w.selection is not None}
+        if weights:
             edge, shape = _edge(output), output.shape
             if use.view is not None:
                 empty = torch.empty(0, *shape, device="meta")
