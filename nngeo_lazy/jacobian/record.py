@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
+from .. import tree
 from ..errors import StochasticModelError
 from .layers import BATCH_STATISTICS
 from .meetings import uses_of
@@ -114,8 +114,7 @@ class Recorder(TorchFunctionMode):
         self._weights = {id(p): Weight.of(name, p) for name, p in parameters.items()}
         self._constants = {id(t): t for t in _held(model) if id(t) not in self._weights}
         self._cuts: dict[int, Weight] = {}
-        leaves = pytree.tree_leaves(raw)
-        self._sizes = {t.shape[0] for t in leaves if isinstance(t, Tensor) and t.dim()}
+        self._sizes = {t.shape[0] for t in tree.tensors(raw) if t.dim()}
         self._given = examples
         self.examples: list[bool] = []
         self.calls: list[Call] = []
