@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import (
     Callable,
     Generator,
     Iterable,
     Iterator,
     Mapping,
-    MutableMapping,
     Sequence,
 )
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import data as torch_data
 from tqdm.auto import tqdm
 
+from . import tree
 from .errors import DataError
 from .skeleton import localised
 
@@ -63,6 +62,8 @@ class Batches:
         forward: `(model, raw batch) -> outputs` in place of the default call. With it, a batch may
             be any object.
         target: `raw batch -> target` in place of the default; it may return None.
+        positions: `raw batch -> mask (N, T)` of the positions that exist, in place of a mapping's
+            "attention_mask"; it may return None.
         progress: whether to show a progress bar.
 
     Raises:
@@ -82,12 +83,14 @@ class Batches:
         device: torch.device | str,
         forward: Callable[[nn.Module, Any], Any] | None = None,
         target: Callable[[Any], Any] | None = None,
+        positions: Callable[[Any], Any] | None = None,
         progress: bool = False,
     ) -> None:
         self._loader = _as_batches(loader)
         self._device = torch.device(device)
         self._forward = forward
         self._target = target
+        self._positions = positions
         self._progress = progress
         self._gave = False  # a batch, on any pass so far
 
@@ -159,6 +162,23 @@ class Batches:
         if target is not None:
             target = _move(torch.as_tensor(target), self._device)
         return Batch(args, kwargs, target, raw)
+
+    def positions(self, raw: Any) -> Tensor | None:
+        """Which positions of a batch exist, a mask (N, ...); None if all do, or nothing says.
+
+        Raises:
+            DataError: `positions` gives no mask of two dimensions or more.
+        """
+        if self._positions is not None:
+            mask = self._positions(raw)
+            if mask is not None and not (isinstance(mask, Tensor) and mask.dim() > 1):
+                raise DataError(
+                    "expected positions= to return a mask (N, T) of the positions that exist, or "
+                    f"None, got {_shape_or_type(mask)}"
+                )
+            return mask
+        mask = raw.get("attention_mask") if isinstance(raw, Mapping) else None
+        return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
     def forward(self, model: nn.Module, raw: Any) -> Tensor:
         """The model's outputs (N, ...) for one batch, dimension 0 its examples.
@@ -266,6 +286,10 @@ def _length(loader: Iterable[Any]) -> int | None:
         return None
 
 
+def _shape_or_type(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+
+
 def _kind(entry: Any) -> str:
     if entry is None:
         return "none"
@@ -287,10 +311,7 @@ def _require_batch(raw: Any) -> None:
 
 
 def _holds_tensor(value: Any) -> bool:
-    kind = _kind(value)
-    if kind in ("sequence", "mapping"):
-        return any(_holds_tensor(v) for v in (value.values() if kind == "mapping" else value))
-    return kind == "tensor"
+    return any(_kind(leaf) == "tensor" for leaf in tree.leaves(value))
 
 
 def _label(raw: Mapping[Any, Any]) -> str | None:
@@ -316,30 +337,28 @@ def _labels(raw: Any, strict: bool) -> Tensor | None:
 
 
 def _move(value: Any, device: torch.device) -> Any:
-    if isinstance(value, PackedSequence):
-        return value.to(device=device)  # type: ignore[call-arg]
-    if isinstance(value, Tensor):
-        # towards the CPU, a copy that is not waited for could be read before it is complete
-        return value.to(device, non_blocking=device.type != "cpu")
-    if isinstance(value, Mapping):
-        moved = {name: _move(entry, device) for name, entry in value.items()}
-        if type(value) is dict or not isinstance(value, MutableMapping):
-            return moved
-        kept = copy.copy(value)  # a BatchEncoding stays one
-        kept.update(moved)
-        return kept
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_move(entry, device) for entry in value))
-    if isinstance(value, (list, tuple)):
-        entries = [_move(entry, device) for entry in value]
-        return tuple(entries) if isinstance(value, tuple) else entries
-    return value
+    def moved(leaf: Any) -> Any:
+        if isinstance(leaf, PackedSequence):
+            return leaf.to(device=device)  # type: ignore[call-arg]
+        if isinstance(leaf, Tensor):
+            # towards the CPU, a copy that is not waited for could be read before it is complete
+            return leaf.to(device, non_blocking=device.type != "cpu")
+        return leaf
+
+    return tree.map_leaves(moved, value)
 
 
 def _structure(value: Any) -> Any:
-    """What must be the same in every batch: keys and lengths, not sizes."""
+    """What must be the same in every batch: keys and lengths, not sizes.
+
+    A sequence without tensors of its own holds one entry for each example: names, or targets of a
+    detector. Nothing is asked of it.
+    """
     if isinstance(value, Mapping):
         return {str(name): _structure(value[name]) for name in sorted(value, key=str)}
     if _kind(value) == "sequence":
+        kinds = {_kind(entry) for entry in value}
+        if kinds and not kinds & {"tensor", "sequence", "none"}:
+            return "a list of " + " and ".join(sorted(kinds))
         return [_structure(entry) for entry in value]
     return _kind(value)

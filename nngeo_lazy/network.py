@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from . import tree
 from .errors import DataError
 from .jacobian.record import plain_functions
 from .skeleton import refuse_strays, skeleton
@@ -97,7 +97,11 @@ class Network:
         if self._cast is None:
             return raw
         dtype, device = self._cast
-        return pytree.tree_map_only(Tensor, lambda x: _cast(x, dtype, device), raw)
+
+        def cast(leaf: Any) -> Any:
+            return _cast(leaf, dtype, device) if isinstance(leaf, Tensor) else leaf
+
+        return tree.map_leaves(cast, raw)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

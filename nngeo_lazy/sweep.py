@@ -18,6 +18,7 @@ from .facts import Facts, Sample
 from .jacobian.capture import Capture, Recorded
 from .jacobian.forms import Form, Outer
 from .jacobian.parts import Part
+from .jacobian.positions import marks_of
 from .jacobian.record import recording, refuse_training_mode
 from .quantities import Quantity
 from .selectors import Selector, space_of
@@ -220,7 +221,9 @@ class Sweep:
                 self._looked = True
             self.problem.quantity.fit(recorded.outputs, target)
             self._parts = self._capture.parts
-            yield recorded, target
+            scored = self.problem.quantity.scored(recorded.outputs, target)
+            exist = self.problem.batches.positions(recorded.record.raw)
+            yield replace(recorded, marks=marks_of(scored, exist)), target
 
     def _replay(
         self, make: Make, facts: Facts, kept: list[Chunk]
@@ -257,13 +260,19 @@ def make_sweep(
     params: Selector | None = None,
     forward: Callable[[nn.Module, Any], Tensor] | None = None,
     target: Callable[[Any], Tensor] | None = None,
+    positions: Callable[[Any], Tensor | None] | None = None,
     progress: bool = False,
     **options: Any,
 ) -> Sweep:
     """A sweep from what the builders take; see `FIM`."""
     space = space_of(model, params)
     batches = Batches(
-        loader, device=space.device, forward=forward, target=target, progress=progress
+        loader,
+        device=space.device,
+        forward=forward,
+        target=target,
+        positions=positions,
+        progress=progress,
     )
     return Sweep(Problem.of(model, space, batches, quantity, **options))
 

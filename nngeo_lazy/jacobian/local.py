@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from .folds import Fold
@@ -75,7 +74,7 @@ class _Call:
         g = fold.front(g, n, 1)[:, start:stop]
         if self._vmap:
             try:
-                with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
+                with warnings.catch_warnings(), unfused_attention.used():
                     warnings.filterwarnings("error", message=".*performance drop.*")
                     many = [self._batched(fold, data, each, xs) for each in g]
                 return self._by_slot([torch.stack(parts) for parts in zip(*many, strict=True)])
