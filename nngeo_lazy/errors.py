@@ -8,6 +8,7 @@ __all__ = [
     "ConvergenceWarning",
     "DataError",
     "EstimateWarning",
+    "MissingFileError",
     "NNGeoError",
     "NonFiniteError",
     "NonFiniteWarning",
@@ -46,6 +47,10 @@ class StochasticModelError(NNGeoError, RuntimeError):
 
 class DataError(NNGeoError, ValueError):
     """The loader, its batches, the targets or an option do not fit."""
+
+
+class MissingFileError(DataError, FileNotFoundError):
+    """There is no file at a path."""
 
 
 class RuleError(NNGeoError, TypeError):
