@@ -77,7 +77,7 @@ def _of_tensor(tensor: Tensor) -> int:
         return zlib.crc32(repr([_of_tensor(part) for part in parts]).encode())
     head = zlib.crc32(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
     flat = tensor.cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    return zlib.crc32(flat.view(torch.uint8).numpy(), head) if flat.numel() else head
+    return zlib.crc32(flat.view(torch.uint8).numpy().data, head) if flat.numel() else head
 
 
 class Passes:

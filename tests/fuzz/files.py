@@ -65,11 +65,11 @@ def interrupted(count, folder, seed=0):
     old, new = DenseLinearOperator(torch.eye(5)), DenseLinearOperator(2 * torch.eye(5))
     path, draw = os.path.join(folder, "F.pt"), random.Random(seed)
     ng.save(new, path)
-    lines = _lines(lambda: ng.save(new, path))
+    lines = lines_of(lambda: ng.save(new, path))
     seen = collections.Counter()
     for _ in range(count):
         ng.save(old, path)
-        _lines(lambda: ng.save(new, path), stop=draw.randrange(lines))
+        lines_of(lambda: ng.save(new, path), stop=draw.randrange(lines))
         found = float(ng.load(path).trace())
         rest = [name for name in os.listdir(folder) if name != "F.pt"]
         seen["whole" if found in (5.0, 10.0) else "LOST"] += 1
@@ -77,7 +77,7 @@ def interrupted(count, folder, seed=0):
     return seen
 
 
-def _lines(run, stop=None):
+def lines_of(run, stop=None):
     """How many lines of Python run; an interrupt comes before line `stop`."""
     count = 0
 
@@ -85,7 +85,7 @@ def _lines(run, stop=None):
         nonlocal count
         if event == "line":
             count += 1
-            if count - 1 == stop:
+            if stop is not None and count > stop and not _finalising(frame):
                 sys.settrace(None)
                 raise KeyboardInterrupt
         return step
@@ -99,6 +99,13 @@ def _lines(run, stop=None):
     finally:
         sys.settrace(before)
     return count
+
+
+def _finalising(frame):
+    """Whether an object is being freed: Python ignores what is raised there."""
+    while frame is not None and frame.f_code.co_name != "__del__":
+        frame = frame.f_back
+    return frame is not None
 
 
 def killed(count, folder, size=1000):
