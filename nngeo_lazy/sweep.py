@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -46,7 +46,6 @@ class Problem:
         quantity: which output directions.
         seed: of the label draws, as it was given.
         drawn_seed: the seed that is used; None if nothing is drawn.
-        orders: the states of the loader's generators, which every pass starts from.
         max_directions: the most directions of a batch in an exact computation.
         center: whether the mean row is subtracted from every row.
     """
@@ -57,7 +56,6 @@ class Problem:
     quantity: Quantity
     seed: int | None
     drawn_seed: int | None
-    orders: tuple[Tensor, ...]
     max_directions: int
     center: bool
 
@@ -95,14 +93,16 @@ class Problem:
         if not replayed:
             refuse_training_mode(model)
         draws = seed is None and quantity.estimator == "mc"
+        drawn = int(torch.randint(2**62, ())) if draws else seed
+        if drawn is not None:
+            batches.drawn_from(drawn)
         return cls(
             model,
             space,
             batches,
             quantity,
             seed,
-            int(torch.randint(2**62, ())) if draws else seed,
-            tuple(own.get_state() for own in batches.generators),
+            drawn,
             max_directions,
             center,
         )
@@ -115,18 +115,11 @@ class Problem:
             known["seed"] = self.seed
         return {**known, "center": 1} if self.center else known
 
-    @contextmanager
-    def seeded(self) -> Iterator[torch.Generator | None]:
-        """The same label draws, and the same order of a shuffling loader, in every pass."""
+    def generator(self) -> torch.Generator | None:
+        """Of label draws, which are the same in every pass; None if nothing is drawn."""
         if self.drawn_seed is None:
-            yield None
-            return
-        for own, state in zip(self.batches.generators, self.orders, strict=True):
-            own.set_state(state)
-        # What draws on the default generator is the order of a shuffling loader; on the CPU alone.
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(self.drawn_seed)
-            yield torch.Generator(device=self.space.device).manual_seed(self.drawn_seed)
+            return None
+        return torch.Generator(device=self.space.device).manual_seed(self.drawn_seed)
 
 
 class Sweep:
@@ -175,10 +168,8 @@ class Sweep:
         statistics: Sequence[Statistic] | None = None
         kept: list[Chunk] | None = [] if keep else None
         totals = Totals(problem.quantity, problem.space.device)
-        with (
-            problem.seeded() as generator,
-            recording(self._model, problem.space.parameters(self._model)),
-        ):
+        generator = problem.generator()
+        with recording(self._model, problem.space.parameters(self._model)):
             for batch in problem.batches:
                 for recorded, target in self._record(batch):
                     totals.add(recorded.outputs, target)
@@ -198,8 +189,8 @@ class Sweep:
             DataError: the first batch has no example.
         """
         problem = self.problem
+        generator = problem.generator()
         with (
-            problem.seeded() as generator,
             recording(self._model, problem.space.parameters(self._model)),
             closing(iter(problem.batches)) as batches,
         ):

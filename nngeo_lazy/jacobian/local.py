@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..switches import unfused_attention
 from .folds import Fold
 from .uses import Use
 
