@@ -77,7 +77,7 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def eigvalsh(matrix: Tensor) -> Tensor:
-    """The eigenvalues of `eigh`, with a gradient, also where eigenvalues repeat."""
+    """The eigenvalues of `eigh`, with a gradient, also if eigenvalues repeat."""
     work = _prepared(matrix)
     try:
         values = torch.linalg.eigvalsh(work)
@@ -87,7 +87,7 @@ def eigvalsh(matrix: Tensor) -> Tensor:
 
 
 def matrix_power(matrix: Tensor, values: Tensor, vectors: Tensor, p: float) -> Tensor:
-    """M^p from M's eigendecomposition, differentiable once in M, also where eigenvalues repeat.
+    """M^p from M's eigendecomposition, differentiable once in M, also if eigenvalues repeat.
 
     The derivative is the one of Daleckii and Krein (Higham 2008, Functions of Matrices, thm 3.11).
     """
@@ -107,7 +107,7 @@ class _MatrixPower(torch.autograd.Function):
         values, vectors = ctx.saved_tensors
         p = ctx.p
         a, b = values.unsqueeze(-1), values.unsqueeze(-2)
-        # divided differences of x^p, the derivative at the midpoint where the difference cancels
+        # divided differences of x^p, the derivative at the midpoint if the difference cancels
         close = (a - b).abs() <= eps(values) ** 0.5 * torch.maximum(a.abs(), b.abs())
         slope = p * ((a + b) / 2).pow(p - 1)
         gap = torch.where(close, torch.ones_like(slope), a - b)
@@ -123,7 +123,7 @@ def _prepared(matrix: Tensor) -> Tensor:
 
 
 def _cleaned(values: Tensor) -> Tensor:
-    """Negative eigenvalues set to 0 where all of them are rounding: at least -n eps max."""
+    """Negative eigenvalues set to 0 if all of them are rounding: at least -n eps max."""
     if values.shape[-1] == 0:
         return values
     noise = values.shape[-1] * eps(values) * values.abs().amax(-1, keepdim=True)

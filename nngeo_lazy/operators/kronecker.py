@@ -38,9 +38,9 @@ class KroneckerLinearOperator(SpectralLinearOperator):
     the decomposition of the factors, which is made once, when something first needs it.
 
     Args:
-        left: (G, o, o), or (G, o) where it is diagonal. Note that a matrix of one group is
+        left: (G, o, o), or (G, o) if it is diagonal. Note that a matrix of one group is
             (1, o, o).
-        right: (G, i, i), or (G, i) where it is diagonal.
+        right: (G, i, i), or (G, i) if it is diagonal.
         shift: s, a 0-d tensor; none by default.
         info: what is known besides the numbers.
 
@@ -139,7 +139,7 @@ class KroneckerLinearOperator(SpectralLinearOperator):
         return self._factor_powers(p)
 
     def _factor_powers(self, p: float) -> BaseLinearOperator:
-        """The powers of both factors: two products to apply, where an eigenbasis takes four."""
+        """The powers of both factors: two products to apply, and not the four of an eigenbasis."""
         powers, systems = [], []
         for factor, (own, vectors) in zip(
             (self.left, self.right), self._decomposition(), strict=True
@@ -206,7 +206,7 @@ class KroneckerLinearOperator(SpectralLinearOperator):
         zero = (mean_left <= 0) | (mean_right <= 0)  # no ratio: pi = 1
         ones = torch.ones_like(mean_left)
         pi = (torch.where(zero, ones, mean_right) / torch.where(zero, ones, mean_left)).sqrt()
-        # a square root has no gradient at 0, where nothing is added
+        # a square root has no gradient at 0; nothing is added there
         root = torch.where(d > 0, torch.where(d > 0, d, torch.ones_like(d)).sqrt(), d)
         return KroneckerLinearOperator(
             factor_shifted(self.left, root / pi),

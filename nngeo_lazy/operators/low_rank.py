@@ -123,7 +123,7 @@ class LowRankLinearOperator(LazyLinearOperator):
         return self._shift.dim() == 0
 
     def _scaled_root(self) -> Tensor:
-        """U, or D^-1/2 U where the diagonal varies."""
+        """U, or D^-1/2 U if the diagonal varies."""
         if self._constant:
             return self.root
         if not bool((self._shift > 0).all()):
@@ -148,7 +148,7 @@ class LowRankLinearOperator(LazyLinearOperator):
         return self._decomposed.get("spectrum", compute)
 
     def _values(self) -> Tensor:
-        """lambda, with a gradient where the tensors want one."""
+        """lambda, with a gradient if the tensors want one."""
         values, basis = self._spectrum()
         if not self._taped():
             return values
@@ -225,7 +225,7 @@ class LowRankLinearOperator(LazyLinearOperator):
 
     def _taped_power(self, p: float) -> BaseLinearOperator:
         """The power as a lazy sum s^p I + Q (M^p - s^p I) Q^T, differentiable in all tensors."""
-        self.eigen()._power(p)  # raises where there is none
+        self.eigen()._power(p)  # raises if there is none
         q, r = torch.linalg.qr(self._scaled_root())
         pivots = r.detach().diagonal().abs()
         if self.rank > len(q) or bool((pivots <= len(q) * eps(r) * pivots.max()).any()):

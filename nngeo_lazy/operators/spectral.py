@@ -34,7 +34,7 @@ class SpectralLinearOperator(BaseLinearOperator):
     @property
     @abstractmethod
     def eigenvalues(self) -> Tensor:
-        """(p,), in the order of the basis; with a gradient where the tensors want one."""
+        """(p,), in the order of the basis; with a gradient if the tensors want one."""
 
     @abstractmethod
     def basis(self) -> BaseLinearOperator:
@@ -42,7 +42,7 @@ class SpectralLinearOperator(BaseLinearOperator):
 
     @abstractmethod
     def _function(self, values: Tensor, p: float | None) -> BaseLinearOperator:
-        """Q diag(values) Q^T; p says which power, where it is one."""
+        """Q diag(values) Q^T; p says which power, if it is one."""
 
     @abstractmethod
     def _null(self, rcond: float | None) -> Tensor:
@@ -53,11 +53,11 @@ class SpectralLinearOperator(BaseLinearOperator):
 
     @abstractmethod
     def _shifted(self, d: Tensor) -> BaseLinearOperator | None:
-        """The sum with d I (d 0-d) or diag(d) (d (p,)) where it is closed, else None."""
+        """The sum with d I (d 0-d) or diag(d) (d (p,)) if it is closed, else None."""
 
     @abstractmethod
     def _damp_factors(self, d: Tensor) -> BaseLinearOperator | None:
-        """Factored damping by d I, where the structure has factors."""
+        """Factored damping by d I, if the structure has factors."""
 
     @property
     def is_explicit(self) -> bool:

@@ -19,16 +19,16 @@ class Watcher(Protocol):
     """What is told of forward passes."""
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A pass in training mode, with autograd on, starts."""
+        """A pass with autograd on starts."""
 
     def end(self, result: Any) -> None:
         """It ended; with None where it raised."""
 
 
 class Hooks:
-    """Calls a watcher around every forward pass of a model that trains it.
+    """Calls a watcher around every forward pass of a model that could train it.
 
-    Passes without autograd or in evaluation mode are not seen. Neither are those of a compiled
+    Passes without autograd are not seen. Neither are those of a compiled
     function around the model, out of which the hooks are compiled; a model that was compiled itself
     runs as it was written while `uncompiled` says so. The watcher is held weakly, copies and
     pickles of the model have hooks that do nothing, and hooks of several watchers nest.
@@ -84,7 +84,7 @@ class Hooks:
             watcher.end(None)
         if self._depth:  # another watcher tries the model out
             self._depth += 1
-        elif module.training and torch.is_grad_enabled():
+        elif torch.is_grad_enabled():
             watcher.begin(args, kwargs)
             self._depth, self._frame, self._held = 1, sys._getframe(2), watcher
 

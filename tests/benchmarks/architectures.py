@@ -50,7 +50,7 @@ def _language(config, cls, n=8, t=128, causal=True):
 def gpt2():
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    sizes = dict(n_layer=8, n_embd=192, n_head=6, vocab_size=1000, n_positions=256)
+    sizes = {"n_layer": 8, "n_embd": 192, "n_head": 6, "vocab_size": 1000, "n_positions": 256}
     config = GPT2Config(**sizes, tie_word_embeddings=False, attn_implementation="eager")
     return _language(config, GPT2LMHeadModel)
 
@@ -245,7 +245,7 @@ def measure(name, what):
     torch.manual_seed(0)
     model, batch, call, dim = NETWORKS[name]()
     likelihood = ng.likelihoods.Categorical(class_dim=dim)
-    fisher = dict(likelihood=likelihood, forward=call, estimator="mc", seed=0)
+    fisher = {"likelihood": likelihood, "forward": call, "estimator": "mc", "seed": 0}
     if isinstance(batch, dict):
         fisher["target"] = lambda b: b["labels"]
     size = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -149,9 +149,8 @@ def run(
                     code, last = case.shrunk(check, found)
                     say(f"\n--- {kind}:{k} {check}\n{found.kind}: {last.text[:600]}\n{code}")
             done += 1
-        say(
-            f"\n=== {kind}: {done} of {count} cases, seeds {seed}..{seed + done - 1}{tally.report()}"
-        )
+        seeds = f"seeds {seed}..{seed + done - 1}"
+        say(f"\n=== {kind}: {done} of {count} cases, {seeds}{tally.report()}")
     return tallies
 
 
