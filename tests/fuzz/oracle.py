@@ -5,7 +5,7 @@ by one, and the Hessian of its loss is taken twice by reverse mode.
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from unittest import mock
@@ -381,6 +381,83 @@ def check_merged(truth: Truth) -> None:
 
 
 CHECKS["merged"] = check_merged
+
+
+def check_part(truth: Truth) -> None:
+    """Every other parameter, from a loader."""
+    names = truth.names[::2]
+    F = ng.FIM(truth.model, Loader(truth.data), "dense", likelihood=truth.object, params=names)
+    kept = torch.cat(
+        [
+            torch.full((p.numel(),), n in names)
+            for n, p in zip(truth.names, truth.parameters, strict=True)
+        ]
+    )
+    want = truth.fisher[kept][:, kept]
+    compare("FIM of some parameters", F.to_dense(), want, want.diagonal())
+
+
+class Loader:
+    """An iterable of batches that has nothing else."""
+
+    def __init__(self, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(self.batches)
+
+
+def check_centered(truth: Truth) -> None:
+    mean = truth.scores.mean(0)
+    want = truth.empirical - torch.outer(mean, mean)
+    options = {"likelihood": truth.object, "estimator": "empirical", "center": True}
+    d = truth.empirical.diagonal()
+    F = ng.FIM(truth.model, truth.data, "dense", **options)
+    compare("centered dense", F.to_dense(), want, d)
+    F = ng.FIM(truth.model, truth.data, "diagonal", **options)
+    compare("centered diagonal", F.diagonal(), want.diagonal(), d)
+
+
+def check_draws(truth: Truth) -> None:
+    """With one seed, all representations of a sampled Fisher are of one matrix."""
+    options = {"likelihood": truth.object, "estimator": "mc", "samples": 2, "seed": 3}
+    dense = ng.FIM(truth.model, truth.data, "dense", **options).to_dense()
+    d = dense.diagonal()
+    for representation in ("diagonal", "factored", "implicit"):
+        F = ng.FIM(truth.model, truth.data, representation, **options)
+        compare(f"mc {representation}", F.diagonal(), d, d)
+    inside = truth.fisher.diagonal() > 0  # a score is a combination of the Jacobian's rows
+    compare("mc outside of the support", d[~inside], torch.zeros_like(d[~inside]))
+
+
+def check_kronecker(truth: Truth) -> None:
+    """KFAC is positive semidefinite, zero where the Fisher is, and comes back from its state."""
+    F = ng.FIM(truth.model, truth.data, "kfac", likelihood=truth.object)
+    K = F.to_dense()
+    compare("kfac.diagonal()", F.diagonal(), K.diagonal())
+    compare("kfac symmetric", K, K.mT)
+    values = torch.linalg.eigvalsh(K)
+    if float(values.min()) < -1e-10 * float(values.abs().max()):
+        raise WrongError(f"kfac has the eigenvalue {float(values.min()):.1e}")
+    compare("kfac loaded", ng.load(F.state_dict()).to_dense(), K)
+    step = F.solve(torch.ones(len(K)).to(K), damping=0.1)
+    compare("kfac.solve", K @ step + 0.1 * step, torch.ones(len(K)).to(K))
+
+
+def check_across(truth: Truth) -> None:
+    """A kernel between two sets."""
+    x1, x2 = truth.inputs[0], truth.inputs[-1]
+    J1, J2 = truth.jacobian[: len(x1)].flatten(0, 1), truth.jacobian[-len(x2) :].flatten(0, 1)
+    compare("NTK across", ng.NTK(truth.model, x1, x2).to_dense(), J1 @ J2.mT)
+
+
+CHECKS |= {
+    "part": check_part,
+    "centered": check_centered,
+    "draws": check_draws,
+    "kronecker": check_kronecker,
+    "kernel across": check_across,
+}
 
 
 def state(model: nn.Module) -> list[object]:
