@@ -69,22 +69,22 @@ class GeneralRows:
         self.way = Way.VMAP
         self._leaves: tuple[int, ...] = ()
 
-    def probe(
-        self,
-        raw: Any,
-        outputs: Tensor,
-        cotangents: Sequence[tuple[int, Tensor]],
-    ) -> None:
+    def probe(self, raw: Any, outputs: Tensor, cotangent: Tensor, examples: Sequence[int]) -> None:
         """Keep the first way whose rows of the probed examples equal autograd's gradients.
 
         Args:
             raw: the batch.
             outputs: the model's, with their graph.
-            cotangents: examples, each with a cotangent that is supported on it alone.
+            cotangent: shaped like them, zero outside of the probed examples.
+            examples: those that are probed.
         """
         reasons = []
         self._leaves = example_leaves(raw, outputs.shape[0])
-        expected = [self._flat(outputs, cotangent) for _, cotangent in cotangents]
+        alone = []
+        for example in examples:
+            one = torch.zeros_like(cotangent)
+            one[example] = cotangent[example]
+            alone.append((example, one, self._flat(outputs, one)))
         for way in Way:
             self.way = way
             try:
@@ -92,8 +92,8 @@ class GeneralRows:
                     # Without a batching rule vmap loops inside, slower than one forward each.
                     warnings.filterwarnings("error", message=".*performance drop.*")
                     agrees = all(
-                        agree(self(raw, outputs, c[None], e, e + 1)[0, 0], flat)
-                        for (e, c), flat in zip(cotangents, expected, strict=True)
+                        agree(self(raw, outputs, one[None], e, e + 1)[0, 0], expected)
+                        for e, one, expected in alone
                     )
             except Exception as error:  # noqa: BLE001 - whatever a foreign model raises
                 reasons.append(f"{way.value}: {type(error).__name__}: {error}")

@@ -95,6 +95,7 @@ class Recorder(TorchFunctionMode):
         training: whether the pass is one of a training loop: batch normalisation may use the
             statistics of the batch, which count as constants, and passes of a build inside of it
             are not recorded. Otherwise such a model is refused, since it mixes examples.
+        through: whether the forms may use the pass's graph, to go from weights to parameters.
         examples: for each constant that is made, whether it was taken for data in another pass.
     """
 
@@ -105,10 +106,11 @@ class Recorder(TorchFunctionMode):
         raw: Any,
         *,
         training: bool = False,
+        through: bool = True,
         examples: Sequence[bool] | None = None,
     ) -> None:
         super().__init__()
-        self._training = training
+        self._training, self._through = training, through
         self._weights = {id(p): Weight.of(name, p) for name, p in parameters.items()}
         self._constants = {id(t): t for t in _held(model) if id(t) not in self._weights}
         self._cuts: dict[int, Weight] = {}
@@ -295,8 +297,8 @@ class Recorder(TorchFunctionMode):
             return
         for other in names - own:
             self.formless[other] = f"{function} has no form for it"
-        drawn = [w for w in weights.values() if w.selection is None] if self._training else []
-        if drawn:  # the loop's own backward pass may have freed what leads back to the parameter
+        made = any(weight.selection is None for weight in weights.values())
+        if made and not self._through:
             self.formless.update(dict.fromkeys(own, f"{function} with a weight made of others"))
         elif weights:
             edge, shape = _edge(output), output.shape

@@ -272,7 +272,9 @@ class Loop:
     def _first_plan(self, raw: Any) -> Capture:
         """A plan for the parameters that have a form."""
         while True:
-            capture = Capture(self.model, self.space, self._forward)
+            # the loop's own backward pass frees what leads from weights to parameters
+            forward = _Forward(self._outputs)
+            capture = Capture(self.model, self.space, forward, through=False)
             parts = self._prove(capture, raw)
             out = [part for part in parts if part.kind in (Kind.GENERAL, Kind.UNUSED)]
             if not out:
@@ -322,10 +324,6 @@ class Loop:
         ):
             return capture.prove(raw)
 
-    def _forward(self, model: nn.Module, raw: Any) -> Tensor:
-        args, kwargs = raw
-        return self._outputs(model(*args, **kwargs))
-
     def require_same_parameters(self) -> None:
         """Refuse a model whose parameters are not those that are watched any more."""
         if others := self._others():
@@ -338,6 +336,17 @@ class Loop:
     def _others(self) -> list[str]:
         now = dict(self.model.named_parameters())
         return [name for name, p in self._parameters.items() if now.get(name) is not p]
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """The outputs of a model for what a loop called it with."""
+
+    outputs: Outputs
+
+    def __call__(self, model: nn.Module, raw: Any) -> Tensor:
+        args, kwargs = raw
+        return self.outputs(model(*args, **kwargs))
 
 
 def _in_functorch() -> bool:
