@@ -37,7 +37,6 @@ class Network:
 
     def run(self) -> Iterator[tuple[str, Outcome]]:
         found: list[oracle.Truth] = []
-        seed = self.recipe.seed
         made = outcome(lambda: found.append(truth_of(self.recipe)))
         if made.kind != "right":
             yield "making it", Outcome("unfit", made.text)
@@ -47,7 +46,7 @@ class Network:
             if made.kind != "right":
                 yield "the oracle", Outcome("unfit", made.text)
                 return
-        for check in oracle.choose(seed, self.checks, found[0].program.fixed):
+        for check in oracle.choose(found[0], self.checks):
             yield check, outcome(lambda check=check: oracle.run(found[0], check))
 
     def shrunk(self, check: str, failed: Outcome, seconds: float = 20.0) -> tuple[str, Outcome]:
