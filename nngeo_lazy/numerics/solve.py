@@ -188,9 +188,7 @@ def _within(residual: Tensor, krylov: Krylov, dtype: torch.dtype) -> bool:
     return bool((residual <= tol).all())  # NaN is not
 
 
-def _checked(
-    A: BaseLinearOperator, x: Tensor, b: Tensor, krylov: Krylov
-) -> tuple[Tensor, Tensor]:
+def _checked(A: BaseLinearOperator, x: Tensor, b: Tensor, krylov: Krylov) -> tuple[Tensor, Tensor]:
     """A closed form's x with its residual, refined once if that is above the tolerance."""
     residual = _residual(A, x, b)
     if _within(residual, krylov, b.dtype) or not bool(x.isfinite().all()):

@@ -29,7 +29,9 @@ class Decomposition:
     It travels with an operator that is made again, as long as its tensors are the same.
     """
 
-    def __init__(self, *tensors: Tensor, origin: tuple[Decomposition, Tensor] | None = None) -> None:
+    def __init__(
+        self, *tensors: Tensor, origin: tuple[Decomposition, Tensor] | None = None
+    ) -> None:
         self._tensors = tensors
         self._entries: dict[str, tuple[tuple[int, ...], Any]] = {}
         self.origin = origin  # of A + d I: that of A, and d

@@ -199,7 +199,8 @@ class BroadcastLinearOperator(LazyLinearOperator):
 
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
         draws = self.base._draw(n * self.repeats.numel(), generator)  # each matrix has its own
-        return draws.unflatten(-1, (*self.repeats, n)).movedim(0, -2)
+        spread: Tensor = draws.unflatten(-1, (*self.repeats, n)).movedim(0, -2)
+        return spread
 
     def _diagonal(self) -> Tensor:
         diagonal = self.base._diagonal()
