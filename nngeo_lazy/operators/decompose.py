@@ -259,7 +259,7 @@ def _prepared(matrix: Tensor) -> Tensor:
 
 
 def _cleaned(values: Tensor) -> Tensor:
-    """Negative eigenvalues set to 0 where all of them are rounding: at least minus their `rounding`."""
+    """Negative eigenvalues set to 0 where all of them are `rounding`."""
     if values.shape[-1] == 0:
         return values
     semidefinite = values.amin(-1, keepdim=True) >= -rounding(values)

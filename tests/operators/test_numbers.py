@@ -278,3 +278,28 @@ def test_update_diag_keeps_the_dense_blocks_of_a_mixture():
     other = ng.representations.Mixed("ekfac", {nn.LayerNorm: "low_rank"})
     with pytest.raises(ng.errors.DataError, match="expected blocks of a KFAC or EKFAC"):
         ng.update_diag(ng.FIM(model, x, other, likelihood="gaussian"), model, x)
+
+
+def test_columns_of_a_layer_that_the_outputs_do_not_use():
+    class Partly(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(4, 3), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.used(x)
+
+    model, x = Partly().double(), randn(5, 4)
+    J = ng.Jacobian(model, x, "factored")
+    F = ng.FIM(model, x, "kfac", likelihood="gaussian")
+    D_ = J.to_dense()
+    torch.testing.assert_close((J @ F @ J.mT).to_dense(), D_ @ F.to_dense() @ D_.T)
+
+
+def test_slogdet_where_logdet_is():
+    A = DenseLinearOperator(torch.diag(torch.tensor([1.0, 2.0, 3.0], dtype=D)))
+    lazy = A + ng.aslinearoperator(A.to_scipy())
+    sign, logabsdet = torch.linalg.slogdet(lazy)
+    assert float(sign) == 1
+    torch.testing.assert_close(logabsdet, torch.logdet(lazy.to_dense()))
+    torch.testing.assert_close(torch.linalg.det(lazy), torch.linalg.det(lazy.to_dense()))
