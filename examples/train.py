@@ -4,9 +4,10 @@
 
 SGD with momentum, AdamW, KFAC, EKFAC, Hessian-free and natural gradient in the space of samples
 ("kernel") train the same networks on the same batches. SGD and AdamW have the best of a grid of
-settings, chosen on seeds of its own by `--tune`; the others are as they come. Within a seed the optimizers take turns,
-so that a busy moment of the machine hits all. Dear ones take fewer steps. Seconds are those of
-zero_grad, forward, backward and step, with whatever an optimizer does at its start.
+settings, chosen on seeds of its own by `--tune`; the others are as they come. Within a seed the
+optimizers take turns, so that a busy moment of the machine hits all. Dear ones take fewer steps.
+Seconds are those of zero_grad, forward, backward and step, with whatever an optimizer does at its
+start.
 
 Printed are medians over seeds, with their ranges: the lowest loss over all training images, the
 mean of the last tenth of what was measured, accuracy on test images, and the steps and seconds to
@@ -49,16 +50,17 @@ GRIDS = {
     "Hessian-free": [{}],
     "kernel": [{}],
 }
+DEFAULTS = {name: {} for name in ("KFAC", "EKFAC", "Hessian-free", "kernel")}
 WINNERS = {  # as --tune finds them
     "autoencoder": {
         "SGD": {"lr": 0.03},
         "AdamW": {"lr": 5e-3, "beta2": 0.99},
-        **dict.fromkeys(["KFAC", "EKFAC", "Hessian-free", "kernel"], {}),
+        **DEFAULTS,
     },
     "CNN": {
         "SGD": {"lr": 0.3},
         "AdamW": {"lr": 2e-2, "beta2": 0.99},
-        **dict.fromkeys(["KFAC", "EKFAC", "Hessian-free", "kernel"], {}),
+        **DEFAULTS,
     },
 }
 TUNING_SEEDS = {"autoencoder": (100,), "CNN": (100, 101)}

@@ -269,16 +269,29 @@ def test_models_that_return_their_own_loss(kind, compiled):
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_a_loss_with_derivatives_of_the_network_is_a_named_error():
-    """Beside a loss of the outputs it would be left out of the curvature without a word."""
+def slope_of(model, x):
+    outputs = model(x)
+    (slope,) = torch.autograd.grad(outputs.sum(), x, create_graph=True)
+    return outputs, slope
+
+
+def test_a_loss_with_derivatives_of_the_network_is_named():
+    """Beside a loss of the outputs they are left out of the curvature, and one warning says so."""
     model, x, y = problem()
     x.requires_grad_(True)
     optimizer = NaturalGradient(model, likelihood="categorical")
-    f = model(x)
-    (slope,) = torch.autograd.grad(f.sum(), x, create_graph=True)
-    loss = functional.cross_entropy(f, y) + slope.square().mean()
-    with pytest.raises(DataError, match=r"derivatives of the network.*forward"):
+    outputs, slope = slope_of(model, x)
+    loss = functional.cross_entropy(outputs, y) + slope.square().mean()
+    with pytest.warns(LikelihoodWarning, match=r"derivatives of the network.*forward"):
         loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    outputs, slope = slope_of(model, x)
+    (functional.cross_entropy(outputs, y) + slope.square().mean()).backward()  # no second one
+    optimizer.step()
+    optimizer.zero_grad()
+    slope_of(model, x)[1].square().mean().backward()
+    with pytest.raises(DataError, match="none of them got a gradient"):
         optimizer.step()
 
 
