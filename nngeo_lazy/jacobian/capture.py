@@ -38,9 +38,14 @@ class Capture:
         model: the network, in the mode in which it is to be differentiated.
         space: the selected parameters.
         forward: (model, raw batch) -> outputs, whose dimension 0 is the examples.
+        through: whether parameters are followed through what the model makes of them, for which the
+            graph of a pass must be whole when its forms are used.
     """
 
-    def __init__(self, model: nn.Module, space: ParamSpace, forward: Forward) -> None:
+    def __init__(
+        self, model: nn.Module, space: ParamSpace, forward: Forward, *, through: bool = True
+    ) -> None:
+        self._through = through
         self._model = model
         self._space = space
         self._forward = forward
@@ -112,14 +117,24 @@ class Capture:
 
     def recorder(self, raw: Any, *, training: bool = False) -> Recorder:
         """A recorder of a pass over this batch."""
-        known = None if self._plan is None else self._plan.constants
-        return Recorder(self._model, self._parameters, raw, training=training, examples=known)
+        return self._recorder(raw, training, None if self._plan is None else self._plan.constants)
+
+    def _recorder(self, raw: Any, training: bool, examples: Sequence[bool] | None) -> Recorder:
+        return Recorder(
+            self._model,
+            self._parameters,
+            raw,
+            training=training,
+            through=self._through,
+            examples=examples,
+        )
 
     def _record(self, raw: Any, examples: Sequence[bool] | None = None) -> Pass:
-        recorder = self.recorder(raw)
-        if examples is not None:
-            recorder = Recorder(self._model, self._parameters, raw, examples=examples)
-        with recorder:
+        with (
+            self.recorder(raw)
+            if examples is None
+            else self._recorder(raw, False, examples) as recorder
+        ):
             outputs = self._forward(self._model, raw)
         return Pass(raw, outputs, recorder.calls, recorder.formless, recorder.examples)
 
@@ -205,17 +220,21 @@ class Capture:
         outputs, calls, n = record.outputs, record.calls, record.n
         generator = torch.Generator(device=outputs.device).manual_seed(0)
         edges = [call.edge for call in calls]
-        probes = []
-        for example in sorted({0, n - 1}):
-            cotangent = torch.zeros_like(outputs)
-            shape = outputs.shape[1:]
-            noise = torch.randn(shape, generator=generator, device=outputs.device)
-            cotangent[example] = noise.to(outputs.dtype)
-            at_calls = gradients_at(outputs, edges, cotangent)
-            probes.append(Probe(example, cotangent, at_calls))
-        # Confined to its example each, the probes can be compared with autograd in one sum.
-        both = torch.stack([probe.cotangent for probe in probes]).sum(0)
-        found = gradients_at(outputs, list(self._parameters.values()), both)
+        leaves = list(self._parameters.values())
+        chosen = sorted({0, n - 1})
+        noise = torch.randn(
+            (len(chosen), *outputs.shape[1:]), generator=generator, device=outputs.device
+        )
+        cotangent = torch.zeros_like(outputs)
+        cotangent[chosen] = noise.to(outputs.dtype)
+        first = torch.zeros_like(outputs)
+        first[0] = cotangent[0]
+        # Confined to its example each, both can be compared with autograd in one sum.
+        found = gradients_at(outputs, [*edges, *leaves], cotangent)
+        probes = [Probe((*chosen,), cotangent, found[: len(edges)])]
+        if len(chosen) > 1:
+            probes.append(Probe((0,), first, gradients_at(outputs, edges, first)))
+        found = found[len(edges) :]
         dense = [g.to_dense() if g is not None and g.is_sparse else g for g in found]
         gradients = dict(zip(self._parameters, dense, strict=True))
         if all(g is None for g in found):
@@ -225,10 +244,9 @@ class Capture:
         names = [name for part in parts if part.kind is Kind.GENERAL for name in part.names]
         general = None
         if names:
-            chosen = {name: self._parameters[name] for name in names}
-            general = GeneralRows(self._model, chosen, self._forward)
-            examples = [(probe.example, probe.cotangent) for probe in probes]
-            general.probe(record.raw, outputs, examples)
+            without = {name: self._parameters[name] for name in names}
+            general = GeneralRows(self._model, without, self._forward)
+            general.probe(record.raw, outputs, cotangent, chosen)
         return Plan(record.keys, parts, folds, general, n, record.examples)
 
     def _demote(

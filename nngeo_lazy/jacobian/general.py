@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from ..errors import UnsupportedLayerError
+from ..skeleton import skeleton
+from ..switches import unfused_attention
 from .proof import agree
 
-__all__ = ["Forward", "GeneralRows", "Way", "Whole", "cut", "example_leaves"]
+__all__ = ["Forward", "GeneralRows", "Way", "cut", "example_leaves"]
 
 Forward = Callable[[nn.Module, Any], Tensor]
 
@@ -68,22 +69,22 @@ class GeneralRows:
         self.way = Way.VMAP
         self._leaves: tuple[int, ...] = ()
 
-    def probe(
-        self,
-        raw: Any,
-        outputs: Tensor,
-        cotangents: Sequence[tuple[int, Tensor]],
-    ) -> None:
+    def probe(self, raw: Any, outputs: Tensor, cotangent: Tensor, examples: Sequence[int]) -> None:
         """Keep the first way whose rows of the probed examples equal autograd's gradients.
 
         Args:
             raw: the batch.
             outputs: the model's, with their graph.
-            cotangents: examples, each with a cotangent that is supported on it alone.
+            cotangent: shaped like them, zero outside of the probed examples.
+            examples: those that are probed.
         """
         reasons = []
         self._leaves = example_leaves(raw, outputs.shape[0])
-        expected = [self._flat(outputs, cotangent) for _, cotangent in cotangents]
+        alone = []
+        for example in examples:
+            one = torch.zeros_like(cotangent)
+            one[example] = cotangent[example]
+            alone.append((example, one, self._flat(outputs, one)))
         for way in Way:
             self.way = way
             try:
@@ -91,8 +92,8 @@ class GeneralRows:
                     # Without a batching rule vmap loops inside, slower than one forward each.
                     warnings.filterwarnings("error", message=".*performance drop.*")
                     agrees = all(
-                        agree(self(raw, outputs, c[None], e, e + 1)[0, 0], flat)
-                        for (e, c), flat in zip(cotangents, expected, strict=True)
+                        agree(self(raw, outputs, one[None], e, e + 1)[0, 0], expected)
+                        for e, one, expected in alone
                     )
             except Exception as error:  # noqa: BLE001 - whatever a foreign model raises
                 reasons.append(f"{way.value}: {type(error).__name__}: {error}")
@@ -114,7 +115,7 @@ class GeneralRows:
 
     def _vmap(self, raw: Any, outputs: Tensor, directions: Tensor, start: int, stop: int) -> Tensor:
         leaves, spec = pytree.tree_flatten(raw)
-        whole = Whole(self.model, self.forward)
+        shared = {id(p): p for p in self.model.parameters()}
 
         def score(
             parameters: dict[str, Tensor], direction: Tensor, examples: list[Tensor]
@@ -123,16 +124,16 @@ class GeneralRows:
             for k, example in zip(self._leaves, examples, strict=True):
                 here[k] = example.unsqueeze(0)
             batch = pytree.tree_unflatten(here, spec)
-            out: Tensor = torch.func.functional_call(whole, parameters, (batch,))
+            given = {id(self.parameters[name]): p for name, p in parameters.items()}
+            out = self.forward(skeleton(self.model, {**shared, **given}), batch)
             return (out * direction.unsqueeze(0)).sum()
 
-        named = {f"model.{name}": p.detach() for name, p in self.parameters.items()}
+        named = {name: p.detach() for name, p in self.parameters.items()}
         examples = [leaves[k][start:stop] for k in self._leaves]
         rows = []
         for direction in directions:
-            # Only the math backend of attention has batching rules. No graph: the parameters that
-            # are not differentiated here require a gradient, too.
-            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            # No graph: the parameters that are not differentiated here require a gradient, too.
+            with torch.no_grad(), unfused_attention.used():
                 by_name = torch.func.vmap(torch.func.grad(score), (None, 0, 0))(
                     named, direction[start:stop], examples
                 )
@@ -169,15 +170,3 @@ class GeneralRows:
                 for p, g in zip(parameters, grads, strict=True)
             ]
         )
-
-
-class Whole(nn.Module):
-    """A model with its forward, so that `functional_call` reaches the parameters of both."""
-
-    def __init__(self, model: nn.Module, forward: Forward) -> None:
-        super().__init__()
-        self.model = model
-        self._forward = forward
-
-    def forward(self, raw: Any) -> Tensor:
-        return self._forward(self.model, raw)

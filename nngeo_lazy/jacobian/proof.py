@@ -1,9 +1,10 @@
 """The proof of forms, on a few examples.
 
-The self-check takes a cotangent that is supported on one example. The gradient at a layer's output
-must vanish outside that example's positions, which finds the example axis (also where positions are
-folded into it), and the rows made from it must equal what autograd gives for the parameters. What
-disagrees is demoted to the general way and reported. Comparing whole gradients is not enough: it
+The self-check takes cotangents that are supported on one example and on two. The gradient at a
+layer's output must vanish outside these examples' positions, which finds the example axis (also
+where positions are folded into it), and the rows made from it must equal what autograd gives for
+the parameters. What disagrees is demoted to the general way and reported. Comparing whole gradients
+is not enough: it
 cannot see which example a row belongs to.
 """
 
@@ -27,9 +28,9 @@ __all__ = ["Probe", "Probed", "agree", "probe_folds"]
 
 @dataclass(frozen=True)
 class Probe:
-    """A cotangent supported on one example, and the gradients at the calls' outputs."""
+    """A cotangent supported on some examples, and the gradients at the calls' outputs."""
 
-    example: int
+    examples: tuple[int, ...]
     cotangent: Tensor
     at_calls: Sequence[Tensor | None]
 
@@ -41,18 +42,20 @@ def probe_folds(calls: Sequence[Call], probes: Sequence[Probe], n: int) -> list[
         fitting = (
             fold
             for fold in candidates(call.shape[: call.use.leading], n)
-            if all(_confined(fold, call, probe.at_calls[k], probe.example, n) for probe in probes)
+            if all(_confined(fold, call, probe.at_calls[k], probe.examples, n) for probe in probes)
         )
         folds.append(next(fitting, None))
     return folds
 
 
-def _confined(fold: Fold, call: Call, gradient: Tensor | None, example: int, n: int) -> bool:
+def _confined(
+    fold: Fold, call: Call, gradient: Tensor | None, examples: Sequence[int], n: int
+) -> bool:
     if gradient is None:
         return True
     arranged = call.arranged(gradient.unsqueeze(0))
     by_example = fold.apply(arranged, call.use.leading, n, offset=1)[0].flatten(1)
-    others = [k for k in range(n) if k != example]
+    others = [k for k in range(n) if k not in examples]
     return not bool(by_example[others].any())
 
 
@@ -63,8 +66,8 @@ class Probed:
     Attributes:
         calls: the recorded calls.
         folds: their example axes, which confine each probe to its example.
-        probes: cotangents of different examples.
-        gradients: of the parameters, for the sum of the probes' cotangents.
+        probes: cotangents of some examples, the first one of all that are probed.
+        gradients: of the parameters, for the first probe's cotangent.
         parameters: the selected ones by name.
         space: where they lie.
     """
@@ -107,11 +110,11 @@ class Probed:
             k: Gradient(
                 self.calls[k],
                 self.folds[k],
-                [probe.at_calls[k] for probe in self.probes],
+                [self.probes[0].at_calls[k]],
                 n,
                 dtype,
             )
-            for k in {member.call for member in part.members}
+            for k in part.calls
         }
         form = part.form(self.calls, self.folds, inputs, at_calls, self.parameters)
         generator = torch.Generator(device=given.device).manual_seed(0)
@@ -126,9 +129,7 @@ class Probed:
             )
             for k, name in enumerate(part.names)
         ]
-        precision = _precision(
-            given, [probe.at_calls[k] for probe in self.probes for k in at_calls]
-        )
+        precision = _precision(given, [self.probes[0].at_calls[k] for k in at_calls])
         precision = max(precision, *(_eps(self.calls[k].use.x.dtype) for k in at_calls))
         apart = [(a - b).norm() for a, b in zip(mine, expected, strict=True)]
         bounds = [precision**0.5 * b.norm() for b in expected]

@@ -7,10 +7,9 @@ sees them all.
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..errors import StochasticModelError
+from ..switches import eager, plain_attention_modules
 from .layers import BATCH_STATISTICS
 from .meetings import uses_of
 from .registry import Known, find, whole_modules
@@ -95,6 +95,7 @@ class Recorder(TorchFunctionMode):
         training: whether the pass is one of a training loop: batch normalisation may use the
             statistics of the batch, which count as constants, and passes of a build inside of it
             are not recorded. Otherwise such a model is refused, since it mixes examples.
+        through: whether the forms may use the pass's graph, to go from weights to parameters.
         examples: for each constant that is made, whether it was taken for data in another pass.
     """
 
@@ -105,10 +106,11 @@ class Recorder(TorchFunctionMode):
         raw: Any,
         *,
         training: bool = False,
+        through: bool = True,
         examples: Sequence[bool] | None = None,
     ) -> None:
         super().__init__()
-        self._training = training
+        self._training, self._through = training, through
         self._weights = {id(p): Weight.of(name, p) for name, p in parameters.items()}
         self._constants = {id(t): t for t in _held(model) if id(t) not in self._weights}
         self._cuts: dict[int, Weight] = {}
@@ -295,8 +297,8 @@ class Recorder(TorchFunctionMode):
             return
         for other in names - own:
             self.formless[other] = f"{function} has no form for it"
-        drawn = [w for w in weights.values() if w.selection is None] if self._training else []
-        if drawn:  # the loop's own backward pass may have freed what leads back to the parameter
+        made = any(weight.selection is None for weight in weights.values())
+        if made and not self._through:
             self.formless.update(dict.fromkeys(own, f"{function} with a weight made of others"))
         elif weights:
             edge, shape = _edge(output), output.shape
@@ -393,23 +395,8 @@ def recording(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[No
 @contextmanager
 def plain_functions() -> Iterator[None]:
     """Inside, a model calls functions that can be seen and differentiated, and nothing fused."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(_plain_attention())
-        if "torch._dynamo" in sys.modules:  # else nothing can have been compiled
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+    with torch.inference_mode(False), plain_attention_modules.used(), eager.used():
         yield
-
-
-@contextmanager
-def _plain_attention() -> Iterator[None]:
-    """Attention in inference mode calls no functions that can be recorded: not its fused path."""
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def refuse_training_mode(model: nn.Module) -> None:

@@ -286,7 +286,9 @@ class Loop:
     def _first_plan(self, raw: Any) -> Capture:
         """A plan for the parameters that have a form."""
         while True:
-            capture = Capture(self.model, self.space, _Forward(self._outputs))
+            # the loop's own backward pass frees what leads from weights to parameters
+            forward = _Forward(self._outputs)
+            capture = Capture(self.model, self.space, forward, through=False)
             parts = self._prove(capture, raw)
             out = [part for part in parts if part.kind in (Kind.GENERAL, Kind.UNUSED)]
             if not out:

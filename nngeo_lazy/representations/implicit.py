@@ -114,6 +114,7 @@ def _fields(sweep: Sweep, options: Implicit) -> dict[str, Any]:
             quantity.fit(outputs, batch.target)
             totals.add(outputs, batch.target)
             if num_batches == 0:
+                network.refuse_strays(graph)
                 _require_differentiable(graph)
                 quantity.values(outputs, batch.target)  # whether it has the labels that it needs
                 if options.check and bool(outputs.isfinite().all()):

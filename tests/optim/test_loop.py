@@ -241,26 +241,27 @@ def test_parameters_without_a_form_take_the_plain_gradient():
     class M(nn.Module):
         def __init__(self):
             super().__init__()
-            self.rnn, self.out = nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 2)
+            self.log_scale = nn.Parameter(torch.zeros(3))
+            self.a, self.out = nn.Linear(3, 16), nn.Linear(16, 2)
 
         def forward(self, x):
-            return self.out(self.rnn(x)[0][:, -1])
+            return self.out(torch.tanh(self.a(x * self.log_scale.exp())))
 
     torch.manual_seed(0)
     model = M()
-    x, y = torch.randn(9, 5, 3), torch.randint(2, (9,))
+    x, y = torch.randn(9, 3), torch.randint(2, (9,))
     optimizer = NaturalGradient(model, "kfac", lr=0.5, momentum=0.0, radius=None, estimator="exact")
     backward(optimizer, model, x, y)
-    g = model.rnn.weight_hh_l0.grad.clone()
-    before = model.rnn.weight_hh_l0.detach().clone()
+    g = model.log_scale.grad.clone()
+    before = model.log_scale.detach().clone()
     optimizer.step()
-    close(model.rnn.weight_hh_l0.detach(), before - 0.5 * g, 1e-6)
+    close(model.log_scale.detach(), before - 0.5 * g, 1e-6)
     rows = {row.parameter: row for row in optimizer.report()}
-    assert rows["rnn.weight_hh_l0"].block == "none: plain gradient"
-    assert "form" in rows["rnn.weight_hh_l0"].note
+    assert rows["log_scale"].block == "none: plain gradient"
+    assert "a weight made of others" in rows["log_scale"].note
     assert "Kronecker" in rows["out.weight"].block
     assert len(rows) == len(list(model.parameters()))
-    assert optimizer.operator.space.names == ("out.weight", "out.bias")
+    assert optimizer.operator.space.names == (*("a.weight", "a.bias", "out.weight", "out.bias"),)
     free = HessianFree("kfac", tol=1e-6, max_iter=200)  # which has no such parameters
     optimizer = NaturalGradient(model, free)
     assert train(optimizer, model, x, y, 10)[-1] < 0.3
