@@ -52,6 +52,7 @@ def FIM(
     params: Selector | None = None,
     forward: Callable[[nn.Module, Any], Tensor] | None = None,
     target: Callable[[Any], Tensor] | None = None,
+    positions: Callable[[Any], Tensor | None] | None = None,
     center: bool = False,
     max_directions: int = 1000,
     progress: bool = False,
@@ -80,6 +81,8 @@ def FIM(
         params: which parameters; by default those that require a gradient.
         forward: `(model, batch) -> outputs` in place of the default call.
         target: `batch -> target` in place of the default; read only for observed labels and masks.
+        positions: `batch -> mask (N, T)` of the positions that exist, in place of a mapping's
+            "attention_mask": padding has no part in Kronecker factors.
         center: for "empirical", whether the mean gradient is subtracted (their covariance).
         max_directions: the most output directions of one example in an exact computation.
         progress: whether to show a progress bar.
@@ -120,6 +123,7 @@ def FIM(
             params=params,
             forward=forward,
             target=target,
+            positions=positions,
             center=center,
             max_directions=max_directions,
             progress=progress,
@@ -139,6 +143,7 @@ def GGN(
     params: Selector | None = None,
     forward: Callable[[nn.Module, Any], Tensor] | None = None,
     target: Callable[[Any], Tensor] | None = None,
+    positions: Callable[[Any], Tensor | None] | None = None,
     max_directions: int = 1000,
     progress: bool = False,
 ) -> BaseLinearOperator:
@@ -163,6 +168,7 @@ def GGN(
         params: which parameters.
         forward: in place of the default call.
         target: in place of the default target.
+        positions: in place of the default mask.
         max_directions: the most output directions of one example in an exact computation.
         progress: whether to show a progress bar.
 
@@ -195,6 +201,7 @@ def GGN(
             params=params,
             forward=forward,
             target=target,
+            positions=positions,
             max_directions=max_directions,
             progress=progress,
         )
