@@ -13,6 +13,7 @@ from ..errors import NonFiniteError
 __all__ = ["Decomposition", "eigh", "eigvalsh", "eps", "matrix_power"]
 
 T = TypeVar("T")
+SPARSE_SIZE = 64  # from here on rows of zeros are looked for
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -70,10 +71,29 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     work = _prepared(matrix.detach())
     with torch.no_grad():
         try:
-            values, vectors = torch.linalg.eigh(work)
+            values, vectors = _without_zeros(work)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             values, vectors = torch.linalg.eigh(work.double())
     return _cleaned(values).to(matrix.dtype), vectors.to(matrix.dtype)
+
+
+def _without_zeros(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Decompose what is left without rows of exact zeros, such as inputs that are all padding."""
+    size = matrix.shape[-1]
+    if size < SPARSE_SIZE or matrix.numel() > size * size:
+        return cast("tuple[Tensor, Tensor]", torch.linalg.eigh(matrix))
+    square = matrix.reshape(size, size)
+    zero = (square == 0).all(0)
+    rest = (~zero).nonzero().flatten()
+    if len(rest) in (0, size):
+        return cast("tuple[Tensor, Tensor]", torch.linalg.eigh(matrix))
+    some, basis = torch.linalg.eigh(square[rest[:, None], rest])
+    values, order = torch.cat([some.new_zeros(size - len(rest)), some]).sort()
+    vectors = square.new_zeros(size, size)
+    units = torch.arange(size - len(rest), device=square.device)
+    vectors[zero.nonzero().flatten(), units] = 1
+    vectors[rest[:, None], torch.arange(size - len(rest), size, device=square.device)] = basis
+    return values.view(matrix.shape[:-1]), vectors[:, order].view(matrix.shape)
 
 
 def eigvalsh(matrix: Tensor) -> Tensor:
