@@ -10,9 +10,8 @@ TAG = re.compile(r"</?[a-zA-Z][^>]*>")
 IMAGE = re.compile(r"!\[[^\]]*\]\([^)]*\)(?:\{[^}]*\})?")
 LINK = re.compile(r"\[([^\]]*)\]\([^)]*\)")
 CODE = re.compile(r"`+[^`]*`+")
-INDENTED = re.compile(r"(?:^\n|\A)(?: {4}.*\n)+", re.M)
 ADMONITION = re.compile(r'^[!?]{3}\+? \w+(?: ".*")?$', re.M)
-WORD = re.compile(r"[A-Za-z][A-Za-z'’-]*")
+WORD = re.compile(r"[A-Za-z][A-Za-z'-]*")
 
 
 def prose(markdown):
@@ -45,7 +44,7 @@ def prose(markdown):
 
 def syllables(word):
     """About how many: groups of vowels, without a silent e."""
-    word = word.lower().replace("’", "'").removesuffix("'s")
+    word = word.lower().removesuffix("'s")
     total = 0
     for part in re.split(r"[-']", word):
         part = re.sub(r"(?<=[aeiou])y(?=[aeiou])", "j", part)  # layer
