@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from .facts import Cost
 from .representations import Representation
-from .representations.recipes import form_name
 from .sweep import Sweep
 from .table import Table
 
@@ -88,7 +87,7 @@ def cost_of(representation: Representation, sweep: Sweep) -> BuildCost:
             rows[name] = CostRow(
                 name,
                 space.owner(name),
-                form_name(part),
+                part.form_name,
                 kinds[-1] if kinds else "",
                 where.stop - where.start,
                 sum(cost.flops for cost in own) if first else 0,

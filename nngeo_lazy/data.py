@@ -22,6 +22,7 @@ from torch.utils import data as torch_data
 from tqdm.auto import tqdm
 
 from .errors import DataError
+from .skeleton import localised
 
 __all__ = ["Batch", "Batches", "outputs_of", "refuse_shuffling"]
 
@@ -168,7 +169,7 @@ class Batches:
             DataError: the outputs are no floating-point tensor (N, ...).
         """
         if self._forward is not None:
-            outputs = self._forward(model, raw)
+            outputs = localised(self._forward, model)(model, raw)
         else:
             args, kwargs = self._call(raw)
             outputs = model(*args, **kwargs)

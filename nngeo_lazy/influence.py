@@ -17,6 +17,7 @@ from .operators.damping import DampingLike
 from .operators.kernel import kernel_of
 from .quantities import LossLike
 from .selectors import space_of
+from .skeleton import skeleton
 
 __all__ = ["influences"]
 
@@ -122,6 +123,7 @@ def _of_outputs(
     refuse_shuffling(train, "influences")
     batches = Batches(train, device=next(model.parameters()).device, forward=forward, target=target)
     known: Likelihood | None = None
+    model = skeleton(model)
     scores, hessians = [], []
     for batch in batches:
         outputs = batches.forward(model, batch.raw).detach()  # a forward may need autograd

@@ -228,7 +228,7 @@ class ParamSpace:
         return self.ravel(self.parameters(model))
 
     def grad(self, model: nn.Module) -> Tensor:
-        """The model's `.grad` as one flat vector (P,); zeros where it is None."""
+        """The model's `.grad` as one flat vector (P,); zeros if it is None."""
         parameters = self.parameters(model)
         return self.ravel(
             {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()}

@@ -16,7 +16,7 @@ from .errors import DataError, TooLargeError
 from .facts import Cost, Facts, Sample
 from .jacobian.forms import Form, Outer, second_moment
 from .jacobian.inputs import Inputs
-from .jacobian.plan import Part
+from .jacobian.parts import Kind, Part
 from .layout import Layout
 
 __all__ = [
@@ -97,7 +97,7 @@ class SecondMoment(Statistic):
         """The block in flat parameter order, as a mean over examples."""
         p = sum(part.layout.size for part in self._parts)
         out = torch.zeros(p, p, dtype=facts.dtype, device=facts.space.device)
-        used = [part for part in self._parts if part.kind != "unused"]
+        used = [part for part in self._parts if part.kind is not Kind.UNUSED]
         if self._total is None or not used:
             return out
         index = flat_order(self._parts, used).to(out.device)
@@ -295,7 +295,7 @@ class RowStack(Statistic):
         return self._ordered(torch.cat([rows.flatten(0, 1) for rows in self._rows]))
 
     def _ordered(self, joint: Tensor) -> Tensor:
-        used = [part for part in self._parts if part.kind != "unused"]
+        used = [part for part in self._parts if part.kind is not Kind.UNUSED]
         out = joint.new_zeros(*joint.shape[:-1], self._size)
         out[..., flat_order(self._parts, used).to(joint.device)] = joint
         return out

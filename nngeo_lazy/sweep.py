@@ -17,10 +17,11 @@ from .errors import DataError, NonFiniteError, TooLargeError
 from .facts import Facts, Sample
 from .jacobian.capture import Capture, Recorded
 from .jacobian.forms import Form, Outer
-from .jacobian.plan import Part
+from .jacobian.parts import Part
 from .jacobian.record import recording, refuse_training_mode
 from .quantities import Quantity
 from .selectors import Selector, space_of
+from .skeleton import refuse_strays, skeleton
 from .space import ParamSpace
 from .statistics import Statistic, all_finite
 
@@ -136,7 +137,9 @@ class Sweep:
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        self._capture = Capture(problem.model, problem.space, problem.batches.forward)
+        self._model = skeleton(problem.model)
+        self._capture = Capture(self._model, problem.space, problem.batches.forward)
+        self._looked = False  # at what the outputs depend on
         self._parts: Sequence[Part] = ()
         self._kept: tuple[Facts, list[Chunk]] | None = None
 
@@ -146,6 +149,10 @@ class Sweep:
         space = self.problem.space
         wide = torch.promote_types(space.dtype, torch.float32)
         return Facts(space, self._parts, wide, self.problem.described, self.problem.center)
+
+    def at(self, model: nn.Module) -> Sweep:
+        """The sweep of another model of the same kind."""
+        return Sweep(replace(self.problem, model=model))
 
     def run(self, make: Make, keep: bool = False) -> tuple[Facts, Sequence[Statistic]]:
         """Make statistics on the first batch and update them over all batches.
@@ -169,7 +176,7 @@ class Sweep:
         totals = Totals(problem.quantity, problem.space.device)
         with (
             problem.seeded() as generator,
-            recording(problem.model, problem.space.parameters(problem.model)),
+            recording(self._model, problem.space.parameters(self._model)),
         ):
             for batch in problem.batches:
                 for recorded, target in self._record(batch):
@@ -192,7 +199,7 @@ class Sweep:
         problem = self.problem
         with (
             problem.seeded() as generator,
-            recording(problem.model, problem.space.parameters(problem.model)),
+            recording(self._model, problem.space.parameters(self._model)),
             closing(iter(problem.batches)) as batches,
         ):
             first, count = next(batches), problem.batches.count
@@ -207,6 +214,10 @@ class Sweep:
 
     def _record(self, batch: Batch) -> Iterator[tuple[Recorded, Tensor | None]]:
         for recorded, target in self._capture(batch.raw, batch.target):
+            if not self._looked:
+                own = self.problem.space.parameters(self.problem.model)
+                refuse_strays(recorded.record.outputs, own)
+                self._looked = True
             self.problem.quantity.fit(recorded.outputs, target)
             self._parts = self._capture.parts
             yield recorded, target

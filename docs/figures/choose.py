@@ -72,7 +72,7 @@ def gradient(model, batches):
 
 
 def measured():
-    """A row for each representation: name, error, error of a step, times, numbers kept."""
+    """A row for each representation: name, error, gain of a step, times, numbers kept."""
     model, x, y = trained()
     batches = list(zip(x.split(100), y.split(100), strict=True))
     _, unit = best(lambda: gradient(model, batches))
@@ -81,24 +81,25 @@ def measured():
     model.zero_grad()
     F.cross_entropy(model(x), y).backward()
     g = exact.space.grad(model)
-    truth = exact.solve(g, damping=DAMPING)
+    most = g @ exact.solve(g, damping=DAMPING)
     rows = []
     for name, form in FORMS.items():
         fisher, seconds = best(lambda form=form: ng.FIM(model, batches, form))
         step, solving = best(lambda fisher=fisher: fisher.solve(g, damping=DAMPING), 1)
         lazy = form == "implicit"
         off = 0.0 if lazy else float((fisher.to_dense() - matrix).norm() / matrix.norm())
-        wrong = float((step - truth).norm() / truth.norm())
+        along = matrix @ step + DAMPING * step
+        gain = float((g @ step) ** 2 / (step @ along) / most)  # with the best length
         kept = len(g) if lazy else fisher.report().bytes // 8
-        rows.append((name, off, wrong, seconds / unit, solving / unit, kept))
+        rows.append((name, off, gain, seconds / unit, solving / unit, kept))
     return rows
 
 
 def table(rows):
-    lines = ["| representation | error | step | build time | first solve | numbers kept |"]
+    lines = ["| representation | error | gain of a step | build time | first solve | numbers kept |"]
     lines.append("|---|---|---|---|---|---|")
-    for name, off, wrong, build, solve, kept in rows:
-        cells = f"`{name}`", f"{off:.0%}", f"{wrong:.0%}", f"{build:.0f}", f"{solve:.1f}"
+    for name, off, gain, build, solve, kept in rows:
+        cells = f"`{name}`", f"{off:.0%}", f"{gain:.0%}", f"{build:.0f}", f"{solve:.1f}"
         lines.append(f"| {' | '.join(cells)} | {kept:,} |")
     page = HERE / "choose.md"
     text = page.read_text(encoding="utf-8")
@@ -111,18 +112,17 @@ def table(rows):
 
 
 def scatter(rows):
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
-    for name, _, wrong, build, solve, kept in rows:
-        error = max(wrong, 1e-3)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
+    for marker, (name, _, gain, build, solve, kept) in zip("osD^v<>P", rows, strict=True):
         for ax, value in zip(axes, (build + solve, kept), strict=True):
-            ax.plot(value, error, "o")
-            ax.annotate(name.strip('"'), (value, error), (4, 5), textcoords="offset points")
-    axes[0].set(xscale="log", yscale="log", xlabel="build and one solve, in gradients")
-    axes[0].set_ylabel("error of a step (0.001: less)")
+            ax.plot(value, gain, marker, markersize=9, label=name.strip('"'))
+    axes[0].set(xscale="log", ylim=(0, 1.05), xlabel="build and one solve, in gradients")
+    axes[0].set_ylabel("share of the best possible gain")
     axes[1].set(xscale="log", xlabel="numbers kept")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
     for ax in axes:
         ax.grid(alpha=0.3)
-        ax.margins(x=0.25, y=0.12)
+        ax.margins(x=0.15)
     figure.savefig(HERE / "choose_measured.png", dpi=110)
 
 

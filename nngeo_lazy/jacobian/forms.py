@@ -23,7 +23,7 @@ from ..layout import Layout
 from .inputs import IndexInputs, Inputs, rotate
 from .moments import moment
 
-__all__ = ["Form", "Outer", "Rows", "Stored", "Summed", "second_moment"]
+__all__ = ["Form", "Outer", "Placed", "Rows", "Stored", "Summed", "second_moment"]
 
 TILE_BYTES = 2**23  # rows are made a tile of examples at a time, small enough to stay in cache
 
@@ -96,6 +96,34 @@ class Rows(Form):
 
     def sqsum(self) -> Tensor:
         return torch.stack([self.rows(a, b).square().sum((0, 1)) for a, b in self.tiles()]).sum(0)
+
+
+@dataclass(frozen=True)
+class Placed(Rows):
+    """Rows of some of p coordinates, zero at all others."""
+
+    inner: Form | None = None
+    index: Tensor | None = None  # where the inner form's coordinates lie, each once
+
+    @classmethod
+    def of(cls, inner: Form, index: Tensor, shape: tuple[int, int, int]) -> Placed:
+        def compute(start: int, stop: int) -> Tensor:
+            rows = inner.rows(start, stop)
+            return rows.new_zeros(*rows.shape[:2], shape[2]).index_copy_(2, index, rows)
+
+        return cls(compute, shape, inner.dtype, inner=inner, index=index)
+
+    def total(self) -> Tensor:
+        return self._placed(lambda inner: inner.total())
+
+    def sqsum(self) -> Tensor:
+        return self._placed(lambda inner: inner.sqsum())
+
+    def _placed(self, sums: Callable[[Form], Tensor]) -> Tensor:
+        if self.inner is None or self.index is None:
+            raise TypeError("rows without a place")
+        made = sums(self.inner)
+        return made.new_zeros(self.shape[2]).index_copy_(0, self.index, made)
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,10 @@ class Inputs(ABC):
     def to(self, dtype: torch.dtype) -> Inputs:
         """The same in another dtype."""
 
+    def squared(self) -> Inputs:
+        """The same with squared numbers."""
+        return DenseInputs(self.dense().square())
+
     def positions(self) -> Tensor | int:
         """How many positions there are over all examples, N T."""
         n, _, t, _ = self.shape

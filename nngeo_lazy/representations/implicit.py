@@ -12,7 +12,7 @@ from ..data import refuse_shuffling
 from ..derivatives.engines import MODES
 from ..errors import DataError, StochasticModelError
 from ..facts import Cost, Facts, Sample
-from ..jacobian.plan import agree
+from ..jacobian.proof import agree
 from ..network import Network
 from ..operators import BaseLinearOperator, Info
 from ..operators.matrix_free import (
@@ -114,6 +114,7 @@ def _fields(sweep: Sweep, options: Implicit) -> dict[str, Any]:
             quantity.fit(outputs, batch.target)
             totals.add(outputs, batch.target)
             if num_batches == 0:
+                network.refuse_strays(graph)
                 _require_differentiable(graph)
                 quantity.values(outputs, batch.target)  # whether it has the labels that it needs
                 if options.check and bool(outputs.isfinite().all()):

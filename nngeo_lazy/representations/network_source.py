@@ -62,8 +62,8 @@ class NetworkSource:
         """The diagonal (P,) at these parameters, from streamed rows; None after a move."""
         if not self.streams:
             return None
-        with torch.inference_mode(False), self.network.loaded(parameters):
-            made: Tensor = Diagonal().build(self.sweep).diagonal()
+        with torch.inference_mode(False):
+            made: Tensor = Diagonal().build(self.sweep.at(self.network.at(parameters))).diagonal()
             return made.to(parameters.dtype)
 
     def moved(self, dtype: torch.dtype | None, device: Any) -> NetworkSource:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import DataError, SpaceMismatchError
 from ..facts import Facts
-from ..jacobian.plan import Part
+from ..jacobian.parts import Kind, Part
 from ..operators import (
     BaseLinearOperator,
     BlockDiagonalLinearOperator,
@@ -186,7 +186,7 @@ class EKFAC(Streamed):
     def _block(self, facts: Facts, k: int) -> Recipe:
         part = facts.parts[k]
         given = None if self.basis is None else self._bases(facts, part)
-        if given is None and (self.basis is not None or part.kind != "outer"):
+        if given is None and (self.basis is not None or part.kind is not Kind.OUTER):
             return (yield from diagonal_block(facts, k))
         positions = None
         if given is None:
