@@ -49,7 +49,7 @@ def syllables(word):
     for part in re.split(r"[-']", word):
         part = re.sub(r"(?<=[aeiou])y(?=[aeiou])", "j", part)  # layer
         groups = len(re.findall(r"[aeiouy]+", part))
-        silent = re.search(r"[^aeiouyl]e$|[^aeiouytd]ed$|[^aeiouysxz]es$|[^aeiouy]ely$", part)
+        silent = re.search(r"[^aeiouyl]e$|[^aeiouytd]ed$|[^aeiouysxzcgh]es$|[^aeiouy]ely$", part)
         if silent and groups > 1:
             groups -= 1
         groups += len(re.findall(r"(?:i(?=[aou]|en|et)|[eu]o(?=[^u])|^cre(?=a))(?<![tcsg]i)", part))

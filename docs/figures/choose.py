@@ -103,10 +103,10 @@ def table(rows):
         lines.append(f"| {' | '.join(cells)} | {kept:,} |")
     page = HERE / "choose.md"
     text = page.read_text(encoding="utf-8")
-    start, rest = text.split("<!-- measured -->\n")
-    end = rest.split("<!-- to here -->\n")[1]
+    start, rest = text.split("<!-- measured -->\n\n")
+    end = rest.split("\n<!-- to here -->\n")[1]
     made = "\n".join(lines)
-    marks = f"<!-- measured -->\n{made}\n<!-- to here -->\n"
+    marks = f"<!-- measured -->\n\n{made}\n\n<!-- to here -->\n"
     page.write_text(f"{start}{marks}{end}", encoding="utf-8")
     print(made)
 
