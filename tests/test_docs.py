@@ -7,10 +7,9 @@ from pathlib import Path
 
 import matplotlib
 import pytest
+import words
 
 import nngeo_lazy as ng
-
-import words
 
 matplotlib.use("Agg")
 ROOT = Path(__file__).parent.parent

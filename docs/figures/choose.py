@@ -96,7 +96,9 @@ def measured():
 
 
 def table(rows):
-    lines = ["| representation | error | gain of a step | build time | first solve | numbers kept |"]
+    lines = [
+        "| representation | error | gain of a step | build time | first solve | numbers kept |"
+    ]
     lines.append("|---|---|---|---|---|---|")
     for name, off, gain, build, solve, kept in rows:
         cells = f"`{name}`", f"{off:.0%}", f"{gain:.0%}", f"{build:.0f}", f"{solve:.1f}"

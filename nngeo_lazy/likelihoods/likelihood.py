@@ -235,7 +235,10 @@ class Likelihood(ABC):
 def check_estimator(estimator: str) -> None:
     """Raise DataError where the estimator is not one of `ESTIMATORS`."""
     if estimator not in ESTIMATORS:
-        raise DataError(f"unknown estimator {estimator!r}: expected one of {list(ESTIMATORS)}")
+        raise DataError(
+            f"unknown estimator {estimator!r}: expected one of {list(ESTIMATORS)}; "
+            "docs/choose.md explains them"
+        )
 
 
 def check_outputs(outputs: Tensor) -> None:

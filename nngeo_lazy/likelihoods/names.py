@@ -38,7 +38,7 @@ def resolve(
     if likelihood is not None:
         raise DataError(
             f"unknown likelihood {likelihood!r}: expected one of {sorted(NAMES)}, or an object "
-            "from nngeo_lazy.likelihoods"
+            "from nngeo_lazy.likelihoods; docs/data.md explains them"
         )
     guess = Categorical()
     try:

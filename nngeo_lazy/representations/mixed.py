@@ -162,7 +162,8 @@ def resolve(representation: Any, kind: MatrixKind = MatrixKind.GAUSS_NEWTON) -> 
     if not isinstance(known, Representation):
         raise DataError(
             f"unknown representation {representation!r}: expected one of {sorted(NAMES)}, or an "
-            "options object such as nngeo_lazy.representations.KFAC(sharing='reduce')"
+            "options object such as nngeo_lazy.representations.KFAC(sharing='reduce'); "
+            "docs/choose.md explains them"
         )
     if kind not in known.matrices:
         names = ", ".join(repr(name) for name, each in NAMES.items() if kind in each.matrices)
