@@ -3,10 +3,12 @@
 import ast
 import importlib
 import re
+import typing
 from pathlib import Path
 
 import matplotlib
 import pytest
+import torch
 import words
 
 import nngeo_lazy as ng
@@ -180,3 +182,42 @@ def test_the_glossary_is_sorted_and_says_each_term_once():
     terms = re.findall(r"^(\S.*)\n: ", text_of(DOCS / "glossary.md"), re.MULTILINE)
     assert len(terms) > 25
     assert terms == sorted(set(terms), key=str.lower)
+
+
+def test_an_editor_completes_what_may_be_given():
+    """The Literal types of signatures have the names that are known."""
+    hints = typing.get_type_hints(ng.FIM)
+    for parameter, known in [
+        ("representation", ng.representations.NAMES),
+        ("likelihood", ng.likelihoods.NAMES),
+        ("estimator", ng.likelihoods.ESTIMATORS),
+    ]:
+        literals = [
+            t
+            for t in [hints[parameter], *typing.get_args(hints[parameter])]
+            if typing.get_origin(t) is typing.Literal
+        ]
+        assert [sorted(typing.get_args(t)) for t in literals] == [sorted(known)]
+
+
+@pytest.mark.parametrize(
+    ("options", "page"),
+    [
+        ({"representation": "kfacc"}, "choose"),
+        ({"estimator": "exactly"}, "choose"),
+        ({"likelihood": "softmax"}, "data"),
+    ],
+)
+def test_a_wrong_option_names_the_options_and_a_page(options, page):
+    model, x, y = torch.nn.Linear(4, 3), torch.randn(5, 4), torch.randint(3, (5,))
+    with pytest.raises(ng.errors.DataError, match=f"expected one of .*docs/{page}.md explains"):
+        ng.FIM(model, (x, y), **options)
+
+
+def test_every_page_that_an_error_names_is_there():
+    sources = "".join(text_of(p) for p in (ROOT / "nngeo_lazy").rglob("*.py"))
+    pages = set(re.findall(r"docs/(\w+)\.md", sources))
+    pages |= set(re.findall(r'wrong_option\([^)]*"(\w+)"\)', sources))
+    assert len(pages) > 6
+    for page in pages:
+        assert (DOCS / f"{page}.md").exists(), page

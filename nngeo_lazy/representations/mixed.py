@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from ..errors import DataError, SpaceMismatchError
 from ..facts import Facts
@@ -19,7 +19,7 @@ from .recipes import Recipe, together
 from .representation import Representation, Streamed
 from .single import EKFAC, KFAC, BlockDiagonal, Diagonal, LowRank, QuasiDiagonal
 
-__all__ = ["Mixed", "resolve"]
+__all__ = ["Mixed", "RepresentationLike", "resolve"]
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,19 @@ class Mixed(Streamed):
             groups.append((stored(self.default), left))
         return groups
 
+
+Name: TypeAlias = Literal[
+    "dense",
+    "block_diagonal",
+    "diagonal",
+    "quasi_diagonal",
+    "kfac",
+    "ekfac",
+    "low_rank",
+    "implicit",
+    "factored",
+]
+RepresentationLike: TypeAlias = Name | Representation
 
 NAMES: dict[str, type[Representation]] = {
     "implicit": Implicit,
