@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from .. import tree
 from ..errors import DataError, NonFiniteError, StochasticModelError, UnsupportedLayerError
 from ..space import ParamSpace
 from .folds import Fold
@@ -102,7 +102,7 @@ class Capture:
 
         If dimension 0 were not the examples, cutting it twice would not cut the outputs twice.
         """
-        tensors = [t for t in pytree.tree_leaves(raw) if isinstance(t, Tensor) and t.dim() > 0]
+        tensors = [t for t in tree.tensors(raw) if t.dim() > 0]
         n = tensors[0].shape[0] if tensors else 0
         if n <= SAMPLED:
             return None
@@ -184,7 +184,8 @@ class Capture:
         if n > 1:
             kept = index if n > PROBED else index[:1]
             leaves = example_leaves(record.raw, n)
-            alone = self._try(cut(record.raw, leaves, kept), record, len(kept))
+            if not _ragged(record.raw, leaves):
+                alone = self._try(cut(record.raw, leaves, kept), record, len(kept))
         same = self._record(record.raw) if alone is None or n <= PROBED else None
         if same is not None and not agree(same.outputs, outputs, OUTPUTS_AGREE):
             raise StochasticModelError(
@@ -272,6 +273,17 @@ class Capture:
             if why := found.disagreement(part, record.n):
                 general.update(dict.fromkeys(part.names, why))
         return make_parts(self._space, record.calls, general, unused)
+
+
+def _ragged(raw: Any, leaves: Sequence[int]) -> bool:
+    """Whether some indices are not sorted by example: tokens of all bags, edges of a graph."""
+    return any(
+        isinstance(leaf, Tensor)
+        and leaf.dim() == 1
+        and len(leaf) > 1
+        and not (leaf.is_floating_point() or leaf.dtype == torch.bool or k in leaves)
+        for k, leaf in enumerate(tree.leaves(raw))
+    )
 
 
 def _differing(before: list[tuple[str, ...]], now: list[tuple[str, ...]]) -> str:

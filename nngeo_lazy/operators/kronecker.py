@@ -361,8 +361,11 @@ class EigenKroneckerLinearOperator(SpectralLinearOperator):
         sizes = self.eigenvalues.detach().abs()
         if sizes.numel() == 0:
             return sizes == 0
-        # free eigenvalues are accurate on their own, far below eps times the largest
-        tol = sizes.numel() * eps(sizes) ** 2 if rcond is None else rcond
+        if rcond is None:
+            # Free eigenvalues are squares of projections: the rounding of zero is squared, too.
+            _, o, i = self.values.shape
+            rcond = min(10 * ((o + i) * eps(sizes)) ** 2, eps(sizes))
+        tol = rcond
         return sizes <= tol * sizes.max()
 
     def _frobenius(self) -> Tensor:
