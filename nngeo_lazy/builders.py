@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .costs import BuildCost, cost_of
 from .errors import DataError
 from .fingerprints import refuse_shuffling
-from .likelihoods import Likelihood
+from .likelihoods import Estimator, Likelihood, LikelihoodLike
 from .operators import BaseLinearOperator
 from .quantities import (
     Fisher,
@@ -22,7 +22,7 @@ from .quantities import (
     MatrixKind,
     Outputs,
 )
-from .representations import Representation
+from .representations import Representation, RepresentationLike
 from .representations import resolve as resolve_representation
 from .selectors import Selector
 from .sweep import Sweep, make_sweep
@@ -35,10 +35,10 @@ Prepared = tuple[Representation, Sweep]
 def FIM(
     model: nn.Module,
     loader: Any,
-    representation: str | Representation = "kfac",
+    representation: RepresentationLike = "kfac",
     *,
-    likelihood: str | Likelihood | None = None,
-    estimator: str = "exact",
+    likelihood: LikelihoodLike | None = None,
+    estimator: Estimator = "exact",
     samples: int = 1,
     seed: int | None = None,
     params: Selector | None = None,
@@ -126,10 +126,10 @@ def FIM(
 def GGN(
     model: nn.Module,
     loader: Any,
-    representation: str | Representation = "implicit",
+    representation: RepresentationLike = "implicit",
     *,
     loss: LossLike,
-    estimator: str = "exact",
+    estimator: Estimator = "exact",
     samples: int = 1,
     seed: int | None = None,
     params: Selector | None = None,
@@ -203,7 +203,7 @@ def GGN(
 def Hessian(
     model: nn.Module,
     loader: Any,
-    representation: str | Representation = "implicit",
+    representation: RepresentationLike = "implicit",
     *,
     loss: LossLike,
     params: Selector | None = None,
@@ -262,7 +262,7 @@ def Hessian(
 def Jacobian(
     model: nn.Module,
     loader: Any,
-    representation: str | Representation = "implicit",
+    representation: RepresentationLike = "implicit",
     *,
     loss: LossLike | None = None,
     center: bool = False,

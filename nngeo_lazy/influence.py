@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .builders import Jacobian
 from .data import Batches
-from .errors import DataError, SpaceMismatchError
+from .errors import DataError, SpaceMismatchError, wrong_option
 from .fingerprints import refuse_shuffling
 from .likelihoods import Likelihood, resolve_loss
 from .operators import BaseLinearOperator
@@ -78,7 +78,7 @@ def influences(
         functions, section 2; Cook and Weisberg (1982), section 2.2, on leaving out exactly.
     """
     if method not in METHODS:
-        raise ValueError(f"expected method to be one of {list(METHODS)}, got {method!r}")
+        raise ValueError(wrong_option("method", method, METHODS, "influence"))
     n, names = _fitting(model, F)
 
     def rows_of(data: Any, loss: LossLike | None) -> BaseLinearOperator:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import wrong_option
 from .krylov import Matvec, default_tolerance
 from .products import Products
 from .subspace import (
@@ -100,7 +101,7 @@ def eigsh(
     if not 1 <= k <= n:
         raise ValueError(f"expected k from 1 to {n}, the size of the matrix, got {k}")
     if which not in ENDS:
-        raise ValueError(f"expected which to be one of {list(ENDS)}, got {which!r}")
+        raise ValueError(wrong_option("which", which, ENDS, "spectra"))
     if not 1 <= block_size <= n:
         raise ValueError(f"expected a block_size from 1 to {n}, got {block_size}")
     subspace = options.subspace

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import NotPositiveDefiniteError
+from ..errors import NotPositiveDefiniteError, wrong_option
 from ..linalg import (
     IndefinitePreconditionerError,
     KrylovResult,
@@ -81,7 +81,7 @@ def solve(
         MINRES; Fong and Saunders (2011) for LSMR.
     """
     if method not in METHODS:
-        raise ValueError(f"expected method to be one of {list(METHODS)}, got {method!r}")
+        raise ValueError(wrong_option("method", method, METHODS, "matrix_free"))
     operator = aslinearoperator(A)
     with torch.no_grad():
         symmetric = operator.is_square and not isinstance(operator, MatrixLinearOperator)

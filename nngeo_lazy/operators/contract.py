@@ -24,6 +24,7 @@ from ..errors import NotPositiveDefiniteError, SpaceMismatchError
 from . import rules
 from .info import joint
 from .primitives import PrimitiveLinearOperator, tensors_of, within
+from .report import operator_html
 from .torch_functions import TORCH_FUNCTIONS
 from .vectors import columns
 
@@ -223,6 +224,10 @@ class ContractLinearOperator(PrimitiveLinearOperator):
         known = "" if self.space is None else f", {len(self.space.names)} parameters"
         shape = " x ".join(map(str, self.shape))
         return f"{type(self).__name__}({shape}, {self.dtype}{known})"
+
+    def _repr_html_(self) -> str:
+        """In a notebook: what it is, and its blocks with a bar of bytes."""
+        return operator_html(self._this())
 
 
 def combined(rule: rules.Rule, A: BaseLinearOperator, B: BaseLinearOperator) -> Any:

@@ -262,4 +262,7 @@ class LowRank(Streamed):
 
 def _require_sharing(name: str) -> None:
     if name not in list(Sharing):
-        raise DataError(f"expected sharing='expand' or 'reduce', got {name!r}")
+        raise DataError(
+            f"expected sharing='expand' or 'reduce', got {name!r}; docs/conventions.md "
+            "explains them"
+        )
