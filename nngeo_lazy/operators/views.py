@@ -189,6 +189,7 @@ class BroadcastLinearOperator(LazyLinearOperator):
 
     @property
     def iterates(self) -> bool:
+        """Whether a solve of the repeated matrix is an iteration."""
         return self.base.iterates
 
     def _damp(self, damping: Damping, method: str) -> BaseLinearOperator:
