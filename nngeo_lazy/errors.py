@@ -9,6 +9,7 @@ __all__ = [
     "DataError",
     "EstimateWarning",
     "LikelihoodWarning",
+    "MissingFileError",
     "NNGeoError",
     "NonFiniteError",
     "NonFiniteWarning",
@@ -47,6 +48,10 @@ class StochasticModelError(NNGeoError, RuntimeError):
 
 class DataError(NNGeoError, ValueError):
     """The loader, its batches, the targets or an option do not fit."""
+
+
+class MissingFileError(DataError, FileNotFoundError):
+    """There is no file at a path."""
 
 
 class RuleError(NNGeoError, TypeError):

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .builders import Jacobian
-from .data import Batches, refuse_shuffling
+from .data import Batches
 from .errors import DataError, SpaceMismatchError
+from .fingerprints import refuse_shuffling
 from .likelihoods import Likelihood, resolve_loss
 from .operators import BaseLinearOperator
 from .operators.damping import DampingLike

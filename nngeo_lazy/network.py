@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from . import tree
 from .errors import DataError
 from .jacobian.record import plain_functions
 from .skeleton import refuse_strays, skeleton
@@ -45,6 +45,15 @@ class Network:
         ]
         self._modules = skeleton(model)
         self._cast: tuple[torch.dtype, torch.device] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # the counter of a copy begins again: what has changed until then stays changed
+        rest = [(name, p, p._version == version) for name, p, version in self._rest]
+        return {**self.__dict__, "_rest": rest}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._rest = [(name, p, p._version if same else -1) for name, p, same in state["_rest"]]
 
     def __call__(self, parameters: Sequence[Tensor], raw: Any) -> Tensor:
         """The outputs (N, ...) of one batch at these parameters."""
@@ -97,7 +106,11 @@ class Network:
         if self._cast is None:
             return raw
         dtype, device = self._cast
-        return pytree.tree_map_only(Tensor, lambda x: _cast(x, dtype, device), raw)
+
+        def cast(leaf: Any) -> Any:
+            return _cast(leaf, dtype, device) if isinstance(leaf, Tensor) else leaf
+
+        return tree.map_leaves(cast, raw)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -219,7 +219,7 @@ class ParamSpace:
             )
         lead = vector.shape[:-1]
         return {
-            name: vector[..., self.slices[name]].reshape(*lead, *shape)
+            name: vector[..., self.slices[name]].reshape((*lead, *shape))
             for name, shape in zip(self.names, self.shapes, strict=True)
         }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .arguments import require_callable, require_model, require_seed
 from .data import Batch, Batches
 from .errors import DataError, NonFiniteError, TooLargeError
 from .facts import Facts, Sample
 from .jacobian.capture import Capture, Recorded
 from .jacobian.forms import Form, Outer
 from .jacobian.parts import Part
+from .jacobian.positions import marks_of
 from .jacobian.record import recording, refuse_training_mode
 from .quantities import Quantity
 from .selectors import Selector, space_of
@@ -45,7 +47,6 @@ class Problem:
         quantity: which output directions.
         seed: of the label draws, as it was given.
         drawn_seed: the seed that is used; None if nothing is drawn.
-        orders: the states of the loader's generators, which every pass starts from.
         max_directions: the most directions of a batch in an exact computation.
         center: whether the mean row is subtracted from every row.
     """
@@ -56,7 +57,6 @@ class Problem:
     quantity: Quantity
     seed: int | None
     drawn_seed: int | None
-    orders: tuple[Tensor, ...]
     max_directions: int
     center: bool
 
@@ -94,14 +94,16 @@ class Problem:
         if not replayed:
             refuse_training_mode(model)
         draws = seed is None and quantity.estimator == "mc"
+        drawn = int(torch.randint(2**62, ())) if draws else seed
+        if drawn is not None:
+            batches.drawn_from(drawn)
         return cls(
             model,
             space,
             batches,
             quantity,
             seed,
-            int(torch.randint(2**62, ())) if draws else seed,
-            tuple(own.get_state() for own in batches.generators),
+            drawn,
             max_directions,
             center,
         )
@@ -114,18 +116,11 @@ class Problem:
             known["seed"] = self.seed
         return {**known, "center": 1} if self.center else known
 
-    @contextmanager
-    def seeded(self) -> Iterator[torch.Generator | None]:
-        """The same label draws, and the same order of a shuffling loader, in every pass."""
+    def generator(self) -> torch.Generator | None:
+        """Of label draws, which are the same in every pass; None if nothing is drawn."""
         if self.drawn_seed is None:
-            yield None
-            return
-        for own, state in zip(self.batches.generators, self.orders, strict=True):
-            own.set_state(state)
-        # What draws on the default generator is the order of a shuffling loader; on the CPU alone.
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(self.drawn_seed)
-            yield torch.Generator(device=self.space.device).manual_seed(self.drawn_seed)
+            return None
+        return torch.Generator(device=self.space.device).manual_seed(self.drawn_seed)
 
 
 class Sweep:
@@ -187,10 +182,8 @@ class Sweep:
         kept: list[Chunk] | None = [] if keep else None
         totals = Totals(problem.quantity, problem.space.device)
         stale = False
-        with (
-            problem.seeded() as generator,
-            recording(self._model, problem.space.parameters(self._model)),
-        ):
+        generator = problem.generator()
+        with recording(self._model, problem.space.parameters(self._model)):
             for batch in problem.batches:
                 for recorded, target in self._record(batch):
                     if statistics is None:
@@ -222,8 +215,8 @@ class Sweep:
             DataError: the first batch has no example.
         """
         problem = self.problem
+        generator = problem.generator()
         with (
-            problem.seeded() as generator,
             recording(self._model, problem.space.parameters(self._model)),
             closing(iter(problem.batches)) as batches,
         ):
@@ -245,7 +238,9 @@ class Sweep:
                 self._looked = True
             self.problem.quantity.fit(recorded.outputs, target)
             self._parts = self._capture.parts
-            yield recorded, target
+            scored = self.problem.quantity.scored(recorded.outputs, target)
+            exist = self.problem.batches.positions(recorded.record.raw)
+            yield replace(recorded, marks=marks_of(scored, exist)), target
 
     def _replay(
         self, make: Make, facts: Facts, kept: list[Chunk]
@@ -282,13 +277,23 @@ def make_sweep(
     params: Selector | None = None,
     forward: Callable[[nn.Module, Any], Tensor] | None = None,
     target: Callable[[Any], Tensor] | None = None,
+    positions: Callable[[Any], Tensor | None] | None = None,
     progress: bool = False,
     **options: Any,
 ) -> Sweep:
     """A sweep from what the builders take; see `FIM`."""
+    require_model(model)
+    require_seed(options.get("seed"))
+    require_callable("forward", forward)
+    require_callable("target", target)
     space = space_of(model, params)
     batches = Batches(
-        loader, device=space.device, forward=forward, target=target, progress=progress
+        loader,
+        device=space.device,
+        forward=forward,
+        target=target,
+        positions=positions,
+        progress=progress,
     )
     return Sweep(Problem.of(model, space, batches, quantity, **options))
 

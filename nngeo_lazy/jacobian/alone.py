@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import tree
 from ..errors import StochasticModelError
 from .general import cut, example_leaves
 from .passes import Pass
@@ -51,7 +52,10 @@ def outputs_alone(record: Pass, run: Run) -> Alone:
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     halves = [order[: (n + 1) // 2], order[(n + 1) // 2 :]]
     leaves = example_leaves(record.raw, n)
-    found = []
+    found: list[Tensor] = []
+    if _ragged(record.raw, leaves):
+        require_repeatable(record, run)
+        return Alone.UNKNOWN
     for half in halves:
         try:
             alone = run(cut(record.raw, leaves, half)).outputs.detach()
@@ -85,4 +89,15 @@ def mixed(n: int) -> StochasticModelError:
         "expected a model that treats each example on its own, but the outputs of "
         f"{(n + 1) // 2} examples change when the {n // 2} others are left out: per-"
         "example gradients do not exist for it. Batch statistics? Call model.eval()"
+    )
+
+
+def _ragged(raw: Any, leaves: Sequence[int]) -> bool:
+    """Whether some indices are not sorted by example: tokens of all bags, edges of a graph."""
+    return any(
+        isinstance(leaf, Tensor)
+        and leaf.dim() == 1
+        and len(leaf) > 1
+        and not (leaf.is_floating_point() or leaf.dtype == torch.bool or k in leaves)
+        for k, leaf in enumerate(tree.leaves(raw))
     )

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from .. import tree
 from ..errors import DataError, NonFiniteError, UnsupportedLayerError
 from ..space import ParamSpace
 from .alone import Alone, draws, mixed, outputs_alone, require_repeatable
@@ -127,7 +127,7 @@ class Capture:
 
         If dimension 0 were not the examples, cutting it twice would not cut the outputs twice.
         """
-        tensors = [t for t in pytree.tree_leaves(raw) if isinstance(t, Tensor) and t.dim() > 0]
+        tensors = [t for t in tree.tensors(raw) if t.dim() > 0]
         n = tensors[0].shape[0] if tensors else 0
         if n <= SAMPLED:
             return False

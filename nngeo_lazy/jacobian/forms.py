@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..layout import Layout
-from .inputs import IndexInputs, Inputs, rotate
+from .inputs import DenseInputs, IndexInputs, Inputs, rotate
 from .moments import moment
 
 __all__ = ["Form", "Outer", "Placed", "Rows", "Stored", "Summed", "second_moment"]
@@ -162,11 +162,15 @@ class Outer(Form):
         g: output gradients (R, N, G, T, o).
         inputs: the input factor; None where the block is a bias alone (x is the column of ones).
         bias: whether the homogeneous coordinate is appended to x.
+        marks: what is known of the positions (N, T); None if all count (see `positions`).
+        kept: the positions (N, T) that count in the input factor; None for all.
     """
 
     g: Tensor
     inputs: Inputs | None
     bias: bool
+    marks: Tensor | None = None
+    kept: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:  # type: ignore[override]
@@ -188,7 +192,8 @@ class Outer(Form):
 
     def examples(self, start: int, stop: int) -> Outer:
         inputs = None if self.inputs is None else self.inputs.examples(start, stop)
-        return replace(self, g=self.g[:, start:stop], inputs=inputs)
+        marks = None if self.marks is None else self.marks[start:stop]
+        return replace(self, g=self.g[:, start:stop], inputs=inputs, marks=marks)
 
     def direction(self, r: int) -> Outer:
         return replace(self, g=self.g[r : r + 1])
@@ -278,23 +283,41 @@ class Outer(Form):
     def input_moment(self, diagonal: bool = False, into: Tensor | None = None) -> Tensor:
         """Sum over n, t of x x^T, (G, w, w), or its diagonal (G, w): KFAC's input factor."""
         if self.inputs is None:
-            count = self.g.shape[1] * self.g.shape[3]
-            return _added(self.g.new_full((self.g.shape[2], 1, 1), float(count)), into)
-        if diagonal:
-            return _added(self.inputs.square_sum(self.bias), into)
-        return self.inputs.moment(self.bias, into)
+            ones = self.g.new_ones(self.g.shape[2], 1, 1)
+            return _added(ones * self.positions, into)
+        inputs = self.inputs if self.kept is None else self.inputs.kept(self.kept)
+        out = inputs.square_sum(self.bias) if diagonal else inputs.moment(self.bias, into)
+        if self.bias and self.kept is not None:  # of the column of ones, all were counted
+            corner = out[:, -1] if diagonal or out.dim() == 2 else out[:, -1, -1]
+            corner -= (~self.kept).sum()
+        return _added(out, into) if diagonal else out
 
     @property
     def positions(self) -> Tensor | int:
         """How many positions the input factor sums over, N T."""
+        if self.kept is not None:
+            exist = self.kept if self.inputs is None else self.inputs.counted(self.kept)
+            return exist.sum()
         if self.inputs is None:
             return self.g.shape[1] * self.g.shape[3]
         return self.inputs.positions()
 
+    @property
+    def reached(self) -> Tensor:
+        """The positions (N, T) at which any direction brings a gradient."""
+        return (self.g != 0).any(0).any(1).any(-1)
+
     def reduced(self) -> Outer:
         """(sum_t g, mean_t x) as a form with one position: the setting of KFAC-reduce."""
-        inputs = None if self.inputs is None else self.inputs.reduced()
-        return Outer(self.g.sum(3, keepdim=True), inputs, self.bias)
+        g = self.g.sum(3, keepdim=True)
+        if self.inputs is None or self.kept is None:
+            inputs = None if self.inputs is None else self.inputs.reduced()
+            kept = None if self.kept is None else self.kept.any(1, keepdim=True)
+            return Outer(g, inputs, self.bias, kept=kept)
+        t, count = self.kept.shape[1], self.kept.sum(1)
+        mean = self.inputs.kept(self.kept).reduced().x
+        scale = (t / count.clamp_min(1)).to(mean).view(-1, 1, 1, 1)
+        return Outer(g, DenseInputs(mean * scale), self.bias, kept=(count > 0).unsqueeze(1))
 
     def jvp(self, vectors: Tensor) -> Tensor:
         if self._prefers_rows(vectors.shape[1]):

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from .. import tree
 from ..errors import UnsupportedLayerError
 from ..skeleton import skeleton
 from ..switches import unfused_attention
@@ -38,17 +38,15 @@ def example_leaves(raw: Any, n: int) -> tuple[int, ...]:
     """Which leaves of a batch of n examples are tensors with the examples in front."""
     return tuple(
         k
-        for k, leaf in enumerate(pytree.tree_leaves(raw))
+        for k, leaf in enumerate(tree.leaves(raw))
         if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == n
     )
 
 
 def cut(raw: Any, leaves: Sequence[int], index: slice | Tensor) -> Any:
     """Some examples of a batch, whose `leaves` hold the examples in front."""
-    values, spec = pytree.tree_flatten(raw)
-    for k in leaves:
-        values[k] = values[k][index]
-    return pytree.tree_unflatten(values, spec)
+    values = list(tree.leaves(raw))
+    return tree.replaced(raw, {k: values[k][index] for k in leaves})
 
 
 class GeneralRows:
@@ -114,18 +112,16 @@ class GeneralRows:
         return make[self.way](raw, outputs, directions, start, stop)
 
     def _vmap(self, raw: Any, outputs: Tensor, directions: Tensor, start: int, stop: int) -> Tensor:
-        leaves, spec = pytree.tree_flatten(raw)
+        leaves = list(tree.leaves(raw))
         shared = {id(p): p for p in self.model.parameters()}
 
         def score(
             parameters: dict[str, Tensor], direction: Tensor, examples: list[Tensor]
         ) -> Tensor:
-            here = list(leaves)
-            for k, example in zip(self._leaves, examples, strict=True):
-                here[k] = example.unsqueeze(0)
-            batch = pytree.tree_unflatten(here, spec)
+            here = {k: x.unsqueeze(0) for k, x in zip(self._leaves, examples, strict=True)}
             given = {id(self.parameters[name]): p for name, p in parameters.items()}
-            out = self.forward(skeleton(self.model, {**shared, **given}), batch)
+            own = skeleton(self.model, {**shared, **given})
+            out = self.forward(own, tree.replaced(raw, here))
             return (out * direction.unsqueeze(0)).sum()
 
         named = {name: p.detach() for name, p in self.parameters.items()}

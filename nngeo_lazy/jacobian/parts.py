@@ -14,6 +14,7 @@ from ..layout import Layout, Piece
 from .folds import Fold
 from .forms import Form, Outer, Placed, Rows, Stored, Summed
 from .inputs import DenseInputs, Inputs
+from .positions import spread
 from .record import Call
 from .weights import Weight, pull_back
 
@@ -111,6 +112,7 @@ class Part:
         inputs: Sequence[Inputs | None],
         gradients: Mapping[int, Gradient],
         parameters: Mapping[str, Tensor],
+        marks: Tensor | None = None,
     ) -> Form:
         """The form for one chunk of directions.
 
@@ -120,13 +122,14 @@ class Part:
             inputs: this part's input factors, as `inputs` makes them.
             gradients: at the output of each member call.
             parameters: the selected ones by name.
+            marks: what is known of the positions (N, S) that are scored (see `positions`).
         """
         if self.derived:
             return self._derived(calls, folds, inputs, gradients, parameters)
         if self.kind is Kind.ROWS:
             return Stored(self._norm_rows(calls, folds, gradients))
         outers = [
-            _outer(calls[member.call], member.roles, x, gradients[member.call].canonical)
+            _outer(calls[member.call], member.roles, x, gradients[member.call].canonical, marks)
             for member, x in zip(self.members, inputs, strict=True)
         ]
         if len(outers) == 1 and self.kind is Kind.OUTER:
@@ -260,7 +263,13 @@ class Gradient:
         return self._canonical
 
 
-def _outer(call: Call, roles: Sequence[str], x: Inputs | None, gradients: Tensor) -> Outer:
+def _outer(
+    call: Call,
+    roles: Sequence[str],
+    x: Inputs | None,
+    gradients: Tensor,
+    marks: Tensor | None = None,
+) -> Outer:
     use = call.use
     if use.gradients is None or use.grid is None or x is None:
         raise TypeError(f"{call.function} has no outer form")
@@ -269,7 +278,9 @@ def _outer(call: Call, roles: Sequence[str], x: Inputs | None, gradients: Tensor
     expected = (*gradients.shape[:2], use.grid.groups, positions, use.grid.outputs)
     _check(call, "gradients", g.shape, expected)
     weighted = "weight" in roles
-    return Outer(x.masked(g) if weighted else g, x if weighted else None, "bias" in roles)
+    g = x.masked(g) if weighted else g
+    known = spread(marks, g.shape[3])
+    return Outer(g, x if weighted else None, "bias" in roles, known)
 
 
 def _closed_rows(call: Call, fold: Fold, g: Tensor) -> dict[str, Tensor]:
@@ -324,10 +335,12 @@ def _concatenated(outers: Sequence[Outer]) -> Outer:
     """Several uses of one weight as one form: positions one after the other."""
     first, *others = outers
     g = torch.cat([outer.g for outer in outers], 3)
+    known = [outer.marks for outer in outers if outer.marks is not None]
+    marks = torch.cat(known, 1) if known else None
     if first.inputs is None:
-        return Outer(g, None, first.bias)
+        return Outer(g, None, first.bias, marks)
     more = [outer.inputs for outer in others if outer.inputs is not None]
-    return Outer(g, first.inputs.concatenate(more), first.bias)
+    return Outer(g, first.inputs.concatenate(more), first.bias, marks)
 
 
 def _summed(outers: Sequence[Outer], layouts: Sequence[Layout]) -> Summed:

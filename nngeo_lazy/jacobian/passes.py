@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
-from torch.utils import _pytree as pytree
 
+from .. import tree
 from .folds import Fold
 from .forms import Form, Rows
 from .general import GeneralRows, Way, cut, example_leaves
@@ -134,7 +134,7 @@ class Cutter:
         leaves = example_leaves(raw, n)
         if not leaves:
             return None
-        kind = pytree.tree_leaves(raw)[leaves[0]].device.type
+        kind = list(tree.leaves(raw))[leaves[0]].device.type
         limit = PIECE_BYTES.get(kind, PIECE_BYTES_ELSEWHERE)
         return cls(leaves, max(PIECE_EXAMPLES, limit * n // max(1, total)))
 
@@ -150,7 +150,7 @@ class Cutter:
             yield raw if count == 1 else cut(raw, self.leaves, where), labels
 
     def _examples(self, raw: Any) -> int:
-        return int(pytree.tree_leaves(raw)[self.leaves[0]].shape[0])
+        return int(list(tree.leaves(raw))[self.leaves[0]].shape[0])
 
 
 @dataclass(frozen=True)
@@ -161,6 +161,7 @@ class Recorded:
     plan: Plan
     parameters: Mapping[str, Tensor]
     parts: Sequence[Part]  # of all batches so far: those that the forms are of
+    marks: Tensor | None = None  # of the positions (N, S) that are scored, see `positions`
     _inputs: dict[int, list[Inputs | None]] = field(default_factory=dict)
 
     @property
@@ -233,7 +234,9 @@ class Recorded:
                 if k not in self._inputs:
                     made = part.inputs(calls, folds, n)
                     self._inputs[k] = [None if x is None else x.to(self.dtype) for x in made]
-                forms.append(part.form(calls, folds, self._inputs[k], gradients, self.parameters))
+                forms.append(
+                    part.form(calls, folds, self._inputs[k], gradients, self.parameters, self.marks)
+                )
         if self.parts is self.plan.parts:
             return forms
         like = torch.zeros((), dtype=self.dtype, device=self.record.outputs.device)

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
+from .. import tree
 from ..errors import StochasticModelError
 from ..switches import eager, plain_attention_modules
 from .layers import BATCH_STATISTICS
@@ -114,8 +114,7 @@ class Recorder(TorchFunctionMode):
         self._weights = {id(p): Weight.of(name, p) for name, p in parameters.items()}
         self._constants = {id(t): t for t in _held(model) if id(t) not in self._weights}
         self._cuts: dict[int, Weight] = {}
-        leaves = pytree.tree_leaves(raw)
-        self._sizes = {t.shape[0] for t in leaves if isinstance(t, Tensor) and t.dim()}
+        self._sizes = {t.shape[0] for t in tree.tensors(raw) if t.dim()}
         self._given = examples
         self.examples: list[bool] = []
         self.calls: list[Call] = []
@@ -297,10 +296,11 @@ class Recorder(TorchFunctionMode):
             return
         for other in names - own:
             self.formless[other] = f"{function} has no form for it"
-        made = any(weight.selection is None for weight in weights.values())
-        if made and not self._through:
-            self.formless.update(dict.fromkeys(own, f"{function} with a weight made of others"))
-        elif weights:
+        if not self._through:
+            made = {n for w in weights.values() if w.selection is None for n in w.names}
+            self.formless.update(dict.fromkeys(made, f"{function} with a weight made of others"))
+            weights = {role: w for role, w in weights.items() if w.selection is not None}
+        if weights:
             edge, shape = _edge(output), output.shape
             if use.view is not None:
                 empty = torch.empty(0, *shape, device="meta")

@@ -168,6 +168,18 @@ class Categorical(Likelihood):
         _, _, mask = self._canonical(outputs, target)
         return mask.count_nonzero()
 
+    def scored(self, outputs: Tensor, target: Tensor | None) -> Tensor | None:
+        if target is None and not self.shift:
+            return None
+        _, _, mask = self._canonical(outputs.detach(), target)
+        shape = list(outputs.shape)
+        del shape[self._class_dim(outputs, target)]
+        if not self.shift:
+            return mask.reshape(shape) != 0
+        shape[1] -= self.shift
+        grid = mask.reshape(*shape[:2], -1)
+        return F.pad(grid, (0, 0, 0, self.shift)) != 0
+
     def label_weights(self, outputs: Tensor, target: Tensor | None) -> Tensor:
         """The weight of each position's label, zero where it is masked: (N, T).
 

@@ -139,6 +139,10 @@ class Likelihood(ABC):
     def num_terms(self, outputs: Tensor, target: Tensor | None) -> Tensor:
         """How many scalar labels are scored, a 0-d integer tensor."""
 
+    def scored(self, outputs: Tensor, target: Tensor | None) -> Tensor | None:
+        """Which positions of the outputs are scored, a mask (N, *positions); None if all are."""
+        return None
+
     @abstractmethod
     def flags(self, outputs: Tensor, target: Tensor | None) -> dict[str, Tensor]:
         """What is wrong in a way that only the device knows: message -> 0-d bool tensor."""

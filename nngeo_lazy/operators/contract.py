@@ -23,7 +23,7 @@ from torch import Tensor
 from ..errors import NotPositiveDefiniteError, SpaceMismatchError
 from . import rules
 from .info import joint
-from .primitives import PrimitiveLinearOperator, tensors_of
+from .primitives import PrimitiveLinearOperator, tensors_of, within
 from .torch_functions import TORCH_FUNCTIONS
 from .vectors import columns
 
@@ -158,6 +158,23 @@ class ContractLinearOperator(PrimitiveLinearOperator):
         if isinstance(other, Tensor) and other.dim() > 0:
             return super()._mul_constant(other)
         return self._altered(self._scale(other))
+
+    def __getitem__(self, index: Any) -> Any:
+        """A[index] as torch has it; a boolean mask selects where it is true.
+
+        Raises:
+            IndexError: a mask of another length, or a position outside of the matrix.
+        """
+        given = index if isinstance(index, tuple) else (index,)
+        skipped = self.dim() - sum(1 for each in given if each is not Ellipsis)
+        checked, dim = [], 0
+        for each in given:
+            if each is Ellipsis:
+                dim += skipped
+            elif dim < self.dim():
+                each, dim = within(each, self.shape[dim], self.device), dim + 1
+            checked.append(each)
+        return super().__getitem__(tuple(checked))
 
     # --- dtype, device, torch functions ----------------------------------------------------------
 

@@ -177,7 +177,9 @@ class FactoredJacobianLinearOperator(RectangularLinearOperator):
                 placed = []
                 for form, layout in zip(batch, self.layouts, strict=True):
                     if form is None:
-                        made = torch.zeros(layout.size, (b - a) * r).to(self.dtype, self.device)
+                        made = torch.zeros(
+                            layout.size, (b - a) * r, dtype=self.dtype, device=self.device
+                        )
                     else:
                         made = form.rows(a, b).transpose(0, 1).flatten(0, 1).mT
                     placed += layout.scatter(made)

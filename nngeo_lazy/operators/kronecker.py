@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeGuard
+from typing import TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import NotPositiveDefiniteError, UnsupportedLayerError
 from . import rules
 from .base import BaseLinearOperator
-from .decompose import Decomposition, eps, matrix_power
+from .decompose import Decomposition, eps, matrix_power, rounding
 from .factors import (
     apply_factors,
     check_factors,
@@ -54,6 +54,7 @@ class KroneckerLinearOperator(SpectralLinearOperator):
     """
 
     _implicit_in_tensors = True
+    _values_are_computed = True
 
     def __init__(
         self,
@@ -113,6 +114,25 @@ class KroneckerLinearOperator(SpectralLinearOperator):
     def basis(self) -> BaseLinearOperator:
         """Q, the Kronecker product of the factors' eigenvectors."""
         return KroneckerLinearOperator(*self.bases())
+
+    def _in_float64(self) -> BaseLinearOperator:
+        if self._taped() or (self.shift is not None and self.shift.requires_grad):
+            return self.to(torch.float64)
+        wide = self._decomposed.get(
+            "float64", lambda: KroneckerLinearOperator(self.left.double(), self.right.double())
+        )
+        if self.shift is None:
+            return wide
+        return cast(BaseLinearOperator, wide._shifted(self.shift.double()))
+
+    def _own_rounding(self) -> Tensor:
+        sides = [values for values, _ in self._decomposition()]
+        left, right = (v.abs().amax(-1) for v in sides)
+        noise = [
+            rounding(v).squeeze(-1) if factor.dim() == 3 else torch.zeros_like(v[..., 0])
+            for v, factor in zip(sides, (self.left, self.right), strict=True)
+        ]
+        return (noise[0] * right + left * noise[1]).max()
 
     def _decomposition(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         return (
@@ -341,8 +361,11 @@ class EigenKroneckerLinearOperator(SpectralLinearOperator):
         sizes = self.eigenvalues.detach().abs()
         if sizes.numel() == 0:
             return sizes == 0
-        # free eigenvalues are accurate on their own, far below eps times the largest
-        tol = sizes.numel() * eps(sizes) ** 2 if rcond is None else rcond
+        if rcond is None:
+            # Free eigenvalues are squares of projections: the rounding of zero is squared, too.
+            _, o, i = self.values.shape
+            rcond = min(10 * ((o + i) * eps(sizes)) ** 2, eps(sizes))
+        tol = rcond
         return sizes <= tol * sizes.max()
 
     def _frobenius(self) -> Tensor:

@@ -100,6 +100,8 @@ class LowRankLinearOperator(LazyLinearOperator):
             NotPositiveDefiniteError: a diagonal that varies is not positive.
         """
         values, basis = self._spectrum()
+        if self.diag is not None and self._asks_for_float64(values):
+            values, basis = self._spectrum(torch.float64)
         if self.diag is None:  # a singular matrix is so exactly: rounding is no eigenvalue
             sizes = values.abs()
             noise = len(values) * eps(values) * sizes.amax(-1, keepdim=True)
@@ -134,18 +136,28 @@ class LowRankLinearOperator(LazyLinearOperator):
             )
         return self._shift.rsqrt().unsqueeze(-1) * self.root
 
-    def _spectrum(self) -> tuple[Tensor, Tensor]:
-        """lambda (m,) and V (P, m), m <= k, of the scaled low-rank term; without a graph."""
+    def _asks_for_float64(self, values: Tensor) -> bool:
+        """Whether the rounding of lambda in its dtype is more than the digits of the diagonal."""
+        if values.numel() == 0 or self.dtype == torch.float64 or self.device.type == "mps":
+            return False
+        rest = self._shift.detach().abs().amin() if self._constant else values.new_ones(())
+        return float(rest) * 1e-3 < float(values.abs().max()) * eps(values)
+
+    def _spectrum(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """lambda (m,) and V (P, m), m <= k, of the scaled low-rank term; without a graph.
+
+        Computed in this dtype, or in that of the root if it is wider.
+        """
 
         def compute() -> tuple[Tensor, Tensor]:
             with torch.no_grad():
                 root = self._scaled_root()
-                work = root.to(torch.promote_types(root.dtype, torch.float32))
+                work = root.to(torch.promote_types(root.dtype, dtype))
                 q, r = torch.linalg.qr(work)
                 values, vectors = eigh((r * self.core.to(r)) @ r.mT)
                 return values.to(root), (q @ vectors).to(root)
 
-        return self._decomposed.get("spectrum", compute)
+        return self._decomposed.get(f"spectrum in {dtype}", compute)
 
     def _values(self) -> Tensor:
         """lambda, with a gradient if the tensors want one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -16,12 +17,12 @@ from ..operators.warn import warn
 from ..representations import Factored
 from ..selectors import space_of
 from ..space import ParamSpace
-from .curvature import Curvature, Units
+from .curvature import Curvature
 from .direction import Direction
 from .exact import exact_curvature, mean_eigenvalue
 from .framing import Framing
 from .loop import Loop
-from .measure import Reading, Touched, changed
+from .measure import Loss, Reading, Touched, changed
 from .options import Options
 from .replay import float_math
 from .saving import checked_state, common_module, restored
@@ -91,10 +92,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         like = torch.zeros((), dtype=self._dtype, device=self._space.device)
         self._framing = Framing(self._space, self._parameters, options, like)
         self._framing.take_over(before)
-        self._scale: Tensor | None = None  # of the loop's loss
-        self._unit: Tensor | float = 1.0
+        self._loss = Loss()
         self._reading: Reading | None = None  # of the passes of this step
-        self._dispersion: Tensor | None = None
         self._watching = True
         self._prepare()
 
@@ -169,8 +168,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             "skipped": self._skipped.clone(),
             "warned": self._warned,
             "solution": None if self._solution is None else self._solution.clone(),
-            "scale": None if self._scale is None else self._scale.clone(),
-            "unit": self._unit if isinstance(self._unit, float) else self._unit.clone(),
+            "loss": self._loss.state(),
             "direction": None if direction is None else direction.state(),
             "statistics": None if self._curvature is None else self._curvature.state(),
         }
@@ -197,12 +195,12 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         self._steps, self._warned = int(held["steps"]), int(held["warned"])
         self._started, self._inverted = int(held["started"]), held["inverted"]
         self._skipped, self._solution = here(held["skipped"]), here(held["solution"])
-        self._scale, self._unit = here(held["scale"]), here(held["unit"])
+        self._loss = Loss(**{name: here(value) for name, value in held["loss"].items()})
         if self._curvature is not None:
             self._curvature.restore(held["statistics"])
         if held["direction"] is not None:
             F = None if self._curvature is None else self._curvature.solved
-            self._framing.restore(held["direction"], F, self.param_groups, self._unit)
+            self._framing.restore(held["direction"], F, self.param_groups, self._loss.unit)
         self._prepare()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -292,8 +290,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             self._read()
         direction = self._frame()
         if self._reading is not None and direction.trust is not None:
-            direction.trust.see_dispersion(self._dispersion)
-        on = direction.take(gradients, self._scale if self._bounded else None)
+            direction.trust.see_dispersion(self._loss.dispersion)
+        on = direction.take(gradients, self._loss.scale if self._bounded else None)
         self._skipped += on == 0
         step = direction.step
         return direction, {name: step[name].reshape(g.shape) for name, g in gradients.items()}
@@ -312,7 +310,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                 self._inverted = self._steps
             if self._bounded and self._free is None:
                 self._reading = self._curvature.reading
-                self._take_units(found, ratio)
+                self._loss.take(found, ratio)
         except (NonFiniteError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
             reason = str(error)
         self._report_skipped(reason)
@@ -327,22 +325,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                 self._reading.add(self._scores.known, passed, target)
                 denominators.append(self._scores.denominator(passed.outputs, target))
         total = self._scores.total(float(sum(denominators)))
-        self._take_units(Units(*self._reading.close(total)), self._touched.ratio())
-
-    def _take_units(self, found: Units, ratio: Tensor | None) -> None:
-        """How the loop scales its loss, and the dispersion of its labels.
-
-        Gradients that were multiplied since (unscaled, clipped) are those of a loss that was. So
-        that a clip shrinks a step, the largest multiple of late is what counts.
-        """
-        scale, self._unit = found.scale.to(self._dtype), found.curvature.to(self._dtype)
-        if ratio is not None:
-            multiplied = scale * ratio
-            before = multiplied if self._scale is None else self._scale
-            most = torch.maximum(multiplied, before.lerp(multiplied.to(before), 0.02))
-            scale = torch.where((ratio - 1).abs() < 1e-3, scale, most)
-        self._scale = scale
-        self._dispersion = found.dispersion
+        self._loss.take(self._reading.close(total), self._touched.ratio())
 
     def _report_skipped(self, reason: str) -> None:
         """Warn of steps that were left out since the last report."""
@@ -383,10 +366,19 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             F = None if self._curvature is None else self._curvature.solved
             if isinstance(self._stored, Factored):
                 self._framing.rank = self._examples
-            return self._framing.of(F, self.param_groups, self._unit)
+            return self._framing.of(F, self.param_groups, self._loss.unit)
         plain = self._loop.independent or set()
         names = [name for name in self._space.names if name not in plain]
-        return self._framing.free(names, self._solve, self._unit)
+        held = weakref.WeakMethod(self._solve)  # the frame stays, and must not hold the optimizer
+
+        def solve(v: Tensor) -> Tensor:
+            method = held()
+            if method is None:
+                raise RuntimeError("a solve of an optimizer that is gone")
+            found: Tensor = method(v)
+            return found
+
+        return self._framing.free(names, solve, self._loss.unit)
 
     def _solve(self, v: Tensor) -> Tensor:
         """(F + damping)^-1 v with the exact curvature of this step's passes, by iteration."""
@@ -424,13 +416,17 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         }
         return self._space.ravel({**zeros, **vectors})
 
-    def _measured(self, direction: Direction, lr: float) -> Tensor | None:
-        """The part of a step that stays, of one that was made; None if it is not measured."""
-        reading, trust = self._reading, direction.trust
-        if reading is None or trust is None or not lr:
-            return None
-        found = changed(reading, self._model)
-        return None if found is None else trust.calibrate(found.to(self._dtype), lr)
+    def _measuring(self, direction: Direction) -> bool:
+        """Whether this step's passes are run again to measure what it changes."""
+        reading = self._reading
+        return reading is not None and direction.trust is not None and reading.repeatable
+
+    def _measured(self, direction: Direction, lr: float) -> Tensor:
+        """The part of a step that stays, once it was made with this learning rate."""
+        if self._reading is None or direction.trust is None:
+            raise RuntimeError("a step that is not measured")
+        found = changed(self._reading, self._model)
+        return direction.trust.calibrate(found.to(self._dtype), lr)
 
     def _end_step(self) -> None:
         self._steps += 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,26 +16,12 @@ from ..jacobian.capture import Recorded
 from ..operators import BaseLinearOperator
 from ..representations import Streamed
 from .loop import Loop, Passed
-from .measure import Reading
+from .measure import Reading, Units
 from .options import Options, Schedule
 from .running import Forms, Running
 from .scores import Scores
 
 __all__ = ["Curvature"]
-
-
-class Units(NamedTuple):
-    """What a refresh tells of the loop's loss.
-
-    Attributes:
-        scale: c, with the loop's loss c times the mean loss of a label.
-        curvature: F times this is the curvature of that mean.
-        dispersion: of a Gaussian's labels; None for other likelihoods.
-    """
-
-    scale: Tensor
-    curvature: Tensor
-    dispersion: Tensor | None
 
 
 class Curvature:
@@ -148,7 +134,8 @@ class Curvature:
         known = [int(each) for each in terms if each is not None]
         total = self.scores.total(float(sum(denominators)))
         denominator = total
-        scale, unit, dispersion = reading.close(total)
+        found = reading.close(total)
+        scale, unit = found.scale, found.curvature
         if self.empirical:
             times = self._own(total, scale, ratio)
             first = float(denominators[0]) or 1.0  # near the size of an example's own gradient
@@ -165,9 +152,9 @@ class Curvature:
         )
         weight = self._running.finish(counted, forms.replay, self.rebase)
         before = self._inverse_unit
-        fresh = 1 / torch.as_tensor(unit, device=scale.device)
+        fresh = 1 / unit
         self._inverse_unit = fresh if before is None else before.lerp(fresh, weight)
-        return Units(scale, 1 / self._inverse_unit, dispersion)
+        return found._replace(curvature=1 / self._inverse_unit)
 
     def _own(self, total: float, scale: Tensor, ratio: Tensor | None) -> Tensor | float:
         """What the loop's gradients are multiplied by, to be those of a mean over examples."""

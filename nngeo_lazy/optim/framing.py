@@ -84,10 +84,12 @@ class Framing:
 
     def free(self, names: Sequence[str], solve: Solve, unit: Tensor | float) -> Direction:
         """The direction with a matrix-free curvature of some parameters."""
-        direction = self.direction
-        if direction is None:
+        direction, wanted = self.direction, tuple(names)
+        known = () if direction is None else direction.coordinates.names
+        same = direction is not None and direction.coordinates.flat == wanted
+        if direction is None or not same or set(known) != set(self._parameters):
             direction = self._direction(
-                Coordinates(self._parameters, None, self._space.resolve, names)
+                Coordinates(self._parameters, None, self._space.resolve, wanted)
             )
         coordinates = direction.coordinates
         direction.turn(Frame(coordinates, self._flat(coordinates, solve, unit), cheap=False))
@@ -158,13 +160,14 @@ class Framing:
         if space is None:
             raise TypeError("expected a curvature of named parameters")
 
+        every, solver = self._space, self._solver  # and not self, which holds the frame
+
         def solve(v: Tensor) -> Tensor:
-            whole = self._space.unravel(v)
-            given = {name: whole[self._space.resolve(name)] for name in space.names}
-            found = self._solver(F, given, dampings)
-            names = {self._space.resolve(name): name for name in space.names}
+            whole = every.unravel(v)
+            names = {every.resolve(name): name for name in space.names}
+            found = solver(F, {own: whole[name] for name, own in names.items()}, dampings)
             zero = {n: torch.zeros_like(p) for n, p in whole.items() if n not in names}
-            return self._space.ravel({**{n: found[k] for n, k in names.items()}, **zero})
+            return every.ravel({**{name: found[own] for name, own in names.items()}, **zero})
 
         cheap = not isinstance(F, FactoredGaussNewtonLinearOperator)
         return Frame(coordinates, self._flat(coordinates, solve, unit), cheap)
@@ -189,15 +192,15 @@ class Framing:
 
     def _flat(self, coordinates: Coordinates, solve: Solve, unit: Tensor | float) -> Solve:
         """A solve over the space as one of the known part of the buffers."""
-        known = coordinates.known
+        known, space = coordinates.known, self._space
 
         def solved(y: Tensor) -> Tensor:
             whole = torch.zeros(coordinates.size, dtype=y.dtype, device=y.device)
             whole[:known] = y
             parts = coordinates.views(whole)
-            shapes = dict(zip(self._space.names, self._space.shapes, strict=True))
-            flat = self._space.ravel({n: parts[n].reshape(s) for n, s in shapes.items()})
-            for name, part in self._space.unravel(solve(flat)).items():
+            shapes = dict(zip(space.names, space.shapes, strict=True))
+            flat = space.ravel({n: parts[n].reshape(s) for n, s in shapes.items()})
+            for name, part in space.unravel(solve(flat)).items():
                 parts[name].copy_(part)
             return whole[:known] / unit
 

@@ -5,18 +5,70 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..likelihoods import Categorical, Likelihood
+from ..likelihoods.likelihood import wide
 from .loop import Passed
 
 __all__ = ["Reading", "Touched", "changed"]
 
 SMALL = 4096  # numbers of a parameter whose gradient is compared
 MANY = 6  # of such parameters
+
+
+class Units(NamedTuple):
+    """What a refresh tells of the loop's loss.
+
+    Attributes:
+        scale: c, with the loop's loss c times the mean loss of a label.
+        curvature: F times this is the curvature of that mean.
+        dispersion: of a Gaussian's labels; None for other likelihoods.
+    """
+
+    scale: Tensor
+    curvature: Tensor
+    dispersion: Tensor | None
+
+
+@dataclass
+class Loss:
+    """The latest of what is known of a loop's loss.
+
+    Attributes:
+        scale: what gradients are divided by.
+        unit: what the curvature is multiplied by.
+        dispersion: of a Gaussian's labels.
+    """
+
+    scale: Tensor | None = None
+    unit: Tensor | float = 1.0
+    dispersion: Tensor | None = None
+
+    def take(self, found: Units, ratio: Tensor | None) -> None:
+        """Take over what a refresh found.
+
+        Gradients that were multiplied since (unscaled, clipped) are those of a loss that was. So
+        that a clip shrinks a step, the largest multiple of late is what counts.
+
+        Args:
+            found: by the refresh.
+            ratio: what gradients were multiplied by.
+        """
+        scale = found.scale
+        if ratio is not None:
+            multiplied = scale * ratio
+            before = multiplied if self.scale is None else self.scale
+            most = torch.maximum(multiplied, before.lerp(multiplied, 0.02))
+            scale = torch.where((ratio - 1).abs() < 1e-3, scale, most)
+        self.scale, self.unit, self.dispersion = scale, found.curvature, found.dispersion
+
+    def state(self) -> dict[str, Any]:
+        """All of it."""
+        return {k: v.clone() if isinstance(v, Tensor) else v for k, v in vars(self).items()}
 
 
 @dataclass
@@ -45,15 +97,17 @@ class Reading:
         """Of all passes."""
         return sum(passed.outputs.shape[0] for passed, _ in self.passes)
 
-    def close(self, total: float) -> tuple[Tensor, Tensor, Tensor | None]:
+    @property
+    def repeatable(self) -> bool:
+        """Whether the passes can be run again."""
+        replays = [passed.replay for passed, _ in self.passes]
+        return bool(replays) and all(each is not None and each.fresh for each in replays)
+
+    def close(self, total: float) -> Units:
         """What the step needs, once all losses have been differentiated.
 
         Args:
             total: what the loss's sum over labels is divided by, if its scale cannot be seen.
-
-        Returns:
-            c, with the loop's loss c times the mean over labels of theirs; the curvature in that
-            mean's units, as a multiple of itself; the dispersion, if there is one.
         """
         found = [self._read(passed, target) for passed, target in self.passes]
         terms = torch.stack([each.terms for each in found])
@@ -61,7 +115,7 @@ class Reading:
         square = torch.stack([each.square for each in found]).sum() * self.examples
         self.square = square.clamp_min(torch.finfo(square.dtype).tiny ** 0.5)
         if self.likelihood is None:
-            return self.square.sqrt(), 1 / self.square, None
+            return Units(self.square.sqrt(), 1 / self.square, None)
         scales = torch.stack([each.scale for each in found])
         weights = terms * (scales.isfinite() & (scales > 0))
         mean = (scales.nan_to_num() * weights).sum() / weights.sum()
@@ -70,16 +124,16 @@ class Reading:
         dispersion = None
         if residuals:
             dispersion = torch.stack(residuals).sum() / self.examples / each.square()
-        return each * self.terms, total / self.terms, dispersion
+        return Units(each * self.terms, total / self.terms, dispersion)
 
     def _read(self, passed: Passed, target: Tensor | None) -> _Read:
         outputs, gradient, likelihood = passed.outputs, passed.gradient, self.likelihood
         if gradient is None:
             raise RuntimeError("a pass without a gradient")
-        terms = torch.tensor(float(outputs.shape[0]), device=outputs.device)
+        terms = wide(outputs).new_tensor(float(outputs.shape[0]))
         if isinstance(likelihood, Categorical):
-            terms = likelihood.num_terms(outputs, target).float()
-        square, scale = gradient.float().square().sum(), torch.full_like(terms, float("nan"))
+            terms = likelihood.num_terms(outputs, target).to(terms)
+        square, scale = wide(gradient).square().sum(), torch.full_like(terms, float("nan"))
         if likelihood is None:
             return _Read(terms, square, scale, None)
         seen = likelihood.scale_of(outputs, gradient)
@@ -87,8 +141,8 @@ class Reading:
         return _Read(
             terms,
             square,
-            scale if seen is None else seen.float(),
-            None if residual is None else residual.float() * outputs.shape[0],
+            scale if seen is None else seen.to(terms),
+            None if residual is None else residual.to(terms) * outputs.shape[0],
         )
 
 
@@ -102,7 +156,7 @@ class _Read(NamedTuple):
 
 
 @torch.no_grad()
-def changed(reading: Reading, model: nn.Module) -> Tensor | None:
+def changed(reading: Reading, model: nn.Module) -> Tensor:
     """2 KL, per label, of the predictions of a refresh and those of the model as it is now.
 
     To second order in the change; exactly the sum of both directions' KL for likelihoods whose
@@ -110,14 +164,14 @@ def changed(reading: Reading, model: nn.Module) -> Tensor | None:
     outputs along the loss's gradients, in units of their mean square.
 
     Returns:
-        0-d, or None if a pass cannot be run again.
+        0-d.
     """
     total: list[Tensor] = []
     if reading.terms is None or reading.square is None:
-        return None
+        raise RuntimeError("passes that were not read")
     for passed, target in reading.passes:
-        if passed.replay is None or not passed.replay.fresh:
-            return None
+        if passed.replay is None or passed.gradient is None:
+            raise RuntimeError("a pass that cannot be run again")
         before = passed.outputs
         buffers = [(b, b.detach().clone()) for b in model.buffers()]
         try:
@@ -125,14 +179,10 @@ def changed(reading: Reading, model: nn.Module) -> Tensor | None:
         finally:
             for buffer, kept in buffers:
                 buffer.copy_(kept)
-        if after.shape != before.shape:
-            return None
         same = before == after  # also if both are infinite
-        change = torch.where(same, 0.0, after.float() - before.float()).flatten(1)
+        change = torch.where(same, 0.0, wide(after) - wide(before)).flatten(1)
         if reading.likelihood is None:
-            if passed.gradient is None:
-                return None
-            own = passed.gradient.float().flatten(1) * reading.examples
+            own = wide(passed.gradient).flatten(1) * reading.examples
             total.append((own * change).sum(1).square().sum())
         else:
             labels = torch.zeros_like(before) if target is None else target
@@ -143,7 +193,7 @@ def changed(reading: Reading, model: nn.Module) -> Tensor | None:
 
 
 def _score(likelihood: Likelihood, outputs: Tensor, labels: Tensor) -> Tensor:
-    (score,) = likelihood.directions(outputs.float(), labels, "empirical")
+    (score,) = likelihood.directions(wide(outputs), labels, "empirical")
     return score
 
 
@@ -171,12 +221,12 @@ class Touched:
     def keep(self, k: int, p: Tensor) -> None:
         """A gradient was accumulated."""
         if self.active and p.grad is not None and not p.grad.is_sparse:
-            self._held[k] = p.grad.detach().float().clone()
+            self._held[k] = wide(p.grad.detach()).clone()
 
     def ratio(self) -> Tensor | None:
         """What gradients were multiplied by since; None if it is not known."""
         pairs = [(self._parameters[k].grad, g) for k, g in self._held.items()]
-        found: Sequence[tuple[Tensor, Tensor]] = [(a.float(), b) for a, b in pairs if a is not None]
+        found: Sequence[tuple[Tensor, Tensor]] = [(wide(a), b) for a, b in pairs if a is not None]
         self._held = {}
         if not found:
             return None

@@ -232,12 +232,15 @@ class NaturalGradient(CurvatureOptimizer):
             if group["weight_decay"]:
                 kept = 1 - lr * decay * direction.on
                 torch._foreach_mul_(weights, kept.to(weights[0].dtype))
-            torch._foreach_sub_(weights, change, alpha=lr)
             made.append((weights, change, lr))
-        stays = self._measured(direction, max((lr for *_, lr in made), default=0.0))
-        if stays is not None:
+        most = max((lr for *_, lr in made), default=0.0)
+        tried = max(1.0, 1 / most) if most and self._measuring(direction) else 1.0
+        for weights, change, lr in made:
+            torch._foreach_sub_(weights, change, alpha=tried * lr)
+        if most and self._measuring(direction):  # of a rate of one at least, so that lr scales all
+            stays = self._measured(direction, tried * most)
             for weights, change, lr in made:
-                torch._foreach_add_(weights, torch._foreach_mul(change, 1 - stays), alpha=lr)
+                torch._foreach_add_(weights, torch._foreach_mul(change, tried - stays), alpha=lr)
 
     # --- the quadratic model's step --------------------------------------------------------------
 

@@ -121,13 +121,12 @@ class Preconditioner(CurvatureOptimizer):
         """Gradients by directions, whose change of the predictions is tried out."""
         weights: list[Tensor] = [self._parameters[name] for name in steps]
         change = list(steps.values())
-        if self._reading is not None and direction.trust is not None:
+        if self._measuring(direction):
             before = [w.clone() for w in weights]
             torch._foreach_sub_(weights, change)
             stays = self._measured(direction, 1.0)
             torch._foreach_copy_(weights, before)
-            if stays is not None:
-                change = list(torch._foreach_mul(change, stays))
+            change = list(torch._foreach_mul(change, stays))
         for w, new in zip(weights, change, strict=True):
             if w.grad is not None and w.grad.is_sparse:
                 w.grad = new.to(w.dtype).clone()

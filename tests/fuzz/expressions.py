@@ -445,6 +445,11 @@ class Case:
         return cls(tree, tuple(r.sample(names, 9)))
 
     @property
+    def code(self) -> str:
+        """The expression."""
+        return code(self.tree)
+
+    @property
     def group(self) -> str:
         return ""  # each member is a group
 

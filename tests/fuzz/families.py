@@ -109,7 +109,7 @@ def sorted_batch(r: random.Random, seed: int, sizes: Sequence[int]) -> Program:
         (
             "self.b(h[i.argsort()])",
             "self.b(h)[i.argsort()]",
-            "torch.zeros(len(x), 2).index_copy(0, i, self.b(h))",
+            "x.new_zeros(len(x), 2).index_copy(0, i, self.b(h))",
             "self.b(torch.empty_like(h).scatter(0, i[:, None].expand_as(h), h))",
         )
     )
@@ -416,8 +416,8 @@ def mixing(r: random.Random, seed: int, sizes: Sequence[int]) -> Program:
             "h = self.n(h)",
         )
     )
-    norm = "self.n = nn.BatchNorm1d(3, track_running_stats=False)"
-    setup = f"self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 2)\n{norm}"
+    norm = "\nself.n = nn.BatchNorm1d(3, track_running_stats=False)" if "self.n" in way else ""
+    setup = f"self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 2){norm}"
     body = f"h = torch.tanh(self.a(x))\n{way}\nreturn self.b(h)"
     data = reals(r, several(sizes), 3)
     return Program(source(setup, body), tuple(data), seed, False, 2, fixed=False)
@@ -445,7 +445,7 @@ def noisy(r: random.Random, seed: int, sizes: Sequence[int]) -> Program:
             ("h = F.dropout(h, 0.5)", False),
             ("h = h * (torch.rand(len(h), 1) > 0.5)", False),
             ("h = F.rrelu(h, training=True)", False),
-            ("h = h[:, torch.randperm(3)]", False),
+            ("h = h.gather(1, torch.rand_like(h).argsort(1))", False),
         )
     )
     setup = "self.a, self.b, self.d = nn.Linear(3, 3), nn.Linear(3, 2), nn.Dropout(0.5)"

@@ -5,7 +5,7 @@ by one, and the Hessian of its loss is taken twice by reverse mode.
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from unittest import mock
@@ -160,9 +160,9 @@ class Truth:
     def hessian(self) -> Tensor:
         """Reverse over reverse, a loop over entries of the gradient of the summed loss.
 
-        It must be the change of the gradient along a line, unless the network detaches something:
-        torch's second derivatives of its fused weight norm are wrong, for instance, and elementary
-        functions stand in their place.
+        It must be the change of the gradient along a line, unless the network detaches something
+        or has padding: torch's second derivatives of its fused weight norm are wrong, for instance,
+        and elementary functions stand in their place.
         """
         with sdpa_kernel(SDPBackend.MATH), mock.patch("torch._weight_norm", weight_norm):
             gradient = flat(self._gradients(), self.parameters)
@@ -170,7 +170,7 @@ class Truth:
             direction = torch.linspace(-1, 1, len(found)).to(found)
             ahead, behind = self._moved(direction, 1e-5), self._moved(direction, -1e-5)
         difference = (ahead - behind) / 2e-5 / len(self.singles)
-        cut = "detach" in self.program.source or "no_grad" in self.program.source
+        cut = any(word in self.program.source for word in ("detach", "no_grad", "padding_idx"))
         if not cut and not torch.allclose(found @ direction, difference, rtol=1e-4, atol=1e-5):
             raise UnfitError("the Hessian of the oracle is not the change of the gradient")
         return found
@@ -383,6 +383,83 @@ def check_merged(truth: Truth) -> None:
 CHECKS["merged"] = check_merged
 
 
+def check_part(truth: Truth) -> None:
+    """Every other parameter, from a loader."""
+    names = truth.names[::2]
+    F = ng.FIM(truth.model, Loader(truth.data), "dense", likelihood=truth.object, params=names)
+    kept = torch.cat(
+        [
+            torch.full((p.numel(),), n in names)
+            for n, p in zip(truth.names, truth.parameters, strict=True)
+        ]
+    )
+    want = truth.fisher[kept][:, kept]
+    compare("FIM of some parameters", F.to_dense(), want, want.diagonal())
+
+
+class Loader:
+    """An iterable of batches that has nothing else."""
+
+    def __init__(self, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(self.batches)
+
+
+def check_centered(truth: Truth) -> None:
+    mean = truth.scores.mean(0)
+    want = truth.empirical - torch.outer(mean, mean)
+    options = {"likelihood": truth.object, "estimator": "empirical", "center": True}
+    d = truth.empirical.diagonal()
+    F = ng.FIM(truth.model, truth.data, "dense", **options)
+    compare("centered dense", F.to_dense(), want, d)
+    F = ng.FIM(truth.model, truth.data, "diagonal", **options)
+    compare("centered diagonal", F.diagonal(), want.diagonal(), d)
+
+
+def check_draws(truth: Truth) -> None:
+    """With one seed, all representations of a sampled Fisher are of one matrix."""
+    options = {"likelihood": truth.object, "estimator": "mc", "samples": 2, "seed": 3}
+    dense = ng.FIM(truth.model, truth.data, "dense", **options).to_dense()
+    d = dense.diagonal()
+    for representation in ("diagonal", "factored", "implicit"):
+        F = ng.FIM(truth.model, truth.data, representation, **options)
+        compare(f"mc {representation}", F.diagonal(), d, d)
+    inside = truth.fisher.diagonal() > 0  # a score is a combination of the Jacobian's rows
+    compare("mc outside of the support", d[~inside], torch.zeros_like(d[~inside]))
+
+
+def check_kronecker(truth: Truth) -> None:
+    """KFAC is positive semidefinite, zero where the Fisher is, and comes back from its state."""
+    F = ng.FIM(truth.model, truth.data, "kfac", likelihood=truth.object)
+    K = F.to_dense()
+    compare("kfac.diagonal()", F.diagonal(), K.diagonal())
+    compare("kfac symmetric", K, K.mT)
+    values = torch.linalg.eigvalsh(K)
+    if float(values.min()) < -1e-10 * float(values.abs().max()):
+        raise WrongError(f"kfac has the eigenvalue {float(values.min()):.1e}")
+    compare("kfac loaded", ng.load(F.state_dict()).to_dense(), K)
+    step = F.solve(torch.ones(len(K)).to(K), damping=0.1)
+    compare("kfac.solve", K @ step + 0.1 * step, torch.ones(len(K)).to(K))
+
+
+def check_across(truth: Truth) -> None:
+    """A kernel between two sets."""
+    x1, x2 = truth.inputs[0], truth.inputs[-1]
+    J1, J2 = truth.jacobian[: len(x1)].flatten(0, 1), truth.jacobian[-len(x2) :].flatten(0, 1)
+    compare("NTK across", ng.NTK(truth.model, x1, x2).to_dense(), J1 @ J2.mT)
+
+
+CHECKS |= {
+    "part": check_part,
+    "centered": check_centered,
+    "draws": check_draws,
+    "kronecker": check_kronecker,
+    "kernel across": check_across,
+}
+
+
 def state(model: nn.Module) -> list[object]:
     """What a build must leave as it was."""
     tensors = [
@@ -426,9 +503,12 @@ def run(truth: Truth, check: str) -> None:
         raise WrongError(f"{check}: the model or the random state is changed")
 
 
-def choose(seed: int, count: int, fixed: bool = True) -> list[str]:
-    """Some of the checks."""
-    names = sorted(CHECKS) if fixed else [n for n in sorted(CHECKS) if n.startswith("fisher")]
-    if not fixed:
-        names = [n for n in names if n.split(" ")[-1] != "quasi_diagonal"]
-    return random.Random(seed).sample(names, count)
+def choose(truth: Truth, count: int) -> list[str]:
+    """Some of the checks, by the network's seed; Hessians if they take little time."""
+    names, program = sorted(CHECKS), truth.program
+    if not program.fixed:
+        names = [n for n in names if n.startswith("fisher") and "quasi" not in n]
+    size = sum(p.numel() for p in truth.parameters)
+    if size > 60 or size * sum(map(len, truth.inputs)) > 300:
+        names = [n for n in names if "hessian" not in n]
+    return random.Random(program.seed).sample(names, min(count, len(names)))
