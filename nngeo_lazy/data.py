@@ -21,8 +21,10 @@ from tqdm.auto import tqdm
 
 from . import tree
 from .errors import DataError
+from .fingerprints import Passes, Streams
+from .skeleton import localised
 
-__all__ = ["Batch", "Batches", "outputs_of", "refuse_shuffling"]
+__all__ = ["Batch", "Batches", "outputs_of"]
 
 LABELS = ("labels", "label")
 FORMS = (
@@ -92,17 +94,19 @@ class Batches:
         self._positions = positions
         self._progress = progress
         self._gave = False  # a batch, on any pass so far
+        self._streams = Streams(self.generators)
+        self._passes = Passes()
 
     def __iter__(self) -> Generator[Batch, None, None]:
         first: Any = None
-        empty = True
+        empty, count = True, 0
         with tqdm(
             total=_length(self._loader),
             disable=not self._progress,
             unit="batch",
         ) as bar:
-            for raw in self._loader:
-                structure = _structure(raw)
+            for k, raw in enumerate(self._once()):
+                structure = _structure(raw, self._forward is not None)
                 if empty:
                     first, empty, self._gave = structure, False, True
                 elif structure != first:
@@ -110,6 +114,9 @@ class Batches:
                         f"expected batches of one structure, but a batch holds {structure} where "
                         f"the first holds {first}: make the loader collate every batch alike"
                     )
+                if not self.held:
+                    self._passes.compare(k, raw)
+                count = k + 1
                 yield self.read(_move(raw, self._device))
                 bar.update()
         if empty and self._gave:
@@ -122,6 +129,16 @@ class Batches:
                 "expected at least one batch, but the loader is empty: check the length of the "
                 "data set, and drop_last"
             )
+        if not self.held:
+            self._passes.finish(count)
+
+    def drawn_from(self, seed: int) -> None:
+        """From now on, the order of a shuffling loader is drawn from this seed."""
+        self._streams = Streams(self.generators, seed)
+
+    def _once(self) -> Iterator[Any]:
+        """One pass over what was given."""
+        return iter(self._loader) if self.held else self._streams.over(self._loader)
 
     @property
     def generators(self) -> list[torch.Generator]:
@@ -188,7 +205,7 @@ class Batches:
             DataError: the outputs are no floating-point tensor (N, ...).
         """
         if self._forward is not None:
-            outputs = self._forward(model, raw)
+            outputs = localised(self._forward, model)(model, raw)
         else:
             args, kwargs = self._call(raw)
             outputs = model(*args, **kwargs)
@@ -229,15 +246,6 @@ def outputs_of(result: Any, remedy: str) -> Tensor:
             f"{result.dtype} of shape {tuple(result.shape)}: {remedy}"
         )
     return result
-
-
-def refuse_shuffling(loader: Any, what: str) -> None:
-    """Raise DataError where a loader has another order on every pass, and the order matters."""
-    if isinstance(getattr(loader, "sampler", None), torch_data.RandomSampler):
-        raise DataError(
-            f"{what} has a row for each example, in the loader's order, but the loader shuffles: "
-            "pass shuffle=False"
-        )
 
 
 def _as_batches(loader: Any) -> Iterable[Any]:
@@ -305,7 +313,8 @@ def _require_batch(raw: Any) -> None:
     if _kind(raw) not in ("tensor", "sequence", "mapping") or not _holds_tensor(raw):
         raise DataError(
             "expected a batch to be a tensor, a sequence (inputs, target, ...) or a mapping of "
-            f"tensors, got {_structure(raw)}: convert it, or pass forward=lambda model, batch: ..."
+            f"tensors, got {_structure(raw, False)}: convert it, or pass "
+            "forward=lambda model, batch: ..."
         )
 
 
@@ -347,17 +356,21 @@ def _move(value: Any, device: torch.device) -> Any:
     return tree.map_leaves(moved, value)
 
 
-def _structure(value: Any) -> Any:
+def _structure(value: Any, free: bool, inside: bool = False) -> Any:
     """What must be the same in every batch: keys and lengths, not sizes.
 
     A sequence without tensors of its own holds one entry for each example: names, or targets of a
-    detector. Nothing is asked of it.
+    detector. Its length is a size, and so is that of any sequence which is passed to a forward of
+    the user's (free).
     """
     if isinstance(value, Mapping):
-        return {str(name): _structure(value[name]) for name in sorted(value, key=str)}
+        return {str(name): _structure(value[name], free, True) for name in sorted(value, key=str)}
     if _kind(value) == "sequence":
         kinds = {_kind(entry) for entry in value}
         if kinds and not kinds & {"tensor", "sequence", "none"}:
             return "a list of " + " and ".join(sorted(kinds))
-        return [_structure(entry) for entry in value]
+        entries = [_structure(entry, free, True) for entry in value]
+        if inside and free:
+            return [entry for k, entry in enumerate(entries) if entry not in entries[:k]]
+        return entries
     return _kind(value)

@@ -8,6 +8,8 @@ __all__ = [
     "ConvergenceWarning",
     "DataError",
     "EstimateWarning",
+    "LikelihoodWarning",
+    "MissingFileError",
     "NNGeoError",
     "NonFiniteError",
     "NonFiniteWarning",
@@ -33,11 +35,11 @@ class UnsupportedLayerError(NNGeoError, NotImplementedError):
 
 
 class NotPositiveDefiniteError(NNGeoError, ArithmeticError):
-    """A matrix is singular or indefinite where positive definiteness is needed."""
+    """A matrix is singular or indefinite, and must be positive definite."""
 
 
 class NonFiniteError(NNGeoError, ArithmeticError):
-    """NaN or infinity where a finite number is needed."""
+    """NaN or infinity, and a finite number is needed."""
 
 
 class StochasticModelError(NNGeoError, RuntimeError):
@@ -46,6 +48,10 @@ class StochasticModelError(NNGeoError, RuntimeError):
 
 class DataError(NNGeoError, ValueError):
     """The loader, its batches, the targets or an option do not fit."""
+
+
+class MissingFileError(DataError, FileNotFoundError):
+    """There is no file at a path."""
 
 
 class RuleError(NNGeoError, TypeError):
@@ -71,7 +77,7 @@ class ConvergenceWarning(UserWarning):
 
 
 class EstimateWarning(UserWarning):
-    """A number is an estimate where an exact one was asked for, or a worse one than was asked for.
+    """A number is an estimate and not the exact one asked for, or a worse estimate than asked for.
 
     Attributes:
         estimate: the `Estimate`, with its standard error.
@@ -80,6 +86,10 @@ class EstimateWarning(UserWarning):
     def __init__(self, message: str, estimate: Any) -> None:
         super().__init__(message)
         self.estimate = estimate
+
+
+class LikelihoodWarning(UserWarning):
+    """The gradient of a training loss is not that of the likelihood that was given or assumed."""
 
 
 class NonFiniteWarning(UserWarning):

@@ -9,14 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from .builders import Jacobian
-from .data import Batches, refuse_shuffling
+from .data import Batches
 from .errors import DataError, SpaceMismatchError
+from .fingerprints import refuse_shuffling
 from .likelihoods import Likelihood, resolve_loss
 from .operators import BaseLinearOperator
 from .operators.damping import DampingLike
 from .operators.kernel import kernel_of
 from .quantities import LossLike
 from .selectors import space_of
+from .skeleton import skeleton
 
 __all__ = ["influences"]
 
@@ -122,6 +124,7 @@ def _of_outputs(
     refuse_shuffling(train, "influences")
     batches = Batches(train, device=next(model.parameters()).device, forward=forward, target=target)
     known: Likelihood | None = None
+    model = skeleton(model)
     scores, hessians = [], []
     for batch in batches:
         outputs = batches.forward(model, batch.raw).detach()  # a forward may need autograd

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .arguments import require_callable, require_model, require_seed
 from .data import Batch, Batches
 from .errors import DataError, NonFiniteError, TooLargeError
 from .facts import Facts, Sample
@@ -22,6 +23,7 @@ from .jacobian.positions import marks_of
 from .jacobian.record import recording, refuse_training_mode
 from .quantities import Quantity
 from .selectors import Selector, space_of
+from .skeleton import refuse_strays, skeleton
 from .space import ParamSpace
 from .statistics import Statistic, all_finite
 
@@ -45,7 +47,6 @@ class Problem:
         quantity: which output directions.
         seed: of the label draws, as it was given.
         drawn_seed: the seed that is used; None if nothing is drawn.
-        orders: the states of the loader's generators, which every pass starts from.
         max_directions: the most directions of a batch in an exact computation.
         center: whether the mean row is subtracted from every row.
     """
@@ -56,7 +57,6 @@ class Problem:
     quantity: Quantity
     seed: int | None
     drawn_seed: int | None
-    orders: tuple[Tensor, ...]
     max_directions: int
     center: bool
 
@@ -94,14 +94,16 @@ class Problem:
         if not replayed:
             refuse_training_mode(model)
         draws = seed is None and quantity.estimator == "mc"
+        drawn = int(torch.randint(2**62, ())) if draws else seed
+        if drawn is not None:
+            batches.drawn_from(drawn)
         return cls(
             model,
             space,
             batches,
             quantity,
             seed,
-            int(torch.randint(2**62, ())) if draws else seed,
-            tuple(own.get_state() for own in batches.generators),
+            drawn,
             max_directions,
             center,
         )
@@ -114,18 +116,11 @@ class Problem:
             known["seed"] = self.seed
         return {**known, "center": 1} if self.center else known
 
-    @contextmanager
-    def seeded(self) -> Iterator[torch.Generator | None]:
-        """The same label draws, and the same order of a shuffling loader, in every pass."""
+    def generator(self) -> torch.Generator | None:
+        """Of label draws, which are the same in every pass; None if nothing is drawn."""
         if self.drawn_seed is None:
-            yield None
-            return
-        for own, state in zip(self.batches.generators, self.orders, strict=True):
-            own.set_state(state)
-        # What draws on the default generator is the order of a shuffling loader; on the CPU alone.
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(self.drawn_seed)
-            yield torch.Generator(device=self.space.device).manual_seed(self.drawn_seed)
+            return None
+        return torch.Generator(device=self.space.device).manual_seed(self.drawn_seed)
 
 
 class Sweep:
@@ -137,7 +132,9 @@ class Sweep:
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        self._capture = Capture(problem.model, problem.space, problem.batches.forward)
+        self._model = skeleton(problem.model)
+        self._capture = Capture(self._model, problem.space, problem.batches.forward)
+        self._looked = False  # at what the outputs depend on
         self._parts: Sequence[Part] = ()
         self._kept: tuple[Facts, list[Chunk]] | None = None
 
@@ -147,6 +144,10 @@ class Sweep:
         space = self.problem.space
         wide = torch.promote_types(space.dtype, torch.float32)
         return Facts(space, self._parts, wide, self.problem.described, self.problem.center)
+
+    def at(self, model: nn.Module) -> Sweep:
+        """The sweep of another model of the same kind."""
+        return Sweep(replace(self.problem, model=model))
 
     def run(self, make: Make, keep: bool = False) -> tuple[Facts, Sequence[Statistic]]:
         """Make statistics on the first batch and update them over all batches.
@@ -168,10 +169,8 @@ class Sweep:
         statistics: Sequence[Statistic] | None = None
         kept: list[Chunk] | None = [] if keep else None
         totals = Totals(problem.quantity, problem.space.device)
-        with (
-            problem.seeded() as generator,
-            recording(problem.model, problem.space.parameters(problem.model)),
-        ):
+        generator = problem.generator()
+        with recording(self._model, problem.space.parameters(self._model)):
             for batch in problem.batches:
                 for recorded, target in self._record(batch):
                     totals.add(recorded.outputs, target)
@@ -191,9 +190,9 @@ class Sweep:
             DataError: the first batch has no example.
         """
         problem = self.problem
+        generator = problem.generator()
         with (
-            problem.seeded() as generator,
-            recording(problem.model, problem.space.parameters(problem.model)),
+            recording(self._model, problem.space.parameters(self._model)),
             closing(iter(problem.batches)) as batches,
         ):
             first, count = next(batches), problem.batches.count
@@ -208,6 +207,10 @@ class Sweep:
 
     def _record(self, batch: Batch) -> Iterator[tuple[Recorded, Tensor | None]]:
         for recorded, target in self._capture(batch.raw, batch.target):
+            if not self._looked:
+                own = self.problem.space.parameters(self.problem.model)
+                refuse_strays(recorded.record.outputs, own)
+                self._looked = True
             self.problem.quantity.fit(recorded.outputs, target)
             self._parts = self._capture.parts
             scored = self.problem.quantity.scored(recorded.outputs, target)
@@ -254,6 +257,10 @@ def make_sweep(
     **options: Any,
 ) -> Sweep:
     """A sweep from what the builders take; see `FIM`."""
+    require_model(model)
+    require_seed(options.get("seed"))
+    require_callable("forward", forward)
+    require_callable("target", target)
     space = space_of(model, params)
     batches = Batches(
         loader,

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import tree
 from ..errors import UnsupportedLayerError
+from ..skeleton import skeleton
+from ..switches import unfused_attention
 from .proof import agree
 
-__all__ = ["Forward", "GeneralRows", "Way", "Whole", "cut", "example_leaves"]
+__all__ = ["Forward", "GeneralRows", "Way", "cut", "example_leaves"]
 
 Forward = Callable[[nn.Module, Any], Tensor]
 
@@ -112,23 +113,23 @@ class GeneralRows:
 
     def _vmap(self, raw: Any, outputs: Tensor, directions: Tensor, start: int, stop: int) -> Tensor:
         leaves = list(tree.leaves(raw))
-        whole = Whole(self.model, self.forward)
+        shared = {id(p): p for p in self.model.parameters()}
 
         def score(
             parameters: dict[str, Tensor], direction: Tensor, examples: list[Tensor]
         ) -> Tensor:
             here = {k: x.unsqueeze(0) for k, x in zip(self._leaves, examples, strict=True)}
-            batch = tree.replaced(raw, here)
-            out: Tensor = torch.func.functional_call(whole, parameters, (batch,))
+            given = {id(self.parameters[name]): p for name, p in parameters.items()}
+            own = skeleton(self.model, {**shared, **given})
+            out = self.forward(own, tree.replaced(raw, here))
             return (out * direction.unsqueeze(0)).sum()
 
-        named = {f"model.{name}": p.detach() for name, p in self.parameters.items()}
+        named = {name: p.detach() for name, p in self.parameters.items()}
         examples = [leaves[k][start:stop] for k in self._leaves]
         rows = []
         for direction in directions:
-            # Only the math backend of attention has batching rules. No graph: the parameters that
-            # are not differentiated here require a gradient, too.
-            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            # No graph: the parameters that are not differentiated here require a gradient, too.
+            with torch.no_grad(), unfused_attention.used():
                 by_name = torch.func.vmap(torch.func.grad(score), (None, 0, 0))(
                     named, direction[start:stop], examples
                 )
@@ -165,15 +166,3 @@ class GeneralRows:
                 for p, g in zip(parameters, grads, strict=True)
             ]
         )
-
-
-class Whole(nn.Module):
-    """A model with its forward, so that `functional_call` reaches the parameters of both."""
-
-    def __init__(self, model: nn.Module, forward: Forward) -> None:
-        super().__init__()
-        self.model = model
-        self._forward = forward
-
-    def forward(self, raw: Any) -> Tensor:
-        return self._forward(self.model, raw)

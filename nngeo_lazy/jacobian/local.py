@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
+from ..switches import unfused_attention
 from .folds import Fold
 from .uses import Use
 
@@ -75,7 +75,7 @@ class _Call:
         g = fold.front(g, n, 1)[:, start:stop]
         if self._vmap:
             try:
-                with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
+                with warnings.catch_warnings(), unfused_attention.used():
                     warnings.filterwarnings("error", message=".*performance drop.*")
                     many = [self._batched(fold, data, each, xs) for each in g]
                 return self._by_slot([torch.stack(parts) for parts in zip(*many, strict=True)])

@@ -7,10 +7,9 @@ sees them all.
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from .. import tree
 from ..errors import StochasticModelError
+from ..switches import eager, plain_attention_modules
 from .layers import BATCH_STATISTICS
 from .meetings import uses_of
 from .registry import Known, find, whole_modules
@@ -395,23 +395,8 @@ def recording(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[No
 @contextmanager
 def plain_functions() -> Iterator[None]:
     """Inside, a model calls functions that can be seen and differentiated, and nothing fused."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(_plain_attention())
-        if "torch._dynamo" in sys.modules:  # else nothing can have been compiled
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+    with torch.inference_mode(False), plain_attention_modules.used(), eager.used():
         yield
-
-
-@contextmanager
-def _plain_attention() -> Iterator[None]:
-    """Attention in inference mode calls no functions that can be recorded: not its fused path."""
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def refuse_training_mode(model: nn.Module) -> None:

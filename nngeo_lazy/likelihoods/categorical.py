@@ -135,6 +135,13 @@ class Categorical(Likelihood):
             )
         return labels
 
+    def scale_of(self, outputs: Tensor, gradient: Tensor) -> Tensor | None:
+        """From the likeliest class that is pushed down, at each position: c p there."""
+        dim = self._class_dim(outputs, None)
+        p = wide(outputs.detach()).softmax(dim) * (gradient > 0)
+        wrong, where = p.max(dim, keepdim=True)
+        return wide(gradient).gather(dim, where).sum() / wrong.sum()
+
     def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
         logits, labels, mask = self._canonical(wide(outputs), target)
         log_p = logits.log_softmax(-1)

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ..data import outputs_of
-from ..errors import DataError, SpaceMismatchError, UnsupportedLayerError
+from ..errors import DataError, LikelihoodWarning, SpaceMismatchError, UnsupportedLayerError
 from ..jacobian.capture import Capture, Recorded
 from ..jacobian.parts import Kind, Part
 from ..jacobian.passes import gradients_at
 from ..jacobian.record import Recorder, in_build, plain_functions, recording
 from ..jacobian.registry import whole_modules
+from ..operators.warn import warn
 from ..space import ParamSpace
 from .hooks import Hooks
 from .replay import Replay, float_math
@@ -26,6 +27,11 @@ from .replay import Replay, float_math
 __all__ = ["Loop", "Passed", "Scorer"]
 
 Outputs = Callable[[Any], Tensor]
+_DERIVED = (
+    "the loss seems to use derivatives of the network's outputs (create_graph=True), which the "
+    "curvature leaves out: if they are most of the loss, let the model's forward pass make and "
+    "return them, and take representation='implicit'"
+)
 _MARK = "nngeo_lazy.optim"  # where a graph keeps the mark of its pass
 
 
@@ -81,6 +87,7 @@ class Passed:
         recorded: its layers, while the loop's own gradients at them are collected.
         at_layers: those gradients, by the index of the recorded edge.
         counts: whether the backward pass that runs is the loop's.
+        derived: whether a derivative of the outputs was made that can itself be differentiated.
     """
 
     outputs: Tensor
@@ -90,6 +97,7 @@ class Passed:
     recorded: Recorded | None = None
     at_layers: dict[int, Tensor] = field(default_factory=dict)
     counts: bool = False
+    derived: bool = False
 
 
 class _Running(NamedTuple):
@@ -121,6 +129,7 @@ class Loop:
         scorer: what recorded passes are for.
         recording: whether the layers of the next passes are to be recorded.
         replaying: whether the next passes are to be run again.
+        sorting: whether the parameters are wanted that the outputs do not depend on.
         passes: those whose loss was differentiated since the last step.
         seen: how many there were, differentiated or not.
     """
@@ -128,9 +137,9 @@ class Loop:
     def __init__(self, model: nn.Module, space: ParamSpace, outputs: Outputs | None) -> None:
         self.model, self.space = model, space
         self.plain: dict[str, str] = {}
-        self.scorer: Scorer | None = None
+        self._scorer: weakref.ref[Scorer] | None = None
         self.independent: set[str] | None = None
-        self.recording = self.replaying = False
+        self.recording = self.replaying = self.sorting = self._warned = False
         self.passes: list[Passed] = []
         self.seen = 0
         self._outputs = _default_outputs if outputs is None else outputs
@@ -138,6 +147,15 @@ class Loop:
         self._capture: Capture | None = None
         self._running: _Running | None = None
         self.hooks = Hooks(model, self)
+
+    @property
+    def scorer(self) -> Scorer | None:
+        """Held weakly, so that an optimizer that is dropped is gone at once."""
+        return None if self._scorer is None else self._scorer()
+
+    @scorer.setter
+    def scorer(self, scorer: Scorer) -> None:
+        self._scorer = weakref.ref(scorer)
 
     @property
     def parts(self) -> Sequence[Part]:
@@ -179,12 +197,17 @@ class Loop:
         stack.close()
         if result is None:
             return
-        outputs = self._outputs(result)
+        try:
+            outputs = self._outputs(result)
+        except DataError:
+            if self.model.training:
+                raise
+            return  # what a model returns in evaluation mode may be of another kind
         if not outputs.requires_grad:
             return
         self.seen += 1
         recorded = None if recorder is None else self._recorded(raw, outputs, recorder)
-        if replay is not None and self.independent is None:
+        if self.sorting and self.independent is None:
             self.independent = self._without_influence(outputs)
         self._wait(outputs, Passed(outputs.detach(), Mark.of(outputs), replay), recorded)
 
@@ -198,15 +221,27 @@ class Loop:
     def _wait(self, outputs: Tensor, passed: Passed, recorded: Recorded | None) -> None:
         """Hooks hold what lies below them, and nothing that holds them: graphs end as ever."""
         arrival = _Arrival(weakref.ref(self), passed, recorded, outputs._version, outputs.output_nr)
-        outputs.register_hook(arrival)
-        if recorded is not None and self.scorer is not None and self.scorer.empirical:
-            for k, edge in enumerate(recorded.edges):
-                edge.node.register_prehook(_AtLayer(passed, k, edge.output_nr))
+        edge = _uncast(outputs)
+        if edge is None:
+            outputs.register_hook(arrival)
+        else:
+            arrival.output = edge.output_nr
+            edge.node.register_prehook(_AtCast(arrival))
 
-    def arrived(self, arrival: _Arrival, gradient: Tensor) -> None:
-        """The gradient at the outputs of a pass arrived."""
+    def arrived(self, arrival: _Arrival, gradient: Tensor | None) -> None:
+        """The gradient at the outputs of a pass arrived; None of a compiled model's own loss."""
         passed, recorded = arrival.passed, arrival.recorded
-        if passed.mark.scoring or not self._reaches_parameters():
+        if passed.mark.scoring:
+            return
+        if not self._reaches_parameters():
+            passed.derived |= torch.is_grad_enabled()  # with create_graph=True
+            return
+        if passed.derived and not self._warned:
+            self._warned = True
+            warn(LikelihoodWarning(_DERIVED))
+        if gradient is None:
+            passed.counts = True
+            self.passes.append(passed)
             return
         if passed.outputs._version != arrival.version:
             raise DataError(
@@ -226,6 +261,9 @@ class Loop:
             if recorded is not None:
                 arrival.recorded = None
                 self.scorer.arrived(passed, recorded, root)
+                if self.scorer.empirical:  # the layers below have not been reached yet
+                    for k, edge in enumerate(recorded.edges):
+                        edge.node.register_prehook(_AtLayer(passed, k, edge.output_nr))
             else:
                 self.scorer.arrived_again(passed, gradient)
 
@@ -249,7 +287,8 @@ class Loop:
         """A plan for the parameters that have a form."""
         while True:
             # the loop's own backward pass frees what leads from weights to parameters
-            capture = Capture(self.model, self.space, self._forward, through=False)
+            forward = _Forward(self._outputs)
+            capture = Capture(self.model, self.space, forward, through=False)
             parts = self._prove(capture, raw)
             out = [part for part in parts if part.kind in (Kind.GENERAL, Kind.UNUSED)]
             if not out:
@@ -299,10 +338,6 @@ class Loop:
         ):
             return capture.prove(raw)
 
-    def _forward(self, model: nn.Module, raw: Any) -> Tensor:
-        args, kwargs = raw
-        return self._outputs(model(*args, **kwargs))
-
     def require_same_parameters(self) -> None:
         """Refuse a model whose parameters are not those that are watched any more."""
         if others := self._others():
@@ -315,6 +350,17 @@ class Loop:
     def _others(self) -> list[str]:
         now = dict(self.model.named_parameters())
         return [name for name, p in self._parameters.items() if now.get(name) is not p]
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """The outputs of a model for what a loop called it with."""
+
+    outputs: Outputs
+
+    def __call__(self, model: nn.Module, raw: Any) -> Tensor:
+        args, kwargs = raw
+        return self.outputs(model(*args, **kwargs))
 
 
 def _in_functorch() -> bool:
@@ -336,10 +382,33 @@ class _Arrival:
     version: int
     output: int
 
-    def __call__(self, gradient: Tensor) -> None:
+    def __call__(self, gradient: Tensor | None) -> None:
         loop = self.loop()
         if loop is not None:
             loop.arrived(self, gradient)
+
+
+@dataclass
+class _AtCast:
+    """A hook at outputs that the model returns a copy of, in another dtype."""
+
+    arrival: _Arrival
+
+    def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
+        gradient = gradients[self.arrival.output]
+        if gradient is not None:
+            self.arrival(gradient)
+
+
+def _uncast(outputs: Tensor) -> GradientEdge | None:
+    """Below a cast of the outputs, from which a model may have made its own loss."""
+    edge, found = get_gradient_edge(outputs), None
+    while edge.node.name() == "ToCopyBackward0":
+        node, output = edge.node.next_functions[0]
+        if node is None:
+            break
+        edge = found = GradientEdge(node, output)
+    return found
 
 
 @dataclass

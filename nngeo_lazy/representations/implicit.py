@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..data import refuse_shuffling
 from ..derivatives.engines import MODES
 from ..errors import DataError, StochasticModelError
 from ..facts import Cost, Facts, Sample
+from ..fingerprints import refuse_shuffling
 from ..jacobian.proof import agree
 from ..network import Network
 from ..operators import BaseLinearOperator, Info
@@ -106,7 +106,7 @@ def _fields(sweep: Sweep, options: Implicit) -> dict[str, Any]:
     network = Network(problem.model, space, problem.batches.forward)
     leaves = [p.detach().requires_grad_() for p in space.parameters(problem.model).values()]
     totals, num_rows, num_batches = Totals(quantity, space.device), 0, 0
-    with torch.inference_mode(False), network.scope(), torch.no_grad(), problem.seeded():
+    with torch.inference_mode(False), network.scope(), torch.no_grad():
         for batch in problem.batches:
             with torch.enable_grad():  # a forward pass may call autograd itself
                 graph = network(leaves, batch.raw)
@@ -114,6 +114,7 @@ def _fields(sweep: Sweep, options: Implicit) -> dict[str, Any]:
             quantity.fit(outputs, batch.target)
             totals.add(outputs, batch.target)
             if num_batches == 0:
+                network.refuse_strays(graph)
                 _require_differentiable(graph)
                 quantity.values(outputs, batch.target)  # whether it has the labels that it needs
                 if options.check and bool(outputs.isfinite().all()):
