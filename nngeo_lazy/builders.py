@@ -59,8 +59,7 @@ def FIM(
     contribute zero. `F.num_examples * F` is the sum.
 
     Args:
-        model: the network, in the mode in which it is differentiated: call `model.eval()` first if
-            it has dropout or batch normalisation. It is left as it was.
+        model: the network, in the mode (`model.eval()`) in which it is differentiated; not changed.
         loader: a `DataLoader`, another re-iterable of batches, or one batch.
         representation: "kfac", "ekfac", "diagonal", "quasi_diagonal", "block_diagonal", "low_rank",
             "dense", or an options object from `nngeo_lazy.representations`.
@@ -73,8 +72,7 @@ def FIM(
         params: which parameters; by default those that require a gradient.
         forward: `(model, batch) -> outputs` in place of the default call.
         target: `batch -> target` in place of the default; read only for observed labels and masks.
-        positions: `batch -> mask (N, T)` of the positions that exist, in place of a mapping's
-            "attention_mask": padding has no part in Kronecker factors.
+        positions: `batch -> mask (N, T)` of those that exist, in place of "attention_mask".
         center: for "empirical", whether the mean gradient is subtracted (their covariance).
         max_directions: the most output directions of one example in an exact computation.
         progress: whether to show a progress bar.
@@ -83,8 +81,7 @@ def FIM(
         The operator, P x P in the order of `model.named_parameters()`; see `nngeo_lazy.operators`.
 
     Raises:
-        DataError: the loader, its batches, the targets or an option do not fit; or the loss has
-            weights, and the estimator needs an expectation over labels.
+        DataError: the loader, its batches, the targets or an option do not fit the matrix.
         StochasticModelError: the model is random, or mixes examples.
         NonFiniteError: NaN or infinity in the parameters, the outputs or the statistics.
         TooLargeError: more than `max_directions`, or a dense block past its limit.
@@ -282,8 +279,7 @@ def Jacobian(
     Args:
         model: the network.
         loader: its order is that of the rows, so that it must not shuffle.
-        representation: "implicit"; "factored": the layers' inputs and output gradients are stored,
-            and products are matrix products; or "dense": the rows are stored.
+        representation: "implicit", "factored" (layers' inputs and output gradients) or "dense".
         loss: as in `GGN`; its reduction is ignored, since the rows are single examples.
         center: whether the mean over examples is subtracted from every output's rows.
         params: which parameters.
