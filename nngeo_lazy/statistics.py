@@ -343,6 +343,8 @@ class KroneckerFactors(Statistic):
         (form,) = forms
         if not isinstance(form, Outer):
             raise TypeError("Kronecker factors need an outer form")
+        if form.g.shape[3] == 0:  # a batch that does not use the layer
+            return
         outputs = form
         if self._reduce:
             outputs = Outer(form.g.sum(3, keepdim=True), None, form.bias)
@@ -364,8 +366,13 @@ class KroneckerFactors(Statistic):
 
     def factors(self, facts: Facts) -> tuple[Tensor, Tensor]:
         """left (G, o, o) and right (G, w, w); (G, o), (G, w) if diagonal."""
-        if self._left is None or self._right is None:
-            raise TypeError("no batch has been seen")
+        if self._left is None or self._right is None:  # no batch used the layer
+            groups, o, w = self._layout.groups, self._layout.rows, self._layout.width
+            left, right = (
+                torch.zeros((groups, n) if diagonal else (groups, n, n), dtype=facts.dtype)
+                for n, diagonal in ((o, self._diagonal_left), (w, self._diagonal_right))
+            )
+            return left.to(facts.space.device), right.to(facts.space.device)
         return self._left.div_(facts.denominator), self._right.div_(self._positions)
 
     @property

@@ -135,6 +135,7 @@ class Sweep:
         self._model = skeleton(problem.model)
         self._capture = Capture(self._model, problem.space, problem.batches.forward)
         self._looked = False  # at what the outputs depend on
+        self._finished = False  # a pass
         self._parts: Sequence[Part] = ()
         self._kept: tuple[Facts, list[Chunk]] | None = None
 
@@ -165,20 +166,44 @@ class Sweep:
         """
         if self._kept is not None:
             return self._replay(make, *self._kept)
+        found = None
+        while found is None:
+            found = self._pass(make, keep)
+        return found
+
+    def _pass(self, make: Make, keep: bool) -> tuple[Facts, Sequence[Statistic]] | None:
+        """One pass over the data; None where its batches used parameters in unforeseen ways.
+
+        The first batch says which statistics there are. If a later one asks for others, the rest of
+        the pass only looks at how the parameters are used.
+        """
         problem = self.problem
         statistics: Sequence[Statistic] | None = None
         kept: list[Chunk] | None = [] if keep else None
         totals = Totals(problem.quantity, problem.space.device)
+        stale = False
         generator = problem.generator()
         with recording(self._model, problem.space.parameters(self._model)):
             for batch in problem.batches:
                 for recorded, target in self._record(batch):
-                    totals.add(recorded.outputs, target)
                     if statistics is None:
-                        statistics = make(self.facts)
+                        statistics, parts = make(self.facts), self._parts
+                    stale = stale or self._parts != parts
+                    if stale:
+                        continue
+                    totals.add(recorded.outputs, target)
                     for chunk in self._chunks(recorded, target, generator):
                         _update(statistics, chunk)
                         kept = _keep(kept, chunk)
+        if stale:
+            if self._finished:
+                raise DataError(
+                    "expected the same batches on every pass, but some use parameters in ways that "
+                    "those of the pass before did not: pass seed=..., or a loader that gives the "
+                    "same batches in every pass"
+                )
+            return None
+        self._finished = True
         facts = replace(self.facts, **totals.finish())
         self._kept = None if kept is None else (facts, kept)
         return facts, statistics or ()

@@ -364,9 +364,8 @@ class EigenKroneckerLinearOperator(SpectralLinearOperator):
         if rcond is None:
             # Free eigenvalues are squares of projections: the rounding of zero is squared, too.
             _, o, i = self.values.shape
-            rcond = min(10 * ((o + i) * eps(sizes)) ** 2, eps(sizes))
-        tol = rcond
-        return sizes <= tol * sizes.max()
+            rcond = min((2 * (o + i) * eps(sizes)) ** 2, eps(sizes))
+        return sizes <= rcond * sizes.max()
 
     def _frobenius(self) -> Tensor:
         norm: Tensor = torch.linalg.vector_norm(self.values)

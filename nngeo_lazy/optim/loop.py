@@ -312,7 +312,7 @@ class Loop:
         recorded = self._capture.observed(raw, outputs, recorder)
         if recorded is None:  # a batch of another kind
             self._prove(self._capture, raw)
-            recorded = self._capture.observed(raw, outputs, recorder)
+            recorded = self._capture.observed(raw, outputs, recorder, proved=True)
         if recorded is None:
             frozen = [n for n in self.space.names if not self._parameters[n].requires_grad]
             if frozen:
