@@ -40,10 +40,8 @@ def train(x, y):
     """The minimum of the summed loss plus DECAY/2 |w|^2, from zero: it is the only one."""
     model = nn.Linear(64, 10).double()
     nn.init.zeros_(model.weight)
-    optimizer = torch.optim.LBFGS(
-        model.parameters(), max_iter=500, tolerance_grad=1e-9, tolerance_change=1e-13,
-        line_search_fn="strong_wolfe",
-    )  # fmt: skip
+    tight = {"tolerance_grad": 1e-9, "tolerance_change": 1e-13, "line_search_fn": "strong_wolfe"}
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=500, **tight)
 
     def closure():
         optimizer.zero_grad()
@@ -64,8 +62,7 @@ def main():
     torch.manual_seed(0)
     (x, y), tested = data()
     model = train(x, y)
-    known = {"loss": "categorical", "damping": DECAY / TRAIN}
-    predicted = {}
+    known, predicted = {"loss": "categorical", "damping": DECAY / TRAIN}, {}
     for name, form, method in WAYS:
         fisher = ng.FIM(model, (x, y), form)
         predicted[name] = ng.influences(model, fisher, (x, y), tested, method=method, **known)
@@ -92,7 +89,7 @@ def main():
         ax.plot(pairs[0], pairs[1], ".", markersize=3, alpha=0.5)
         ax.axline((0, 0), slope=1, color="grey", linewidth=0.8, linestyle=":")
         ax.set(xlabel="predicted change of a test loss", title=f"{name}: {correlation:.3f}")
-    axes[0].set_ylabel("change after training without an image")
+    axes[0].set_ylabel("change without an image")
     figure.savefig(options.save / "influence.png", dpi=120)
     print(f"saved {options.save / 'influence.png'}")
 

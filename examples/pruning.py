@@ -2,8 +2,7 @@
 
     python examples/pruning.py [--save FOLDER] [--seeds N]
 
-A multilayer perceptron on digits is pruned in one shot, and not trained again: by the size of
-weights, by optimal brain damage, and by the optimal brain surgeon. Saves a figure.
+A perceptron on digits is pruned in one shot, and not trained again. Saves a figure.
 """
 
 import argparse
@@ -33,7 +32,7 @@ def data():
 
 
 def train(x, y):
-    layers = [nn.Linear(64, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 10)]
+    layers = nn.Linear(64, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 10)
     model = nn.Sequential(*layers).double()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1e-2)
     for _ in range(40):
@@ -75,11 +74,11 @@ def main():
             "KFAC, OBS, others move": (kfac, {**SURGEON, "compensate": True}),
         }
         for k, way in enumerate(ways):
+            F_, more = options_of[way]
             for j, fraction in enumerate(FRACTIONS):
-                F_, more = options_of[way]
                 values, _ = ng.prune(F_, model, fraction, candidates=weights, **more)
                 found[seed, k, j] = torch.tensor(figures(model, space, values, test))
-    shown = [4, 5, 7]
+    shown = 4, 5, 7
     print(f"{'':<24}" + "".join(f"{f'{FRACTIONS[j]:.0%} pruned':>18}" for j in shown))
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
     for marker, way, curve in zip("os^vD", ways, found.mean(0), strict=True):
