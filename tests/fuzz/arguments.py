@@ -497,12 +497,10 @@ def main() -> int:
     for result in run(given.calls, given.seed, given.only):
         counts[result.kind] += 1
         names.add(result.target)
-        if result.kind in ("foreign", "harmed") or (
-            result.kind == "accepted" and given.accepted
-        ):
+        if result.kind in ("foreign", "harmed") or (result.kind == "accepted" and given.accepted):
             seen.setdefault(f"{result.kind} {result.cause}", []).append(result)
     for cause, results in sorted(seen.items()):
-        values = "; ".join(r.wrong for r in results[:60 if given.accepted else 6])
+        values = "; ".join(r.wrong for r in results[: 60 if given.accepted else 6])
         print(f"{len(results):4d} {cause}\n       {values}\n       {results[0].text[:200]}")
     total = ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items()))
     print(f"{len(names)} functions, {sum(counts.values())} calls: {total}")
