@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .arguments import checked
 from .costs import BuildCost, cost_of
 from .errors import DataError
 from .fingerprints import refuse_shuffling
@@ -32,6 +33,7 @@ __all__ = ["FIM", "GGN", "Hessian", "Jacobian", "plan"]
 Prepared = tuple[Representation, Sweep]
 
 
+@checked
 def FIM(
     model: nn.Module,
     loader: Any,
@@ -120,6 +122,7 @@ def FIM(
     )
 
 
+@checked
 def GGN(
     model: nn.Module,
     loader: Any,
@@ -197,6 +200,7 @@ def GGN(
     )
 
 
+@checked
 def Hessian(
     model: nn.Module,
     loader: Any,
@@ -256,6 +260,7 @@ def Hessian(
         return wanted.build(sweep)
 
 
+@checked
 def Jacobian(
     model: nn.Module,
     loader: Any,
@@ -343,13 +348,14 @@ def plan(builder: Callable[..., BaseLinearOperator], *args: Any, **options: Any)
         1 pass over 1 batch, 2 backward for each batch
         48 flops for each example, 80 bytes
     """
-    prepare = {FIM: _fisher, GGN: _gauss_newton}.get(builder)
+    prepare = _fisher if builder is FIM else _gauss_newton if builder is GGN else None
     if prepare is None:
         raise DataError(f"expected the builder to be ng.FIM or ng.GGN, got {builder!r}")
     with torch.inference_mode(False):
         return cost_of(*prepare(*args, **options))
 
 
+@checked
 def _fisher(
     model: nn.Module,
     loader: Any,
@@ -371,6 +377,7 @@ def _fisher(
     return wanted, make_sweep(quantity, model, loader, center=center, **data)
 
 
+@checked
 def _gauss_newton(
     model: nn.Module,
     loader: Any,

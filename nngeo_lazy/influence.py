@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .arguments import checked
 from .builders import Jacobian
 from .data import Batches
 from .errors import DataError, SpaceMismatchError, wrong_option
@@ -25,6 +26,7 @@ __all__ = ["influences"]
 METHODS = ("gradient", "newton")
 
 
+@checked
 def influences(
     model: nn.Module,
     F: BaseLinearOperator,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .arguments import require_callable, require_model, require_seed
+from .arguments import checked
 from .data import Batch, Batches
 from .errors import DataError, NonFiniteError, TooLargeError
 from .facts import Facts, Sample
@@ -61,6 +61,7 @@ class Problem:
     center: bool
 
     @classmethod
+    @checked
     def of(
         cls,
         model: nn.Module,
@@ -282,10 +283,6 @@ def make_sweep(
     **options: Any,
 ) -> Sweep:
     """A sweep from what the builders take; see `FIM`."""
-    require_model(model)
-    require_seed(options.get("seed"))
-    require_callable("forward", forward)
-    require_callable("target", target)
     space = space_of(model, params)
     batches = Batches(
         loader,

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..arguments import check_fields
 from ..errors import DataError, SpaceMismatchError
 from ..facts import Facts
 from ..jacobian.parts import Kind, Part
@@ -105,6 +106,7 @@ class KFAC(Streamed):
     sharing: str = "expand"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _require_sharing(self.sharing)
 
     def require_fit(self, facts: Facts) -> None:
@@ -145,6 +147,7 @@ class EKFAC(Streamed):
     basis: BaseLinearOperator | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _require_sharing(self.sharing)
         if self.basis is not None and not isinstance(self.basis, BlockDiagonalLinearOperator):
             raise DataError(
@@ -239,6 +242,7 @@ class LowRank(Streamed):
     rank: int | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.rank is not None and (not isinstance(self.rank, int) or self.rank < 1):
             raise DataError(f"expected rank to be a positive integer or None, got {self.rank!r}")
 
