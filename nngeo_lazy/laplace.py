@@ -75,9 +75,8 @@ class Laplace:
         >>> mean.shape, covariance.shape, la.predictive(x).shape, la.sample(5, seed=0).shape
         (torch.Size([20, 2]), torch.Size([20, 2, 2]), torch.Size([20, 2]), torch.Size([5, 8]))
 
-    Source: MacKay (1992), A practical Bayesian framework for backpropagation networks; Immer,
-        Korzepa and Bauer (2021), Improving predictions of Bayesian neural networks via local
-        linearization; Daxberger et al. (2021), Laplace redux.
+    Source: MacKay (1992), A practical Bayesian framework; Immer, Korzepa and Bauer (2021), Improving
+        predictions of Bayesian networks; Daxberger et al. (2021), Laplace redux.
     """
 
     @checked
@@ -95,18 +94,17 @@ class Laplace:
         self.num_examples = _num_examples(F)
         self.likelihood = _likelihood_of(F, likelihood)
         self._forward = forward
-        space = _space_in(model, F)
-        self.space = space
+        space = self.space = _space_in(model, F)
         self.mean = space.values(model).detach().clone().to(F.dtype)
         self.prior_mean = _flat(space, prior_mean, self.mean)
-        call = Batches(self.mean, device=self.mean.device, forward=forward).forward
-        self._network = Network(model, space, call)
+        batches = Batches(self.mean, device=self.mean.device, forward=forward)
+        self._network = Network(model, space, batches.forward)
         _require_positive(F, prior_precision)
 
     def __repr__(self) -> str:
-        prior = self.prior_precision
-        shown = f"{float(prior):.4g}" if isinstance(prior, (int, float)) else type(prior).__name__
-        return f"Laplace({self.operator!r}, {self.likelihood}, prior_precision={shown})"
+        given = self.prior_precision
+        prior = f"{float(given):.4g}" if isinstance(given, (int, float)) else type(given).__name__
+        return f"Laplace({self.operator!r}, {self.likelihood}, prior_precision={prior})"
 
     # --- the posterior ---------------------------------------------------------------------------
 

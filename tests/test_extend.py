@@ -168,7 +168,14 @@ def test_it_is_pooled_saved_and_mixed(data, tmp_path):
     assert type(mixed.members[1]) is TridiagonalLinearOperator
 
 
-STEPS = {"lr": 0.5, "damping": 1.0, "estimator": "exact", "momentum": 0.0, "update_every": 1}
+STEPS = {
+    "lr": 0.5,
+    "damping": 1.0,
+    "estimator": "exact",
+    "momentum": 0.0,
+    "update_every": 1,
+    "radius": None,
+}
 
 
 def test_an_optimizer_steps_with_it(data):

@@ -158,9 +158,10 @@ def test_blocks_of_eigsh_of_a_matrix_of_low_rank(seed):
             lambda v: A @ v,
             120,
             2,
+            "LA",
+            torch.empty(0, dtype=D),
+            linalg.Search(seed=seed),
             block_size=3,
-            dtype=D,
-            generator=torch.Generator().manual_seed(seed),
         )
     )
     values = found.eigenvalues if seed == 0 else found.values
@@ -179,13 +180,15 @@ def test_interrupted_pairs_have_true_residuals(at):
             raise KeyboardInterrupt
         return A @ v
 
-    found = linalg.eigsh(matvec, 90, 3, dtype=D, generator=torch.Generator().manual_seed(0))
+    like = torch.empty(0, dtype=D)
+    found = linalg.eigsh(matvec, 90, 3, "LA", like, linalg.Search(seed=0))
     true = (A @ found.vectors - found.vectors * found.values).norm(dim=0)
     assert found.interrupted
     assert not found.converged
     torch.testing.assert_close(found.residuals, true, rtol=1e-6, atol=1e-9)
     calls = 0
-    triplets = linalg.svds(matvec, lambda u: matvec(u), (90, 90), 3, dtype=D)
+    options = linalg.Search(seed=0)
+    triplets = linalg.svds(matvec, lambda u: matvec(u), (90, 90), 3, like, options)
     assert triplets.interrupted
     assert float(triplets.residuals.min()) > 0
 
