@@ -75,8 +75,8 @@ class Laplace:
         >>> mean.shape, covariance.shape, la.predictive(x).shape, la.sample(5, seed=0).shape
         (torch.Size([20, 2]), torch.Size([20, 2, 2]), torch.Size([20, 2]), torch.Size([5, 8]))
 
-    Source: MacKay (1992), A practical Bayesian framework; Immer, Korzepa and Bauer (2021), Improving
-        predictions of Bayesian networks; Daxberger et al. (2021), Laplace redux.
+    Source: MacKay (1992), A practical Bayesian framework; Immer, Korzepa and Bauer (2021), Local
+        linearization; Daxberger et al. (2021), Laplace redux.
     """
 
     @checked
