@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .errors import DataError
 
 __all__ = [
+    "as_numbers",
     "check_fields",
     "checked",
     "described",
@@ -117,6 +118,14 @@ _KINDS: dict[str, _Kind] = {
     ),
     "Mapping": _Kind("a dict", lambda v: isinstance(v, Mapping), "{...}"),
     "Sequence": _Kind("a list", _is_sequence, "[...]"),
+    "Sequence[float]": _Kind(
+        "a list of numbers", lambda v: _is_sequence(v) and all(map(_is_number, v)), "[1.0, 1.0]"
+    ),
+    "tuple[float, float]": _Kind(
+        "two numbers",
+        lambda v: isinstance(v, tuple) and len(v) == 2 and all(map(_is_number, v)),
+        "(1e-6, 1e6)",
+    ),
     "Iterable[str]": _Kind("a list of names", _is_names, "['...']"),
     "os.PathLike[str]": _Kind("a path", lambda v: isinstance(v, os.PathLike), "'F.pt'"),
     "IO[bytes]": _Kind(
@@ -264,6 +273,21 @@ def require_takes(name: str, function: Any, *given: str) -> None:
         ) from error
     except ValueError:  # it does not say what it takes
         return
+
+
+def as_numbers(name: str, value: Any) -> Tensor:
+    """Numbers in lists, an array or a tensor, as float64.
+
+    Raises:
+        DataError: they are none, or of unequal lengths.
+    """
+    try:
+        return torch.as_tensor(value, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"expected {name} to be a number, a tensor or lists of numbers of one length, got "
+            f"{described(value)}: pass {name}=torch.tensor(...)"
+        ) from error
 
 
 def require_sequence(name: str, values: Any) -> None:

@@ -331,7 +331,9 @@ def test_singular_without_damping():
 @pytest.mark.parametrize("model", [None, (X, Y), X, "net", nn.Linear])
 def test_what_is_no_model(builder, model):
     options = {"loss": "categorical"} if builder in (ng.GGN, ng.Hessian) else {}
-    with pytest.raises(DataError, match=r"the model, a torch.nn.Module, got .*\(model, loader\)"):
+    with pytest.raises(
+        DataError, match=r"the model, a torch.nn.Module, got .*the order is \(model, "
+    ):
         builder(model, X if builder is ng.NTK else (X, Y), **options)
 
 
@@ -341,7 +343,7 @@ def test_seeds(seed):
 
 
 def test_functions():
-    refused(DataError, "expected forward to be a function or None, got int", forward=3)
+    refused(DataError, "expected forward to be a function or None, got 3", forward=3)
     refused(DataError, "expected target to be a function or None, got Tensor", target=Y)
 
 

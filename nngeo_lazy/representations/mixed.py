@@ -47,6 +47,9 @@ class Mixed(Streamed):
     default: str | Representation | None = "kfac"
     chosen: Mapping[Any, str | Representation] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
     @property
     def members(self) -> list[Streamed]:
         """The representations that it is made of."""
