@@ -143,7 +143,7 @@ _LOWEST: dict[str, tuple[float, bool]] = {
 class _Parameter(NamedTuple):
     """A parameter: its place, its kinds, and what else is known."""
 
-    index: int
+    place: int
     name: str
     kinds: tuple[_Kind, ...]
     default: Any
@@ -225,7 +225,7 @@ def check_fields(instance: Any) -> None:
 
 
 @functools.cache
-def _fields(kind: type) -> tuple[_Parameter, ...]:
+def _fields(kind: Any) -> tuple[_Parameter, ...]:
     return _parameters(kind)
 
 

@@ -15,11 +15,6 @@ from .fingerprints import refuse_shuffling
 from .likelihoods import Likelihood
 from .operators import (
     BaseLinearOperator,
-    BlockDiagonalLinearOperator,
-    DenseLinearOperator,
-    DiagonalLinearOperator,
-    EigenKroneckerLinearOperator,
-    KroneckerLinearOperator,
 )
 from .quantities import (
     Fisher,
@@ -32,13 +27,13 @@ from .quantities import (
 )
 from .representations import EKFAC, Mixed, Representation
 from .representations import resolve as resolve_representation
+from .representations.single import kept_dense
 from .selectors import Selector
 from .sweep import Sweep, make_sweep
 
 __all__ = ["FIM", "GGN", "Hessian", "Jacobian", "plan", "update_diag"]
 
 Prepared = tuple[Representation, Sweep]
-_REFRESHED = (KroneckerLinearOperator, EigenKroneckerLinearOperator, DiagonalLinearOperator)
 
 
 @checked
@@ -360,32 +355,11 @@ def update_diag(
     if of_loss and "loss" not in options:
         raise DataError("F is a Gauss-Newton matrix: pass its loss= to update_diag, as to GGN")
     builder = GGN if "loss" in options else FIM
-    kept = _kept_dense(F)
+    kept = kept_dense(F)
     basis = EKFAC(basis=F)
     return builder(
         model, loader, Mixed(basis, {kept: "block_diagonal"}) if kept else basis, **options
     )
-
-
-def _kept_dense(F: BaseLinearOperator) -> tuple[str, ...]:
-    """The parameters of dense blocks beside an EKFAC's, which stay dense.
-
-    Raises:
-        DataError: a block is of a kind that has no fresh diagonal.
-    """
-    if not isinstance(F, BlockDiagonalLinearOperator) or F.space is None:
-        return ()
-    names: list[str] = []
-    for name, layout, block in F.parts:
-        if isinstance(block, DenseLinearOperator):
-            starts = {piece.start for piece in layout.pieces}
-            names += [n for n in F.space.names if F.space.slices[n].start in starts]
-        elif not isinstance(block, _REFRESHED):
-            raise DataError(
-                f"expected blocks of a KFAC or EKFAC, diagonal or dense ones, got {block._kind()} "
-                f"for {name!r}: build the matrix anew"
-            )
-    return tuple(names)
 
 
 def plan(builder: Callable[..., BaseLinearOperator], *args: Any, **options: Any) -> BuildCost:

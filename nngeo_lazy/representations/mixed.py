@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..arguments import check_fields
 from ..errors import DataError, SpaceMismatchError
 from ..facts import Facts
 from ..quantities import MatrixKind

@@ -16,6 +16,7 @@ from ..jacobian.parts import Kind, Part
 from ..operators import (
     BaseLinearOperator,
     BlockDiagonalLinearOperator,
+    DenseLinearOperator,
     DiagonalLinearOperator,
     EigenKroneckerLinearOperator,
     KroneckerLinearOperator,
@@ -42,6 +43,9 @@ from .recipes import (
 from .representation import Streamed
 
 __all__ = ["EKFAC", "KFAC", "BlockDiagonal", "Diagonal", "LowRank", "QuasiDiagonal"]
+
+
+_REFRESHED = (KroneckerLinearOperator, EigenKroneckerLinearOperator, DiagonalLinearOperator)
 
 
 @dataclass(frozen=True)
@@ -267,3 +271,24 @@ class LowRank(Streamed):
 def _require_sharing(name: str) -> None:
     if name not in list(Sharing):
         raise DataError(f"expected sharing='expand' or 'reduce', got {name!r}")
+
+
+def kept_dense(F: BaseLinearOperator) -> tuple[str, ...]:
+    """The parameters of dense blocks beside an EKFAC's, which stay dense.
+
+    Raises:
+        DataError: a block is of a kind that has no fresh diagonal.
+    """
+    if not isinstance(F, BlockDiagonalLinearOperator) or F.space is None:
+        return ()
+    names: list[str] = []
+    for name, layout, block in F.parts:
+        if isinstance(block, DenseLinearOperator):
+            starts = {piece.start for piece in layout.pieces}
+            names += [n for n in F.space.names if F.space.slices[n].start in starts]
+        elif not isinstance(block, _REFRESHED):
+            raise DataError(
+                f"expected blocks of a KFAC or EKFAC, diagonal or dense ones, got {block._kind()} "
+                f"for {name!r}: build the matrix anew"
+            )
+    return tuple(names)
