@@ -12,7 +12,7 @@ import math
 import numbers
 import os
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Set
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -220,7 +220,8 @@ def checked(function: Function) -> Function:
 
 def check_fields(instance: Any) -> None:
     """Raise DataError if a field of a dataclass does not fit its annotation."""
-    for parameter in _fields(type(instance)):
+    kind: Hashable = type(instance)
+    for parameter in _fields(kind):
         _require(parameter, getattr(instance, parameter.name))
 
 

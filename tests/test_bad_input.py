@@ -371,7 +371,9 @@ class Renormalised(nn.Module):
 def test_max_norm_is_refused_before_it_changes_the_weight(kind, params, representation):
     tokens = torch.randint(0, 5, (6, 2))
     model = {
-        "module": lambda: nn.Sequential(nn.Embedding(5, 3, max_norm=1.0), nn.Flatten(), net(6)),
+        "module": lambda: nn.Sequential(
+            nn.Embedding(5, 3, max_norm=1.0), nn.Flatten(), nn.Linear(6, 3)
+        ),
         "bag": lambda: nn.Sequential(nn.EmbeddingBag(5, 3, max_norm=1.0), nn.Linear(3, 3)),
         "function": Renormalised,
     }[kind]()
