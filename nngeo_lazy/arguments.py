@@ -12,7 +12,7 @@ import math
 import numbers
 import os
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Set
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .errors import DataError
 
 __all__ = [
+    "as_numbers",
     "check_fields",
     "checked",
     "described",
@@ -117,6 +118,14 @@ _KINDS: dict[str, _Kind] = {
     ),
     "Mapping": _Kind("a dict", lambda v: isinstance(v, Mapping), "{...}"),
     "Sequence": _Kind("a list", _is_sequence, "[...]"),
+    "Sequence[float]": _Kind(
+        "a list of numbers", lambda v: _is_sequence(v) and all(map(_is_number, v)), "[1.0, 1.0]"
+    ),
+    "tuple[float, float]": _Kind(
+        "two numbers",
+        lambda v: isinstance(v, tuple) and len(v) == 2 and all(map(_is_number, v)),
+        "(1e-6, 1e6)",
+    ),
     "Iterable[str]": _Kind("a list of names", _is_names, "['...']"),
     "os.PathLike[str]": _Kind("a path", lambda v: isinstance(v, os.PathLike), "'F.pt'"),
     "IO[bytes]": _Kind(
@@ -134,7 +143,7 @@ _LOWEST: dict[str, tuple[float, bool]] = {
 class _Parameter(NamedTuple):
     """A parameter: its place, its kinds, and what else is known."""
 
-    index: int
+    place: int
     name: str
     kinds: tuple[_Kind, ...]
     default: Any
@@ -211,12 +220,13 @@ def checked(function: Function) -> Function:
 
 def check_fields(instance: Any) -> None:
     """Raise DataError if a field of a dataclass does not fit its annotation."""
-    for parameter in _fields(type(instance)):
+    kind: Hashable = type(instance)
+    for parameter in _fields(kind):
         _require(parameter, getattr(instance, parameter.name))
 
 
 @functools.cache
-def _fields(kind: type) -> tuple[_Parameter, ...]:
+def _fields(kind: Any) -> tuple[_Parameter, ...]:
     return _parameters(kind)
 
 
@@ -264,6 +274,21 @@ def require_takes(name: str, function: Any, *given: str) -> None:
         ) from error
     except ValueError:  # it does not say what it takes
         return
+
+
+def as_numbers(name: str, value: Any) -> Tensor:
+    """Numbers in lists, an array or a tensor, as float64.
+
+    Raises:
+        DataError: they are none, or of unequal lengths.
+    """
+    try:
+        return torch.as_tensor(value, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"expected {name} to be a number, a tensor or lists of numbers of one length, got "
+            f"{described(value)}: pass {name}=torch.tensor(...)"
+        ) from error
 
 
 def require_sequence(name: str, values: Any) -> None:

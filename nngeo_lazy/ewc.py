@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from .arguments import checked
+from .arguments import checked, described
 from .errors import DataError, SpaceMismatchError
 from .operators import BaseLinearOperator
 from .operators.vectors import VectorLike
@@ -54,6 +54,17 @@ def ewc_penalty(
     """
     if not anchors:
         raise DataError("expected at least one anchor (F, parameters), got none")
+    if not isinstance(strength, (int, float, Tensor, Sequence)):
+        raise DataError(
+            f"expected strength to be a number or a list of numbers, got {described(strength)}: "
+            "pass strength=1.0"
+        )
+    for pair in anchors:
+        if not isinstance(pair, Sequence) or len(pair) != 2 or not _is_anchor(*pair):
+            raise DataError(
+                f"expected each anchor to be (F, parameters), got {described(pair)}: the operator "
+                "is the first, and F.space.values(model).detach().clone() the second"
+            )
     each = list(strength) if isinstance(strength, Sequence) else [strength] * len(anchors)
     if len(each) != len(anchors):
         raise DataError(f"expected {len(anchors)} strengths, one for each anchor, got {len(each)}")
@@ -69,3 +80,8 @@ def ewc_penalty(
             )
         terms.append(weight / 2 * F.vTMv(flat - start))
     return torch.stack(terms).sum()
+
+
+def _is_anchor(F: object, anchor: object) -> bool:
+    """Whether these are an operator and parameters, flat or by name."""
+    return isinstance(F, BaseLinearOperator) and isinstance(anchor, (Tensor, Mapping))

@@ -133,7 +133,6 @@ class Laplace:
 
     # --- predictions -----------------------------------------------------------------------------
 
-    @checked
     def functional(self, x: Any) -> Prediction:
         r"""The posterior of the linearised network's outputs, N(f(x), J(x) Sigma J(x)^T).
 
@@ -185,7 +184,6 @@ class Laplace:
 
     # --- evidence --------------------------------------------------------------------------------
 
-    @checked
     def log_marginal_likelihood(self, prior_precision: DampingLike | None = None) -> Tensor:
         r"""The Laplace approximation of the evidence log p(D), a 0-d tensor in float64.
 
@@ -295,7 +293,6 @@ class Laplace:
         best = torch.tensor(found.x, dtype=torch.float64, device=F.device).exp()
         return self.with_prior(_prior(best, structure, groups))
 
-    @checked
     def with_prior(self, prior_precision: DampingLike) -> Laplace:
         """The same posterior with another prior precision, as in the constructor."""
         _require_positive(self.operator, prior_precision)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
-from .arguments import checked, require_sequence
+from .arguments import described, require_sequence
 from .errors import DataError, SpaceMismatchError
 from .operators.base import BaseLinearOperator
 from .operators.block_diagonal import BlockDiagonalLinearOperator
@@ -23,7 +24,6 @@ from .operators.quasi_diagonal import QuasiDiagonalLinearOperator
 __all__ = ["merge", "pool", "register_pooled"]
 
 
-@checked
 def merge(
     ops: Sequence[BaseLinearOperator], weights: Sequence[float] | None = None
 ) -> BaseLinearOperator:
@@ -126,6 +126,11 @@ def _counts(ops: Sequence[BaseLinearOperator], weights: Sequence[float] | None) 
                 "over: pass weights="
             )
         return [float(n) for n in known if n]
+    if not isinstance(weights, Sequence) or not all(isinstance(w, Real) for w in weights):
+        raise DataError(
+            f"expected weights to be a list of numbers, got {described(weights)}: pass one number "
+            "for each operator"
+        )
     counts = [float(w) for w in weights]
     fine = len(counts) == len(ops) and all(0 <= c < float("inf") for c in counts)
     if not fine or sum(counts) <= 0:

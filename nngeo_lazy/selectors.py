@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 from torch import Tensor, nn
 
+from .arguments import require_takes
 from .errors import SpaceMismatchError
 from .space import Lineage, ParamSpace, canonical_name
 
@@ -74,6 +75,7 @@ def _matches(space: ParamSpace, selector: Selector, name: str) -> bool:
             raise SpaceMismatchError(
                 f"the predicate needs the parameter {name}, but its model is gone: select by name"
             )
+        require_takes("the predicate", selector, "name", "parameter")
         return bool(selector(name, parameter))
     raise SpaceMismatchError(
         "expected a selector (a parameter or module name, a glob, a module, a module class, a "

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .arguments import checked
+from .arguments import checked, described
 from .errors import DataError, SpaceMismatchError
 
 __all__ = ["Lineage", "ParamSpace", "canonical_name"]
@@ -86,7 +86,12 @@ class ParamSpace:
         self.names: tuple[str, ...] = tuple(shapes)
         self.shapes: tuple[torch.Size, ...] = tuple(torch.Size(s) for s in shapes.values())
         self.dtype = dtype
-        self.device = torch.device(device)
+        try:
+            self.device = torch.device(device)
+        except (TypeError, RuntimeError) as error:
+            raise DataError(
+                f"expected a device, got {described(device)}: pass device='cpu'"
+            ) from error
         self.lineages: dict[str, Lineage] = dict(lineages or {})
         self.slices: dict[str, slice] = {}
         start = 0
@@ -169,7 +174,7 @@ class ParamSpace:
         return ParamSpace(
             dict(zip(self.names, self.shapes, strict=True)),
             dtype=dtype or self.dtype,
-            device=device or self.device,
+            device=self.device if device is None else device,
             lineages=self.lineages,
         )
 

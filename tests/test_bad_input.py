@@ -248,9 +248,6 @@ def test_layers_whose_gradient_is_no_derivative():
     for option in ({"max_norm": 1.0}, {"scale_grad_by_freq": True}):
         model = nn.Sequential(nn.Embedding(5, 3, **option), nn.Flatten(), nn.Linear(6, 3))
         name = next(iter(option))
-        if name == "max_norm":  # the forward pass itself changes the weight
-            with pytest.raises(UnsupportedLayerError, match="max_norm"):
-                ng.FIM(model, (tokens, Y))
         refused(UnsupportedLayerError, name, model=model, data=(tokens, Y))
 
 
@@ -331,7 +328,9 @@ def test_singular_without_damping():
 @pytest.mark.parametrize("model", [None, (X, Y), X, "net", nn.Linear])
 def test_what_is_no_model(builder, model):
     options = {"loss": "categorical"} if builder in (ng.GGN, ng.Hessian) else {}
-    with pytest.raises(DataError, match=r"the model, a torch.nn.Module, got .*\(model, loader\)"):
+    with pytest.raises(
+        DataError, match=r"the model, a torch.nn.Module, got .*the order is \(model, "
+    ):
         builder(model, X if builder is ng.NTK else (X, Y), **options)
 
 
@@ -341,7 +340,7 @@ def test_seeds(seed):
 
 
 def test_functions():
-    refused(DataError, "expected forward to be a function or None, got int", forward=3)
+    refused(DataError, "expected forward to be a function or None, got 3", forward=3)
     refused(DataError, "expected target to be a function or None, got Tensor", target=Y)
 
 
@@ -350,3 +349,68 @@ def test_merge_takes_a_list():
     with pytest.raises(DataError, match=r"a list of operators, got .*: put it into a list"):
         ng.merge(F)
     assert ng.merge([F]).num_examples == 6  # the remedy
+
+
+# --- weights that a forward pass would rescale, and layers that the outputs do not depend on ------
+
+
+class Renormalised(nn.Module):
+    """max_norm as an argument of the function."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.head = nn.Parameter(torch.randn(5, 3)), nn.Linear(3, 3)
+
+    def forward(self, tokens):
+        return self.head(nn.functional.embedding(tokens, self.weight, max_norm=1.0).mean(1))
+
+
+@pytest.mark.parametrize("representation", ["kfac", "diagonal", "implicit"])
+@pytest.mark.parametrize("params", [None, "*.bias"])
+@pytest.mark.parametrize("kind", ["module", "bag", "function"])
+def test_max_norm_is_refused_before_it_changes_the_weight(kind, params, representation):
+    tokens = torch.randint(0, 5, (6, 2))
+    model = {
+        "module": lambda: nn.Sequential(
+            nn.Embedding(5, 3, max_norm=1.0), nn.Flatten(), nn.Linear(6, 3)
+        ),
+        "bag": lambda: nn.Sequential(nn.EmbeddingBag(5, 3, max_norm=1.0), nn.Linear(3, 3)),
+        "function": Renormalised,
+    }[kind]()
+    weight = next(model.parameters())
+    weight.data.fill_(10.0)  # every row is longer than the norm
+    for build in (ng.FIM, ng.plan):
+        ahead = () if build is ng.FIM else (ng.FIM,)
+        if ahead and representation == "implicit":
+            continue
+        with pytest.raises(UnsupportedLayerError, match=r"max_norm.*set max_norm=None"):
+            build(*ahead, model, (tokens, Y), representation, params=params)
+        assert bool((weight == 10.0).all())
+
+
+def test_a_layer_that_the_outputs_do_not_depend_on():
+    class M(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.extra, self.h = nn.Linear(4, 6), nn.Linear(4, 2), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.h(self.a(x).tanh())
+
+    model, x = M().double(), X.double()
+    J = ng.Jacobian(model, x, "factored")
+    rows = ng.Jacobian(model, x, "dense").to_dense()
+    unused = torch.cat(
+        [torch.arange(s.start, s.stop) for n, s in J.space.slices.items() if "extra" in n]
+    )
+    assert not bool(rows[:, unused].any())
+    u = torch.randn(len(rows), dtype=torch.float64)
+    torch.testing.assert_close(J.mT @ u, rows.mT @ u)
+    torch.testing.assert_close(J.to_dense(), rows)
+    torch.testing.assert_close(ng.NTK(model, x).to_dense(), rows @ rows.mT)
+    F = ng.FIM(model, (x, Y), "factored")
+    assert not bool(F.diagonal()[unused].any())
+    v = torch.ones(len(F.space), dtype=torch.float64)
+    torch.testing.assert_close(F.solve(v, damping=0.1)[unused], 10 * v[unused])
+    kfac = ng.FIM(model, (x, Y), "kfac")
+    assert ng.Laplace(model, kfac).functional(x).mean.shape == (6, 3)

@@ -79,11 +79,6 @@ def bilinear(call: Mapping[str, Any], output: Tensor) -> Use | str:
 @layer(F.embedding, "input weight padding_idx max_norm norm_type scale_grad_by_freq sparse")
 def embedding(call: Mapping[str, Any], output: Tensor) -> Use | str:
     """weight[index]: a one-hot input, so the input factor is a histogram."""
-    if call.get("max_norm") is not None:
-        raise UnsupportedLayerError(
-            "embedding with max_norm rescales its weight in the forward pass, so the outputs are "
-            "no function of the parameters: set max_norm=None (renormalise once, before)"
-        )
     if call.get("scale_grad_by_freq"):
         raise UnsupportedLayerError(
             "embedding with scale_grad_by_freq returns gradients that are no derivative and mix "
@@ -116,8 +111,8 @@ def embedding(call: Mapping[str, Any], output: Tensor) -> Use | str:
 def embedding_bag(call: Mapping[str, Any], output: Tensor) -> Use | str:
     """A weighted sum of rows: its input factor is the histogram of each bag."""
     mode, index, weight = call.get("mode", "mean"), call["input"], call["weight"]
-    if mode == "max" or call.get("max_norm") is not None or call.get("scale_grad_by_freq"):
-        return "embedding_bag with a maximum, or a norm or frequencies that change its weight"
+    if mode == "max" or call.get("scale_grad_by_freq"):
+        return "embedding_bag with a maximum, or with frequencies"
     n, width = output.shape[0], weight.shape[0]
     flat = index.reshape(-1).long()
     if index.dim() == 2:

@@ -22,7 +22,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
 from .. import tree
-from ..errors import StochasticModelError
+from ..errors import StochasticModelError, UnsupportedLayerError
 from ..switches import eager, plain_attention_modules
 from .layers import BATCH_STATISTICS
 from .meetings import uses_of
@@ -32,6 +32,7 @@ from .weights import Weight, derived
 
 __all__ = [
     "Call",
+    "FixedWeights",
     "Recorder",
     "in_build",
     "plain_functions",
@@ -81,6 +82,35 @@ def _label(weight: Weight, use: Use) -> str:
     return f"{names}[{part.start}:{part.size}]" if part.start else names
 
 
+def refuse_renormalisation(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> None:
+    """Raise before a function is called that rescales its weight, which is the user's, in place."""
+    if func is not F.embedding and func is not F.embedding_bag:
+        return
+    known = find(func, args)
+    if known is not None and known.bind(args, kwargs).get("max_norm") is not None:
+        raise UnsupportedLayerError(
+            "embedding with max_norm rescales its weight in the forward pass, so the outputs are "
+            "no function of the parameters: set max_norm=None (renormalise once, before)"
+        )
+
+
+class FixedWeights(TorchFunctionMode):
+    """Within it, functions that rescale their weight in place are refused, and not called."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        refuse_renormalisation(func, args, kwargs)
+        return func(*args, **kwargs)
+
+
 class Recorder(TorchFunctionMode):
     """Records where data meet weights: the calls that have a form, and why others have none.
 
@@ -128,6 +158,7 @@ class Recorder(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        refuse_renormalisation(func, args, kwargs)
         if self._training and in_build():
             return func(*args, **kwargs)
         weights: list[Weight] = []

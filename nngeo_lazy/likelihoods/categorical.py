@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..arguments import check_fields
+from ..arguments import as_numbers, check_fields
 from ..errors import DataError
 from .likelihood import NOT_FINITE, Likelihood, check_outputs, labels_needed, standard_normal, wide
 
@@ -68,7 +68,7 @@ class Categorical(Likelihood):
             )
         if self.weight is None:
             return
-        weight = torch.as_tensor(self.weight, dtype=torch.float64).detach()
+        weight = as_numbers("weight", self.weight).detach()
         if weight.dim() != 1 or not bool(((weight >= 0) & weight.isfinite()).all()):
             raise DataError(
                 f"expected a weight for each class (C,), nonnegative and finite, got {self.weight}"

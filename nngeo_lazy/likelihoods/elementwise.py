@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..arguments import check_fields
+from ..arguments import as_numbers, check_fields
 from ..errors import DataError
 from .likelihood import (
     NOT_FINITE,
@@ -106,7 +106,7 @@ class Bernoulli(Elementwise):
         if self.pos_weight is None:
             return
         # Numbers, and not a tensor, so that two likelihoods compare, hash and print by value.
-        held = _nested(torch.as_tensor(self.pos_weight, dtype=torch.float64).detach().tolist())
+        held = _nested(as_numbers("pos_weight", self.pos_weight).detach().tolist())
         object.__setattr__(self, "pos_weight", held)
         if not bool(((self._weight > 0) & self._weight.isfinite()).all()):
             raise DataError(f"expected a positive, finite pos_weight, got {self.pos_weight}")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import check_fields
+from ..arguments import as_numbers, check_fields
 from ..errors import DataError
 from .elementwise import Elementwise
 from .likelihood import broadcasts, standard_normal, wide
@@ -51,7 +51,7 @@ class Gaussian(Elementwise):
     def __post_init__(self) -> None:
         check_fields(self)
         if not isinstance(self.variance, int | float | Tensor):
-            held = torch.as_tensor(self.variance, dtype=torch.float64)
+            held = as_numbers("variance", self.variance)
             object.__setattr__(self, "variance", held)
         variance = torch.as_tensor(self.variance)
         if bool(((variance > 0) & variance.isfinite()).all()):

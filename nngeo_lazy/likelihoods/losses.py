@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_fields, require_takes
 from ..errors import (
     DataError,
     NNGeoError,
@@ -57,6 +58,10 @@ class CallableLoss(Likelihood):
     """
 
     function: Callable[..., Tensor]
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require_takes("function", self.function, "outputs", "target")
 
     def __repr__(self) -> str:
         """A function that has a name by it, so that it is the same one in another process."""

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import linalg
-from ..arguments import checked
-from ..errors import NotPositiveDefiniteError, UnsupportedLayerError, wrong_option
+from ..arguments import checked, described
+from ..errors import DataError, NotPositiveDefiniteError, UnsupportedLayerError, wrong_option
 from ..linalg import Estimate, Probes
 from ..linalg.estimates import MIN_STEPS, PROBES, QUADRATURES, STEPS
 from ..operators.base import BaseLinearOperator
@@ -282,6 +282,10 @@ def effective_dimension(
 
     Source: Hastie, Tibshirani and Friedman (2009), The elements of statistical learning, eq. 3.50.
     """
+    if isinstance(damping, Tensor) and damping.dim() > 0:
+        raise DataError(
+            f"expected damping to be one number, got {described(damping)}: pass a float"
+        )
     d = float(damping)
     if not d > 0:
         raise NotPositiveDefiniteError(f"effective_dimension: expected damping > 0, got {d}")

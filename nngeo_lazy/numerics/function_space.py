@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import checked
+from ..arguments import checked, require_options
 from ..errors import SpaceMismatchError, UnsupportedLayerError
 from ..linalg import Result
 from ..operators.base import BaseLinearOperator
@@ -143,6 +143,7 @@ def eigenfunctions(K: Any, k: int, **options: Any) -> Eigenfunctions:
 
     Source: Williams and Seeger (2001), Using the Nystrom method to speed up kernel machines.
     """
+    require_options(options, eigsh)
     found = eigsh(K, k, "LA", **options)
     values = found.eigenvalues.flip(0)
     vectors = found.eigenvectors.flip(1)
@@ -190,6 +191,17 @@ def sample_space(F: BaseLinearOperator) -> BaseLinearOperator:
 
 def _indicators(operator: BaseLinearOperator, y: Tensor) -> Tensor:
     """Labels (N, k) in the kernel's dtype; classes as indicators."""
-    if y.dim() == 1 and not y.is_floating_point():
+    classes = y.dim() == 1 and not y.is_floating_point()
+    if (
+        y.dim() not in (1, 2)
+        or y.shape[0] == 0
+        or y.is_complex()
+        or (classes and bool((y < 0).any()))
+    ):
+        raise SpaceMismatchError(
+            f"expected labels (N,) or (N, k), whole numbers from 0 on as classes, got {y.dtype} of "
+            f"shape {tuple(y.shape)}: pass one row for each example"
+        )
+    if classes:
         y = torch.nn.functional.one_hot(y.long())
     return (y if y.dim() == 2 else y.unsqueeze(1)).to(operator.device, operator.dtype)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import linalg
-from ..arguments import checked
+from ..arguments import checked, described
 from ..errors import ConvergenceWarning, UnsupportedLayerError, wrong_option
 from ..linalg import Probes, Search, SpectralDensity
 from ..linalg.eigsh import ENDS, wanted
@@ -234,6 +234,11 @@ def spectral_density(
     operator = require_symmetric_operator(A, "spectral_density")
     given = {"steps": steps, "seed": seed, "progress": progress or None}
     options = Probes.of("spectral_density", probes, ("tol", "max_matvecs"), **given)
+    if not isinstance(deflate, int) and not _is_pairs(deflate, operator.shape[-1]):
+        raise ValueError(
+            "expected deflate to be a number of pairs, or known ones (eigenvalues (k,), "
+            f"eigenvectors (P, k)), got {described(deflate)}: pass what eigsh returned"
+        )
     if isinstance(deflate, int) and deflate != 0:
         deflate = eigsh(operator, deflate, "LM", seed=options.seed, progress=options.progress)
     with torch.no_grad():
@@ -256,6 +261,15 @@ def spectral_density(
             )
         )
     return found
+
+
+def _is_pairs(value: Any, n: int) -> bool:
+    """Whether these are k eigenvalues and their vectors (n, k)."""
+    if not isinstance(value, tuple) or len(value) != 2:
+        return False
+    if not all(isinstance(each, Tensor) for each in value) or value[0].dim() != 1:
+        return False
+    return bool(value[1].shape == (n, len(value[0])))
 
 
 def require_symmetric_operator(A: Any, what: str) -> BaseLinearOperator:

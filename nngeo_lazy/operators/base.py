@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, cast
@@ -20,7 +21,7 @@ from .damping import Damping, DampingLike, is_zero, resolve_damping
 from .primitives import Krylov, flat_positions, seeded
 from .report import Report, make_report
 from .scipy import ScipyOperator
-from .vectors import VectorLike, columns, require_fitting, require_vector
+from .vectors import VectorLike, columns, require_fitting, require_left, require_vector
 
 __all__ = ["DENSE_LIMIT", "BaseLinearOperator", "Krylov", "flat_positions"]
 
@@ -146,6 +147,8 @@ class BaseLinearOperator(ContractLinearOperator):
         """
         if not self.is_square:
             raise RuntimeError(f"solve needs a square operator, got {tuple(self.shape)}")
+        if left_tensor is not None:
+            require_left(self, left_tensor)
         v, restore = columns(self, right_tensor)
         if preconditioner is not None:
             require_fitting(preconditioner, self)
@@ -243,7 +246,7 @@ class BaseLinearOperator(ContractLinearOperator):
 
     def norm(self, ord: Any = "fro") -> Tensor:
         """A norm of the matrix: "fro", 2 (spectral), -2 (smallest singular value) or "nuc"."""
-        if isinstance(ord, Tensor) or ord not in ("fro", 2, -2, "nuc"):
+        if not isinstance(ord, (str, int)) or ord not in ("fro", 2, -2, "nuc"):
             raise ValueError(
                 f"expected ord 'fro', 2, -2 or 'nuc', got {ord!r}; "
                 "docs/support_matrix.md says which have a closed form"
@@ -275,6 +278,8 @@ class BaseLinearOperator(ContractLinearOperator):
             UnsupportedLayerError: the structure has no closed form.
         """
         self._require_square("power")
+        if not math.isfinite(p):
+            raise DataError(f"expected a finite power, got {p}: pass p=0.5 for a square root")
         return self._altered(self._power(float(p)))
 
     @checked

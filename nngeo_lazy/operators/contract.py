@@ -27,7 +27,7 @@ from .info import joint
 from .primitives import PrimitiveLinearOperator, tensors_of, within
 from .report import operator_html
 from .torch_functions import TORCH_FUNCTIONS
-from .vectors import columns, require_tensor
+from .vectors import columns, require_left, require_tensor
 
 if TYPE_CHECKING:
     from .base import BaseLinearOperator
@@ -106,6 +106,8 @@ class ContractLinearOperator(PrimitiveLinearOperator):
     @checked
     def sqrt_inv_matmul(self, rhs: Tensor, lhs: Tensor | None = None) -> Any:
         """F^-1/2 rhs; with lhs, lhs F^-1/2 rhs and the diagonal of lhs F^-1 lhs^T."""
+        if lhs is not None:
+            require_left(self._this(), lhs, 2)
         root = self._power(-0.5)
         x = root @ rhs
         if lhs is None:
@@ -140,16 +142,28 @@ class ContractLinearOperator(PrimitiveLinearOperator):
         if isinstance(other, (Tensor, LinearOperator)):
             if other.dim() == 2 and self.dim() == 2:
                 return combined(rules.sums, self._this(), rules.as_operator(other))
+            shape = tuple(other.shape)
+            if other.dim() < 2:
+                raise SpaceMismatchError(
+                    f"expected a matrix of shape {tuple(self.shape)}, got a tensor of shape "
+                    f"{shape}: write F.add_diagonal(...) to add to the diagonal"
+                )
+            self._require_broadcast(other, "+")
             return super().__add__(other)
         if isinstance(other, Number):
             raise TypeError(
                 f"cannot add the number {other} to a matrix: write F.add_diagonal({other}) to add "
                 "it to the diagonal"
             )
-        return NotImplemented
+        if hasattr(type(other), "__radd__") and type(other).__module__ != "numpy":
+            return NotImplemented  # it may know more
+        raise TypeError(
+            f"expected a matrix to add, an operator or a tensor, got {described(other)}: convert "
+            "it with torch.as_tensor(...)"
+        )
 
     def __radd__(self, other: Any) -> Any:
-        return self + other
+        return self.__add__(other)
 
     def __neg__(self) -> BaseLinearOperator:
         return self._altered(self._scale(-1.0))
@@ -157,10 +171,53 @@ class ContractLinearOperator(PrimitiveLinearOperator):
     def __sub__(self, other: Any) -> Any:
         if isinstance(other, Number):
             return self + (-other)  # type: ignore[operator]
-        return self + other * -1.0
+        return self + (other * -1.0 if isinstance(other, (Tensor, LinearOperator)) else other)
 
     def __rsub__(self, other: Any) -> Any:
         return -self + other
+
+    def mul(self, other: Any) -> Any:
+        """A multiple, or the elementwise product with a matrix.
+
+        Raises:
+            TypeError: neither a number nor a matrix.
+            SpaceMismatchError: a tensor of another shape.
+        """
+        if isinstance(other, (Tensor, LinearOperator)):
+            self._require_broadcast(other, "*")
+        elif not isinstance(other, (int, float)) or isinstance(other, bool):
+            raise TypeError(
+                f"expected a number or a matrix, an operator or a tensor, got {described(other)}: "
+                "convert it with torch.as_tensor(...)"
+            )
+        return super().mul(other)
+
+    def div(self, other: Any) -> Any:
+        """The operator divided by a number, or by a tensor elementwise.
+
+        Raises:
+            TypeError: neither a number nor a tensor.
+            ValueError: the number 0.
+        """
+        if isinstance(other, bool) or not isinstance(other, (int, float, Tensor)):
+            raise TypeError(
+                f"expected a number or a tensor to divide by, got {described(other)}: for F^-1 "
+                "take F.solve or F.inverse"
+            )
+        if not isinstance(other, Tensor) and other == 0:
+            raise ValueError("expected a number other than 0 to divide by, got 0")
+        return self.mul(1.0 / other)
+
+    def _require_broadcast(self, other: Any, sign: str) -> None:
+        try:
+            fits = other.dim() != 1 or other.shape[0] == 1
+            torch.broadcast_shapes(self.shape, other.shape)
+        except RuntimeError:
+            fits = False
+        if not fits:
+            raise SpaceMismatchError(
+                f"expected matrices that fit, got {tuple(self.shape)} {sign} {tuple(other.shape)}"
+            )
 
     def _mul_constant(self, other: Any) -> Any:
         if isinstance(other, Tensor) and other.dim() > 0:

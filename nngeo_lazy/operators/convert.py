@@ -80,6 +80,11 @@ def _(A: BaseLinearOperator) -> BaseLinearOperator:
 def _(A: Tensor) -> BaseLinearOperator:
     if A.dim() == 2:
         return DenseLinearOperator(A) if A.shape[0] == A.shape[1] else MatrixLinearOperator(A)
+    if A.dim() < 2:
+        raise ValueError(
+            f"expected a matrix, got a tensor of shape {tuple(A.shape)}: for a diagonal take "
+            "torch.diag(...) or DiagonalLinearOperator(...)"
+        )
     if A.dim() == 3:
         return StackLinearOperator(*map(rules.as_operator, A))
     return ForeignLinearOperator(TheirDenseLinearOperator(A))

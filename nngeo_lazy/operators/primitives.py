@@ -275,7 +275,7 @@ def within(index: Any, size: int, device: torch.device) -> Any:
     if isinstance(index, (slice, int)) and not isinstance(index, bool):
         if isinstance(index, int) and not -size <= index < size:
             raise IndexError(f"expected an index from {-size} to {size - 1}, got {index}")
-        return index
+        return index % size if isinstance(index, int) else index
     try:
         where = torch.as_tensor(index, device=device)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -9,6 +9,9 @@ import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
+from ..arguments import described
+from ..errors import DataError
+
 if TYPE_CHECKING:
     from .base import BaseLinearOperator
 
@@ -26,7 +29,19 @@ class ScipyOperator(scipy.sparse.linalg.LinearOperator):
     def __init__(self, operator: BaseLinearOperator, dtype: Any = None) -> None:
         self.operator = operator
         native = np.float64 if operator.dtype == torch.float64 else np.float32
-        super().__init__(np.dtype(native if dtype is None else dtype), tuple(operator.shape))
+        try:
+            seen = np.dtype(native if dtype is None else dtype)
+        except (TypeError, ValueError) as error:
+            seen = None
+            reason: Exception | None = error
+        else:
+            reason = None
+        if seen is None or seen.kind != "f":
+            raise DataError(
+                f"expected a floating-point numpy dtype, got {described(dtype)}: pass "
+                "dtype=numpy.float64"
+            ) from reason
+        super().__init__(seen, tuple(operator.shape))
 
     def _product(self, x: np.ndarray[Any, Any], transposed: bool) -> np.ndarray[Any, Any]:
         work = np.array(x, dtype=self.dtype, order="C")  # torch shares no memory with scipy

@@ -19,6 +19,7 @@ __all__ = [
     "columns",
     "flattened",
     "require_fitting",
+    "require_left",
     "require_tensor",
     "require_vector",
 ]
@@ -66,6 +67,16 @@ def require_tensor(operator: BaseLinearOperator, v: Any) -> None:
         f"expected a tensor of shape ({n},) or ({n}, k), a dict by parameter name or an operator, "
         f"got {described(v)}: {remedy}"
     )
+
+
+def require_left(operator: BaseLinearOperator, left: Tensor, least: int = 1) -> None:
+    """Raise SpaceMismatchError if a matrix cannot stand to the left of an operator."""
+    n = operator.shape[-1]
+    if left.dim() < least or left.shape[-1] != n or left.dtype != operator.dtype:
+        raise SpaceMismatchError(
+            f"expected a matrix on the left of shape (..., m, {n}) and {operator.dtype}, got "
+            f"{tuple(left.shape)} and {left.dtype}: convert it with .to(operator.dtype)"
+        )
 
 
 def require_vector(operator: BaseLinearOperator, v: Tensor, *, vector: bool) -> Tensor:

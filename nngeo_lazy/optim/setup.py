@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..arguments import described
 from ..errors import DataError, SpaceMismatchError
 from ..representations import Factored, Representation, Streamed, resolve
 from ..selectors import space_of
@@ -82,6 +83,11 @@ def _by_identity(model: nn.Module, params: Any) -> list[tuple[str, Tensor]] | No
         params = [params]
     if params is None or isinstance(params, (str, type, nn.Module)) or callable(params):
         return None
+    if not isinstance(params, Iterable):
+        raise SpaceMismatchError(
+            f"expected params to be parameters of the model or a selector, got "
+            f"{described(params)}: pass model.parameters(), or a name"
+        )
     tensors = [p[1] if _is_pair(p) else p for p in params]
     if not tensors or not all(isinstance(p, Tensor) for p in tensors):
         return None

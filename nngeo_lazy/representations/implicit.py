@@ -14,6 +14,7 @@ from ..errors import DataError, StochasticModelError
 from ..facts import Cost, Facts, Sample
 from ..fingerprints import refuse_shuffling
 from ..jacobian.proof import agree
+from ..jacobian.record import FixedWeights
 from ..network import Network
 from ..operators import BaseLinearOperator, Info
 from ..operators.matrix_free import (
@@ -116,7 +117,8 @@ def _fields(sweep: Sweep, options: Implicit) -> dict[str, Any]:
     totals, num_rows, num_batches = Totals(quantity, space.device), 0, 0
     with torch.inference_mode(False), network.scope(), torch.no_grad():
         for batch in problem.batches:
-            with torch.enable_grad():  # a forward pass may call autograd itself
+            # a forward pass may call autograd itself
+            with torch.enable_grad(), FixedWeights():
                 graph = network(leaves, batch.raw)
             outputs = graph.detach()
             quantity.fit(outputs, batch.target)

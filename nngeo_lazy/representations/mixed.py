@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
+from ..arguments import check_fields
 from ..errors import DataError, SpaceMismatchError
 from ..facts import Facts
 from ..quantities import MatrixKind
@@ -46,6 +47,9 @@ class Mixed(Streamed):
 
     default: str | Representation | None = "kfac"
     chosen: Mapping[Any, str | Representation] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @property
     def members(self) -> list[Streamed]:

@@ -257,7 +257,6 @@ MEMBERS: dict[str, Callable[[Subject], dict[str, Any]]] = {
     "inv_quad": lambda s: {"inv_quad_rhs": s.w},
     "inv_quad_logdet": lambda s: {"inv_quad_rhs": s.w},
     "sqrt_inv_matmul": lambda s: {"rhs": s.w},
-    "expand": lambda s: {"sizes": (2, len(s.w), len(s.w))},
     "requires_grad_": lambda s: {"val": False},
 }
 
@@ -268,9 +267,8 @@ def members(s: Subject) -> Iterator[Target]:
     for kind, F in {**kinds, "Jacobian": s.J}.items():
         for name, good in MEMBERS.items():
             call = getattr(F, name)
-            if name in ("to", "expand"):
-                key = "dtype" if name == "to" else "sizes"
-                call = one_argument(call, key)
+            if name == "to":
+                call = one_argument(call, "dtype")
             yield Target(f"{kind}.{name}", call, good(s))
 
 
@@ -397,7 +395,7 @@ def outcome(target: Target, chosen: dict[str, str], pool: dict[str, Any]) -> Res
             ahead = [given.pop(n) for n, kind in kinds.items() if kind == 0 and n in given]
             found = target.call(*ahead, **given)
             use(found)
-    except NNGeoError as error:
+    except (NNGeoError, OSError) as error:  # no such file
         return Result("named", target.name, wrong, f"{type(error).__name__}: {error}")
     except Exception as error:  # noqa: BLE001 - what any code may raise is what is looked for
         kind = "named" if raised_on_purpose(error) else "foreign"

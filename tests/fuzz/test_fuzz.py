@@ -5,7 +5,7 @@
 
 import pytest
 
-from . import run
+from . import arguments, run
 
 # What may be refused, and why. Everything else that is refused is a fault.
 JUST = (
@@ -44,3 +44,12 @@ def test_expressions():
     found, right = failures("expression", range(60), 0, "UnsupportedLayerError")
     assert not found
     assert right > 200
+
+
+def test_wrong_arguments():
+    """Each has a named error, or a meaning, and leaves the model as it was."""
+    found = list(arguments.run(8))
+    assert not [r for r in found if r.kind in ("foreign", "harmed")]
+    kinds = [r.kind for r in found]
+    assert kinds.count("named") > 1200
+    assert kinds.count("accepted") < len(kinds) / 5
