@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .costs import BuildCost, cost_of
 from .data import refuse_shuffling
+from .distributed import refuse_processes
 from .errors import DataError
 from .likelihoods import Likelihood
 from .operators import BaseLinearOperator
@@ -249,7 +250,7 @@ def Hessian(
             target=target,
             progress=progress,
         )
-        return wanted.build(sweep)
+    return _build(wanted, sweep)
 
 
 def Jacobian(
@@ -299,6 +300,7 @@ def Jacobian(
     """
     wanted = resolve_representation(representation, MatrixKind.JACOBIAN)
     refuse_shuffling(loader, "Jacobian")
+    refuse_processes(loader, "Jacobian", "pass this process's own batches, or build a FIM or GGN")
     quantity = Outputs() if loss is None else LossGradients(loss)
     with torch.inference_mode(False):
         sweep = make_sweep(
@@ -312,7 +314,7 @@ def Jacobian(
             progress=progress,
             center=center,
         )
-        return wanted.build(sweep)
+    return _build(wanted, sweep)
 
 
 def update_diag(
@@ -371,7 +373,9 @@ def plan(builder: Callable[..., BaseLinearOperator], *args: Any, **options: Any)
     if prepare is None:
         raise DataError(f"expected the builder to be ng.FIM or ng.GGN, got {builder!r}")
     with torch.inference_mode(False):
-        return cost_of(*prepare(*args, **options))
+        representation, sweep = prepare(*args, **options)
+        sweep.problem.require_agreement(representation.described())
+        return cost_of(representation, sweep)
 
 
 def _fisher(
@@ -411,4 +415,5 @@ def _gauss_newton(
 
 def _build(representation: Representation, sweep: Sweep) -> BaseLinearOperator:
     with torch.inference_mode(False):  # tensors made in inference mode could not be used outside
+        sweep.problem.require_agreement(representation.described())
         return representation.build(sweep)

@@ -12,7 +12,7 @@ from collections.abc import (
     MutableMapping,
     Sequence,
 )
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import data as torch_data
 from tqdm.auto import tqdm
 
+from .collectives import ALONE
+from .distributed import Distributed
 from .errors import DataError
 
 __all__ = ["Batch", "Batches", "outputs_of", "refuse_shuffling"]
@@ -41,12 +43,14 @@ class Batch:
         kwargs: keyword arguments of the default call.
         target: observed labels, or None.
         raw: the batch as it was given, moved to the device; what `forward` and `target` receive.
+        key: which batch of all processes it is; random draws are made from it.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     target: Tensor | None
     raw: Any
+    key: tuple[int, ...] = (0,)
 
 
 class Batches:
@@ -57,7 +61,7 @@ class Batches:
             inputs; a sequence of tensors one batch (inputs, target, ...); a mapping one batch whose
             target is "labels" (or "label"); a sequence of sequences or mappings is batches. In
             (inputs, target), inputs may be a sequence (positional arguments) or a mapping (keyword
-            arguments).
+            arguments). `Distributed` of any of these is this process's share of it.
         device: where tensors are moved, also those nested in sequences and mappings.
         forward: `(model, raw batch) -> outputs` in place of the default call. With it, a batch may
             be any object.
@@ -83,7 +87,13 @@ class Batches:
         target: Callable[[Any], Any] | None = None,
         progress: bool = False,
     ) -> None:
-        self._loader = _as_batches(loader)
+        self._share = loader if isinstance(loader, Distributed) else None
+        self.group = ALONE if self._share is None else self._share.group
+        self._loader = _as_batches(loader if self._share is None else self._share.loader)
+        self.described: dict[str, Any] = {}  # what all processes of the group must agree on
+        if self._share is not None and self.group.size > 1:
+            self.described = self._share.described(self._loader)
+            self._loader = self._share.share(self._loader)
         self._device = torch.device(device)
         self._forward = forward
         self._target = target
@@ -95,10 +105,10 @@ class Batches:
         empty = True
         with tqdm(
             total=_length(self._loader),
-            disable=not self._progress,
+            disable=not self._progress or self.group.rank > 0,
             unit="batch",
         ) as bar:
-            for raw in self._loader:
+            for k, raw in enumerate(self._loader):
                 structure = _structure(raw)
                 if empty:
                     first, empty, self._gave = structure, False, True
@@ -107,14 +117,15 @@ class Batches:
                         f"expected batches of one structure, but a batch holds {structure} where "
                         f"the first holds {first}: make the loader collate every batch alike"
                     )
-                yield self.read(_move(raw, self._device))
+                key = (k,) if self._share is None else self._share.key(k)
+                yield replace(self.read(_move(raw, self._device)), key=key)
                 bar.update()
         if empty and self._gave:
             raise DataError(
                 "expected the same batches on every pass, but the loader gave none the second "
                 "time: pass the DataLoader itself, or list(...) of the batches"
             )
-        if empty:
+        if empty and self.group.size == 1:  # another process may have some
             raise DataError(
                 "expected at least one batch, but the loader is empty: check the length of the "
                 "data set, and drop_last"
@@ -131,6 +142,11 @@ class Batches:
     def held(self) -> bool:
         """Whether all batches lie in memory, in one order."""
         return isinstance(self._loader, (list, tuple))
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are moved."""
+        return self._device
 
     @property
     def loader(self) -> Any:
@@ -213,7 +229,8 @@ def outputs_of(result: Any, remedy: str) -> Tensor:
 
 def refuse_shuffling(loader: Any, what: str) -> None:
     """Raise DataError where a loader has another order on every pass, and the order matters."""
-    if isinstance(getattr(loader, "sampler", None), torch_data.RandomSampler):
+    plain = loader.loader if isinstance(loader, Distributed) else loader
+    if isinstance(getattr(plain, "sampler", None), torch_data.RandomSampler):
         raise DataError(
             f"{what} has a row for each example, in the loader's order, but the loader shuffles: "
             "pass shuffle=False"

@@ -7,6 +7,7 @@ from typing import Any
 __all__ = [
     "ConvergenceWarning",
     "DataError",
+    "DistributedError",
     "EstimateWarning",
     "NNGeoError",
     "NonFiniteError",
@@ -46,6 +47,10 @@ class StochasticModelError(NNGeoError, RuntimeError):
 
 class DataError(NNGeoError, ValueError):
     """The loader, its batches, the targets or an option do not fit."""
+
+
+class DistributedError(NNGeoError, RuntimeError):
+    """Another process of the group raised, died, or makes another call."""
 
 
 class RuleError(NNGeoError, TypeError):

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .builders import Jacobian
-from .data import Batches, refuse_shuffling
+from .data import Batch, Batches, refuse_shuffling
+from .distributed import Distributed
 from .errors import DataError, SpaceMismatchError
 from .likelihoods import Likelihood, resolve_loss
 from .operators import BaseLinearOperator
@@ -47,6 +49,8 @@ def influences(
         F: its Fisher, Gauss-Newton matrix or Hessian over the training examples, in any
             representation and over any of its parameters.
         train: training examples (inputs, target), all or some, in an order that does not change.
+            `ng.Distributed(train)` shares them out: each process computes the columns of its own,
+            and has all of them in the end. F and test are then the same in all processes.
         test: the examples whose losses are predicted.
         loss: as in `GGN`; its reduction is ignored.
         damping: d, the weight decay of the training, where it had any.
@@ -77,6 +81,12 @@ def influences(
     """
     if method not in METHODS:
         raise ValueError(f"expected method to be one of {list(METHODS)}, got {method!r}")
+    if isinstance(train, Distributed) and train.group.size > 1:
+        where = next(model.parameters()).device
+        share = Batches(train, device=where, forward=forward, target=target)
+        options: dict[str, Any] = {"loss": loss, "damping": damping, "method": method}
+        options.update(forward=forward, target=target)
+        return _of_shares(share, lambda data: influences(model, F, data, test, **options))
     n, names = _fitting(model, F)
 
     def rows_of(data: Any, loss: LossLike | None) -> BaseLinearOperator:
@@ -97,6 +107,29 @@ def influences(
     weights = torch.linalg.solve(eye - hessians @ own, scores.unsqueeze(-1)).squeeze(-1)
     by_example = across.unflatten(0, (-1, own.shape[-1]))
     return torch.einsum("nct,nc->tn", by_example, weights) / n
+
+
+def _of_shares(own: Batches, columns: Callable[[Any], Tensor]) -> Tensor:
+    """The columns of all processes, in the order of the batches, from those of each one's share."""
+    with own.group.together("influences"):
+        sizes = {batch.key: _num_examples(batch) for batch in own}
+        mine = columns(own.loader).mT if sizes else torch.empty(0, device=own.device)
+        if sizes and len(mine) != sum(sizes.values()):
+            raise DataError(
+                f"expected {sum(sizes.values())} examples in this process's share, as its labels "
+                f"say, but it has {len(mine)}"
+            )
+    parts: dict[tuple[int, ...], Tensor] = {}
+    for known, rows in zip(own.group.gather(sizes), own.group.collect(mine), strict=True):
+        if known:
+            parts.update(zip(known, rows.split(list(known.values())), strict=True))
+    return torch.cat([parts[key] for key in sorted(parts)]).mT
+
+
+def _num_examples(batch: Batch) -> int:
+    """Of a batch that has not been passed through the model."""
+    leaves = [batch.target, *tree_leaves(batch.raw)]
+    return next(len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0)
 
 
 def _fitting(model: nn.Module, F: Any) -> tuple[int, list[str]]:

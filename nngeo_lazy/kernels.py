@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from .data import Batches, refuse_shuffling
+from .distributed import refuse_processes
 from .errors import DataError, TooLargeError
 from .operators import BaseLinearOperator
 from .operators.kernel import KINDS, kernel_of
@@ -85,6 +86,7 @@ def NTK(
     with torch.inference_mode(False):
         for x in (x1,) if x2 is None else (x1, x2):
             refuse_shuffling(x, "NTK")
+            refuse_processes(x, "NTK", "pass rows of this process as x1, and all columns as x2")
             sweep = make_sweep(
                 Outputs(),
                 model,

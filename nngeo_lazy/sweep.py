@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .collectives import ALONE, Group, digest, seed_of, unwrapped
 from .data import Batch, Batches
+from .distributed import Distributed
 from .errors import DataError, NonFiniteError, TooLargeError
 from .facts import Facts, Sample
 from .jacobian.capture import Capture, Recorded
@@ -22,7 +24,7 @@ from .jacobian.record import recording, refuse_training_mode
 from .quantities import Quantity
 from .selectors import Selector, space_of
 from .space import ParamSpace
-from .statistics import Statistic, all_finite
+from .statistics import Statistic, all_finite, pool_statistics
 
 __all__ = ["Make", "Problem", "Sweep", "Totals", "make_sweep"]
 
@@ -89,9 +91,10 @@ class Problem:
             NonFiniteError: NaN or infinity in the parameters.
             StochasticModelError: the model is in training mode and random.
         """
-        _require_finite_parameters(model, space)
-        if not replayed:
-            refuse_training_mode(model)
+        with batches.group.together("a build"):
+            _require_finite_parameters(model, space)
+            if not replayed:
+                refuse_training_mode(model)
         draws = seed is None and quantity.estimator == "mc"
         return cls(
             model,
@@ -99,11 +102,16 @@ class Problem:
             batches,
             quantity,
             seed,
-            int(torch.randint(2**62, ())) if draws else seed,
+            batches.group.same(int(torch.randint(2**62, ()))) if draws else seed,
             tuple(own.get_state() for own in batches.generators),
             max_directions,
             center,
         )
+
+    @property
+    def group(self) -> Group:
+        """The processes that share the data."""
+        return self.batches.group
 
     @property
     def described(self) -> Mapping[str, str | int | None]:
@@ -114,17 +122,42 @@ class Problem:
         return {**known, "center": 1} if self.center else known
 
     @contextmanager
-    def seeded(self) -> Iterator[torch.Generator | None]:
-        """The same label draws, and the same order of a shuffling loader, in every pass."""
+    def seeded(self) -> Iterator[None]:
+        """The same order of a shuffling loader in every pass that draws."""
         if self.drawn_seed is None:
-            yield None
+            yield
             return
         for own, state in zip(self.batches.generators, self.orders, strict=True):
             own.set_state(state)
         # What draws on the default generator is the order of a shuffling loader; on the CPU alone.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.drawn_seed)
-            yield torch.Generator(device=self.space.device).manual_seed(self.drawn_seed)
+            yield
+
+    def draws(self, batch: Batch) -> torch.Generator | None:
+        """The generator of a batch's label draws: the same in every pass, whoever reads it."""
+        if self.drawn_seed is None:
+            return None
+        first = batch.key == (0,)
+        seed = self.drawn_seed if first else seed_of(self.drawn_seed, *batch.key)
+        return torch.Generator(device=self.space.device).manual_seed(seed)
+
+    def require_agreement(self, representation: str) -> None:
+        """Raise DataError if the processes of the group build different matrices."""
+        if self.group.size == 1:
+            return
+        parameters = self.space.parameters(self.model)
+        known = {
+            "parameters": [f"{name} {tuple(p.shape)}" for name, p in parameters.items()],
+            "dtype": str(self.space.dtype),
+            "representation": representation,
+            "matrix": type(self.quantity).__name__,
+            "estimator": self.quantity.estimator,
+            "seed": self.seed,
+            **self.batches.described,
+            "values of parameters (checksums)": [digest(p) for p in parameters.values()],
+        }
+        self.group.agree(known, "the matrix")
 
 
 class Sweep:
@@ -138,14 +171,17 @@ class Sweep:
         self.problem = problem
         self._capture = Capture(problem.model, problem.space, problem.batches.forward)
         self._parts: Sequence[Part] = ()
-        self._kept: tuple[Facts, list[Chunk]] | None = None
+        self._described: Mapping[str, str | int | None] | None = None  # by another process
+        self._kept: tuple[Totals, list[Chunk]] | None = None
 
     @property
     def facts(self) -> Facts:
         """What is known without a pass, and the parts once a batch was seen."""
         space = self.problem.space
         wide = torch.promote_types(space.dtype, torch.float32)
-        return Facts(space, self._parts, wide, self.problem.described, self.problem.center)
+        described = self.problem.described if self._described is None else self._described
+        group = self.problem.group
+        return Facts(space, self._parts, wide, described, self.problem.center, group=group)
 
     def run(self, make: Make, keep: bool = False) -> tuple[Facts, Sequence[Statistic]]:
         """Make statistics on the first batch and update them over all batches.
@@ -161,17 +197,61 @@ class Sweep:
             NonFiniteError, DataError: something was wrong on some batch.
             TooLargeError: more directions than `max_directions`.
         """
-        if self._kept is not None:
-            return self._replay(make, *self._kept)
+        with self.problem.group.together("a pass over the data"):
+            if self._kept is None:
+                statistics, totals = self._read(make, keep)
+            else:
+                statistics, totals = self._replay(make, *self._kept)
+            totals.require_sound()
+        facts = self.finish(totals)
+        if statistics is None:  # this process has no batch
+            statistics = make(facts)
+        pool_statistics(statistics, facts.group, facts.space.device)
+        return facts, statistics
+
+    def finish(self, totals: Totals) -> Facts:
+        """What is known after a pass, of the data of all processes.
+
+        Raises:
+            DataError: no process has any example, or layers are used in different ways.
+        """
+        group, counts = self.problem.group, totals.counts()
+        if group.size == 1:
+            return replace(self.facts, **totals.finish(counts))
+        shares = group.gather((self._parts, dict(self.facts.described), counts))
+        seen = [rank for rank, share in enumerate(shares) if share[2].examples]
+        if not seen:
+            raise DataError(
+                f"expected at least one batch, but the loaders of all {group.size} processes are "
+                "empty: check the length of the data set, and drop_last"
+            )
+        first = shares[seen[0]]
+        for rank in seen:
+            for k, what in enumerate(("layers", "quantity")):
+                if shares[rank][k] != first[k]:
+                    raise DataError(
+                        f"expected all processes to have the same {what}, but rank {rank} of "
+                        f"{group.size} has {shares[rank][k]}, and rank {seen[0]} {first[k]}"
+                    )
+        self._parts, self._described = first[0], first[1]
+        joint = Counts(*map(sum, zip(*(share[2] for share in shares), strict=True)))
+        with group.together("the totals of a pass"):
+            known = totals.finish(joint) if counts.examples else {}
+        if len(seen) < group.size:  # a process without examples does not know the loss
+            known = group.gather(known)[seen[0]]
+        return replace(self.facts, **known)
+
+    def _read(self, make: Make, keep: bool) -> tuple[Sequence[Statistic] | None, Totals]:
         problem = self.problem
         statistics: Sequence[Statistic] | None = None
         kept: list[Chunk] | None = [] if keep else None
         totals = Totals(problem.quantity, problem.space.device)
         with (
-            problem.seeded() as generator,
+            problem.seeded(),
             recording(problem.model, problem.space.parameters(problem.model)),
         ):
             for batch in problem.batches:
+                generator = problem.draws(batch)
                 for recorded, target in self._record(batch):
                     totals.add(recorded.outputs, target)
                     if statistics is None:
@@ -179,30 +259,32 @@ class Sweep:
                     for chunk in self._chunks(recorded, target, generator):
                         _update(statistics, chunk)
                         kept = _keep(kept, chunk)
-        facts = replace(self.facts, **totals.finish())
-        self._kept = None if kept is None else (facts, kept)
-        return facts, statistics or ()
+        self._kept = None if kept is None else (totals, kept)
+        return statistics, totals
 
-    def sampled(self) -> tuple[Sample, int | None]:
-        """The forms of one direction of the first batch, and how many batches there are.
+    def sampled(self) -> Sample | None:
+        """The forms of one direction of the first batch; None if this process has no batch.
 
         Raises:
             DataError: the first batch has no example.
         """
         problem = self.problem
         with (
-            problem.seeded() as generator,
+            problem.seeded(),
             recording(problem.model, problem.space.parameters(problem.model)),
             closing(iter(problem.batches)) as batches,
         ):
-            first, count = next(batches), problem.batches.count
+            first = next(batches, None)
+            if first is None:
+                return None
+            generator = problem.draws(first)
             for recorded, target in self._record(first):
                 outputs = recorded.outputs
                 directions = problem.quantity.directions(outputs, target, generator)
                 ((forms, _, _),) = recorded.chunks(islice(directions, 1), 1)
                 labelled = outputs if first.target is None else first.target
                 examples = problem.batches.num_examples(labelled.shape[0])
-                return Sample(forms, problem.quantity.count(outputs, target), examples), count
+                return Sample(forms, problem.quantity.count(outputs, target), examples)
         raise DataError("expected at least one example in the first batch")
 
     def _record(self, batch: Batch) -> Iterator[tuple[Recorded, Tensor | None]]:
@@ -212,13 +294,13 @@ class Sweep:
             yield recorded, target
 
     def _replay(
-        self, make: Make, facts: Facts, kept: list[Chunk]
-    ) -> tuple[Facts, Sequence[Statistic]]:
-        statistics = make(facts)
+        self, make: Make, totals: Totals, kept: list[Chunk]
+    ) -> tuple[Sequence[Statistic] | None, Totals]:
+        statistics = make(self.facts) if self._parts else None
         for chunk in kept:
-            _update(statistics, chunk)
+            _update(statistics or (), chunk)
         self._kept = None
-        return facts, statistics
+        return statistics, totals
 
     def _chunks(
         self, recorded: Recorded, target: Tensor | None, generator: torch.Generator | None
@@ -250,11 +332,23 @@ def make_sweep(
     **options: Any,
 ) -> Sweep:
     """A sweep from what the builders take; see `FIM`."""
-    space = space_of(model, params)
-    batches = Batches(
-        loader, device=space.device, forward=forward, target=target, progress=progress
-    )
+    group = loader.group if isinstance(loader, Distributed) else None
+    with (group or ALONE).together("a build"):
+        model = unwrapped(model, group)
+        space = space_of(model, params)
+        batches = Batches(
+            loader, device=space.device, forward=forward, target=target, progress=progress
+        )
     return Sweep(Problem.of(model, space, batches, quantity, **options))
+
+
+class Counts(NamedTuple):
+    """The numbers of a pass that add up over processes; no log-likelihood is NaN."""
+
+    examples: int
+    terms: int
+    denominator: float
+    log_likelihood: float
 
 
 class Totals:
@@ -280,23 +374,32 @@ class Totals:
             added = self.quantity.log_likelihood(outputs, target)
             self._log_likelihood = None if added is None else self._log_likelihood + added
 
-    def finish(self) -> dict[str, Any]:
+    def require_sound(self) -> None:
+        """Raise NonFiniteError or DataError if something was wrong on some batch."""
+        if not self._flags:
+            return
+        wrong = torch.stack([flag.reshape(()) for flag in self._flags.values()]).tolist()
+        messages = [message for message, bad in zip(self._flags, wrong, strict=True) if bad]
+        if messages:
+            finite = any("finite" in message for message in messages)
+            raise (NonFiniteError if finite else DataError)("; ".join(messages))
+
+    def counts(self) -> Counts:
+        """What was counted, read from the device."""
+        likelihood = math.nan if self._log_likelihood is None else float(self._log_likelihood)
+        return Counts(self._examples, int(self._terms), float(self._denominator), likelihood)
+
+    def finish(self, counts: Counts) -> dict[str, Any]:
         """The fields of `Facts` that a pass finds.
 
         Raises:
-            NonFiniteError, DataError: something was wrong on some batch.
+            DataError: there is nothing to divide by.
         """
-        if self._flags:
-            wrong = torch.stack([flag.reshape(()) for flag in self._flags.values()]).tolist()
-            messages = [message for message, bad in zip(self._flags, wrong, strict=True) if bad]
-            if messages:
-                finite = any("finite" in message for message in messages)
-                raise (NonFiniteError if finite else DataError)("; ".join(messages))
-        likelihood = math.nan if self._log_likelihood is None else float(self._log_likelihood)
+        likelihood = counts.log_likelihood
         return {
-            "num_examples": self._examples,
-            "num_terms": int(self._terms),
-            "denominator": self.quantity.total(float(self._denominator)),
+            "num_examples": counts.examples,
+            "num_terms": counts.terms,
+            "denominator": self.quantity.total(counts.denominator),
             "log_likelihood": likelihood if math.isfinite(likelihood) else None,
         }
 

@@ -20,7 +20,7 @@ from ..operators import (
     KroneckerLinearOperator,
     LowRankLinearOperator,
 )
-from ..statistics import KroneckerFactors, RowStack, RowSum, Sharing, SquareSum, Statistic
+from ..statistics import KroneckerFactors, RowSum, Sharing, SquareSum, Statistic
 from .recipes import (
     Block,
     Recipe,
@@ -35,10 +35,12 @@ from .recipes import (
     moment_blocks,
     quasi_diagonal_block,
     require_finite,
+    shared_bases,
     together,
     whole,
 )
 from .representation import Streamed
+from .row_stack import RowStack
 
 __all__ = ["EKFAC", "KFAC", "BlockDiagonal", "Diagonal", "LowRank", "QuasiDiagonal"]
 
@@ -166,7 +168,18 @@ class EKFAC(Streamed):
 
     def recipe(self, facts: Facts, indices: Sequence[int]) -> Recipe:
         """Kronecker factors, and in a second pass squared rows in their eigenbasis."""
-        return (yield from together([self._block(facts, k) for k in indices]))
+        if self.basis is not None:
+            recipes = [self._in(facts, k, self._bases(facts, facts.parts[k])) for k in indices]
+            return (yield from together(recipes))
+        sharing = Sharing(self.sharing)
+        blocks = yield from together([kronecker_block(facts, k, sharing) for k in indices])
+        known, done = _decomposed(facts, blocks)
+        if not known:
+            return done
+        recipes = [self._in(facts, k, *each) for k, each in known.items()]
+        del known  # bases are large, and live on in one place only
+        more = yield from together(recipes)
+        return sorted([*done, *more], key=lambda block: block.indices)
 
     def outline(self, facts: Facts, indices: Sequence[int]) -> list[Sequence[Statistic]]:
         """The second pass in a basis of which only the sizes are known."""
@@ -183,16 +196,17 @@ class EKFAC(Streamed):
                 second.append(SquareSum(k, part, *unknown))
         return [first, second]
 
-    def _block(self, facts: Facts, k: int) -> Recipe:
+    def _in(
+        self,
+        facts: Facts,
+        k: int,
+        given: tuple[Tensor, Tensor] | None,
+        positions: int | None = None,
+    ) -> Recipe:
+        """The best diagonal in a given basis."""
         part = facts.parts[k]
-        given = None if self.basis is None else self._bases(facts, part)
-        if given is None and (self.basis is not None or part.kind != "outer"):
-            return (yield from diagonal_block(facts, k))
-        positions = None
         if given is None:
-            (block,) = yield from kronecker_block(facts, k, Sharing(self.sharing))
-            require_finite(block.operator, block_name(facts, [k]))  # before it is decomposed
-            given, positions = block.operator.bases(), block.positions
+            return (yield from diagonal_block(facts, k))
         squares, sums = SquareSum(k, part, *given), RowSum(k, part)
         facts = yield [squares, sums] if facts.center else [squares]
         values = squares.diagonal(facts)
@@ -258,6 +272,29 @@ class LowRank(Streamed):
     def finish(self, facts: Facts, blocks: Sequence[Block]) -> BaseLinearOperator:
         """The one block, in flat order."""
         return whole(facts, blocks[0])
+
+
+def _decomposed(
+    facts: Facts, blocks: list[Block]
+) -> tuple[dict[int, tuple[tuple[Tensor, Tensor], int | None]], list[Block]]:
+    """The eigenbases and positions of Kronecker blocks by part, and the blocks without any.
+
+    The list is emptied, so that each block's factors go when its bases are there.
+    """
+    found: list[tuple[Block, KroneckerLinearOperator]] = []
+    done: list[Block] = []
+    while blocks:
+        block = blocks.pop(0)
+        if isinstance(block.operator, KroneckerLinearOperator):
+            require_finite(block.operator, block_name(facts, block.indices))
+            found.append((block, block.operator))
+        else:
+            done.append(block)
+    kept = [(block.indices[0], block.positions) for block, _ in found]
+    factors = [[operator.left, operator.right] for _, operator in found]
+    del found, block
+    bases = shared_bases(factors, facts.group)
+    return {k: (own, n) for (k, n), own in zip(kept, bases, strict=True)}, done
 
 
 def _require_sharing(name: str) -> None:
