@@ -40,7 +40,7 @@ def decomposed(F: BaseLinearOperator) -> BaseLinearOperator:
 
 
 def require_semidefinite(F: BaseLinearOperator) -> None:
-    """Refuse blocks with negative eigenvalues, where these are known as they stand.
+    """Refuse blocks whose eigenvalues are known, if one is negative beyond rounding.
 
     Raises:
         NotPositiveDefiniteError: it names the block.
@@ -49,10 +49,15 @@ def require_semidefinite(F: BaseLinearOperator) -> None:
     if isinstance(F, BlockDiagonalLinearOperator):
         parts = [(repr(name), block) for name, _, block in F.parts]
     known = (DiagonalLinearOperator, EigenKroneckerLinearOperator)
-    lowest = {n: b.eigenvalues.min() for n, b in parts if isinstance(b, known) and b.shape[-1]}
+    lowest = {
+        name: torch.stack([block.eigenvalues.min(), block.eigenvalues.abs().max()])
+        for name, block in parts
+        if isinstance(block, known) and block.shape[-1]
+    }
     values = torch.stack(list(lowest.values())).tolist() if lowest else []
-    for name, value in zip(lowest, values, strict=True):
-        if value < 0:
+    rounding = torch.finfo(F.dtype).eps ** 0.5
+    for name, (value, size) in zip(lowest, values, strict=True):
+        if value < -rounding * size:
             raise NotPositiveDefiniteError(
                 f"the curvature of {name} has a negative eigenvalue {value:.3g}: its statistics "
                 "are no averages of squares any more. Train in a wider dtype, or make a new "

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .costs import BuildCost, cost_of
-from .data import refuse_shuffling
 from .distributed import refuse_processes
 from .errors import DataError
+from .fingerprints import refuse_shuffling
 from .likelihoods import Likelihood
 from .operators import BaseLinearOperator
 from .quantities import (

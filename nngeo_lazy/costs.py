@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from .errors import DataError
 from .facts import Cost, Sample
 from .representations import Representation
-from .representations.recipes import form_name
 from .sweep import Sweep
 from .table import Table
 
@@ -111,7 +110,7 @@ def _cost(representation: Representation, sweep: Sweep, sample: Sample) -> Build
             rows[name] = CostRow(
                 name,
                 space.owner(name),
-                form_name(part),
+                part.form_name,
                 kinds[-1] if kinds else "",
                 where.stop - where.start,
                 sum(cost.flops for cost in own) if first else 0,

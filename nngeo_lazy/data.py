@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import (
     Callable,
     Generator,
     Iterable,
     Iterator,
     Mapping,
-    MutableMapping,
     Sequence,
 )
 from dataclasses import dataclass, replace
@@ -21,11 +19,14 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import data as torch_data
 from tqdm.auto import tqdm
 
+from . import tree
 from .collectives import ALONE
 from .distributed import Distributed
 from .errors import DataError
+from .fingerprints import Passes, Streams
+from .skeleton import localised
 
-__all__ = ["Batch", "Batches", "outputs_of", "refuse_shuffling"]
+__all__ = ["Batch", "Batches", "outputs_of"]
 
 LABELS = ("labels", "label")
 FORMS = (
@@ -66,6 +67,8 @@ class Batches:
         forward: `(model, raw batch) -> outputs` in place of the default call. With it, a batch may
             be any object.
         target: `raw batch -> target` in place of the default; it may return None.
+        positions: `raw batch -> mask (N, T)` of the positions that exist, in place of a mapping's
+            "attention_mask"; it may return None.
         progress: whether to show a progress bar.
 
     Raises:
@@ -85,6 +88,7 @@ class Batches:
         device: torch.device | str,
         forward: Callable[[nn.Module, Any], Any] | None = None,
         target: Callable[[Any], Any] | None = None,
+        positions: Callable[[Any], Any] | None = None,
         progress: bool = False,
     ) -> None:
         self._share = loader if isinstance(loader, Distributed) else None
@@ -97,19 +101,22 @@ class Batches:
         self._device = torch.device(device)
         self._forward = forward
         self._target = target
+        self._positions = positions
         self._progress = progress
         self._gave = False  # a batch, on any pass so far
+        self._streams = Streams(self.generators)
+        self._passes = Passes()
 
     def __iter__(self) -> Generator[Batch, None, None]:
         first: Any = None
-        empty = True
+        empty, count = True, 0
         with tqdm(
             total=_length(self._loader),
             disable=not self._progress or self.group.rank > 0,
             unit="batch",
         ) as bar:
-            for k, raw in enumerate(self._loader):
-                structure = _structure(raw)
+            for k, raw in enumerate(self._once()):
+                structure = _structure(raw, self._forward is not None)
                 if empty:
                     first, empty, self._gave = structure, False, True
                 elif structure != first:
@@ -117,6 +124,9 @@ class Batches:
                         f"expected batches of one structure, but a batch holds {structure} where "
                         f"the first holds {first}: make the loader collate every batch alike"
                     )
+                if not self.held:
+                    self._passes.compare(k, raw)
+                count = k + 1
                 key = (k,) if self._share is None else self._share.key(k)
                 yield replace(self.read(_move(raw, self._device)), key=key)
                 bar.update()
@@ -130,6 +140,16 @@ class Batches:
                 "expected at least one batch, but the loader is empty: check the length of the "
                 "data set, and drop_last"
             )
+        if not self.held:
+            self._passes.finish(count)
+
+    def drawn_from(self, seed: int) -> None:
+        """From now on, the order of a shuffling loader is drawn from this seed."""
+        self._streams = Streams(self.generators, seed)
+
+    def _once(self) -> Iterator[Any]:
+        """One pass over what was given."""
+        return iter(self._loader) if self.held else self._streams.over(self._loader)
 
     @property
     def generators(self) -> list[torch.Generator]:
@@ -175,6 +195,23 @@ class Batches:
             target = _move(torch.as_tensor(target), self._device)
         return Batch(args, kwargs, target, raw)
 
+    def positions(self, raw: Any) -> Tensor | None:
+        """Which positions of a batch exist, a mask (N, ...); None if all do, or nothing says.
+
+        Raises:
+            DataError: `positions` gives no mask of two dimensions or more.
+        """
+        if self._positions is not None:
+            mask = self._positions(raw)
+            if mask is not None and not (isinstance(mask, Tensor) and mask.dim() > 1):
+                raise DataError(
+                    "expected positions= to return a mask (N, T) of the positions that exist, or "
+                    f"None, got {_shape_or_type(mask)}"
+                )
+            return mask
+        mask = raw.get("attention_mask") if isinstance(raw, Mapping) else None
+        return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
     def forward(self, model: nn.Module, raw: Any) -> Tensor:
         """The model's outputs (N, ...) for one batch, dimension 0 its examples.
 
@@ -184,7 +221,7 @@ class Batches:
             DataError: the outputs are no floating-point tensor (N, ...).
         """
         if self._forward is not None:
-            outputs = self._forward(model, raw)
+            outputs = localised(self._forward, model)(model, raw)
         else:
             args, kwargs = self._call(raw)
             outputs = model(*args, **kwargs)
@@ -225,16 +262,6 @@ def outputs_of(result: Any, remedy: str) -> Tensor:
             f"{result.dtype} of shape {tuple(result.shape)}: {remedy}"
         )
     return result
-
-
-def refuse_shuffling(loader: Any, what: str) -> None:
-    """Raise DataError where a loader has another order on every pass, and the order matters."""
-    plain = loader.loader if isinstance(loader, Distributed) else loader
-    if isinstance(getattr(plain, "sampler", None), torch_data.RandomSampler):
-        raise DataError(
-            f"{what} has a row for each example, in the loader's order, but the loader shuffles: "
-            "pass shuffle=False"
-        )
 
 
 def _as_batches(loader: Any) -> Iterable[Any]:
@@ -282,6 +309,10 @@ def _length(loader: Iterable[Any]) -> int | None:
         return None
 
 
+def _shape_or_type(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+
+
 def _kind(entry: Any) -> str:
     if entry is None:
         return "none"
@@ -298,15 +329,13 @@ def _require_batch(raw: Any) -> None:
     if _kind(raw) not in ("tensor", "sequence", "mapping") or not _holds_tensor(raw):
         raise DataError(
             "expected a batch to be a tensor, a sequence (inputs, target, ...) or a mapping of "
-            f"tensors, got {_structure(raw)}: convert it, or pass forward=lambda model, batch: ..."
+            f"tensors, got {_structure(raw, False)}: convert it, or pass "
+            "forward=lambda model, batch: ..."
         )
 
 
 def _holds_tensor(value: Any) -> bool:
-    kind = _kind(value)
-    if kind in ("sequence", "mapping"):
-        return any(_holds_tensor(v) for v in (value.values() if kind == "mapping" else value))
-    return kind == "tensor"
+    return any(_kind(leaf) == "tensor" for leaf in tree.leaves(value))
 
 
 def _label(raw: Mapping[Any, Any]) -> str | None:
@@ -332,30 +361,32 @@ def _labels(raw: Any, strict: bool) -> Tensor | None:
 
 
 def _move(value: Any, device: torch.device) -> Any:
-    if isinstance(value, PackedSequence):
-        return value.to(device=device)  # type: ignore[call-arg]
-    if isinstance(value, Tensor):
-        # towards the CPU, a copy that is not waited for could be read before it is complete
-        return value.to(device, non_blocking=device.type != "cpu")
-    if isinstance(value, Mapping):
-        moved = {name: _move(entry, device) for name, entry in value.items()}
-        if type(value) is dict or not isinstance(value, MutableMapping):
-            return moved
-        kept = copy.copy(value)  # a BatchEncoding stays one
-        kept.update(moved)
-        return kept
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_move(entry, device) for entry in value))
-    if isinstance(value, (list, tuple)):
-        entries = [_move(entry, device) for entry in value]
-        return tuple(entries) if isinstance(value, tuple) else entries
-    return value
+    def moved(leaf: Any) -> Any:
+        if isinstance(leaf, PackedSequence):
+            return leaf.to(device=device)  # type: ignore[call-arg]
+        if isinstance(leaf, Tensor):
+            # towards the CPU, a copy that is not waited for could be read before it is complete
+            return leaf.to(device, non_blocking=device.type != "cpu")
+        return leaf
+
+    return tree.map_leaves(moved, value)
 
 
-def _structure(value: Any) -> Any:
-    """What must be the same in every batch: keys and lengths, not sizes."""
+def _structure(value: Any, free: bool, inside: bool = False) -> Any:
+    """What must be the same in every batch: keys and lengths, not sizes.
+
+    A sequence without tensors of its own holds one entry for each example: names, or targets of a
+    detector. Its length is a size, and so is that of any sequence which is passed to a forward of
+    the user's (free).
+    """
     if isinstance(value, Mapping):
-        return {str(name): _structure(value[name]) for name in sorted(value, key=str)}
+        return {str(name): _structure(value[name], free, True) for name in sorted(value, key=str)}
     if _kind(value) == "sequence":
-        return [_structure(entry) for entry in value]
+        kinds = {_kind(entry) for entry in value}
+        if kinds and not kinds & {"tensor", "sequence", "none"}:
+            return "a list of " + " and ".join(sorted(kinds))
+        entries = [_structure(entry, free, True) for entry in value]
+        if inside and free:
+            return [entry for k, entry in enumerate(entries) if entry not in entries[:k]]
+        return entries
     return _kind(value)

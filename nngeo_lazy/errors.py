@@ -9,6 +9,8 @@ __all__ = [
     "DataError",
     "DistributedError",
     "EstimateWarning",
+    "LikelihoodWarning",
+    "MissingFileError",
     "NNGeoError",
     "NonFiniteError",
     "NonFiniteWarning",
@@ -34,11 +36,11 @@ class UnsupportedLayerError(NNGeoError, NotImplementedError):
 
 
 class NotPositiveDefiniteError(NNGeoError, ArithmeticError):
-    """A matrix is singular or indefinite where positive definiteness is needed."""
+    """A matrix is singular or indefinite, and must be positive definite."""
 
 
 class NonFiniteError(NNGeoError, ArithmeticError):
-    """NaN or infinity where a finite number is needed."""
+    """NaN or infinity, and a finite number is needed."""
 
 
 class StochasticModelError(NNGeoError, RuntimeError):
@@ -51,6 +53,10 @@ class DataError(NNGeoError, ValueError):
 
 class DistributedError(NNGeoError, RuntimeError):
     """Another process of the group raised, died, or makes another call."""
+
+
+class MissingFileError(DataError, FileNotFoundError):
+    """There is no file at a path."""
 
 
 class RuleError(NNGeoError, TypeError):
@@ -76,7 +82,7 @@ class ConvergenceWarning(UserWarning):
 
 
 class EstimateWarning(UserWarning):
-    """A number is an estimate where an exact one was asked for, or a worse one than was asked for.
+    """A number is an estimate and not the exact one asked for, or a worse estimate than asked for.
 
     Attributes:
         estimate: the `Estimate`, with its standard error.
@@ -85,6 +91,10 @@ class EstimateWarning(UserWarning):
     def __init__(self, message: str, estimate: Any) -> None:
         super().__init__(message)
         self.estimate = estimate
+
+
+class LikelihoodWarning(UserWarning):
+    """The gradient of a training loss is not that of the likelihood that was given or assumed."""
 
 
 class NonFiniteWarning(UserWarning):

@@ -11,7 +11,7 @@ import torch
 from .collectives import ALONE, Group
 from .jacobian.forms import Form, Outer
 from .jacobian.inputs import IndexInputs
-from .jacobian.plan import Part
+from .jacobian.parts import Part
 from .space import ParamSpace
 
 __all__ = ["Cost", "Facts", "Sample"]

@@ -5,16 +5,23 @@ from __future__ import annotations
 import inspect
 import io
 import os
-import pickle
 import warnings
 from collections.abc import Mapping
+from types import NoneType
 from typing import IO, Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from .errors import DataError, SpaceMismatchError, UnsupportedLayerError
-from .layout import Layout, Piece
+from .disk import checksum, replacing
+from .errors import (
+    DataError,
+    MissingFileError,
+    NNGeoError,
+    SpaceMismatchError,
+    UnsupportedLayerError,
+)
+from .layout import Layout, Piece, require_tiling
 from .operators import rules
 from .operators.base import BaseLinearOperator
 from .operators.block_diagonal import BlockDiagonalLinearOperator
@@ -37,6 +44,7 @@ from .space import Lineage, ParamSpace, canonical_name
 __all__ = ["load", "register_saved", "save", "state_of"]
 
 FORMAT, VERSION = "nngeo_lazy operator", 1
+_KEYS = {"format", "version", "representation", "conventions", "parameters", "operator", "tensors"}
 CONVENTIONS = {
     "scale": "mean over examples of a loss that sums over positions",
     "parameter order": "named_parameters, each row-major",
@@ -99,13 +107,23 @@ def register_saved(kind: Kind) -> Kind:
 def save(F: BaseLinearOperator, path: str | os.PathLike[str] | IO[bytes]) -> None:
     """Write an operator to a file of tensors and plain data (`F.state_dict()`).
 
+    The file is written beside the path, and takes its place when it is complete: whatever
+    interrupts it, what was there before stays. A checksum of everything goes with it.
+
     Args:
         F: an operator that is made of tensors.
         path: a path, or a file opened for binary writing.
 
     Raises:
         UnsupportedLayerError: the operator, or a part of it, is not made of tensors.
+        DataError: it is no operator.
+        OSError: the file cannot be written.
     """
+    if not isinstance(F, BaseLinearOperator):
+        raise DataError(
+            f"expected an operator to save, as FIM or aslinearoperator returns it, got "
+            f"{type(F).__name__}: save a model with torch.save(model.state_dict(), path)"
+        )
     state = state_of(F)
     # a view would be written with all of the memory that it looks into
     state["tensors"] = {
@@ -114,7 +132,12 @@ def save(F: BaseLinearOperator, path: str | os.PathLike[str] | IO[bytes]) -> Non
         else t
         for key, t in state["tensors"].items()
     }
-    torch.save(state, path)
+    state["checksum"] = checksum(state)
+    if not isinstance(path, (str, os.PathLike)):
+        torch.save(state, path)
+        return
+    with replacing(path) as file:
+        torch.save(state, file)
 
 
 def load(
@@ -134,7 +157,9 @@ def load(
         space: the parameters that are expected; with it, another file is refused.
 
     Raises:
-        DataError: not such a file, another version, or missing, extra or unfitting tensors.
+        MissingFileError: there is no file.
+        DataError: not such a file, another version, a file that was damaged, or missing, extra or
+            unfitting tensors.
         SpaceMismatchError: it is over other parameters than `space`, or than its tensors.
 
     Example:
@@ -143,12 +168,14 @@ def load(
         >>> load(F.state_dict()).diagonal()
         tensor([1., 2.])
     """
-    state = _read(path_or_state, map_location)
-    _require_format(state)
-    tensors = {key: t.clone() for key, t in state["tensors"].items()}  # values, not views
     try:
+        state = _read(path_or_state, map_location)
+        _require_format(state)
+        tensors = {key: t.clone() for key, t in state["tensors"].items()}  # values, not views
         operator = _build(state["operator"], tensors)
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
+    except NNGeoError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever foreign or damaged data lead to
         raise DataError(f"the file is malformed ({type(error).__name__}: {error})") from None
     if tensors:
         raise DataError(f"the file holds extra tensors {sorted(tensors)}: it was altered")
@@ -266,11 +293,17 @@ def _read(source: Any, map_location: Any) -> Mapping[str, Any]:
         source = buffer
     try:
         with warnings.catch_warnings():  # of foreign pickles, which are refused anyhow
-            warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            warnings.simplefilter("ignore")
             state = torch.load(source, map_location=map_location, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, TypeError) as error:
+    except FileNotFoundError:
+        raise MissingFileError(
+            f"expected a file written by ng.save, but there is none at {os.fspath(source)!r}: "
+            "check the path"
+        ) from None
+    except Exception as error:  # noqa: BLE001 - whatever damaged or foreign files lead to
         raise DataError(
-            f"expected a file written by ng.save, but it cannot be read: {error}"
+            "expected a file written by ng.save, but it cannot be read: "
+            f"{type(error).__name__}: {error}"
         ) from None
     return state if isinstance(state, Mapping) else {}
 
@@ -288,6 +321,16 @@ def _require_format(state: Mapping[str, Any]) -> None:
         )
     if missing := [key for key in ("operator", "tensors") if key not in state]:
         raise DataError(f"the file lacks {missing}: it is incomplete")
+    tensors = state["tensors"]
+    if not isinstance(tensors, Mapping) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise DataError("the file is malformed: expected its tensors by name")
+    if extra := sorted(str(key) for key in state if key not in {*_KEYS, "checksum"}):
+        raise DataError(f"the file holds {extra}, which no release writes: it was altered")
+    if "checksum" in state and state["checksum"] != checksum(state):  # not written before 0.8
+        raise DataError(
+            "the file is damaged: its contents have another checksum than when they were saved. "
+            "Take another copy of it, or build the operator again"
+        )
 
 
 def _build(node: Mapping[str, Any], tensors: dict[str, Tensor]) -> BaseLinearOperator:
@@ -315,6 +358,7 @@ def _build(node: Mapping[str, Any], tensors: dict[str, Tensor]) -> BaseLinearOpe
                 for _, groups, rows, pieces in described
             ],
         }
+        require_tiling(fields["layouts"])
     info = _info(node["info"], like.dtype, like.device)
     try:
         return kind(*args, info=info, **fields)
@@ -322,7 +366,32 @@ def _build(node: Mapping[str, Any], tensors: dict[str, Tensor]) -> BaseLinearOpe
         raise DataError(f"the tensors of {node['class']} do not fit together: {error}") from None
 
 
+_PLAIN: dict[str, tuple[type, ...]] = {
+    "num_examples": (int,),
+    "num_terms": (int,),
+    "log_likelihood": (float,),
+}
+
+
+def _require_plain(state: Mapping[str, Any]) -> None:
+    """Raise DataError if what is known of an operator has other types than a build gives it."""
+    wrong = [k for k, kinds in _PLAIN.items() if not isinstance(state.get(k), (*kinds, NoneType))]
+    texts = state["quantity"].values()
+    if not all(isinstance(text, (str, int, float, NoneType)) for text in texts):
+        wrong.append("quantity")
+    for layer, form, note, positions in state["origins"].values():
+        if not (all(isinstance(t, str) for t in (layer, form, note))):
+            wrong.append("origins")
+        if not isinstance(positions, (int, float, NoneType)):
+            wrong.append("positions")
+    if wrong:
+        raise DataError(
+            f"the file is malformed: {sorted(set(wrong))} of another type than expected"
+        )
+
+
 def _info(state: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> Info:
+    _require_plain(state)
     space = None
     if "space" in state:
         space = ParamSpace(

@@ -159,8 +159,8 @@ def wrap(kernel: Kernel) -> Kernel:
     """A kernel whose matrices are operators of this package, whatever it is made of.
 
     GPyTorch solves systems of more than 800 rows by conjugate gradients to a loose tolerance.
-    Wrapped, a kernel (also a sum, a product or a multiple) is solved in closed form where its
-    parts are held or made from forms, and else to a true relative residual.
+    A wrapped kernel (also a sum, a product or a multiple) is solved in closed form if its parts
+    are held or made from forms, and otherwise to a true relative residual.
 
     Args:
         kernel: any GPyTorch kernel; its hyperparameters are trained as before.

@@ -10,15 +10,17 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .builders import Jacobian
-from .data import Batch, Batches, refuse_shuffling
+from .data import Batch, Batches
 from .distributed import Distributed
 from .errors import DataError, SpaceMismatchError
+from .fingerprints import refuse_shuffling
 from .likelihoods import Likelihood, resolve_loss
 from .operators import BaseLinearOperator
 from .operators.damping import DampingLike
 from .operators.kernel import kernel_of
 from .quantities import LossLike
 from .selectors import space_of
+from .skeleton import skeleton
 
 __all__ = ["influences"]
 
@@ -155,6 +157,7 @@ def _of_outputs(
     refuse_shuffling(train, "influences")
     batches = Batches(train, device=next(model.parameters()).device, forward=forward, target=target)
     known: Likelihood | None = None
+    model = skeleton(model)
     scores, hessians = [], []
     for batch in batches:
         outputs = batches.forward(model, batch.raw).detach()  # a forward may need autograd

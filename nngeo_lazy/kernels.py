@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from .data import Batches, refuse_shuffling
+from .data import Batches
 from .distributed import refuse_processes
 from .errors import DataError, TooLargeError
+from .fingerprints import refuse_shuffling
 from .operators import BaseLinearOperator
 from .operators.kernel import KINDS, kernel_of
 from .quantities import Outputs

@@ -91,7 +91,7 @@ class Laplace:
         self.operator, self.prior_precision = F, prior_precision
         self.num_examples = _num_examples(F)
         self.likelihood = _likelihood_of(F, likelihood)
-        self._model, self._forward = model, forward
+        self._forward = forward
         space = _space_in(model, F)
         self.space = space
         self.mean = space.values(model).detach().clone().to(F.dtype)
@@ -344,11 +344,12 @@ class Laplace:
         names = list(self.space.names)
         parameters = list(self.space.unravel(self.mean).values())
         means, covariances = [], []
-        with torch.inference_mode(False), torch.no_grad(), self._network.loaded(self.mean):
+        model = self._network.at(self.mean)
+        with torch.inference_mode(False), torch.no_grad():
             for raw in self._batches(x):
                 with self._network.scope():
                     means.append(self._network(parameters, raw).detach())
-                J = Jacobian(self._model, raw, "factored", params=names, forward=self._forward)
+                J = Jacobian(model, raw, "factored", params=names, forward=self._forward)
                 kernel = kernel_of(J, J, self.covariance, outputs="per_example")
                 covariances.append(kernel.to_dense())
         mean = torch.cat(means)

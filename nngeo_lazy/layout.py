@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-__all__ = ["Layout", "Piece", "assemble"]
+from .errors import DataError
+
+__all__ = ["Layout", "Piece", "assemble", "require_tiling"]
 
 
 @dataclass(frozen=True)
@@ -119,3 +121,20 @@ def assemble(placed: Sequence[tuple[int, Tensor]]) -> Tensor:
     A concatenation rather than writes into an empty vector: it has a gradient, and `vmap`.
     """
     return torch.cat([part for _, part in sorted(placed, key=lambda pair: pair[0])], -2)
+
+
+def require_tiling(layouts: Sequence[Layout]) -> None:
+    """Raise DataError unless the blocks' pieces follow each other without a gap or an overlap."""
+    slices = sorted(
+        (where.start, where.stop, piece.width % max(1, piece.inner))
+        for layout in layouts
+        for where, piece in zip(layout.slices, layout.pieces, strict=True)
+    )
+    end = 0
+    for start, stop, rest in slices:
+        if start != end or stop <= start or rest:
+            raise DataError(
+                f"expected blocks that follow each other, but one begins at {start} and the one "
+                f"before it ends at {end}: the file was altered"
+            )
+        end = stop

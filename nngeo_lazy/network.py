@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils import _pytree as pytree
 
+from . import tree
 from .errors import DataError
-from .jacobian.general import Whole
 from .jacobian.record import plain_functions
+from .skeleton import refuse_strays, skeleton
 from .space import ParamSpace
+from .switches import unfused_attention, without_checkpoints
 
 __all__ = ["Network"]
 
@@ -22,9 +23,9 @@ __all__ = ["Network"]
 class Network:
     """One fixed function of the selected parameters: the rest of the model stays as it was.
 
-    Buffers are copied, and every module is called in the mode (training or not) that it had.
-    Parameters that are not selected are the model's own, not copied; if one has changed since,
-    the function would be another one, and is refused.
+    It runs in copies of the model's modules, made as they are now, and never in the model: modes,
+    attributes and buffers of later are not seen. Parameters that are not selected share the
+    model's memory; if one has changed since, the function would be another one, and is refused.
 
     Args:
         model: the network.
@@ -35,36 +36,28 @@ class Network:
     def __init__(
         self, model: nn.Module, space: ParamSpace, forward: Callable[[nn.Module, Any], Tensor]
     ) -> None:
-        self._call = Whole(model, forward)
         self._forward = forward
-        self._model = model
         self._space = space
         self._own = space.parameters(model)
-        names = {id(p): name for name, p in model.named_parameters()}
-        self._names = [f"model.{names[id(p)]}" for p in self._own.values()]
-        self._buffers = {f"model.{n}": b.detach().clone() for n, b in model.named_buffers()}
         selected = {id(p) for p in self._own.values()}
         self._rest = [
             (name, p, p._version) for name, p in model.named_parameters() if id(p) not in selected
         ]
-        self._modes = [(module, module.training) for module in model.modules()]
+        self._modules = skeleton(model)
         self._cast: tuple[torch.dtype, torch.device] | None = None
-        self._cast_rest: dict[str, Tensor] = {}
 
     def __call__(self, parameters: Sequence[Tensor], raw: Any) -> Tensor:
         """The outputs (N, ...) of one batch at these parameters."""
-        given = dict(zip(self._names, parameters, strict=True))
-        for name, buffer in self._buffers.items():  # a forward pass may write to them
-            given[name] = buffer.clone()
-        given.update(self._cast_rest)
-        out: Tensor = torch.func.functional_call(self._call, given, (self._as_cast(raw),))
-        return out
+        return self._forward(self._given(parameters), self._as_cast(raw))
+
+    def at(self, vector: Tensor) -> nn.Module:
+        """A model of its own that is this function at a flat vector (P,)."""
+        values = self._space.unravel(vector.detach()).values()
+        return self._given([nn.Parameter(v.to(self._space.dtype)) for v in values])
 
     @contextmanager
     def scope(self) -> Iterator[None]:
         """Where the function is evaluated, and also differentiated: layers may run again there.
-
-        Attention runs unfused, since its fused kernels have one derivative only.
 
         Raises:
             DataError: a parameter outside of the selected ones has changed since.
@@ -76,61 +69,39 @@ class Network:
                 f"{changed[:3]} changed since: build again, or select all parameters that are "
                 "trained"
             )
-        with self._as_built(), plain_functions(), sdpa_kernel(SDPBackend.MATH):
+        with plain_functions(), unfused_attention.used(), without_checkpoints():
             yield
 
-    @contextmanager
-    def loaded(self, vector: Tensor) -> Iterator[None]:
-        """Inside, the model itself is this function at a flat vector (P,)."""
-        buffers = {f"model.{n}": b for n, b in self._model.named_buffers()}
-        before = [p.data for p in self._own.values()]
-        kept = {name: buffer.detach().clone() for name, buffer in buffers.items()}
-        try:
-            for p, value in zip(self._own.values(), self._split(vector), strict=True):
-                p.data = value.detach().to(p.dtype)
-            with torch.no_grad():
-                for name, buffer in buffers.items():
-                    buffer.copy_(self._buffers[name])
-            with self._as_built():
-                yield
-        finally:
-            for p, data in zip(self._own.values(), before, strict=True):
-                p.data = data
-            with torch.no_grad():
-                for name, buffer in buffers.items():
-                    buffer.copy_(kept[name])
+    def refuse_strays(self, outputs: Tensor) -> None:
+        """Raise DataError if outputs depend on the model's own parameters in another way."""
+        refuse_strays(outputs, self._own)
 
     def moved(self, dtype: torch.dtype, device: torch.device) -> Network:
         """The same function in another dtype or on another device, copied."""
-        new = Network(self._model, self._space, self._forward)
-        new._modes, new._rest = self._modes, self._rest
+        new = copy.copy(self)
         new._cast = dtype, device
-        new._buffers = {name: _cast(b, dtype, device) for name, b in self._buffers.items()}
-        new._cast_rest = {f"model.{n}": _cast(p.detach(), dtype, device) for n, p, _ in self._rest}
+        held = {id(b): _cast(b, dtype, device) for b in self._modules.buffers()}
+        for p in self._modules.parameters():
+            held[id(p)] = nn.Parameter(_cast(p.detach(), dtype, device), p.requires_grad)
+        new._modules = skeleton(self._modules, held)
         return new
+
+    def _given(self, parameters: Sequence[Tensor]) -> nn.Module:
+        """The modules with these parameters, for one evaluation."""
+        selected = self._space.parameters(self._modules).values()
+        return skeleton(
+            self._modules, {id(p): new for p, new in zip(selected, parameters, strict=True)}
+        )
 
     def _as_cast(self, raw: Any) -> Any:
         if self._cast is None:
             return raw
         dtype, device = self._cast
-        return pytree.tree_map_only(Tensor, lambda x: _cast(x, dtype, device), raw)
 
-    def _split(self, vector: Tensor) -> list[Tensor]:
-        shapes = self._space.shapes
-        parts = vector.split([shape.numel() for shape in shapes])
-        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+        def cast(leaf: Any) -> Any:
+            return _cast(leaf, dtype, device) if isinstance(leaf, Tensor) else leaf
 
-    @contextmanager
-    def _as_built(self) -> Iterator[None]:
-        """Every module in the mode that it had."""
-        changed = [(m, m.training) for m, mode in self._modes if m.training != mode]
-        try:
-            for module, mode in changed:
-                module.training = not mode
-            yield
-        finally:
-            for module, mode in changed:
-                module.training = mode
+        return tree.map_leaves(cast, raw)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -247,7 +247,7 @@ def _image(entries: Tensor, ax: Axes | None, label: str) -> Axes:
 
 
 def _layers(ax: Axes, operator: BaseLinearOperator) -> Axes:
-    """Lines between layers, and their names, where the matrix is over parameters."""
+    """Lines between layers, and their names, if the matrix is over parameters."""
     space = operator.space
     if space is None:
         ax.set_xlabel("column")

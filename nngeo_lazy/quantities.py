@@ -104,6 +104,10 @@ class Quantity(ABC):
         """How many scalar labels a batch scores."""
         return outputs.numel()
 
+    def scored(self, outputs: Tensor, target: Tensor | None) -> Tensor | None:
+        """Which positions (N, ...) a loss scores; None if it scores all."""
+        return None
+
     def log_likelihood(self, outputs: Tensor, target: Tensor | None) -> Tensor | None:
         """log p(y | f) of a batch's labels, 0-d; None if there are none, or they do not fit."""
         return None
@@ -156,6 +160,9 @@ class _OfLoss(Quantity):
 
     def flags(self, outputs: Tensor, target: Tensor | None) -> dict[str, Tensor]:
         return self._known().flags(outputs, self._read(target))
+
+    def scored(self, outputs: Tensor, target: Tensor | None) -> Tensor | None:
+        return self._known().scored(outputs, self._read(target))
 
     def num_terms(self, outputs: Tensor, target: Tensor | None) -> Tensor | int:
         return self._known().num_terms(outputs, self._read(target))

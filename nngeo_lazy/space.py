@@ -219,7 +219,7 @@ class ParamSpace:
             )
         lead = vector.shape[:-1]
         return {
-            name: vector[..., self.slices[name]].reshape(*lead, *shape)
+            name: vector[..., self.slices[name]].reshape((*lead, *shape))
             for name, shape in zip(self.names, self.shapes, strict=True)
         }
 
@@ -228,7 +228,7 @@ class ParamSpace:
         return self.ravel(self.parameters(model))
 
     def grad(self, model: nn.Module) -> Tensor:
-        """The model's `.grad` as one flat vector (P,); zeros where it is None."""
+        """The model's `.grad` as one flat vector (P,); zeros if it is None."""
         parameters = self.parameters(model)
         return self.ravel(
             {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()}

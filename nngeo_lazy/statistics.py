@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from enum import Enum
 from typing import Any, ClassVar
 
@@ -18,7 +19,8 @@ from .errors import DataError, TooLargeError
 from .facts import Cost, Facts, Sample
 from .jacobian.forms import Form, Outer, second_moment
 from .jacobian.inputs import Inputs
-from .jacobian.plan import Part
+from .jacobian.parts import Kind, Part
+from .jacobian.positions import counted
 from .layout import Layout
 
 __all__ = [
@@ -120,7 +122,7 @@ class SecondMoment(Statistic):
         """The block in flat parameter order, as a mean over examples."""
         p = sum(part.layout.size for part in self._parts)
         out = torch.zeros(p, p, dtype=facts.dtype, device=facts.space.device)
-        used = [part for part in self._parts if part.kind != "unused"]
+        used = [part for part in self._parts if part.kind is not Kind.UNUSED]
         if self._total is None or not used:
             return out
         index = flat_order(self._parts, used).to(out.device)
@@ -263,6 +265,8 @@ class KroneckerFactors(Statistic):
 
     expand: left = sum g g^T / N, right = sum x x^T / (N T), over examples, positions, directions.
     reduce: the same of sum_t g and mean_t x, right divided by N.
+    If some positions are not scored, the right factor is a mean over those that count
+    (`jacobian/positions.py`).
     """
 
     sums = ("_left", "_right", "_positions")
@@ -276,6 +280,7 @@ class KroneckerFactors(Statistic):
         self._left: Tensor | None = None
         self._right: Tensor | None = None
         self._positions: Tensor | int = 0
+        self._reached: Tensor | None = None  # positions of the current batch with a gradient
 
     def costs(self, sample: Sample) -> Iterator[Cost]:
         """The numbers of both factors."""
@@ -297,12 +302,24 @@ class KroneckerFactors(Statistic):
         (form,) = forms
         if not isinstance(form, Outer):
             raise TypeError("Kronecker factors need an outer form")
-        if self._reduce:  # the reduced inputs are needed once
-            form = form.reduced() if first else Outer(form.g.sum(3, keepdim=True), None, form.bias)
-        self._left = form.output_moment(self._diagonal_left, self._left)
-        if first:
-            self._right = form.input_moment(self._diagonal_right, self._right)
-            self._positions = self._positions + form.positions
+        outputs = form
+        if self._reduce:
+            outputs = Outer(form.g.sum(3, keepdim=True), None, form.bias)
+        self._left = outputs.output_moment(self._diagonal_left, self._left)
+        if form.marks is None:
+            if first:
+                self._add_inputs(form)
+            return
+        reached = form.reached if self._reached is None else self._reached | form.reached
+        self._reached = None if last else reached
+        if last:  # the gradients of all directions tell which positions count
+            self._add_inputs(replace(form, kept=counted(form.marks, reached)))
+
+    def _add_inputs(self, form: Outer) -> None:
+        """The inputs of a batch, which are the same for all directions."""
+        form = form.reduced() if self._reduce else form
+        self._right = form.input_moment(self._diagonal_right, self._right)
+        self._positions = self._positions + form.positions
 
     def factors(self, facts: Facts) -> tuple[Tensor, Tensor]:
         """left (G, o, o) and right (G, w, w); (G, o), (G, w) if diagonal. They are given up."""

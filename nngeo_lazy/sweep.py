@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple
@@ -19,10 +19,12 @@ from .errors import DataError, NonFiniteError, TooLargeError
 from .facts import Facts, Sample
 from .jacobian.capture import Capture, Recorded
 from .jacobian.forms import Form, Outer
-from .jacobian.plan import Part
+from .jacobian.parts import Part
+from .jacobian.positions import marks_of
 from .jacobian.record import recording, refuse_training_mode
 from .quantities import Quantity
 from .selectors import Selector, space_of
+from .skeleton import refuse_strays, skeleton
 from .space import ParamSpace
 from .statistics import Statistic, all_finite, pool_statistics
 
@@ -46,7 +48,6 @@ class Problem:
         quantity: which output directions.
         seed: of the label draws, as it was given.
         drawn_seed: the seed that is used; None if nothing is drawn.
-        orders: the states of the loader's generators, which every pass starts from.
         max_directions: the most directions of a batch in an exact computation.
         center: whether the mean row is subtracted from every row.
     """
@@ -57,7 +58,6 @@ class Problem:
     quantity: Quantity
     seed: int | None
     drawn_seed: int | None
-    orders: tuple[Tensor, ...]
     max_directions: int
     center: bool
 
@@ -96,14 +96,16 @@ class Problem:
             if not replayed:
                 refuse_training_mode(model)
         draws = seed is None and quantity.estimator == "mc"
+        drawn = batches.group.same(int(torch.randint(2**62, ()))) if draws else seed
+        if drawn is not None:
+            batches.drawn_from(drawn)
         return cls(
             model,
             space,
             batches,
             quantity,
             seed,
-            batches.group.same(int(torch.randint(2**62, ()))) if draws else seed,
-            tuple(own.get_state() for own in batches.generators),
+            drawn,
             max_directions,
             center,
         )
@@ -120,19 +122,6 @@ class Problem:
         if self.quantity.estimator == "mc":
             known["seed"] = self.seed
         return {**known, "center": 1} if self.center else known
-
-    @contextmanager
-    def seeded(self) -> Iterator[None]:
-        """The same order of a shuffling loader in every pass that draws."""
-        if self.drawn_seed is None:
-            yield
-            return
-        for own, state in zip(self.batches.generators, self.orders, strict=True):
-            own.set_state(state)
-        # What draws on the default generator is the order of a shuffling loader; on the CPU alone.
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(self.drawn_seed)
-            yield
 
     def draws(self, batch: Batch) -> torch.Generator | None:
         """The generator of a batch's label draws: the same in every pass, whoever reads it."""
@@ -169,7 +158,9 @@ class Sweep:
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        self._capture = Capture(problem.model, problem.space, problem.batches.forward)
+        self._model = skeleton(problem.model)
+        self._capture = Capture(self._model, problem.space, problem.batches.forward)
+        self._looked = False  # at what the outputs depend on
         self._parts: Sequence[Part] = ()
         self._described: Mapping[str, str | int | None] | None = None  # by another process
         self._kept: tuple[Totals, list[Chunk]] | None = None
@@ -182,6 +173,10 @@ class Sweep:
         described = self.problem.described if self._described is None else self._described
         group = self.problem.group
         return Facts(space, self._parts, wide, described, self.problem.center, group=group)
+
+    def at(self, model: nn.Module) -> Sweep:
+        """The sweep of another model of the same kind."""
+        return Sweep(replace(self.problem, model=model))
 
     def run(self, make: Make, keep: bool = False) -> tuple[Facts, Sequence[Statistic]]:
         """Make statistics on the first batch and update them over all batches.
@@ -246,10 +241,7 @@ class Sweep:
         statistics: Sequence[Statistic] | None = None
         kept: list[Chunk] | None = [] if keep else None
         totals = Totals(problem.quantity, problem.space.device)
-        with (
-            problem.seeded(),
-            recording(problem.model, problem.space.parameters(problem.model)),
-        ):
+        with recording(self._model, problem.space.parameters(self._model)):
             for batch in problem.batches:
                 generator = problem.draws(batch)
                 for recorded, target in self._record(batch):
@@ -270,8 +262,7 @@ class Sweep:
         """
         problem = self.problem
         with (
-            problem.seeded(),
-            recording(problem.model, problem.space.parameters(problem.model)),
+            recording(self._model, problem.space.parameters(self._model)),
             closing(iter(problem.batches)) as batches,
         ):
             first = next(batches, None)
@@ -289,9 +280,15 @@ class Sweep:
 
     def _record(self, batch: Batch) -> Iterator[tuple[Recorded, Tensor | None]]:
         for recorded, target in self._capture(batch.raw, batch.target):
+            if not self._looked:
+                own = self.problem.space.parameters(self.problem.model)
+                refuse_strays(recorded.record.outputs, own)
+                self._looked = True
             self.problem.quantity.fit(recorded.outputs, target)
             self._parts = self._capture.parts
-            yield recorded, target
+            scored = self.problem.quantity.scored(recorded.outputs, target)
+            exist = self.problem.batches.positions(recorded.record.raw)
+            yield replace(recorded, marks=marks_of(scored, exist)), target
 
     def _replay(
         self, make: Make, totals: Totals, kept: list[Chunk]
@@ -328,6 +325,7 @@ def make_sweep(
     params: Selector | None = None,
     forward: Callable[[nn.Module, Any], Tensor] | None = None,
     target: Callable[[Any], Tensor] | None = None,
+    positions: Callable[[Any], Tensor | None] | None = None,
     progress: bool = False,
     **options: Any,
 ) -> Sweep:
@@ -337,7 +335,12 @@ def make_sweep(
         model = unwrapped(model, group)
         space = space_of(model, params)
         batches = Batches(
-            loader, device=space.device, forward=forward, target=target, progress=progress
+            loader,
+            device=space.device,
+            forward=forward,
+            target=target,
+            positions=positions,
+            progress=progress,
         )
     return Sweep(Problem.of(model, space, batches, quantity, **options))
 

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from fuzz import files as damage
 from torch import nn
 
 import nngeo_lazy as ng
@@ -128,8 +129,11 @@ def test_refusals(F, tmp_path):
     (tmp_path / "noise.pt").write_bytes(b"no file of ours")
     with pytest.raises(DataError, match="it cannot be read"):
         ng.load(tmp_path / "noise.pt")
-    with pytest.raises(FileNotFoundError):
-        ng.load(tmp_path / "nowhere.pt")
+    for error in (FileNotFoundError, DataError):
+        with pytest.raises(error, match=r"there is none at .*nowhere.pt.*check the path"):
+            ng.load(tmp_path / "nowhere.pt")
+    with pytest.raises(DataError, match="it cannot be read: IsADirectoryError"):
+        ng.load(tmp_path)
 
 
 def test_another_space_is_refused(F):
@@ -170,3 +174,77 @@ def test_what_is_no_tensor_cannot_be_saved():
 
     with pytest.raises(UnsupportedLayerError, match="ForeignLinearOperator cannot be saved"):
         rules.as_operator(ToeplitzLinearOperator(torch.tensor([2.0, 1.0]))).state_dict()
+
+
+def test_damaged_files_are_refused():
+    seen = damage.truncated(40) + damage.flipped(300)
+    assert set(seen) == {"named", "same"}, seen
+    assert seen["named"] > 150
+    F, raw = damage.subject("dense")
+    where = raw.index(F.to_dense().numpy().tobytes()[:16])
+    data = bytearray(raw)
+    data[where] ^= 1
+    with pytest.raises(DataError, match=r"another checksum.*Take another copy of it, or build"):
+        ng.load(io.BytesIO(bytes(data)))
+    data[where] ^= 1  # the remedy: an intact copy
+    assert torch.equal(ng.load(io.BytesIO(bytes(data))).to_dense(), F.to_dense())
+
+
+def test_an_interrupted_save_keeps_the_old_file(tmp_path):
+    assert damage.interrupted(12, tmp_path) == {"whole": 12, "left behind": 0}
+    assert damage.killed(1, tmp_path) == {"whole": 1}
+
+
+def test_a_failing_save_keeps_the_old_file(tmp_path, monkeypatch):
+    F = rules.as_operator(torch.eye(2))
+    path = tmp_path / "F.pt"
+    ng.save(F, path)
+    path.chmod(0o640)
+    link = tmp_path / "link.pt"
+    link.symlink_to(path)
+    ng.save(F + F, link)  # through the link, with the mode of the file
+    assert link.is_symlink()
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert float(ng.load(path).trace()) == 4
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        ng.save(F, path)
+    assert float(ng.load(path).trace()) == 4
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["F.pt", "link.pt"]
+
+
+def test_blocks_must_tile_the_space(F):
+    for place, value in ((0, 3), (1, 3)):
+        state = F.state_dict()
+        state["operator"]["info"]["blocks"][0][3][0][place] = value
+        with pytest.raises(DataError, match="blocks that follow each other"):
+            ng.load(state)
+
+
+def test_plain_data_of_another_type_are_refused(F):
+    for key, value in (
+        ("num_examples", "many"),
+        ("quantity", {"matrix": [1]}),
+        ("origins", {"a": [1, 2, 3, 4]}),
+    ):
+        state = F.state_dict()
+        state["operator"]["info"][key] = value
+        with pytest.raises(DataError, match=f"the file is malformed: .*{key}"):
+            ng.load(state)
+    for tensors in (None, [1], "x", {"a": 1}):
+        with pytest.raises(DataError, match="expected its tensors by name"):
+            ng.load(_altered(F, tensors=tensors))
+    with pytest.raises(DataError, match="holds \\['chequesum'\\], which no release writes"):
+        ng.load(_altered(F, chequesum="0"))
+
+
+def test_what_is_no_operator_cannot_be_saved(tmp_path):
+    model = nn.Linear(2, 2)
+    with pytest.raises(DataError, match=r"got Linear: save a model with torch.save") as caught:
+        ng.save(model, tmp_path / "m.pt")
+    assert "model.state_dict()" in str(caught.value)
+    torch.save(model.state_dict(), tmp_path / "m.pt")  # the remedy

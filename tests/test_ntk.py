@@ -329,7 +329,7 @@ def test_eigenfunctions():
 
 def test_eigenfunctions_past_the_rank():
     x = torch.randn(6, 2)
-    with pytest.raises(ValueError, match="kernel with 3 positive eigenvalues, and it has 2"):
+    with pytest.raises(ValueError, match="kernel with 3 positive eigenvalues, got one with 2: ask"):
         ng.eigenfunctions(x @ x.mT, 3)
     found = ng.eigenfunctions(x @ x.mT, 2)
     with pytest.raises(SpaceMismatchError, match=r"kernel \(M x 6\) of other inputs with the 6"):

@@ -48,6 +48,18 @@ def test_ravel_and_unravel_with_leading_dimensions():
         space.unravel(torch.ones(3))
 
 
+def test_a_parameter_that_is_one_number():
+    model = nn.Module()
+    model.scale, model.shift = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.randn(2))
+    space = ParamSpace.of(model)
+    v = torch.randn(3)
+    assert space.unravel(v)["scale"].shape == ()
+    assert space.unravel(torch.stack([v, v]))["scale"].shape == (2,)
+    assert torch.equal(space.ravel(space.unravel(v)), v)
+    space.assign_(model, v)
+    assert torch.equal(space.values(model), v)
+
+
 def test_reads_and_writes_of_a_model():
     model = net()
     space = ParamSpace.of(model)

@@ -96,3 +96,17 @@ def test_the_checks_see_what_they_forbid(tmp_path):
     tree = ast.parse("import a\ndef f():\n    import b\nif TYPE_CHECKING:\n    import c\n")
     assert [flags for _, *flags in imports(tree)] == [[False, False], [True, False], [False, True]]
     assert "nngeo_lazy.operators.rules" in graph()["nngeo_lazy.operators.base"]
+
+
+def test_the_slow_tests_exist():
+    """A test that is renamed would be slow without a mark."""
+    lines = (PACKAGE.parent / "tests/slow.txt").read_text().splitlines()
+    for name in (line for line in lines if not line.startswith("#")):
+        path, *inner = name.split("::")
+        body = ast.parse((PACKAGE.parent / path).read_text()).body
+        for part in inner:
+            found = [node for node in body if getattr(node, "name", None) == part]
+            if not found and inner[0] != part:
+                break  # inherited by a class of tests
+            assert found, f"tests/slow.txt lists {name}, which is not there: rename or remove it"
+            body = getattr(found[0], "body", [])

@@ -204,9 +204,7 @@ def time_first() -> Net:
             return self.c((self.w * torch.tanh(self.a(x))).sum(0))
 
     x = torch.randn(4, 4, 3)
-    return Net(
-        M(), x, [x[:, k] for k in range(4)], lambda f, one: f(one.unsqueeze(1)), general=("w",)
-    )
+    return Net(M(), x, [x[:, k] for k in range(4)], lambda f, one: f(one.unsqueeze(1)))
 
 
 def residual() -> Net:
@@ -285,8 +283,7 @@ def shared_bias() -> Net:
 def parametrised() -> Net:
     net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
     nn.utils.parametrizations.weight_norm(net[0])
-    general = tuple(f"0.parametrizations.weight.original{k}" for k in (0, 1))
-    return simple(net, torch.randn(5, 4), general=general)
+    return simple(net, torch.randn(5, 4))
 
 
 def recurrent() -> Net:
@@ -298,9 +295,7 @@ def recurrent() -> Net:
         def forward(self, x):
             return self.out(self.rnn(x)[0][:, -1])
 
-    model = M()
-    general = tuple(f"rnn.{name}" for name, _ in model.rnn.named_parameters())
-    return simple(model, torch.randn(4, 3, 3), general=general)
+    return simple(M(), torch.randn(4, 3, 3))
 
 
 def raw() -> Net:
@@ -315,7 +310,7 @@ def raw() -> Net:
         def forward(self, x):
             return self.scale * torch.tanh(self.a(x)) + self.a(self.query).sum(0)
 
-    return simple(M(), torch.randn(5, 3), general=("scale", "query", "a.weight", "a.bias"))
+    return simple(M(), torch.randn(5, 3))
 
 
 def mapping() -> Net:
@@ -511,7 +506,7 @@ def matmul() -> Net:
             y = torch.matmul(h.flatten(0, 1), self.v).view(*h.shape[:2], 2)
             return (self.left @ y.mT).mT
 
-    return simple(M(), torch.randn(5, 3, 4), general=("left",))
+    return simple(M(), torch.randn(5, 3, 4))
 
 
 def gru() -> Net:
@@ -523,9 +518,7 @@ def gru() -> Net:
         def forward(self, x):
             return self.out(self.rnn(x)[0][:, -1])
 
-    model = M()
-    general = tuple(f"rnn.{name}" for name, _ in model.rnn.named_parameters())
-    return simple(model, torch.randn(4, 3, 2), general=general)
+    return simple(M(), torch.randn(4, 3, 2))
 
 
 NETS = [

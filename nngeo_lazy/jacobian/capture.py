@@ -12,13 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from .. import tree
 from ..errors import DataError, NonFiniteError, StochasticModelError, UnsupportedLayerError
 from ..space import ParamSpace
+from .folds import Fold
 from .general import Forward, GeneralRows, cut, example_leaves
+from .grouping import make_parts
+from .parts import Kind, Part
 from .passes import Cutter, Pass, Plan, Recorded, gradients_at
-from .plan import Fold, Part, Probe, agree, make_parts, probe_folds, probe_rows
+from .proof import Probe, Probed, agree, probe_folds
 from .record import Recorder
 
 __all__ = ["Capture", "Recorded"]
@@ -35,9 +38,14 @@ class Capture:
         model: the network, in the mode in which it is to be differentiated.
         space: the selected parameters.
         forward: (model, raw batch) -> outputs, whose dimension 0 is the examples.
+        through: whether parameters are followed through what the model makes of them, for which the
+            graph of a pass must be whole when its forms are used.
     """
 
-    def __init__(self, model: nn.Module, space: ParamSpace, forward: Forward) -> None:
+    def __init__(
+        self, model: nn.Module, space: ParamSpace, forward: Forward, *, through: bool = True
+    ) -> None:
+        self._through = through
         self._model = model
         self._space = space
         self._forward = forward
@@ -63,7 +71,7 @@ class Capture:
             record = self._record(raw)
             self._plan = self._replan(record)
             if self._plan.cutter is None or self._plan.cutter.pieces(raw) == 1:
-                yield Recorded(record, self._plan), target
+                yield Recorded(record, self._plan, self._parameters), target
                 return
             del record
         cutter = self._plan.cutter
@@ -71,7 +79,7 @@ class Capture:
             record = self._record(piece)
             if not self._plan.fits(record):
                 self._plan = self._replan(record)
-            yield Recorded(record, self._plan), labels
+            yield Recorded(record, self._plan, self._parameters), labels
 
     def prove(self, raw: Any) -> list[Part]:
         """The plan, from a batch that is looked at for nothing else."""
@@ -83,16 +91,18 @@ class Capture:
 
         It does not hold the outputs' graph, but what lies below.
         """
-        record = Pass(raw, outputs.detach(), recorder.calls, recorder.formless)
-        fits = self._plan is not None and self._plan.fits(record)
-        return Recorded(record, self._plan) if fits and self._plan is not None else None
+        record = Pass(raw, outputs.detach(), recorder.calls, recorder.formless, recorder.examples)
+        plan = self._plan
+        if plan is None or not plan.fits(record):
+            return None
+        return Recorded(record, plan, self._parameters)
 
     def _sampled_plan(self, raw: Any) -> Plan | None:
         """The plan from the first examples of a batch, or None where it cannot be cut.
 
         If dimension 0 were not the examples, cutting it twice would not cut the outputs twice.
         """
-        tensors = [t for t in pytree.tree_leaves(raw) if isinstance(t, Tensor) and t.dim() > 0]
+        tensors = [t for t in tree.tensors(raw) if t.dim() > 0]
         n = tensors[0].shape[0] if tensors else 0
         if n <= SAMPLED:
             return None
@@ -105,11 +115,28 @@ class Capture:
         plan = self._replan(record)
         return plan if plan.cutter is not None else None
 
-    def _record(self, raw: Any) -> Pass:
-        recorder = Recorder(self._parameters)
-        with recorder:
+    def recorder(self, raw: Any, *, training: bool = False) -> Recorder:
+        """A recorder of a pass over this batch."""
+        return self._recorder(raw, training, None if self._plan is None else self._plan.constants)
+
+    def _recorder(self, raw: Any, training: bool, examples: Sequence[bool] | None) -> Recorder:
+        return Recorder(
+            self._model,
+            self._parameters,
+            raw,
+            training=training,
+            through=self._through,
+            examples=examples,
+        )
+
+    def _record(self, raw: Any, examples: Sequence[bool] | None = None) -> Pass:
+        with (
+            self.recorder(raw)
+            if examples is None
+            else self._recorder(raw, False, examples) as recorder
+        ):
             outputs = self._forward(self._model, raw)
-        return Pass(raw, outputs, recorder.calls, recorder.formless)
+        return Pass(raw, outputs, recorder.calls, recorder.formless, recorder.examples)
 
     def _replan(self, record: Pass) -> Plan:
         if not bool(record.outputs.isfinite().all()):
@@ -123,6 +150,9 @@ class Capture:
                 "and check that the forward pass does not run under no_grad or detach"
             )
         few = self._few(record)
+        if few is not None and few.examples != record.examples:
+            # as many positions as examples, by accident: the few examples tell
+            record = self._record(record.raw, few.examples)
         plan = None if few is None else self._prove(few)
         if plan is None or not plan.fits(record):
             plan = self._prove(record)
@@ -190,31 +220,34 @@ class Capture:
         outputs, calls, n = record.outputs, record.calls, record.n
         generator = torch.Generator(device=outputs.device).manual_seed(0)
         edges = [call.edge for call in calls]
-        probes = []
-        for example in sorted({0, n - 1}):
-            cotangent = torch.zeros_like(outputs)
-            shape = outputs.shape[1:]
-            noise = torch.randn(shape, generator=generator, device=outputs.device)
-            cotangent[example] = noise.to(outputs.dtype)
-            at_calls = gradients_at(outputs, edges, cotangent)
-            probes.append(Probe(example, cotangent, at_calls))
-        # Confined to its example each, the probes can be compared with autograd in one sum.
-        both = torch.stack([probe.cotangent for probe in probes]).sum(0)
-        found = gradients_at(outputs, list(self._parameters.values()), both)
+        leaves = list(self._parameters.values())
+        chosen = sorted({0, n - 1})
+        noise = torch.randn(
+            (len(chosen), *outputs.shape[1:]), generator=generator, device=outputs.device
+        )
+        cotangent = torch.zeros_like(outputs)
+        cotangent[chosen] = noise.to(outputs.dtype)
+        first = torch.zeros_like(outputs)
+        first[0] = cotangent[0]
+        # Confined to its example each, both can be compared with autograd in one sum.
+        found = gradients_at(outputs, [*edges, *leaves], cotangent)
+        probes = [Probe((*chosen,), cotangent, found[: len(edges)])]
+        if len(chosen) > 1:
+            probes.append(Probe((0,), first, gradients_at(outputs, edges, first)))
+        found = found[len(edges) :]
         dense = [g.to_dense() if g is not None and g.is_sparse else g for g in found]
         gradients = dict(zip(self._parameters, dense, strict=True))
         if all(g is None for g in found):
             raise DataError("the outputs do not depend on any selected parameter")
         folds = probe_folds(calls, probes, n)
         parts = self._demote(record, folds, probes, gradients)
-        general = {}
-        for k, part in enumerate(parts):
-            if part.kind == "general":
-                chosen = {name: self._parameters[name] for name in part.names}
-                general[k] = GeneralRows(self._model, chosen, self._forward)
-                examples = [(probe.example, probe.cotangent) for probe in probes]
-                general[k].probe(record.raw, outputs, examples)
-        return Plan(record.keys, parts, folds, general, n)
+        names = [name for part in parts if part.kind is Kind.GENERAL for name in part.names]
+        general = None
+        if names:
+            without = {name: self._parameters[name] for name in names}
+            general = GeneralRows(self._model, without, self._forward)
+            general.probe(record.raw, outputs, cotangent, chosen)
+        return Plan(record.keys, parts, folds, general, n, record.examples)
 
     def _demote(
         self,
@@ -229,18 +262,19 @@ class Capture:
         for call, fold in zip(record.calls, folds, strict=True):
             if fold is None:
                 note = f"the output of {call.function} {tuple(call.shape)} has no example axis"
-                general.update({name: note for name in (call.weight, call.bias) if name})
+                note = f"{call.note} ({note})" if call.note else note
+                names = {name for weight in call.weights.values() for name in weight.names}
+                general.update(dict.fromkeys(names, note))
         for part in make_parts(self._space, record.calls, general, unused):
-            formed = part.kind in ("outer", "rows", "summed")
-            if formed and not probe_rows(part, record.calls, folds, probes, gradients, record.n):
-                note = f"its rows from {part.function} are not autograd's: it is used elsewhere too"
-                general.update(dict.fromkeys(part.names, note))
+            if not part.members:
+                continue
+            found = Probed(record.calls, folds, probes, gradients, self._parameters, self._space)
+            if why := found.disagreement(part, record.n):
+                general.update(dict.fromkeys(part.names, why))
         return make_parts(self._space, record.calls, general, unused)
 
 
-def _differing(
-    before: list[tuple[str, str | None, str | None]], now: list[tuple[str, str | None, str | None]]
-) -> str:
+def _differing(before: list[tuple[str, ...]], now: list[tuple[str, ...]]) -> str:
     for old, new in zip(before, now, strict=False):
         if old != new:
             return f"{new} where {old} was called before"

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from ..layout import Layout
-from .inputs import IndexInputs, Inputs, rotate
+from .inputs import DenseInputs, IndexInputs, Inputs, rotate
 from .moments import moment
 
-__all__ = ["Form", "Outer", "Rows", "Stored", "Summed", "second_moment"]
+__all__ = ["Form", "Outer", "Placed", "Rows", "Stored", "Summed", "second_moment"]
 
 TILE_BYTES = 2**23  # rows are made a tile of examples at a time, small enough to stay in cache
 
@@ -99,6 +99,34 @@ class Rows(Form):
 
 
 @dataclass(frozen=True)
+class Placed(Rows):
+    """Rows of some of p coordinates, zero at all others."""
+
+    inner: Form | None = None
+    index: Tensor | None = None  # where the inner form's coordinates lie, each once
+
+    @classmethod
+    def of(cls, inner: Form, index: Tensor, shape: tuple[int, int, int]) -> Placed:
+        def compute(start: int, stop: int) -> Tensor:
+            rows = inner.rows(start, stop)
+            return rows.new_zeros(*rows.shape[:2], shape[2]).index_copy_(2, index, rows)
+
+        return cls(compute, shape, inner.dtype, inner=inner, index=index)
+
+    def total(self) -> Tensor:
+        return self._placed(lambda inner: inner.total())
+
+    def sqsum(self) -> Tensor:
+        return self._placed(lambda inner: inner.sqsum())
+
+    def _placed(self, sums: Callable[[Form], Tensor]) -> Tensor:
+        if self.inner is None or self.index is None:
+            raise TypeError("rows without a place")
+        made = sums(self.inner)
+        return made.new_zeros(self.shape[2]).index_copy_(0, self.index, made)
+
+
+@dataclass(frozen=True)
 class Stored(Form):
     """Rows (R, N, p) that are kept as they are."""
 
@@ -134,11 +162,15 @@ class Outer(Form):
         g: output gradients (R, N, G, T, o).
         inputs: the input factor; None where the block is a bias alone (x is the column of ones).
         bias: whether the homogeneous coordinate is appended to x.
+        marks: what is known of the positions (N, T); None if all count (see `positions`).
+        kept: the positions (N, T) that count in the input factor; None for all.
     """
 
     g: Tensor
     inputs: Inputs | None
     bias: bool
+    marks: Tensor | None = None
+    kept: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:  # type: ignore[override]
@@ -160,7 +192,8 @@ class Outer(Form):
 
     def examples(self, start: int, stop: int) -> Outer:
         inputs = None if self.inputs is None else self.inputs.examples(start, stop)
-        return replace(self, g=self.g[:, start:stop], inputs=inputs)
+        marks = None if self.marks is None else self.marks[start:stop]
+        return replace(self, g=self.g[:, start:stop], inputs=inputs, marks=marks)
 
     def direction(self, r: int) -> Outer:
         return replace(self, g=self.g[r : r + 1])
@@ -250,23 +283,41 @@ class Outer(Form):
     def input_moment(self, diagonal: bool = False, into: Tensor | None = None) -> Tensor:
         """Sum over n, t of x x^T, (G, w, w), or its diagonal (G, w): KFAC's input factor."""
         if self.inputs is None:
-            count = self.g.shape[1] * self.g.shape[3]
-            return _added(self.g.new_full((self.g.shape[2], 1, 1), float(count)), into)
-        if diagonal:
-            return _added(self.inputs.square_sum(self.bias), into)
-        return self.inputs.moment(self.bias, into)
+            ones = self.g.new_ones(self.g.shape[2], 1, 1)
+            return _added(ones * self.positions, into)
+        inputs = self.inputs if self.kept is None else self.inputs.kept(self.kept)
+        out = inputs.square_sum(self.bias) if diagonal else inputs.moment(self.bias, into)
+        if self.bias and self.kept is not None:  # of the column of ones, all were counted
+            corner = out[:, -1] if diagonal or out.dim() == 2 else out[:, -1, -1]
+            corner -= (~self.kept).sum()
+        return _added(out, into) if diagonal else out
 
     @property
     def positions(self) -> Tensor | int:
         """How many positions the input factor sums over, N T."""
+        if self.kept is not None:
+            exist = self.kept if self.inputs is None else self.inputs.counted(self.kept)
+            return exist.sum()
         if self.inputs is None:
             return self.g.shape[1] * self.g.shape[3]
         return self.inputs.positions()
 
+    @property
+    def reached(self) -> Tensor:
+        """The positions (N, T) at which any direction brings a gradient."""
+        return (self.g != 0).any(0).any(1).any(-1)
+
     def reduced(self) -> Outer:
         """(sum_t g, mean_t x) as a form with one position: the setting of KFAC-reduce."""
-        inputs = None if self.inputs is None else self.inputs.reduced()
-        return Outer(self.g.sum(3, keepdim=True), inputs, self.bias)
+        g = self.g.sum(3, keepdim=True)
+        if self.inputs is None or self.kept is None:
+            inputs = None if self.inputs is None else self.inputs.reduced()
+            kept = None if self.kept is None else self.kept.any(1, keepdim=True)
+            return Outer(g, inputs, self.bias, kept=kept)
+        t, count = self.kept.shape[1], self.kept.sum(1)
+        mean = self.inputs.kept(self.kept).reduced().x
+        scale = (t / count.clamp_min(1)).to(mean).view(-1, 1, 1, 1)
+        return Outer(g, DenseInputs(mean * scale), self.bias, kept=(count > 0).unsqueeze(1))
 
     def jvp(self, vectors: Tensor) -> Tensor:
         if self._prefers_rows(vectors.shape[1]):

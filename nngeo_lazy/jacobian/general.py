@@ -9,37 +9,44 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils import _pytree as pytree
 
+from .. import tree
 from ..errors import UnsupportedLayerError
-from .plan import agree
+from ..skeleton import skeleton
+from ..switches import unfused_attention
+from .proof import agree
 
-__all__ = ["Forward", "GeneralRows", "Whole", "cut", "example_leaves"]
+__all__ = ["Forward", "GeneralRows", "Way", "cut", "example_leaves"]
 
 Forward = Callable[[nn.Module, Any], Tensor]
-WAYS = ("vmap", "slices", "masked")
+
+
+class Way(Enum):
+    """How rows are made from the model alone."""
+
+    VMAP = "vmap"
+    SLICES = "slices"
+    MASKED = "masked"
 
 
 def example_leaves(raw: Any, n: int) -> tuple[int, ...]:
     """Which leaves of a batch of n examples are tensors with the examples in front."""
     return tuple(
         k
-        for k, leaf in enumerate(pytree.tree_leaves(raw))
+        for k, leaf in enumerate(tree.leaves(raw))
         if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == n
     )
 
 
 def cut(raw: Any, leaves: Sequence[int], index: slice | Tensor) -> Any:
     """Some examples of a batch, whose `leaves` hold the examples in front."""
-    values, spec = pytree.tree_flatten(raw)
-    for k in leaves:
-        values[k] = values[k][index]
-    return pytree.tree_unflatten(values, spec)
+    values = list(tree.leaves(raw))
+    return tree.replaced(raw, {k: values[k][index] for k in leaves})
 
 
 class GeneralRows:
@@ -57,41 +64,41 @@ class GeneralRows:
         self.model = model
         self.parameters = dict(parameters)
         self.forward = forward
-        self.way = WAYS[0]
+        self.way = Way.VMAP
         self._leaves: tuple[int, ...] = ()
 
-    def probe(
-        self,
-        raw: Any,
-        outputs: Tensor,
-        cotangents: Sequence[tuple[int, Tensor]],
-    ) -> None:
+    def probe(self, raw: Any, outputs: Tensor, cotangent: Tensor, examples: Sequence[int]) -> None:
         """Keep the first way whose rows of the probed examples equal autograd's gradients.
 
         Args:
             raw: the batch.
             outputs: the model's, with their graph.
-            cotangents: examples, each with a cotangent that is supported on it alone.
+            cotangent: shaped like them, zero outside of the probed examples.
+            examples: those that are probed.
         """
         reasons = []
         self._leaves = example_leaves(raw, outputs.shape[0])
-        expected = [self._flat(outputs, cotangent) for _, cotangent in cotangents]
-        for way in WAYS:
+        alone = []
+        for example in examples:
+            one = torch.zeros_like(cotangent)
+            one[example] = cotangent[example]
+            alone.append((example, one, self._flat(outputs, one)))
+        for way in Way:
             self.way = way
             try:
                 with warnings.catch_warnings():
                     # Without a batching rule vmap loops inside, slower than one forward each.
                     warnings.filterwarnings("error", message=".*performance drop.*")
                     agrees = all(
-                        agree(self(raw, outputs, c[None], e, e + 1)[0, 0], flat)
-                        for (e, c), flat in zip(cotangents, expected, strict=True)
+                        agree(self(raw, outputs, one[None], e, e + 1)[0, 0], expected)
+                        for e, one, expected in alone
                     )
             except Exception as error:  # noqa: BLE001 - whatever a foreign model raises
-                reasons.append(f"{way}: {type(error).__name__}: {error}")
+                reasons.append(f"{way.value}: {type(error).__name__}: {error}")
                 continue
             if agrees:
                 return
-            reasons.append(f"{way}: its rows differ from autograd's gradients")
+            reasons.append(f"{way.value}: its rows differ from autograd's gradients")
         raise UnsupportedLayerError(
             f"found no way to the per-example gradients of {list(self.parameters)}; tried "
             + "; ".join(reasons)
@@ -101,30 +108,28 @@ class GeneralRows:
         self, raw: Any, outputs: Tensor, directions: Tensor, start: int, stop: int
     ) -> Tensor:
         """Rows (R, n, p) of a range of examples; directions (R, N, *outputs)."""
-        make = {"vmap": self._vmap, "slices": self._slices, "masked": self._masked}[self.way]
-        return make(raw, outputs, directions, start, stop)
+        make = {Way.VMAP: self._vmap, Way.SLICES: self._slices, Way.MASKED: self._masked}
+        return make[self.way](raw, outputs, directions, start, stop)
 
     def _vmap(self, raw: Any, outputs: Tensor, directions: Tensor, start: int, stop: int) -> Tensor:
-        leaves, spec = pytree.tree_flatten(raw)
-        whole = Whole(self.model, self.forward)
+        leaves = list(tree.leaves(raw))
+        shared = {id(p): p for p in self.model.parameters()}
 
         def score(
             parameters: dict[str, Tensor], direction: Tensor, examples: list[Tensor]
         ) -> Tensor:
-            here = list(leaves)
-            for k, example in zip(self._leaves, examples, strict=True):
-                here[k] = example.unsqueeze(0)
-            batch = pytree.tree_unflatten(here, spec)
-            out: Tensor = torch.func.functional_call(whole, parameters, (batch,))
+            here = {k: x.unsqueeze(0) for k, x in zip(self._leaves, examples, strict=True)}
+            given = {id(self.parameters[name]): p for name, p in parameters.items()}
+            own = skeleton(self.model, {**shared, **given})
+            out = self.forward(own, tree.replaced(raw, here))
             return (out * direction.unsqueeze(0)).sum()
 
-        named = {f"model.{name}": p.detach() for name, p in self.parameters.items()}
+        named = {name: p.detach() for name, p in self.parameters.items()}
         examples = [leaves[k][start:stop] for k in self._leaves]
         rows = []
         for direction in directions:
-            # Only the math backend of attention has batching rules. No graph: the parameters that
-            # are not differentiated here require a gradient, too.
-            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            # No graph: the parameters that are not differentiated here require a gradient, too.
+            with torch.no_grad(), unfused_attention.used():
                 by_name = torch.func.vmap(torch.func.grad(score), (None, 0, 0))(
                     named, direction[start:stop], examples
                 )
@@ -161,15 +166,3 @@ class GeneralRows:
                 for p, g in zip(parameters, grads, strict=True)
             ]
         )
-
-
-class Whole(nn.Module):
-    """A model with its forward, so that `functional_call` reaches the parameters of both."""
-
-    def __init__(self, model: nn.Module, forward: Forward) -> None:
-        super().__init__()
-        self.model = model
-        self._forward = forward
-
-    def forward(self, raw: Any) -> Tensor:
-        return self._forward(self.model, raw)

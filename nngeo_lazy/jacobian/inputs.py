@@ -90,6 +90,18 @@ class Inputs(ABC):
     def to(self, dtype: torch.dtype) -> Inputs:
         """The same in another dtype."""
 
+    def kept(self, mask: Tensor) -> Inputs:
+        """The same with zeros at the positions outside of a mask (N, T)."""
+        return DenseInputs(self.dense() * mask[:, None, :, None])
+
+    def counted(self, mask: Tensor) -> Tensor:
+        """The positions of a mask (N, T) that the input factor has."""
+        return mask
+
+    def squared(self) -> Inputs:
+        """The same with squared numbers."""
+        return DenseInputs(self.dense().square())
+
     def positions(self) -> Tensor | int:
         """How many positions there are over all examples, N T."""
         n, _, t, _ = self.shape
@@ -212,6 +224,12 @@ class IndexInputs(Inputs):
 
     def masked(self, g: Tensor) -> Tensor:
         return g if self.mask is None else g * self.weight[:, None, :, None]
+
+    def kept(self, mask: Tensor) -> IndexInputs:
+        return replace(self, mask=self.counted(mask))
+
+    def counted(self, mask: Tensor) -> Tensor:
+        return mask if self.mask is None else mask & self.mask.bool()
 
     @property
     def weight(self) -> Tensor:

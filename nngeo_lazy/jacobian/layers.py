@@ -55,27 +55,6 @@ def addmm(call: Mapping[str, Any], output: Tensor) -> Use | str:
     )
 
 
-@layer(torch.matmul, "input other")
-@layer(torch.mm, "input other")
-@layer(torch.Tensor.matmul, "input other")
-@layer(torch.Tensor.mm, "input other")
-@layer(torch.Tensor.__matmul__, "input other")
-def matmul(call: Mapping[str, Any], output: Tensor) -> Use | str:
-    """x W with W stored (in, out)."""
-    x, weight = call["input"], call["other"]
-    if weight.dim() != 2 or x.dim() < 2:
-        return "matmul with something else than inputs (..., in) and a weight (in, out)"
-    return Use(
-        weight,
-        None,
-        leading=output.dim() - 1,
-        x=x.detach(),
-        grid=Grid(1, weight.shape[1], weight.shape[0], transposed=True),
-        gradients=lambda g: g.unsqueeze(2),
-        inputs=lambda x: x.unsqueeze(1),
-    )
-
-
 @layer(F.bilinear, "input1 input2 weight bias")
 def bilinear(call: Mapping[str, Any], output: Tensor) -> Use | str:
     """x1^T W x2 + bias: linear in the outer product of the two inputs."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -10,18 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
-from torch.utils import _pytree as pytree
 
+from .. import tree
+from .folds import Fold
 from .forms import Form, Rows
-from .general import GeneralRows, cut, example_leaves
+from .general import GeneralRows, Way, cut, example_leaves
 from .inputs import Inputs
-from .plan import Fold, Part, canonical
+from .parts import Gradient, Kind, Part
 from .record import Call
 
 __all__ = ["Cutter", "Pass", "Plan", "Recorded", "gradients_at"]
 
 CHUNK_BYTES = 2**22  # gradients of several directions are stacked up to this size
 GENERAL_TILE_BYTES = 2**27  # rows of the general way; a tile costs a pass, so tiles are large
+GENERAL_KEPT_BYTES = 2**28  # of its tiles, which all parts share
 PIECE_BYTES = {"cpu": 2**24}  # layer outputs of a piece of a batch: small memory is fast memory
 PIECE_BYTES_ELSEWHERE = 2**30
 PIECE_EXAMPLES = 16  # but no fewer: small products are slow
@@ -35,13 +37,14 @@ class Pass:
     outputs: Tensor
     calls: list[Call]
     formless: dict[str, str]
+    examples: list[bool]  # of constants: whether each was taken for data
 
     @property
     def n(self) -> int:
         return self.outputs.shape[0]
 
     @property
-    def keys(self) -> list[tuple[str, str | None, str | None]]:
+    def keys(self) -> list[tuple[str, ...]]:
         return [call.key for call in self.calls]
 
 
@@ -49,11 +52,12 @@ class Pass:
 class Plan:
     """What the self-check found; it holds for every batch that shows the same calls."""
 
-    keys: list[tuple[str, str | None, str | None]]
+    keys: list[tuple[str, ...]]
     parts: list[Part]
     folds: list[Fold | None]
-    general: dict[int, GeneralRows]
+    general: GeneralRows | None  # of all parameters without a form together
     examples: int
+    constants: list[bool]  # which constants were taken for data
     cutter: Cutter | None = None
 
     def fits(self, record: Pass) -> bool:
@@ -62,12 +66,12 @@ class Plan:
         return record.keys == self.keys and all(
             self.folds[k] is None or self.folds[k].fits(record.calls[k].shape, record.n)  # type: ignore[union-attr]
             for part in self.parts
-            for k, _ in part.members
+            for k in part.calls
         )
 
     def bytes(self, record: Pass) -> int:
         """What the gradients at the layers' outputs take, for one direction."""
-        used = {k for part in self.parts for k, _ in part.members}
+        used = {k for part in self.parts for k in part.calls}
         return sum(record.calls[k].shape.numel() for k in used) * record.outputs.element_size()
 
 
@@ -84,7 +88,7 @@ class Cutter:
         leaves = example_leaves(raw, n)
         if not leaves:
             return None
-        kind = pytree.tree_leaves(raw)[leaves[0]].device.type
+        kind = list(tree.leaves(raw))[leaves[0]].device.type
         limit = PIECE_BYTES.get(kind, PIECE_BYTES_ELSEWHERE)
         return cls(leaves, max(PIECE_EXAMPLES, limit * n // max(1, total)))
 
@@ -100,7 +104,7 @@ class Cutter:
             yield raw if count == 1 else cut(raw, self.leaves, where), labels
 
     def _examples(self, raw: Any) -> int:
-        return int(pytree.tree_leaves(raw)[self.leaves[0]].shape[0])
+        return int(list(tree.leaves(raw))[self.leaves[0]].shape[0])
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,9 @@ class Recorded:
 
     record: Pass
     plan: Plan
-    _inputs: dict[int, list[Inputs]] = field(default_factory=dict)
+    parameters: Mapping[str, Tensor]
+    marks: Tensor | None = None  # of the positions (N, S) that are scored, see `positions`
+    _inputs: dict[int, list[Inputs | None]] = field(default_factory=dict)
 
     @property
     def outputs(self) -> Tensor:
@@ -135,7 +141,8 @@ class Recorded:
         edges = self.edges
         one = sum(self.record.calls[k].shape.numel() for k in self._used) * self.dtype.itemsize
         step = max(1, CHUNK_BYTES // max(1, one))
-        masked = any(rows.way == "masked" for rows in self.plan.general.values())
+        general = self.plan.general
+        masked = general is not None and general.way is Way.MASKED
         start = self.record.outputs if root is None else root
         done = 0
         while chunk := [d.to(self.record.outputs.dtype) for d in islice(directions, step)]:
@@ -153,7 +160,7 @@ class Recorded:
 
     @property
     def _used(self) -> list[int]:
-        return sorted({k for part in self.plan.parts for k, _ in part.members})
+        return sorted({k for part in self.plan.parts for k in part.calls})
 
     def forms(
         self, collected: Sequence[Sequence[Tensor | None]], directions: Sequence[Tensor]
@@ -166,30 +173,54 @@ class Recorded:
         """
         calls, folds, n = self.record.calls, self.plan.folds, self.record.n
         gradients = {
-            k: canonical(calls[k], folds[k], [each[j] for each in collected], n).to(self.dtype)
+            k: Gradient(calls[k], folds[k], [each[j] for each in collected], n, self.dtype)
             for j, k in enumerate(self._used)
         }
         forms: list[Form | None] = []
+        general = self._general(directions)
         for k, part in enumerate(self.plan.parts):
-            if part.kind == "unused":
+            if part.kind is Kind.UNUSED:
                 forms.append(None)
-            elif part.kind == "general":
-                forms.append(self._general(self.plan.general[k], part, directions))
+            elif part.kind is Kind.GENERAL:
+                forms.append(next(general))
             else:
                 if k not in self._inputs:
-                    self._inputs[k] = [x.to(self.dtype) for x in part.inputs(calls, folds, n)]
-                forms.append(part.form(calls, folds, self._inputs[k], gradients))
+                    made = part.inputs(calls, folds, n)
+                    self._inputs[k] = [None if x is None else x.to(self.dtype) for x in made]
+                forms.append(
+                    part.form(calls, folds, self._inputs[k], gradients, self.parameters, self.marks)
+                )
         return forms
 
-    def _general(self, make: GeneralRows, part: Part, chunk: Sequence[Tensor]) -> Rows:
+    def _general(self, chunk: Sequence[Tensor]) -> Iterator[Rows]:
+        """The rows of each part without a form, in order: one pass makes those of all."""
+        make = self.plan.general
+        if make is None:
+            return
         directions = torch.stack(list(chunk))
+        sizes = [part.layout.size for part in self.plan.parts if part.kind is Kind.GENERAL]
+        tiles: dict[tuple[int, int], Tensor] = {}
+        step = max(1, GENERAL_TILE_BYTES // max(1, len(chunk) * sum(sizes) * 8))
 
-        def compute(start: int, stop: int) -> Tensor:
-            raw, outputs = self.record.raw, self.record.outputs
-            return make(raw, outputs, directions, start, stop).to(self.dtype)
+        def tile(start: int, stop: int) -> Tensor:
+            if (start, stop) not in tiles:
+                if sum(held.nbytes for held in tiles.values()) > GENERAL_KEPT_BYTES:
+                    tiles.clear()
+                raw, outputs = self.record.raw, self.record.outputs
+                tiles[start, stop] = make(raw, outputs, directions, start, stop).to(self.dtype)
+            return tiles[start, stop]
 
-        shape = (len(chunk), self.record.n, part.layout.size)
-        return Rows(compute, shape, self.dtype, GENERAL_TILE_BYTES)
+        at = 0
+        for size in sizes:
+            where = slice(at, at + size)
+            at += size
+
+            def compute(start: int, stop: int, where: slice = where) -> Tensor:
+                return tile(start, stop)[..., where]
+
+            shape = (len(chunk), self.record.n, size)
+            one = len(chunk) * size * torch.finfo(self.dtype).bits // 8
+            yield Rows(compute, shape, self.dtype, step * one)
 
 
 def gradients_at(

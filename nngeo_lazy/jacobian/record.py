@@ -1,4 +1,4 @@
-"""One recorded forward: every torch function that receives a parameter, and its gradient edge.
+"""One recorded forward: every torch function in which data meet weights, and its gradient edge.
 
 Module hooks are the wrong tool: they are wrong after in-place operations, miss modules whose
 function is never called through them, and do not fire in compiled models. A torch function mode
@@ -7,10 +7,9 @@ sees them all.
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +21,14 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
+from .. import tree
 from ..errors import StochasticModelError
+from ..switches import eager, plain_attention_modules
 from .layers import BATCH_STATISTICS
+from .meetings import uses_of
 from .registry import Known, find, whole_modules
 from .uses import Use
+from .weights import Weight, derived
 
 __all__ = [
     "Call",
@@ -39,35 +42,81 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Call:
-    """A layer's call: its form, its selected parameters by name, and its output's gradient edge."""
+    """A layer's call: its form, its selected weights by role, and its output's gradient edge.
+
+    Attributes:
+        function: what was called.
+        weights: those that are made of selected parameters.
+        use: its form.
+        edge: where the gradient at its output arrives.
+        output: the shape of that gradient.
+        shape: the same in the order of the form: (*leading, *features).
+        note: why the function has no closed form.
+    """
 
     function: str
-    weight: str | None
-    bias: str | None
+    weights: Mapping[str, Weight]
     use: Use
     edge: GradientEdge
+    output: torch.Size
     shape: torch.Size
+    note: str = ""
 
     @property
-    def key(self) -> tuple[str, str | None, str | None]:
+    def key(self) -> tuple[str, ...]:
         """What must be the same in every batch."""
-        return self.function, self.weight, self.bias
+        return (self.function, *(_label(w, self.use) for w in self.weights.values()))
+
+    def arranged(self, gradients: Tensor) -> Tensor:
+        """Gradients (R, *as they arrive) in the order of the form."""
+        gradients = gradients.reshape(len(gradients), *self.output)
+        return gradients if self.use.view is None else self.use.view(gradients)
+
+
+def _label(weight: Weight, use: Use) -> str:
+    names = ", ".join(weight.names)
+    if use.grid is None or weight.selection is None:
+        return names
+    part = weight.selection
+    return f"{names}[{part.start}:{part.size}]" if part.start else names
 
 
 class Recorder(TorchFunctionMode):
-    """Records the calls that have a form, and for all others the parameters that they received.
+    """Records where data meet weights: the calls that have a form, and why others have none.
+
+    A tensor is a *weight* if it is a selected parameter, or made of some by functions that receive
+    no data; a *constant* if it is a buffer, or made of constants; all else is data. A constant with
+    as many entries in front as there are examples is taken for data: it will meet them one by one.
 
     Args:
+        model: the network.
         parameters: the selected parameters by name.
+        raw: the batch.
         training: whether the pass is one of a training loop: batch normalisation may use the
             statistics of the batch, which count as constants, and passes of a build inside of it
             are not recorded. Otherwise such a model is refused, since it mixes examples.
+        through: whether the forms may use the pass's graph, to go from weights to parameters.
+        examples: for each constant that is made, whether it was taken for data in another pass.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], *, training: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, Tensor],
+        raw: Any,
+        *,
+        training: bool = False,
+        through: bool = True,
+        examples: Sequence[bool] | None = None,
+    ) -> None:
         super().__init__()
-        self._training = training
-        self._names = {id(p): name for name, p in parameters.items()}
+        self._training, self._through = training, through
+        self._weights = {id(p): Weight.of(name, p) for name, p in parameters.items()}
+        self._constants = {id(t): t for t in _held(model) if id(t) not in self._weights}
+        self._cuts: dict[int, Weight] = {}
+        self._sizes = {t.shape[0] for t in tree.tensors(raw) if t.dim()}
+        self._given = examples
+        self.examples: list[bool] = []
         self.calls: list[Call] = []
         self.formless: dict[str, str] = {}  # parameter -> why it has no form
 
@@ -81,22 +130,139 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._training and in_build():
             return func(*args, **kwargs)
+        weights: list[Weight] = []
+        data = self._sort(args, weights) | self._sort(tuple(kwargs.values()), weights)
+        if not weights:
+            if func is F.batch_norm and not self._training:
+                self._refuse_statistics(func, args, kwargs, data)
+            output = func(*args, **kwargs)
+            self._made_without_weights(func, args, output, data)
+            return output
+        if not data:
+            output = func(*args, **kwargs)
+            self._derive(func, args, output, weights)
+            return output
+        return self._meet(func, args, kwargs, weights)
+
+    def _sort(self, values: Sequence[Any], weights: list[Weight]) -> bool:
+        """Collect the weights among some values; whether there are data."""
+        data = False
+        for value in values:
+            if isinstance(value, Tensor):
+                key = id(value)
+                if key in self._weights:
+                    weights.append(self._weights[key])
+                elif key not in self._constants:
+                    data = True
+            elif isinstance(value, (list, tuple)):
+                data |= self._sort(value, weights)
+            elif isinstance(value, dict):
+                data |= self._sort(tuple(value.values()), weights)
+            elif isinstance(value, nn.Module):  # the call of a registered one
+                self._sort(list(value.parameters()), weights)
+        return data
+
+    def _refuse_statistics(
+        self, func: Callable[..., Any], args: Any, kwargs: Any, data: bool
+    ) -> None:
+        known = find(func, args)
+        if data and known is not None and known.bind(args, kwargs).get("training"):
+            raise StochasticModelError(BATCH_STATISTICS)  # before it changes running statistics
+
+    def _made_without_weights(
+        self, func: Callable[..., Any], args: Sequence[Any], output: Any, data: bool
+    ) -> None:
+        if data:
+            if args and isinstance(args[0], Tensor) and _in_place(func):
+                self._constants.pop(id(args[0]), None)
+            return
+        for tensor in _tensors(output):
+            if id(tensor) not in self._constants and not self._for_examples(tensor):
+                self._constants[id(tensor)] = tensor
+
+    def _for_examples(self, tensor: Tensor) -> bool:
+        if not tensor.dim() or tensor.shape[0] not in self._sizes:
+            return False
+        k = len(self.examples)
+        given = self._given
+        mine = tensor.shape[0] > 1 if given is None or k >= len(given) else given[k]
+        self.examples.append(mine)
+        return mine
+
+    def _derive(
+        self,
+        func: Callable[..., Any],
+        args: Sequence[Any],
+        output: Any,
+        sources: Sequence[Weight],
+    ) -> None:
+        name = getattr(func, "__name__", "")
+        made = _tensors(output)
+        if not made and _in_place(func) and args and isinstance(args[0], Tensor):
+            made = [args[0]]
+        for tensor in made:
+            if tensor.requires_grad:
+                self._constants.pop(id(tensor), None)
+                if id(tensor) not in self._weights or _in_place(func):
+                    self._weights[id(tensor)] = derived(tensor, name, sources)
+            elif id(tensor) not in self._weights:
+                self._constants[id(tensor)] = tensor
+
+    def _meet(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        weights: Sequence[Weight],
+    ) -> Any:
+        """Run a function of data and weights, and record its uses."""
         known = find(func, args)
         call = {} if known is None else known.bind(args, kwargs)
         if not self._training and func is F.batch_norm and call.get("training"):
-            # before it changes running statistics
             raise StochasticModelError(BATCH_STATISTICS)
-        names = set(self._selected((*args, *kwargs.values())))
-        if not names:
-            return func(*args, **kwargs)
-        name = getattr(func, "__name__", str(func)) if known is None else known.name
+        names = {name for weight in weights for name in weight.names}
         if known is not None and known.composite is not None:
             return self._composite(known, call, names, lambda: func(*args, **kwargs))
+        before = _kept(func, args)
         output = func(*args, **kwargs)
-        if _depends(output):
-            use = f"{name} has no form" if known is None else known.use(call, output)
-            self._add(name, use, output, names)
+        meant = args[0] if output is None and before is not args else output
+        if not _depends(meant):
+            return output
+        name = getattr(func, "__name__", str(func)) if known is None else known.name
+        reason = f"{name} has no form"
+        if known is not None:
+            use = known.use(call, output)
+            if isinstance(use, Use):
+                self._add(name, use, output, names)
+                return output
+            if known.own:
+                self.formless.update(dict.fromkeys(names, use))
+                return output
+            reason = use
+        for one in uses_of(func, before, kwargs, meant, self._weight_of, self._cut):
+            if isinstance(one, str):
+                reason = one
+                break
+            use, made = one
+            self._add(name.strip("_"), use, made, set(), "" if known is None else reason)
+            names -= {n for w in self._role_weights(use).values() for n in w.names}
+        self.formless.update(dict.fromkeys(names, reason))
         return output
+
+    def _weight_of(self, tensor: Any) -> Weight | None:
+        return self._weights.get(id(tensor)) if isinstance(tensor, Tensor) else None
+
+    def _cut(self, weight: Weight) -> Tensor:
+        """A weight with size 1 along the dimensions in which it is only repeated."""
+        if id(weight.tensor) not in self._cuts:
+            tensor = weight.tensor
+            for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+                if size > 1 and stride == 0:
+                    tensor = tensor.narrow(dim, 0, 1)
+            cut = weight if tensor is weight.tensor else derived(tensor, "narrow", [weight])
+            self._cuts[id(weight.tensor)] = cut
+            self._weights[id(tensor)] = cut
+        return self._cuts[id(weight.tensor)].tensor
 
     def _composite(
         self, known: Known, call: Mapping[str, Any], names: set[str], run: Callable[[], Any]
@@ -105,7 +271,7 @@ class Recorder(TorchFunctionMode):
         rest = set(names)
 
         def record(use: Use, output: Tensor) -> None:
-            own = {name for name in map(self._name, (use.weight, use.bias)) if name}
+            own = {name for w in self._role_weights(use).values() for name in w.names}
             rest.difference_update(own)
             if own and _depends(output):
                 self._add(known.name, use, output, own)
@@ -117,38 +283,80 @@ class Recorder(TorchFunctionMode):
         self.formless.update(dict.fromkeys(rest, f"{known.name} has no form for it"))
         return output
 
-    def _add(self, function: str, use: Use | str, output: Any, names: set[str]) -> None:
+    def _role_weights(self, use: Use) -> dict[str, Weight]:
+        given = ((role, self._weights.get(id(tensor))) for role, tensor in use.roles.items())
+        return {role: weight for role, weight in given if weight is not None}
+
+    def _add(self, function: str, use: Use, output: Any, names: set[str], note: str = "") -> None:
         """Record one use by the selected parameters that the call received."""
-        reason = use if isinstance(use, str) else use.mismatch()
-        if isinstance(use, str) or reason:
-            self.formless.update(dict.fromkeys(names, reason))
+        weights = self._role_weights(use)
+        own = {name for weight in weights.values() for name in weight.names}
+        if reason := use.mismatch():
+            self.formless.update(dict.fromkeys(names | own, reason))
             return
-        weight, bias = self._name(use.weight), self._name(use.bias)
-        for other in names - {weight, bias}:
+        for other in names - own:
             self.formless[other] = f"{function} has no form for it"
-        if weight or bias:
-            edge = get_gradient_edge(output)
-            self.calls.append(Call(function, weight, bias, use, edge, output.shape))
+        if not self._through:
+            made = {n for w in weights.values() if w.selection is None for n in w.names}
+            self.formless.update(dict.fromkeys(made, f"{function} with a weight made of others"))
+            weights = {role: w for role, w in weights.items() if w.selection is not None}
+        if weights:
+            edge, shape = _edge(output), output.shape
+            if use.view is not None:
+                empty = torch.empty(0, *shape, device="meta")
+                shape = use.view(empty).shape[1:]
+            self.calls.append(Call(function, weights, use, edge, output.shape, shape, note))
 
-    def _name(self, parameter: Tensor | None) -> str | None:
-        return self._names.get(id(parameter))
 
-    def _selected(self, values: Sequence[Any]) -> Iterator[str]:
-        for value in values:
-            if isinstance(value, Tensor):
-                if id(value) in self._names:
-                    yield self._names[id(value)]
-            elif isinstance(value, (list, tuple)):
-                yield from self._selected(value)
-            elif isinstance(value, nn.Module):  # the call of a registered one
-                yield from self._selected(list(value.parameters()))
+def _edge(output: Tensor) -> GradientEdge:
+    """Where the gradient at an output arrives, also if it is a view that is changed in place."""
+    base = output._base if output._is_view() else None
+    whole = base is not None and base.grad_fn is not None and base.numel() == output.numel()
+    if base is not None and whole and base.is_contiguous() and output.is_contiguous():
+        return get_gradient_edge(base)
+    return get_gradient_edge(output)
+
+
+def _in_place(func: Callable[..., Any]) -> bool:
+    name = getattr(func, "__name__", "")
+    return (
+        name == "__setitem__"
+        or (
+            name.startswith("__i")
+            and name.endswith("__")
+            and name not in ("__index__", "__invert__")
+        )
+        or (name.endswith("_") and not name.endswith("__"))
+    )
+
+
+def _kept(func: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments as they are before the call: a copy of what it changes in place."""
+    if not _in_place(func) or not args or not isinstance(args[0], Tensor):
+        return args
+    return (args[0].detach().clone(), *args[1:])
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, (list, tuple)):
+        return [tensor for entry in output for tensor in _tensors(entry)]
+    return []
+
+
+def _held(model: nn.Module) -> Iterator[Tensor]:
+    """Tensors that a model holds: parameters, buffers and plain attributes."""
+    for module in model.modules():
+        for value in (*module._parameters.values(), *module._buffers.values()):
+            if value is not None:
+                yield value
+        yield from _tensors(list(vars(module).values()))
 
 
 def _depends(output: Any) -> bool:
     """Whether the call made something differentiable: reading a shape or a dtype is no use."""
-    if isinstance(output, Tensor):
-        return output.grad_fn is not None
-    return isinstance(output, (list, tuple)) and any(_depends(entry) for entry in output)
+    return any(tensor.grad_fn is not None for tensor in _tensors(output))
 
 
 _builds = threading.local()
@@ -187,23 +395,8 @@ def recording(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[No
 @contextmanager
 def plain_functions() -> Iterator[None]:
     """Inside, a model calls functions that can be seen and differentiated, and nothing fused."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(_plain_attention())
-        if "torch._dynamo" in sys.modules:  # else nothing can have been compiled
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+    with torch.inference_mode(False), plain_attention_modules.used(), eager.used():
         yield
-
-
-@contextmanager
-def _plain_attention() -> Iterator[None]:
-    """Attention in inference mode calls no functions that can be recorded: not its fused path."""
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def refuse_training_mode(model: nn.Module) -> None:

@@ -34,12 +34,14 @@ class Known:
         form: maps its call and output to a `Use` or a reason; None for a composite.
         bind: its arguments by name.
         composite: runs in its place.
+        own: whether the user registered it, so that what it refuses has no form.
     """
 
     name: str
     bind: Callable[[Sequence[Any], Mapping[str, Any]], dict[str, Any]]
     form: Layer | None = None
     composite: Composite | None = None
+    own: bool = False
 
     def use(self, call: Mapping[str, Any], output: Any) -> Use | str:
         """What the form says of a call."""
@@ -139,7 +141,7 @@ def register_layer(
     else:
         bind = _by_signature(target)
     dispatching = target if _dispatches(target) else _dispatching(target)
-    _functions[dispatching] = Known(name, bind, form)
+    _functions[dispatching] = Known(name, bind, form, own=True)
     return dispatching
 
 
@@ -154,7 +156,7 @@ def find(function: Callable[..., Any], args: Sequence[Any]) -> Known | None:
     if function is _call_module:
         module = args[0]
         form = _module_form(type(module))
-        return Known(type(module).__name__, _bind_module, form)
+        return Known(type(module).__name__, _bind_module, form, own=True)
     if function in _functions:
         return _functions[function]
     name = getattr(function, "__name__", str(function))

@@ -15,9 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .folds import Fold
 from .inputs import Inputs
 
-__all__ = ["COMPOSITES", "LAYERS", "Composite", "Grid", "Layer", "Record", "Use"]
+__all__ = ["COMPOSITES", "LAYERS", "Composite", "Grid", "Layer", "Local", "Record", "Use"]
+
+# (fold, gradients (R, *output), examples start, stop) -> rows (R, n, *shape) of each slot
+Local = Callable[[Fold, int, Tensor, int, int], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,10 @@ class Use:
         inputs: x as (N, T, *features) -> the input factor (N, groups, T', inputs), as a tensor or
             as lazy `Inputs`.
         rows: (x, g) -> rows by role, each (R, N, n), of the "weight" and the "bias".
+        view: (R, *output) -> (R, *leading, *features), where the gradients at the output are not
+            in that order as they come.
+        local: rows of a function of which nothing is known but itself, in the place of `rows`.
+        slots: the weights of such a function by role, where they are more than one.
     """
 
     weight: Tensor | None
@@ -69,11 +77,22 @@ class Use:
     gradients: Callable[[Tensor], Tensor] | None = None
     inputs: Callable[[Tensor], Inputs | Tensor] | None = None
     rows: Callable[[Tensor, Tensor], dict[str, Tensor]] | None = None
+    view: Callable[[Tensor], Tensor] | None = None
+    local: Local | None = None
+    slots: Mapping[str, Tensor] | None = None
 
     def __post_init__(self) -> None:
         grid = (self.grid, self.gradients, self.inputs)
-        if any(part is None for part in grid) == (self.rows is None):
+        if any(part is None for part in grid) == (self.rows is None and self.local is None):
             raise ValueError("expected a Use with either rows, or grid, gradients and inputs")
+
+    @property
+    def roles(self) -> dict[str, Tensor]:
+        """The weights that the call received, by role."""
+        if self.slots is not None:
+            return dict(self.slots)
+        given = {"weight": self.weight, "bias": self.bias}
+        return {role: tensor for role, tensor in given.items() if tensor is not None}
 
     @property
     def dtype(self) -> torch.dtype:

@@ -135,6 +135,13 @@ class Categorical(Likelihood):
             )
         return labels
 
+    def scale_of(self, outputs: Tensor, gradient: Tensor) -> Tensor | None:
+        """From the likeliest class that is pushed down, at each position: c p there."""
+        dim = self._class_dim(outputs, None)
+        p = wide(outputs.detach()).softmax(dim) * (gradient > 0)
+        wrong, where = p.max(dim, keepdim=True)
+        return wide(gradient).gather(dim, where).sum() / wrong.sum()
+
     def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
         logits, labels, mask = self._canonical(wide(outputs), target)
         log_p = logits.log_softmax(-1)
@@ -160,6 +167,18 @@ class Categorical(Likelihood):
     def num_terms(self, outputs: Tensor, target: Tensor | None) -> Tensor:
         _, _, mask = self._canonical(outputs, target)
         return mask.count_nonzero()
+
+    def scored(self, outputs: Tensor, target: Tensor | None) -> Tensor | None:
+        if target is None and not self.shift:
+            return None
+        _, _, mask = self._canonical(outputs.detach(), target)
+        shape = list(outputs.shape)
+        del shape[self._class_dim(outputs, target)]
+        if not self.shift:
+            return mask.reshape(shape) != 0
+        shape[1] -= self.shift
+        grid = mask.reshape(*shape[:2], -1)
+        return F.pad(grid, (0, 0, 0, self.shift)) != 0
 
     def label_weights(self, outputs: Tensor, target: Tensor | None) -> Tensor:
         """The weight of each position's label, zero where it is masked: (N, T).

@@ -21,6 +21,7 @@ from .likelihood import (
     check_outputs,
     labels_needed,
     standard_normal,
+    wide,
 )
 
 __all__ = ["Bernoulli", "Elementwise", "Poisson"]
@@ -121,6 +122,12 @@ class Bernoulli(Elementwise):
                 f"{tuple(example)}, got shape {tuple(self._weight.shape)}"
             )
 
+    def scale_of(self, outputs: Tensor, gradient: Tensor) -> Tensor | None:
+        """From labels of 0 and 1, whose gradients are c p and c (p - 1)."""
+        up = wide(outputs.detach()).sigmoid()
+        most = torch.where(gradient > 0, up, 1 - up)
+        return (wide(gradient).abs() / most.clamp_min(1e-3)).max()
+
     def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
         each = F.binary_cross_entropy_with_logits(
             outputs,
@@ -188,6 +195,17 @@ class Poisson(Elementwise):
         McCullagh and Nelder (1989), Generalized linear models, section 6.2: the log link is the
         canonical one, so that the Hessian is the Fisher information.
     """
+
+    def scale_of(self, outputs: Tensor, gradient: Tensor) -> Tensor | None:
+        """From counts of zero, whose gradients are c times the rate; NaN if there is none.
+
+        Every other count must then be a whole number.
+        """
+        rate, g = wide(outputs.detach()).exp(), wide(gradient)
+        c = (g / rate.clamp_min(1e-3)).max()
+        counts = rate - g / c
+        whole = (counts - counts.round()).abs() <= 0.01 * (1 + rate)
+        return torch.where(whole.all() & (c > 0), c, torch.full_like(c, float("nan")))
 
     def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
         each = outputs.exp() - target.to(outputs) * outputs

@@ -82,6 +82,14 @@ class Gaussian(Elementwise):
                 "covariance"
             )
 
+    def dispersion(self, outputs: Tensor, score: Tensor) -> Tensor | None:
+        work = wide(score)
+        if self._correlated(outputs):
+            residual = work @ torch.as_tensor(self.variance).to(work)
+        else:
+            residual = work / self._curvature(wide(outputs), None)
+        return (work * residual).mean()
+
     def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
         residual = target - outputs
         each = residual * self.hessian_product(outputs, target, residual) / 2

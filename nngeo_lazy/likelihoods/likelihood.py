@@ -76,6 +76,31 @@ class Likelihood(ABC):
         """
         return None
 
+    def scale_of(self, outputs: Tensor, gradient: Tensor) -> Tensor | None:
+        """c, 0-d, of a gradient that is c times that of the summed loss.
+
+        None if it cannot be seen. With labels that are probabilities it is a lower bound, and
+        exact as soon as one of them is 0 or 1.
+
+        Args:
+            outputs: (N, ...).
+            gradient: of c times the loss, shaped like them.
+        """
+        return None
+
+    def dispersion(self, outputs: Tensor, score: Tensor) -> Tensor | None:
+        """The mean squared residual in units of the labels' variance, 0-d.
+
+        None if the likelihood fixes it to one.
+
+        Args:
+            outputs: (N, ...).
+            score: the gradient of the summed loss.
+
+        Source: Pearson's statistic; McCullagh and Nelder (1989), section 4.5.
+        """
+        return None
+
     @abstractmethod
     def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
         """-log p(y | f) up to a constant, summed over positions: (N,). Differentiable."""
@@ -113,6 +138,10 @@ class Likelihood(ABC):
     @abstractmethod
     def num_terms(self, outputs: Tensor, target: Tensor | None) -> Tensor:
         """How many scalar labels are scored, a 0-d integer tensor."""
+
+    def scored(self, outputs: Tensor, target: Tensor | None) -> Tensor | None:
+        """Which positions of the outputs are scored, a mask (N, *positions); None if all are."""
+        return None
 
     @abstractmethod
     def flags(self, outputs: Tensor, target: Tensor | None) -> dict[str, Tensor]:

@@ -38,7 +38,7 @@ class _Problem:
 
 
 def _same_or_rebuilt(operator: BaseLinearOperator, args: tuple[Tensor, ...]) -> BaseLinearOperator:
-    """The operator with these tensors: itself, with its caches, where they are its own."""
+    """The operator with these tensors: itself, with its caches, if they are its own."""
     own = operator.representation()
     if all(a is b for a, b in zip(own, args, strict=True)):
         return operator

@@ -121,7 +121,7 @@ class BaseLinearOperator(ContractLinearOperator):
         preconditioner: BaseLinearOperator | None = None,
         x0: VectorLike | None = None,
     ) -> Any:
-        """(F + damping)^-1 v, in closed form where the structure has one, at any size.
+        """(F + damping)^-1 v, in closed form if the structure has one, at any size.
 
         Elsewhere by conjugate gradients to a relative residual `tol`. Differentiable in v, in the
         damping and in F's tensors, any number of times.
@@ -137,7 +137,7 @@ class BaseLinearOperator(ContractLinearOperator):
 
         Raises:
             NotPositiveDefiniteError: F is singular and not damped, or negative damping.
-            NonFiniteError: NaN or infinity in F or, where it iterates, in v.
+            NonFiniteError: NaN or infinity in F or, if it iterates, in v.
             SpaceMismatchError: v does not fit.
         """
         if not self.is_square:
@@ -179,8 +179,8 @@ class BaseLinearOperator(ContractLinearOperator):
         """F + diag(damping), structure kept; differentiable in the damping.
 
         Args:
-            damping: a float, a 0-d or (P,) tensor, or {selector: either}. A vector keeps a closed
-                form where it is constant in a block, and elsewhere gives a lazy sum.
+            damping: a float, a 0-d or (P,) tensor, or {selector: either}. A vector keeps the
+                closed form of a block if it is constant there; other blocks become lazy sums.
             method: "exact", or "factored" for Kronecker blocks: (left + sqrt(d)/pi I) kron
                 (right + pi sqrt(d) I) with pi^2 = (tr(right)/dim right) / (tr(left)/dim left)
                 (Martens and Grosse 2015, section 6.3). Other blocks are damped exactly.
@@ -218,7 +218,7 @@ class BaseLinearOperator(ContractLinearOperator):
         return self._trace()
 
     def logdet(self) -> Tensor:
-        """The logarithm of the determinant; -inf where F is singular.
+        """The logarithm of the determinant; -inf if F is singular.
 
         Raises:
             NotPositiveDefiniteError: F has a negative eigenvalue.
@@ -247,7 +247,7 @@ class BaseLinearOperator(ContractLinearOperator):
         """F^p, structure kept.
 
         Raises:
-            NotPositiveDefiniteError: F has eigenvalues of which there is no such power.
+            NotPositiveDefiniteError: an eigenvalue of F has no such power.
             UnsupportedLayerError: the structure has no closed form.
         """
         self._require_square("power")

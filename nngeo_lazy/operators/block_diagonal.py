@@ -131,6 +131,7 @@ class BlockDiagonalLinearOperator(BaseLinearOperator):
 
     @property
     def is_explicit(self) -> bool:
+        """Whether all blocks' entries are known without products."""
         return all(member.is_explicit for member in self.members)
 
     def _size(self) -> torch.Size:

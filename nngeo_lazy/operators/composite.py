@@ -101,10 +101,12 @@ class ScaledLinearOperator(LazyLinearOperator):
 
     @property
     def iterates(self) -> bool:
+        """Whether a solve with the base is an iteration."""
         return self.base.iterates
 
     @property
     def is_explicit(self) -> bool:
+        """Whether the base's entries are known without products."""
         return self.base.is_explicit
 
     def _size(self) -> torch.Size:
@@ -178,6 +180,7 @@ class ProductLinearOperator(LazyLinearOperator):
 
     @property
     def maps_to_parameters(self) -> bool:  # type: ignore[override]
+        """Whether the left factor maps to parameters."""
         return self.left.maps_to_parameters
 
     def _size(self) -> torch.Size:

@@ -57,6 +57,7 @@ class ContractLinearOperator(PrimitiveLinearOperator):
         return product
 
     def inv_quad(self, inv_quad_rhs: Tensor, reduce_inv_quad: bool = True) -> Tensor:
+        """v^T F^-1 v, summed over the columns of v unless told otherwise."""
         return self.inv_quad_logdet(inv_quad_rhs, False, reduce_inv_quad)[0]
 
     def inv_quad_logdet(
@@ -65,6 +66,7 @@ class ContractLinearOperator(PrimitiveLinearOperator):
         logdet: bool | None = False,
         reduce_inv_quad: bool | None = True,
     ) -> tuple[Tensor, Tensor]:
+        """v^T F^-1 v as `inv_quad` gives it, and log det F; zero for what is not asked."""
         zero = torch.zeros(self.batch_shape, dtype=self.dtype, device=self.device)
         quadratic, determinant = zero, zero
         if inv_quad_rhs is not None:
@@ -77,20 +79,25 @@ class ContractLinearOperator(PrimitiveLinearOperator):
         return quadratic, determinant
 
     def add_jitter(self, jitter_val: float = 1e-3) -> Any:
+        """F + jitter_val I."""
         return self.add_diagonal(jitter_val)
 
     def zero_mean_mvn_samples(self, num_samples: int) -> Tensor:
+        """Draws (num_samples, n) from N(0, F); `sample` takes a seed."""
         return self._draw(num_samples, None).movedim(-1, 0)
 
     def root_decomposition(self, method: str | None = None) -> Any:
+        """F as R R^T, with R = F^1/2."""
         return RootLinearOperator(self._power(0.5))
 
     def root_inv_decomposition(
         self, initial_vectors: Any = None, test_vectors: Any = None, method: str | None = None
     ) -> Any:
+        """F^-1 as R R^T, with R = F^-1/2."""
         return RootLinearOperator(self._power(-0.5))
 
     def sqrt_inv_matmul(self, rhs: Tensor, lhs: Tensor | None = None) -> Any:
+        """F^-1/2 rhs; with lhs, lhs F^-1/2 rhs and the diagonal of lhs F^-1 lhs^T."""
         root = self._power(-0.5)
         x = root @ rhs
         if lhs is None:
@@ -98,6 +105,7 @@ class ContractLinearOperator(PrimitiveLinearOperator):
         return lhs @ x, (root @ lhs.mT).square().sum(-2)
 
     def diagonalization(self, method: str | None = None) -> tuple[Tensor, Any]:
+        """Eigenvalues (n,), in any order, and the orthogonal operator of eigenvectors."""
         return self._symeig(eigenvectors=True)
 
     def _symeig(
@@ -159,15 +167,19 @@ class ContractLinearOperator(PrimitiveLinearOperator):
         return self._moved(probe.dtype, probe.device)
 
     def type(self, dtype: torch.dtype) -> BaseLinearOperator:
+        """The same operator in another dtype."""
         return self._moved(dtype, self.device)
 
     def cpu(self) -> BaseLinearOperator:
+        """The same operator on the CPU."""
         return self.to("cpu")
 
     def cuda(self, device_id: Any = None) -> BaseLinearOperator:
+        """The same operator on a GPU, the current one by default."""
         return self.to("cuda" if device_id is None else torch.device("cuda", device_id))
 
     def bfloat16(self) -> BaseLinearOperator:
+        """The same operator in bfloat16."""
         return self.type(torch.bfloat16)
 
     def _moved(self, dtype: torch.dtype, device: torch.device) -> BaseLinearOperator:

@@ -42,10 +42,10 @@ def aslinearoperator(A: Any) -> BaseLinearOperator:
     Args:
         A: a tensor, a numpy array, a scipy sparse array, a `scipy.sparse.linalg.LinearOperator`, or
             any linear_operator operator. Arrays share their memory. A scipy operator is taken to be
-            symmetric where it is square; tensors and arrays are looked at.
+            symmetric if it is square; tensors and arrays are looked at.
 
     Returns:
-        The operator; itself where it is one of this package, and what `to_scipy` was made from.
+        The operator; itself if it is one of this package, and what `to_scipy` was made from.
 
     Raises:
         TypeError: something else.
@@ -184,7 +184,7 @@ class _Product(Map):
 
 
 class _Dropping(Map):
-    """(g, v) to the product with g, of which v is no part."""
+    """(g, v) to the product with g; it does not read v."""
 
     def __init__(self, product: _Product) -> None:
         self._product = product

@@ -35,7 +35,7 @@ class Damping:
     constants: tuple[tuple[slice, Tensor], ...] = ()
 
     def on(self, layout: Layout) -> Tensor:
-        """The damping of one block: 0-d where it is constant there, else in block coordinates."""
+        """The damping of one block: 0-d if it is constant there, else in block coordinates."""
         if self.value.dim() == 0:
             return self.value
         known = [

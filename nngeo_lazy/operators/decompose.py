@@ -1,4 +1,4 @@
-"""Eigendecompositions of symmetric matrices: accurate, named when they fail, never stale."""
+"""Eigendecompositions of symmetric matrices: looked at, named when they fail, never stale."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from torch import Tensor
 
 from ..errors import NonFiniteError
 
-__all__ = ["Decomposition", "eigh", "eigvalsh", "eps", "matrix_power"]
+__all__ = ["Decomposition", "eigh", "eigvalsh", "eps", "matrix_power", "rounding"]
 
 T = TypeVar("T")
 _HALF = (torch.float16, torch.bfloat16)
+_SLACK = 10  # times n eps: what a decomposition may be off by
 
 
 def eps(tensor: Tensor) -> float:
@@ -28,9 +29,13 @@ class Decomposition:
     It travels with an operator that is made again, as long as its tensors are the same.
     """
 
-    def __init__(self, *tensors: Tensor) -> None:
+    def __init__(
+        self, *tensors: Tensor, origin: tuple[Decomposition, Tensor] | None = None
+    ) -> None:
         self._tensors = tensors
         self._entries: dict[str, tuple[tuple[int, ...], Any]] = {}
+        self.origin = origin  # of A + d I: that of A, and d
+        self._made_at = None if origin is None else origin[0]._versions()
 
     @classmethod
     def of(cls, known: Decomposition | None, *tensors: Tensor) -> Decomposition:
@@ -54,40 +59,171 @@ class Decomposition:
         self._entries[key] = versions, fresh
         return fresh
 
-    def __reduce__(self) -> tuple[type[Decomposition], tuple[Tensor, ...]]:
-        return Decomposition, self._tensors  # a pickle holds no derived numbers
+    def shifted(self, total: Tensor, d: Tensor) -> Decomposition:
+        """That of the tensor total = A + d I, which keeps a d that is below the rounding of A."""
+        if self.origin is not None and self.is_current:
+            return Decomposition(total, origin=(self.origin[0], self.origin[1] + d))
+        return Decomposition(total, origin=(self, d))
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the tensors of the origin are those from which this one's were made."""
+        return self.origin is not None and self.origin[0]._versions() == self._made_at
+
+    @property
+    def tensor(self) -> Tensor:
+        """The first of its tensors."""
+        return self._tensors[0]
+
+    def _versions(self) -> tuple[int, ...] | None:
+        if any(t.is_inference() for t in self._tensors):
+            return None
+        return tuple(t._version for t in self._tensors)
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        # a pickle holds no derived numbers
+        return _restored, (self._tensors, self.origin if self.is_current else None)
+
+
+def rounding(values: Tensor) -> Tensor:
+    """What of eigenvalues (..., n) may be rounding, (..., 1): n eps times the largest.
+
+    eps is that of their own dtype. In half precision n eps would soon be one: there it is at most
+    eps^(1/2).
+    """
+    relative = values.shape[-1] * eps(values)
+    if values.dtype in _HALF:
+        relative = min(relative, eps(values) ** 0.5)
+    return relative * values.abs().amax(-1, keepdim=True)
+
+
+def _restored(
+    tensors: tuple[Tensor, ...], origin: tuple[Decomposition, Tensor] | None
+) -> Decomposition:
+    return Decomposition(*tensors, origin=origin)
 
 
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (..., n), ascending, and eigenvectors (..., n, n), without a graph.
 
-    Half precision is decomposed in float32, and what fails there in float64. Eigenvalues of a
-    matrix that is positive semidefinite up to rounding are not negative.
+    LAPACK fails on some matrices with many zero rows, with an error or with NaN. So zero rows are
+    left out, the result is multiplied out, and what is no decomposition is computed in float64.
+    Half precision is decomposed in float32. Eigenvalues of a matrix that is positive semidefinite
+    up to the rounding of its dtype are not negative.
 
     Raises:
-        NonFiniteError: NaN or infinity in the matrix.
+        NonFiniteError: NaN or infinity in the matrix, or no decomposition of it is found.
     """
     work = _prepared(matrix.detach())
+    if work.numel() == 0:
+        return work.new_zeros(work.shape[:-1]).to(matrix.dtype), work.to(matrix.dtype)
     with torch.no_grad():
-        try:
-            values, vectors = torch.linalg.eigh(work)
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-            values, vectors = torch.linalg.eigh(work.double())
-    return _cleaned(values).to(matrix.dtype), vectors.to(matrix.dtype)
+        values, vectors = _without_zero_rows(work)
+    return _cleaned(values.to(matrix.dtype)), vectors.to(matrix.dtype)
 
 
 def eigvalsh(matrix: Tensor) -> Tensor:
-    """The eigenvalues of `eigh`, with a gradient, also where eigenvalues repeat."""
+    """The eigenvalues of `eigh`, with a gradient, also if eigenvalues repeat.
+
+    Raises:
+        NonFiniteError: NaN or infinity in the matrix, or no decomposition of it is found.
+    """
+    if not (torch.is_grad_enabled() and matrix.requires_grad):
+        return eigh(matrix)[0]
     work = _prepared(matrix)
+    found = _attempted(work)
+    if found is None:
+        work = work.double() if _has_float64(work.device) else work.cpu().double()
+        found = _attempted(work)
+    if found is None:
+        raise _no_decomposition(matrix)
+    return _cleaned(found[0].to(matrix))
+
+
+def _without_zero_rows(work: Tensor) -> tuple[Tensor, Tensor]:
+    """The decomposition of matrices (..., n, n), those with zero rows one by one and smaller."""
+    nonzero = work != 0
+    used = nonzero.any(-1) | nonzero.any(-2)  # (..., n)
+    whole = used.all(-1)
+    if bool(whole.all()):
+        return _checked(work)
+    values, vectors = torch.zeros_like(work[..., 0]), torch.zeros_like(work)
+    if bool(whole.any()):
+        values[whole], vectors[whole] = _checked(work[whole])
+    for index in (~whole).nonzero().tolist():
+        k = tuple(index)
+        kept = used[k].nonzero().squeeze(-1)
+        system = torch.eye(work.shape[-1], dtype=work.dtype, device=work.device)
+        own = torch.zeros_like(values[k])
+        if kept.numel():
+            part, basis = _checked(work[k][kept][:, kept])
+            own[kept] = part
+            system[kept[:, None], kept] = basis
+        own, order = own.sort(stable=True)
+        values[k], vectors[k] = own, system[:, order]
+    return values, vectors
+
+
+def _checked(work: Tensor) -> tuple[Tensor, Tensor]:
+    """A decomposition that has been multiplied out, in float64 if it is none in its dtype.
+
+    Raises:
+        NonFiniteError: it is none in float64 either.
+    """
+    found = _attempted(work)
+    if found is None:
+        wide = work.double() if _has_float64(work.device) else work.cpu().double()
+        found = _attempted(wide)
+        if found is None:  # other routines of LAPACK
+            left, _, _ = torch.linalg.svd(wide)
+            signed = ((wide @ left) * left).sum(-2)
+            order = signed.argsort(-1)
+            found = signed.gather(-1, order), left.gather(-1, order.unsqueeze(-2).expand_as(left))
+            if not _is_decomposition(wide, *found):
+                raise _no_decomposition(work)
+        found = found[0].to(work), found[1].to(work)
+    return found
+
+
+def _attempted(work: Tensor) -> tuple[Tensor, Tensor] | None:
     try:
-        values = torch.linalg.eigvalsh(work)
+        values, vectors = torch.linalg.eigh(work)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        values = torch.linalg.eigvalsh(work.double())
-    return _cleaned(values).to(matrix.dtype)
+        return None
+    return (values, vectors) if _is_decomposition(work, values, vectors) else None
+
+
+def _is_decomposition(work: Tensor, values: Tensor, vectors: Tensor) -> bool:
+    """Whether A V = V diag(values) and V^T V = I on a few vectors: n^2 operations, not n^3."""
+    n, work, values, vectors = work.shape[-1], work.detach(), values.detach(), vectors.detach()
+    phases = torch.arange(1, n + 1, dtype=torch.float32, device=work.device)
+    probes = torch.stack([(k * phases.square()).cos() for k in (1.0, 2**0.5)], -1).to(work)
+    turned = vectors @ probes
+    size = values.abs().amax(-1)[..., None, None]
+    lower = work.tril(-1)  # eigh reads the lower triangle
+    product = work.tril() @ turned + lower.mT @ turned
+    off = product - vectors @ (values.unsqueeze(-1) * probes)
+    angle = vectors.mT @ turned - probes
+    limit = _SLACK * n * eps(work) * torch.linalg.vector_norm(probes)
+    norms = [torch.linalg.vector_norm(e, dim=(-2, -1)) for e in (off / (size + (size == 0)), angle)]
+    return bool(((norms[0] <= limit) & (norms[1] <= limit)).all())  # NaN is not
+
+
+def _has_float64(device: torch.device) -> bool:
+    return device.type != "mps"
+
+
+def _no_decomposition(work: Tensor) -> NonFiniteError:
+    largest = float(work.detach().abs().max())
+    return NonFiniteError(
+        f"no eigendecomposition of a matrix of shape {tuple(work.shape)} was found, neither in "
+        f"{work.dtype} nor in float64 (largest entry {largest:.3g}): scale it to near one, or add "
+        "damping"
+    )
 
 
 def matrix_power(matrix: Tensor, values: Tensor, vectors: Tensor, p: float) -> Tensor:
-    """M^p from M's eigendecomposition, differentiable once in M, also where eigenvalues repeat.
+    """M^p from M's eigendecomposition, differentiable once in M, also if eigenvalues repeat.
 
     The derivative is the one of Daleckii and Krein (Higham 2008, Functions of Matrices, thm 3.11).
     """
@@ -107,7 +243,7 @@ class _MatrixPower(torch.autograd.Function):
         values, vectors = ctx.saved_tensors
         p = ctx.p
         a, b = values.unsqueeze(-1), values.unsqueeze(-2)
-        # divided differences of x^p, the derivative at the midpoint where the difference cancels
+        # divided differences of x^p, the derivative at the midpoint if the difference cancels
         close = (a - b).abs() <= eps(values) ** 0.5 * torch.maximum(a.abs(), b.abs())
         slope = p * ((a + b) / 2).pow(p - 1)
         gap = torch.where(close, torch.ones_like(slope), a - b)
@@ -123,9 +259,8 @@ def _prepared(matrix: Tensor) -> Tensor:
 
 
 def _cleaned(values: Tensor) -> Tensor:
-    """Negative eigenvalues set to 0 where all of them are rounding: at least -n eps max."""
+    """Negative eigenvalues set to 0 if all of them are `rounding`."""
     if values.shape[-1] == 0:
         return values
-    noise = values.shape[-1] * eps(values) * values.abs().amax(-1, keepdim=True)
-    semidefinite = values.amin(-1, keepdim=True) >= -noise
+    semidefinite = values.amin(-1, keepdim=True) >= -rounding(values)
     return torch.where(semidefinite, values.clamp_min(0), values)

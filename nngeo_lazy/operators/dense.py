@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import UnsupportedLayerError
 from . import rules
 from .base import BaseLinearOperator, Krylov, flat_positions
-from .decompose import Decomposition, eigh, eigvalsh, eps, matrix_power
+from .decompose import Decomposition, eigh, eigvalsh, eps, matrix_power, rounding
 from .diagonal import DiagonalLinearOperator, plus_diagonal
 from .info import Info
 from .lazy import LazyLinearOperator
@@ -36,6 +36,7 @@ class DenseLinearOperator(SpectralLinearOperator):
     """
 
     _implicit_in_tensors = True
+    _values_are_computed = True
 
     def __init__(
         self,
@@ -60,21 +61,54 @@ class DenseLinearOperator(SpectralLinearOperator):
         return self.tensor @ v
 
     def _decomposition(self) -> tuple[Tensor, Tensor]:
-        return self._decomposed.get("eigh", lambda: eigh(self.tensor), self.tensor)
+        known = self._decomposed
+        if known.origin is None or not known.is_current:
+            return known.get("eigh", lambda: eigh(self.tensor), self.tensor)
+        base, d = known.origin
+        values, vectors = base.get("eigh", lambda: eigh(base.tensor), base.tensor)
+        return values + d.detach(), vectors
+
+    def _in_float64(self) -> BaseLinearOperator:
+        known = self._decomposed
+        if known.origin is None or not known.is_current:
+            return self.to(torch.float64)
+        base, d = known.origin
+        if d.requires_grad or base.tensor.requires_grad:
+            wide = DenseLinearOperator(base.tensor.double())
+        else:
+            wide = base.get("float64", lambda: DenseLinearOperator(base.tensor.double()))
+        return wide._with_shift(d.double())
+
+    def _own_rounding(self) -> Tensor:
+        known = self._decomposed
+        d = 0.0 if known.origin is None or not known.is_current else known.origin[1].detach()
+        return rounding(self._decomposition()[0] - d).squeeze(-1)
+
+    def _with_shift(self, d: Tensor) -> DenseLinearOperator:
+        added = self.tensor + d.expand(self.tensor.shape[0]).diag_embed()
+        known = self._decomposed.shifted(added, d)
+        return DenseLinearOperator(added, info=self.info, decomposition=known)
 
     def rotate(self, v: Tensor) -> Tensor:
+        """Q^T v, with Q the eigenvectors."""
         return self._decomposition()[1].mT @ v
 
     def unrotate(self, v: Tensor) -> Tensor:
+        """Q v, with Q the eigenvectors."""
         return self._decomposition()[1] @ v
 
     @property
     def eigenvalues(self) -> Tensor:
+        """(n,), ascending; with a gradient if the matrix wants one."""
         if self.tensor.requires_grad and torch.is_grad_enabled():
-            return eigvalsh(self.tensor)
+            known = self._decomposed
+            if known.origin is None or not known.is_current:
+                return eigvalsh(self.tensor)
+            return eigvalsh(known.origin[0].tensor) + known.origin[1]
         return self._decomposition()[0]
 
     def basis(self) -> BaseLinearOperator:
+        """Q, the eigenvectors as columns."""
         return DenseLinearOperator(self._decomposition()[1])
 
     def _function(self, values: Tensor, p: float | None) -> BaseLinearOperator:
@@ -89,15 +123,18 @@ class DenseLinearOperator(SpectralLinearOperator):
         sizes = self._decomposition()[0].abs()
         if sizes.numel() == 0:
             return sizes == 0
-        return sizes <= (sizes.numel() * eps(sizes) if rcond is None else rcond) * sizes.max()
+        if rcond is None:  # a shift is known, however small: what is computed is not
+            rcond = sizes.numel() * eps(sizes) ** (1 if self._decomposed.origin is None else 2)
+        return sizes <= rcond * sizes.max()
 
     def _frobenius(self) -> Tensor:
         norm: Tensor = torch.linalg.vector_norm(self.tensor)
         return norm
 
     def _shifted(self, d: Tensor) -> BaseLinearOperator | None:
-        added = self.tensor + d.expand(self.tensor.shape[0]).diag_embed()
-        return DenseLinearOperator(added, info=self.info)
+        if d.dim() == 0:
+            return self._with_shift(d)
+        return DenseLinearOperator(self.tensor + d.diag_embed(), info=self.info)
 
     def _damp_factors(self, d: Tensor) -> BaseLinearOperator | None:
         return None

@@ -43,16 +43,20 @@ class DiagonalLinearOperator(SpectralLinearOperator):
         return self.diag.unsqueeze(-1) * v
 
     def rotate(self, v: Tensor) -> Tensor:
+        """The vector as it is: the eigenbasis is that of the coordinates."""
         return v
 
     def unrotate(self, v: Tensor) -> Tensor:
+        """The vector as it is: the eigenbasis is that of the coordinates."""
         return v
 
     @property
     def eigenvalues(self) -> Tensor:
+        """The diagonal (n,), in its own order."""
         return self.diag
 
     def basis(self) -> BaseLinearOperator:
+        """The identity."""
         return DiagonalLinearOperator(torch.ones_like(self.diag))
 
     def _function(self, values: Tensor, p: float | None) -> BaseLinearOperator:

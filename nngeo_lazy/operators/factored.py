@@ -177,7 +177,9 @@ class FactoredJacobianLinearOperator(RectangularLinearOperator):
                 placed = []
                 for form, layout in zip(batch, self.layouts, strict=True):
                     if form is None:
-                        made = torch.zeros(layout.size, (b - a) * r).to(self.dtype, self.device)
+                        made = torch.zeros(
+                            layout.size, (b - a) * r, dtype=self.dtype, device=self.device
+                        )
                     else:
                         made = form.rows(a, b).transpose(0, 1).flatten(0, 1).mT
                     placed += layout.scatter(made)
@@ -197,7 +199,7 @@ class FactoredJacobianLinearOperator(RectangularLinearOperator):
         return self.of(batches, self.layouts, self.info, center=self.center)
 
     def _less_mean(self, rows: Tensor) -> Tensor:
-        """Rows (N R, k) less their mean over examples, where that is subtracted."""
+        """Rows (N R, k) less their mean over examples, if that is subtracted."""
         if not self.center:
             return rows
         by_example = rows.unflatten(0, (-1, self.row_shapes[0][1]))
@@ -214,7 +216,7 @@ def inner_products(
     directions: str,
     way: str,
 ) -> Tensor:
-    """J J'^T from the forms, a pair of batches at a time; where both are one, each pair once.
+    """J J'^T from the forms, a pair of batches at a time; if both are one, each pair once.
 
     Args:
         left: (N R) x P.
@@ -248,8 +250,8 @@ class FactoredGaussNewtonLinearOperator(LazyLinearOperator):
 
     .. math:: (B^T B + d I)^{-1} v = (v - B^T (B B^T + d I)^{-1} B v) / d
 
-    is how it is solved where K is at most half of P: in the space of samples, by the Gram matrix
-    of the rows, which is made once. Elsewhere by conjugate gradients.
+    If K is at most half of P, it is solved so, in the space of samples: by the Gram matrix of the
+    rows, which is made once. Otherwise it is solved by conjugate gradients.
 
     Args:
         root: B.
@@ -295,6 +297,7 @@ class FactoredGaussNewtonLinearOperator(LazyLinearOperator):
 
     @property
     def iterates(self) -> bool:
+        """Whether a solve is an iteration: yes, unless it is solved in sample space."""
         return not self.in_sample_space
 
     @property
@@ -307,7 +310,7 @@ class FactoredGaussNewtonLinearOperator(LazyLinearOperator):
         return self._decomposed.get("gram", lambda: self.root.gram().double())
 
     def _factor(self) -> Tensor | None:
-        """The Cholesky factor of B B^T + d I in float64; None where it is singular."""
+        """The Cholesky factor of B B^T + d I in float64; None if it is singular."""
         if not self.in_sample_space or self.shift is None or not bool(self.shift > 0):
             return None
         gram_matrix = self._gram()

@@ -61,7 +61,7 @@ def apply_factors(left: Tensor, right: Tensor, v: Tensor, *, transposed: bool = 
 
 
 def factor_eigh(factor: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (G, n) and eigenvectors (G, n, n); (G, n) of ones where it is diagonal."""
+    """Eigenvalues (G, n) and eigenvectors (G, n, n); (G, n) of ones if it is diagonal."""
     if factor.dim() == 2:
         return factor.detach(), torch.ones_like(factor, requires_grad=False)
     return eigh(factor)

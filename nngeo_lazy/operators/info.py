@@ -26,8 +26,8 @@ class Origin:
     Attributes:
         layer: the path of the module that owns the parameter.
         form: how its Jacobian was computed, such as "linear: outer".
-        note: why a fallback was taken; empty where none was.
-        positions: how many positions of all examples share the parameter, where they are counted.
+        note: why a fallback was taken; empty if none was.
+        positions: how many positions of all examples share the parameter, if they are counted.
     """
 
     layer: str
@@ -47,7 +47,7 @@ class Info:
         origins: for each parameter, where its block comes from.
         quantity: which build made it: matrix, likelihood, estimator, seed, representation; empty
             for what was altered since (damped, inverted, scaled, added).
-        log_likelihood: of all observed labels at the parameters of the build, where there were any.
+        log_likelihood: of all observed labels at the parameters of the build, if there were any.
     """
 
     space: ParamSpace | None = None

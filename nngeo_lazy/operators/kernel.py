@@ -54,8 +54,8 @@ class KernelLinearOperator(LazyLinearOperator):
 
     Args:
         left: J1.
-        right: J2; left out where it is J1.
-        middle: M; left out where it is the identity.
+        right: J2; left out if it is J1.
+        middle: M; left out if it is the identity.
         symmetric: whether the second Jacobian is the first.
         outputs: "full" for all pairs of outputs, "mean" for the mean over equal ones.
         num_outputs: C, rows of one example.
@@ -144,6 +144,7 @@ class KernelLinearOperator(LazyLinearOperator):
 
     @property
     def is_explicit(self) -> bool:
+        """Whether it is made dense for closed forms; its entries are known then."""
         return not self.iterates  # it is dense as soon as it is solved
 
     def _transpose_nonbatch(self) -> BaseLinearOperator:
@@ -200,10 +201,11 @@ class KernelLinearOperator(LazyLinearOperator):
 
     @property
     def iterates(self) -> bool:
+        """Whether a solve is an iteration: yes, unless it is made dense for it."""
         return self._closed() is None
 
     def _closed(self) -> DenseLinearOperator | None:
-        """The symmetric matrix itself, where it is made from forms and not too large."""
+        """The symmetric matrix itself, if it is made from forms and not too large."""
         if not (self.symmetric and self._factored and self.shape[0] <= SAMPLE_SPACE):
             return None
         return self._decomposed.get("dense", lambda: DenseLinearOperator(self._dense()))
@@ -248,7 +250,7 @@ class KernelLinearOperator(LazyLinearOperator):
         )
 
     def _tiles(self) -> Tensor | None:
-        """The matrix before it is centered, where forms are known."""
+        """The matrix before it is centered, if forms are known."""
         left, right = self.left, self.right
         if not isinstance(left, FactoredJacobianLinearOperator) or not isinstance(
             right, FactoredJacobianLinearOperator
@@ -320,7 +322,7 @@ class KernelLinearOperator(LazyLinearOperator):
                 yield one._raw_diagonal()
 
     def _less_mean(self, v: Tensor) -> Tensor:
-        """Rows (N C, k) or (N, k) less their mean over the examples, where that is subtracted."""
+        """Rows (N C, k) or (N, k) less their mean over the examples, if that is subtracted."""
         if not self.centered:
             return v
         c = self.num_outputs if self.kind == "full" else 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeGuard
+from typing import TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import NotPositiveDefiniteError, UnsupportedLayerError
 from . import rules
 from .base import BaseLinearOperator
-from .decompose import Decomposition, eps, matrix_power
+from .decompose import Decomposition, eps, matrix_power, rounding
 from .factors import (
     apply_factors,
     check_factors,
@@ -38,9 +38,9 @@ class KroneckerLinearOperator(SpectralLinearOperator):
     the decomposition of the factors, which is made once, when something first needs it.
 
     Args:
-        left: (G, o, o), or (G, o) where it is diagonal. Note that a matrix of one group is
+        left: (G, o, o), or (G, o) if it is diagonal. Note that a matrix of one group is
             (1, o, o).
-        right: (G, i, i), or (G, i) where it is diagonal.
+        right: (G, i, i), or (G, i) if it is diagonal.
         shift: s, a 0-d tensor; none by default.
         info: what is known besides the numbers.
 
@@ -54,6 +54,7 @@ class KroneckerLinearOperator(SpectralLinearOperator):
     """
 
     _implicit_in_tensors = True
+    _values_are_computed = True
 
     def __init__(
         self,
@@ -93,13 +94,16 @@ class KroneckerLinearOperator(SpectralLinearOperator):
         return EigenKroneckerLinearOperator(values, *self.bases(), info=self.info)
 
     def rotate(self, v: Tensor) -> Tensor:
+        """Q^T v, with Q the Kronecker product of the factors' eigenvectors."""
         return apply_factors(*self.bases(), v, transposed=True)
 
     def unrotate(self, v: Tensor) -> Tensor:
+        """Q v, with Q as in `rotate`."""
         return apply_factors(*self.bases(), v)
 
     @property
     def eigenvalues(self) -> Tensor:
+        """(G o i,): products of the factors' eigenvalues, plus the shift."""
         if torch.is_grad_enabled() and (self.left.requires_grad or self.right.requires_grad):
             left, right = factor_eigvalsh(self.left), factor_eigvalsh(self.right)
         else:
@@ -108,7 +112,27 @@ class KroneckerLinearOperator(SpectralLinearOperator):
         return values if self.shift is None else values + self.shift
 
     def basis(self) -> BaseLinearOperator:
+        """Q, the Kronecker product of the factors' eigenvectors."""
         return KroneckerLinearOperator(*self.bases())
+
+    def _in_float64(self) -> BaseLinearOperator:
+        if self._taped() or (self.shift is not None and self.shift.requires_grad):
+            return self.to(torch.float64)
+        wide = self._decomposed.get(
+            "float64", lambda: KroneckerLinearOperator(self.left.double(), self.right.double())
+        )
+        if self.shift is None:
+            return wide
+        return cast(BaseLinearOperator, wide._shifted(self.shift.double()))
+
+    def _own_rounding(self) -> Tensor:
+        sides = [values for values, _ in self._decomposition()]
+        left, right = (v.abs().amax(-1) for v in sides)
+        noise = [
+            rounding(v).squeeze(-1) if factor.dim() == 3 else torch.zeros_like(v[..., 0])
+            for v, factor in zip(sides, (self.left, self.right), strict=True)
+        ]
+        return (noise[0] * right + left * noise[1]).max()
 
     def _decomposition(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         return (
@@ -135,7 +159,7 @@ class KroneckerLinearOperator(SpectralLinearOperator):
         return self._factor_powers(p)
 
     def _factor_powers(self, p: float) -> BaseLinearOperator:
-        """The powers of both factors: two products to apply, where an eigenbasis takes four."""
+        """The powers of both factors: two products to apply, and not the four of an eigenbasis."""
         powers, systems = [], []
         for factor, (own, vectors) in zip(
             (self.left, self.right), self._decomposition(), strict=True
@@ -202,7 +226,7 @@ class KroneckerLinearOperator(SpectralLinearOperator):
         zero = (mean_left <= 0) | (mean_right <= 0)  # no ratio: pi = 1
         ones = torch.ones_like(mean_left)
         pi = (torch.where(zero, ones, mean_right) / torch.where(zero, ones, mean_left)).sqrt()
-        # a square root has no gradient at 0, where nothing is added
+        # a square root has no gradient at 0; nothing is added there
         root = torch.where(d > 0, torch.where(d > 0, d, torch.ones_like(d)).sqrt(), d)
         return KroneckerLinearOperator(
             factor_shifted(self.left, root / pi),
@@ -298,16 +322,20 @@ class EigenKroneckerLinearOperator(SpectralLinearOperator):
         return self.left_basis.detach(), self.right_basis.detach()
 
     def rotate(self, v: Tensor) -> Tensor:
+        """Q^T v, with Q = left kron right."""
         return apply_factors(*self.bases(), v, transposed=True)
 
     def unrotate(self, v: Tensor) -> Tensor:
+        """Q v, with Q = left kron right."""
         return apply_factors(*self.bases(), v)
 
     @property
     def eigenvalues(self) -> Tensor:
+        """(G o i,), the free eigenvalues in row-major order."""
         return self.values.reshape(-1)
 
     def basis(self) -> BaseLinearOperator:
+        """Q = left kron right."""
         return KroneckerLinearOperator(*self.bases())
 
     def _function(self, values: Tensor, p: float | None) -> BaseLinearOperator:

@@ -1,4 +1,4 @@
-"""Matrices of which only products are known: what follows from products alone."""
+"""Matrices that are known by their products: what follows from products alone."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .warn import warn, warn_of_estimate, warn_unless_converged, warn_unless_res
 
 __all__ = ["LazyLinearOperator", "closed_forms_only", "require_products"]
 
-_CHUNK_BYTES = 2**26  # of identity columns at a time, where only products are known
+_CHUNK_BYTES = 2**26  # of identity columns at a time, if only products are known
 _CLOSED_ONLY: ContextVar[bool] = ContextVar("closed_forms_only", default=False)
 
 
@@ -41,16 +41,16 @@ def closed_forms_only() -> Iterator[None]:
 
 
 def require_products(operator: BaseLinearOperator, what: str) -> None:
-    """Raise where only closed forms are wanted."""
+    """Raise if only closed forms are wanted."""
     if _CLOSED_ONLY.get():
         raise UnsupportedLayerError(f"{what} of {type(operator).__name__} has no closed form")
 
 
 class LazyLinearOperator(BaseLinearOperator):
-    """A matrix of which only products are known; a subclass may know more.
+    """A matrix that is known by its products; a subclass may know more.
 
     Its solve is conjugate gradients, differentiated implicitly. What has no closed form raises and
-    says what has one. Numbers are exact: where nothing better is known, from products with the
+    says what has one. Numbers are exact: if nothing better is known, from products with the
     columns of the identity, a bounded number at a time.
     """
 
@@ -164,7 +164,7 @@ def diagonal_by_products(operator: BaseLinearOperator) -> Tensor:
 
 
 def estimated_logdet(operator: BaseLinearOperator) -> Tensor:
-    """The log-determinant of an operator of which only products are known, with a warning.
+    """The log-determinant of an operator that is known by its products, with a warning.
 
     Its gradient is the estimate of tr A^-1 dA with random signs z, z.A^-1 dA z. A matrix that is
     smaller than the vectors which an estimate holds is multiplied out instead, and exact.

@@ -75,6 +75,7 @@ class LowRankLinearOperator(LazyLinearOperator):
 
     @property
     def is_explicit(self) -> bool:
+        """Always: an entry is a short sum of the root's."""
         return True
 
     @property
@@ -99,6 +100,8 @@ class LowRankLinearOperator(LazyLinearOperator):
             NotPositiveDefiniteError: a diagonal that varies is not positive.
         """
         values, basis = self._spectrum()
+        if self.diag is not None and self._asks_for_float64(values):
+            values, basis = self._spectrum(torch.float64)
         if self.diag is None:  # a singular matrix is so exactly: rounding is no eigenvalue
             sizes = values.abs()
             noise = len(values) * eps(values) * sizes.amax(-1, keepdim=True)
@@ -122,7 +125,7 @@ class LowRankLinearOperator(LazyLinearOperator):
         return self._shift.dim() == 0
 
     def _scaled_root(self) -> Tensor:
-        """U, or D^-1/2 U where the diagonal varies."""
+        """U, or D^-1/2 U if the diagonal varies."""
         if self._constant:
             return self.root
         if not bool((self._shift > 0).all()):
@@ -133,21 +136,31 @@ class LowRankLinearOperator(LazyLinearOperator):
             )
         return self._shift.rsqrt().unsqueeze(-1) * self.root
 
-    def _spectrum(self) -> tuple[Tensor, Tensor]:
-        """lambda (m,) and V (P, m), m <= k, of the scaled low-rank term; without a graph."""
+    def _asks_for_float64(self, values: Tensor) -> bool:
+        """Whether the rounding of lambda in its dtype is more than the digits of the diagonal."""
+        if values.numel() == 0 or self.dtype == torch.float64 or self.device.type == "mps":
+            return False
+        rest = self._shift.detach().abs().amin() if self._constant else values.new_ones(())
+        return float(rest) * 1e-3 < float(values.abs().max()) * eps(values)
+
+    def _spectrum(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """lambda (m,) and V (P, m), m <= k, of the scaled low-rank term; without a graph.
+
+        Computed in this dtype, or in that of the root if it is wider.
+        """
 
         def compute() -> tuple[Tensor, Tensor]:
             with torch.no_grad():
                 root = self._scaled_root()
-                work = root.to(torch.promote_types(root.dtype, torch.float32))
+                work = root.to(torch.promote_types(root.dtype, dtype))
                 q, r = torch.linalg.qr(work)
                 values, vectors = eigh((r * self.core.to(r)) @ r.mT)
                 return values.to(root), (q @ vectors).to(root)
 
-        return self._decomposed.get("spectrum", compute)
+        return self._decomposed.get(f"spectrum in {dtype}", compute)
 
     def _values(self) -> Tensor:
-        """lambda, with a gradient where the tensors want one."""
+        """lambda, with a gradient if the tensors want one."""
         values, basis = self._spectrum()
         if not self._taped():
             return values
@@ -224,7 +237,7 @@ class LowRankLinearOperator(LazyLinearOperator):
 
     def _taped_power(self, p: float) -> BaseLinearOperator:
         """The power as a lazy sum s^p I + Q (M^p - s^p I) Q^T, differentiable in all tensors."""
-        self.eigen()._power(p)  # raises where there is none
+        self.eigen()._power(p)  # raises if there is none
         q, r = torch.linalg.qr(self._scaled_root())
         pivots = r.detach().diagonal().abs()
         if self.rank > len(q) or bool((pivots <= len(q) * eps(r) * pivots.max()).any()):

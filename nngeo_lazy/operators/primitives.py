@@ -55,7 +55,7 @@ class Krylov:
 
 
 class PrimitiveLinearOperator(LinearOperator):
-    """The primitives of which every member is made, abstract; a family implements them.
+    """The primitives that every member is made of, abstract; a family implements them.
 
     Args:
         *args: the tensors and operators that it is made of; the first gives dtype and device.
@@ -74,7 +74,7 @@ class PrimitiveLinearOperator(LinearOperator):
 
     @property
     def iterates(self) -> bool:
-        """Whether a solve is an iteration, for lack of a closed form."""
+        """Whether a solve is an iteration, because there is no closed form."""
         return self._implicit_in_vector
 
     @property

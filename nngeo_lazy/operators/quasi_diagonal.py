@@ -69,7 +69,7 @@ class QuasiDiagonalLinearOperator(LazyLinearOperator):
         weights, bias = diagonal[:, :-1], diagonal[:, -1]
         alive = bias > 0  # an output whose bias has no curvature is not coupled to it
         safe = torch.where(alive, bias, torch.ones_like(bias)).unsqueeze(-1)
-        # F_k0^2 <= F_kk F_00 holds but for rounding, which is all there is where gradients cancel
+        # F_k0^2 <= F_kk F_00 holds but for rounding, which is all that is left if gradients cancel
         limit = torch.where(alive.unsqueeze(-1), (weights * safe).sqrt(), torch.zeros_like(cross))
         cross = torch.maximum(torch.minimum(cross, limit), -limit)
         rest = weights - cross.square() / safe
@@ -109,7 +109,7 @@ class QuasiDiagonalLinearOperator(LazyLinearOperator):
         return joint.reshape(*v.shape[:-2], -1, v.shape[-1])
 
     def _scaled_cross(self) -> tuple[Tensor, Tensor]:
-        """b / a (o, i) and b^T a^-1 b (o, 1); where a = 0 the matrix is singular anyhow."""
+        """b / a (o, i) and b^T a^-1 b (o, 1); if a = 0, the matrix is singular."""
         regular = self.diag != 0
         ones = torch.ones_like(self.diag)
         ratio = torch.where(regular, self.cross, 0 * ones) / torch.where(regular, self.diag, ones)
@@ -118,7 +118,7 @@ class QuasiDiagonalLinearOperator(LazyLinearOperator):
     def _solve_columns(self, v: Tensor, krylov: Krylov) -> Tensor:
         """By elimination of the biases, whose complement is diag(a) + (kappa / r) b b^T.
 
-        Sherman and Morrison's formula for it, with the part along b taken out first: where that
+        Sherman and Morrison's formula for it, with the part along b taken out first: if that
         part nearly vanishes, it would be a difference of large numbers.
         """
         if krylov.check:

@@ -24,8 +24,8 @@ class Row:
         form: how its Jacobian was computed.
         block: the kind of block it lies in, with the sizes of what is stored.
         size: how many numbers the parameter has.
-        bytes: what its block takes; 0 where an earlier row already counts that block.
-        note: why a fallback was taken; empty where none was.
+        bytes: what its block takes; 0 if an earlier row counts that block.
+        note: why a fallback was taken; empty if none was.
     """
 
     parameter: str

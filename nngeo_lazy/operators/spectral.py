@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from ..errors import NotPositiveDefiniteError
+from ..errors import ConvergenceWarning, NotPositiveDefiniteError
 from . import rules
 from .base import BaseLinearOperator, Krylov, flat_positions
 from .damping import Damping, collapse
+from .decompose import eps
+from .warn import warn
 
 __all__ = ["SpectralLinearOperator"]
+
+_DIGITS = 1e-3  # what rounding may change of a result before it is computed in float64
 
 
 class SpectralLinearOperator(BaseLinearOperator):
@@ -34,7 +38,7 @@ class SpectralLinearOperator(BaseLinearOperator):
     @property
     @abstractmethod
     def eigenvalues(self) -> Tensor:
-        """(p,), in the order of the basis; with a gradient where the tensors want one."""
+        """(p,), in the order of the basis; with a gradient if the tensors want one."""
 
     @abstractmethod
     def basis(self) -> BaseLinearOperator:
@@ -42,7 +46,7 @@ class SpectralLinearOperator(BaseLinearOperator):
 
     @abstractmethod
     def _function(self, values: Tensor, p: float | None) -> BaseLinearOperator:
-        """Q diag(values) Q^T; p says which power, where it is one."""
+        """Q diag(values) Q^T; p says which power, if it is one."""
 
     @abstractmethod
     def _null(self, rcond: float | None) -> Tensor:
@@ -53,15 +57,62 @@ class SpectralLinearOperator(BaseLinearOperator):
 
     @abstractmethod
     def _shifted(self, d: Tensor) -> BaseLinearOperator | None:
-        """The sum with d I (d 0-d) or diag(d) (d (p,)) where it is closed, else None."""
+        """The sum with d I (d 0-d) or diag(d) (d (p,)) if it is closed, else None."""
 
     @abstractmethod
     def _damp_factors(self, d: Tensor) -> BaseLinearOperator | None:
-        """Factored damping by d I, where the structure has factors."""
+        """Factored damping by d I, if the structure has factors."""
+
+    # Whether the eigenvalues are computed from a matrix, so that its rounding is in them.
+    _values_are_computed = False
 
     @property
     def is_explicit(self) -> bool:
+        """Always: the eigenvalues and the basis are held."""
         return True
+
+    def _in_float64(self) -> BaseLinearOperator:
+        """The same matrix in float64, which an operator with computed eigenvalues keeps."""
+        return self.to(torch.float64)
+
+    def _own_rounding(self) -> Tensor:
+        """How far off the matrix may be for the rounding of its entries (0-d)."""
+        return self.eigenvalues.new_zeros(())
+
+    def _regular(self) -> tuple[SpectralLinearOperator, Tensor]:
+        """The operator and eigenvalues of which functions with a pole at zero are taken.
+
+        In float64 if rounding would be in the digits that the smallest eigenvalue decides. What the
+        rounding of the entries themselves decides comes with a `ConvergenceWarning`.
+        """
+        values = self.eigenvalues
+        if not self._values_are_computed or _well_conditioned(values):
+            return self, values
+        if self.dtype == torch.float64 or self.device.type == "mps":
+            self._warn_of_rounding(values)
+            return self, values
+        wide = cast(SpectralLinearOperator, self._in_float64())
+        precise = wide.eigenvalues
+        if bool((values.detach() > 0).all()) and bool((precise.detach() <= 0).any()):
+            # semidefinite but for the rounding of its entries, which is more than the damping
+            self._warn_of_rounding(values)
+            return self, values
+        if not _well_conditioned(precise):
+            self._warn_of_rounding(values)
+        return wide, precise
+
+    def _warn_of_rounding(self, values: Tensor) -> None:
+        noise, least = float(self._own_rounding()), float(values.detach().abs().min())
+        remedy = "" if self.dtype == torch.float64 else ", or build the matrix in float64"
+        warn(
+            ConvergenceWarning(
+                f"the smallest eigenvalue of the matrix ({least:.2g}) is below the rounding of its "
+                f"entries in {self.dtype} ({noise:.2g}): the result depends on that rounding. Take "
+                f"damping= above {noise:.1g}{remedy}",
+                noise,
+                0,
+            )
+        )
 
     def _eigensystem(self) -> tuple[Tensor, BaseLinearOperator]:
         return self.eigenvalues, self.basis()
@@ -69,7 +120,9 @@ class SpectralLinearOperator(BaseLinearOperator):
     def _solve_columns(self, v: Tensor, krylov: Krylov) -> Tensor:
         if krylov.check:
             self._require_regular()
-        return self.unrotate(self.rotate(v) / self.eigenvalues.unsqueeze(-1))
+        operator, values = self._regular()
+        rotated = operator.rotate(v.to(operator.dtype))
+        return operator.unrotate(rotated / values.unsqueeze(-1)).to(v.dtype)
 
     def _damp(self, damping: Damping, method: str) -> BaseLinearOperator:
         d = collapse(damping.value)
@@ -82,6 +135,8 @@ class SpectralLinearOperator(BaseLinearOperator):
 
     def _logdet(self) -> Tensor:
         values = self.eigenvalues
+        if not bool((values == 0).any()):
+            values = self._regular()[1].to(values.dtype)
         if bool((values < 0).any()):
             raise NotPositiveDefiniteError(
                 f"logdet: the matrix has a negative eigenvalue {float(values.min()):.3g}; add "
@@ -101,14 +156,17 @@ class SpectralLinearOperator(BaseLinearOperator):
         return self._power(-1.0)
 
     def _power(self, p: float) -> BaseLinearOperator:
-        values = self.eigenvalues
+        values, operator = self.eigenvalues, self
         if p < 0:
             self._require_regular()
+            operator, values = self._regular()
         if p != int(p) and bool((values < 0).any()):
             raise NotPositiveDefiniteError(
                 f"power {p}: the matrix has a negative eigenvalue {float(values.min()):.3g}; add "
                 "damping with F.damped(...)"
             )
+        if operator is not self:
+            return operator._function(values.pow(p), p).to(self.dtype)
         return self._function(values.pow(p), p)
 
     def _pinv(self, rcond: float | None) -> BaseLinearOperator:
@@ -148,3 +206,11 @@ class SpectralLinearOperator(BaseLinearOperator):
                 "zero up to rounding. Solve with damping=, such as F.solve(v, damping=1e-3), or "
                 "take F.pinv()"
             )
+
+
+def _well_conditioned(values: Tensor) -> bool:
+    """Whether rounding relative to the largest eigenvalue leaves digits of the smallest."""
+    if values.numel() == 0:
+        return True
+    sizes = values.detach().abs()
+    return float(sizes.min()) * _DIGITS >= float(sizes.max()) * eps(values)

@@ -40,6 +40,7 @@ class StackLinearOperator(LazyLinearOperator):
 
     @property
     def iterates(self) -> bool:
+        """Whether a solve with any member is an iteration."""
         return any(member.iterates for member in self.members)
 
     def _size(self) -> torch.Size:

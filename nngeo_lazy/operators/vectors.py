@@ -82,7 +82,7 @@ def flattened(v: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
 def require_fitting(
     preconditioner: BaseLinearOperator, operator: BaseLinearOperator
 ) -> BaseLinearOperator:
-    """The preconditioner, where it is a matrix like the operator."""
+    """The preconditioner, if it is a matrix like the operator."""
     if preconditioner.shape[-2:] != operator.shape[-2:]:
         raise SpaceMismatchError(
             f"expected a preconditioner of shape {tuple(operator.shape[-2:])}, like the matrix, "

@@ -28,7 +28,7 @@ def warn(warning: Warning) -> None:
 def warn_unless_converged(
     found: KrylovResult, tol: float | None, dtype: torch.dtype, method: str
 ) -> None:
-    """A ConvergenceWarning where an iteration stopped short of its tolerance."""
+    """A ConvergenceWarning if an iteration stopped short of its tolerance."""
     if found.converged:
         return
     worst = float(found.residual.max())
@@ -72,7 +72,7 @@ def falls_short(found: Estimate, tol: float | None) -> bool:
 
 
 def warn_of_estimate(found: Estimate, what: str, tol: float | None) -> Estimate:
-    """The estimate, with an EstimateWarning where it is not what was asked for."""
+    """The estimate, with an EstimateWarning if it is not what was asked for."""
     error = float(found.standard_error.norm())
     if found.interrupted:
         reason = f"was interrupted after {found.matvecs} products: this is from what there was"

@@ -1,33 +1,38 @@
-"""What both optimizers do: watch a loop, keep its curvature, and solve with it."""
+"""What both optimizers do: watch a loop, keep its curvature, and make directions with it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import DataError, NonFiniteError, NonFiniteWarning, SpaceMismatchError
+from ..errors import DataError, NonFiniteError, NonFiniteWarning
 from ..operators import BaseLinearOperator
 from ..operators.report import Report, Row
 from ..operators.warn import warn
-from ..quantities import LossLike
-from ..representations import Factored, Representation
+from ..representations import Factored
 from ..selectors import space_of
-from ..space import canonical_name
+from ..space import ParamSpace
 from .curvature import Curvature
-from .exact import exact_curvature
+from .direction import Direction
+from .exact import exact_curvature, mean_eigenvalue
+from .framing import Framing
 from .loop import Loop
-from .options import Damping, HessianFree
+from .measure import Loss, Reading, Touched, changed
+from .options import Options
 from .replay import float_math
+from .saving import checked_state, common_module, restored
 from .scores import Scores
-from .setup import checked_damping, first_damping, groups_of, require_options, resolved
-from .solving import Dampings, Solver, Vectors, conjugate_gradients
+from .setup import checked_damping, first_damping, group_of, groups_of, require_whole, resolved
+from .solving import Dampings, Vectors, conjugate_gradients
 
 __all__ = ["CurvatureOptimizer"]
 
-VERSION = 1
+VERSION = 2
 
 
 class CurvatureOptimizer(torch.optim.Optimizer):
@@ -35,83 +40,61 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
     Args:
         model: the network whose forward passes are watched.
-        representation: what is averaged and solved with; see `NaturalGradient`.
-        likelihood: of the outputs.
-        defaults: of the parameter groups' options, with the damping.
-        estimator: of the curvature.
-        seed: of label draws.
-        params: a selector, or a list of groups {"params": selector, option: value, ...}.
-        factor_decay: of the averages.
-        update_every: steps between refreshes of the statistics.
-        invert_every: steps between decompositions; None for each refresh.
-        warmup: so many first steps refresh everything.
-        damping: a number, a schedule or a rule.
-        damping_method: "exact" or "factored".
-        outputs: picks the outputs from what the model returns.
+        defaults: of the parameter groups' options but the damping.
+        params: selectors or tensors, or a list of groups {"params": either, option: value, ...}.
+        options: all else.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        representation: str | Representation | HessianFree,
-        likelihood: LossLike | None,
-        defaults: dict[str, Any],
-        *,
-        estimator: str,
-        seed: int | None,
-        params: Any,
-        factor_decay: float,
-        update_every: int,
-        invert_every: int | None,
-        warmup: int,
-        damping: Damping,
-        damping_method: str,
-        outputs: Callable[[Any], Tensor] | None,
+        self, model: nn.Module, defaults: dict[str, Any], params: Any, options: Options
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise DataError(
-                f"expected the model itself, whose passes are watched, got {type(model).__name__}: "
-                "parameters are selected with params="
-            )
-        invert_every = update_every if invert_every is None else invert_every
-        require_options(factor_decay, update_every, invert_every, warmup, damping_method)
-        self._model = model
-        self._rule = damping
-        defaults = {**defaults, "damping": first_damping(damping)}
+        require_whole(model)
+        self._model, self._options = model, options
+        self._watching = False
+        defaults = {**defaults, "damping": first_damping(options.damping)}
         groups = groups_of(model, params)
         self._following = [k for k, group in enumerate(groups) if "damping" not in group]
         super().__init__(groups, defaults)
-        names = [name for group in self.param_groups for name in group["param_names"]]
-        self._space = space_of(model, names)
-        self._parameters = self._space.parameters(model)
-        self._dtype = torch.promote_types(self._space.dtype, torch.float32)
-        self._update_every, self._invert_every, self._warmup = update_every, invert_every, warmup
-        self._steps = 0
-        self._inverted: int | None = None  # the step of the last decomposition
-        self._skipped = torch.zeros((), dtype=torch.int64, device=self._space.device)
-        self._warned = 0
-        self._loop = Loop(model, self._space, outputs)
-        self._free, stored = resolved(representation)
-        self._each_step = isinstance(stored, Factored)
+        self._free, self._stored = resolved(options.representation)
+        if self._free is not None or isinstance(self._stored, Factored):
+            # the curvature of one batch is singular where the gradients of others are not zero
+            self._options = replace(options, momentum=0.0)
         kinds = [] if self._free is None else ["HessianFree"]
-        self._kind = " with ".join([*kinds, *([] if stored is None else [stored.described()])])
+        stored = [] if self._stored is None else [self._stored.described()]
+        self._kind = " with ".join([*kinds, *stored])
+        self._steps = 0
+        self._started = 0  # the step that the present parameters were first watched at
+        self._skipped = torch.zeros((), dtype=torch.int64)
+        self._warned = 0
+        self._watch(None)
+
+    def _watch(self, before: Direction | None) -> None:
+        """Watch the parameters that the groups have now."""
+        names = [name for group in self.param_groups for name in group["param_names"]]
+        options = self._options
+        self._space: ParamSpace = space_of(self._model, names)
+        self._parameters = self._space.parameters(self._model)
+        self._dtype = torch.promote_types(self._space.dtype, torch.float32)
+        self._skipped = self._skipped.to(self._space.device)
+        self._inverted: int | None = None  # the step of the last decomposition
+        self._loop = Loop(self._model, self._space, options.outputs)
+        self._touched = Touched(self._parameters)
         self._curvature: Curvature | None = None
-        if stored is not None:
-            self._curvature = Curvature(
-                self._loop,
-                stored,
-                likelihood,
-                estimator,
-                factor_decay,
-                seed,
-                factors=damping_method == "factored",
-            )
+        if self._stored is not None:
+            self._curvature = Curvature(self._loop, self._stored, options)
         self._scores = (
-            Scores(likelihood, "exact") if self._curvature is None else self._curvature.scores
+            Scores(options.likelihood, "exact")
+            if self._curvature is None
+            else self._curvature.scores
         )
         self._exact: BaseLinearOperator | None = None  # of this step's passes, once it is asked for
         self._solution: Tensor | None = None  # where the next iteration starts
-        self._solver = Solver(self._space, damping_method)
+        like = torch.zeros((), dtype=self._dtype, device=self._space.device)
+        self._framing = Framing(self._space, self._parameters, options, like)
+        self._framing.take_over(before)
+        self._loss = Loss()
+        self._reading: Reading | None = None  # of the passes of this step
+        self._watching = True
         self._prepare()
 
     # --- public ----------------------------------------------------------------------------------
@@ -156,28 +139,37 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         self._loop.forget()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refused behind the start: the curvature is one of fixed parameters."""
-        if hasattr(self, "_space"):
-            raise DataError(
-                "expected all parameter groups when the optimizer is made, since its curvature is "
-                "over their parameters: make a new optimizer with params=[...]"
-            )
-        super().add_param_group(param_group)
+        """Train more parameters; the curvature is that of all of them from the next step on.
+
+        Its running averages start anew, with their warm-up.
+        """
+        if not self._watching:
+            super().add_param_group(param_group)
+            return
+        super().add_param_group(group_of(self._model, param_group))
+        if "damping" not in param_group:
+            self._following.append(len(self.param_groups) - 1)
+        self._started = self._steps
+        self._watch(self._framing.direction)
 
     # --- state -----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """As of every optimizer, with the curvature: all that the next step depends on."""
         state = super().state_dict()
+        direction = self._framing.direction
         state["curvature"] = {
             "version": VERSION,
             "representation": self._kind,
             "parameters": {n: list(p.shape) for n, p in self._parameters.items()},
             "steps": self._steps,
+            "started": self._started,
             "inverted": self._inverted,
             "skipped": self._skipped.clone(),
             "warned": self._warned,
             "solution": None if self._solution is None else self._solution.clone(),
+            "loss": self._loss.state(),
+            "direction": None if direction is None else direction.state(),
             "statistics": None if self._curvature is None else self._curvature.state(),
         }
         return state
@@ -189,54 +181,43 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             SpaceMismatchError: it is the state of other parameters.
             DataError: it is no state of such an optimizer.
         """
-        held = state_dict.get("curvature")
-        if not isinstance(held, Mapping) or held.get("version") != VERSION:
-            raise DataError(
-                "expected the state_dict of an optimizer of nngeo_lazy, got one "
-                + ("of another version" if isinstance(held, Mapping) else "without curvature")
-                + ": load it into the optimizer that wrote it"
-            )
-        shapes = {canonical_name(n): list(s) for n, s in held["parameters"].items()}
-        here = {canonical_name(n): list(p.shape) for n, p in self._parameters.items()}
-        if shapes != here:
-            other = [n for n in {**shapes, **here} if shapes.get(n) != here.get(n)]
-            raise SpaceMismatchError(
-                f"expected the state of this model's parameters, but {other[:4]} are missing, "
-                "extra or of another shape: load the state of the same model and the same params="
-            )
-        if held["representation"] != self._kind:
-            raise DataError(
-                "expected the state of an optimizer with the same representation, got one of "
-                f"{held['representation']} for {self._kind}: make the optimizer as it was"
-            )
+        held = checked_state(state_dict, VERSION, self._parameters, self._kind)
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "curvature"})
-        device = self._space.device
-        self._restore_buffers(state_dict["state"])
+
+        def here(value: Any) -> Any:
+            return value.to(self._space.device).clone() if isinstance(value, Tensor) else value
+
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for k, state in state_dict["state"].items():  # torch casts to the parameters' dtype
+            for name, value in state.items():
+                self.state[parameters[k]][name] = here(value)
+        self._watch(None)
         self._steps, self._warned = int(held["steps"]), int(held["warned"])
-        self._inverted = held["inverted"]
-        self._skipped = held["skipped"].to(device).clone()
-        self._solution = None
-        if held["solution"] is not None:
-            self._solution = held["solution"].to(device).clone()
+        self._started, self._inverted = int(held["started"]), held["inverted"]
+        self._skipped, self._solution = here(held["skipped"]), here(held["solution"])
+        self._loss = Loss(**{name: here(value) for name, value in held["loss"].items()})
         if self._curvature is not None:
             self._curvature.restore(held["statistics"])
-        self._exact = None
-        self._solver.forget()
+        if held["direction"] is not None:
+            F = None if self._curvature is None else self._curvature.solved
+            self._framing.restore(held["direction"], F, self.param_groups, self._loss.unit)
         self._prepare()
 
-    def _restore_buffers(self, states: Mapping[Any, Mapping[str, Any]]) -> None:
-        """The buffers in their own dtype: torch casts them to that of the parameters."""
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        for k, state in states.items():
-            for name, value in state.items():
-                if isinstance(value, Tensor):
-                    self.state[parameters[k]][name] = value.to(self._space.device).clone()
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles take the model along, as those of every optimizer take parameters."""
+        hidden = ("params", "param_names")
+        groups = [
+            {**{k: v for k, v in g.items() if k not in hidden}, "params": list(g["param_names"])}
+            for g in self.param_groups
+        ]
+        made = (type(self), self._model, self._arguments(), groups, self._following)
+        return restored, (*made, self.state_dict())
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        raise DataError(
-            "an optimizer watches one model and cannot be copied: make a new one for the copy of "
-            "the model, and load this one's state_dict() into it"
-        )
+    def _arguments(self) -> dict[str, Any]:
+        """What it was made with, but the model and the groups."""
+        options, schedule = dict(vars(self._options)), vars(self._options.schedule)
+        del options["schedule"]
+        return {**options, **schedule}
 
     # --- a step ----------------------------------------------------------------------------------
 
@@ -244,63 +225,107 @@ class CurvatureOptimizer(torch.optim.Optimizer):
     def _refreshing(self) -> bool:
         if self._curvature is None:
             return False
-        due = self._steps % self._update_every == 0 or self._steps < self._warmup
-        return due or self._each_step or self._curvature.solved is None
+        due = self._options.schedule.updates(self._steps - self._started)
+        return due or isinstance(self._stored, Factored) or self._curvature.solved is None
 
     @property
     def _replays(self) -> bool:
         """Whether a step's passes are run again."""
         return self._free is not None
 
+    @property
+    def _bounded(self) -> bool:
+        return self._options.radius is not None
+
     def _prepare(self) -> None:
         """What the passes of the next step are wanted for."""
-        self._loop.recording, self._loop.replaying = self._refreshing, self._replays
-        self._loop.hooks.uncompiled(self._refreshing or self._replays)
+        refreshing = self._refreshing
+        measures = self._bounded and refreshing
+        self._loop.recording, self._loop.replaying = refreshing, self._replays or measures
+        self._loop.sorting = self._replays
+        self._loop.hooks.uncompiled(refreshing or self._replays)
+        self._touched.active = measures or self._free is not None
         if self._curvature is not None:
-            last, now, every = self._inverted, self._steps, self._invert_every
-            due = last is None or now // every > last // every
-            self._curvature.rebase = due or now < self._warmup
-        if callable(self._rule):
-            self._follow(checked_damping(self._rule(self._steps)))
+            last = None if self._inverted is None else self._inverted - self._started
+            schedule = self._options.schedule
+            self._curvature.rebase = schedule.inverts(self._steps - self._started, last)
+        rule = self._options.damping
+        if callable(rule):
+            self._follow(checked_damping(rule(self._steps)))
 
     def _follow(self, damping: float) -> None:
         """The damping of all groups that have none of their own."""
         for k in self._following:
             self.param_groups[k]["damping"] = damping
 
-    def _gradients(self) -> tuple[Vectors, Tensor]:
-        """The gradients, zero where there is none or where one is not finite; and whether all are.
-
-        On the device: nothing is waited for.
-        """
+    def _gradients(self) -> Vectors:
         found: Vectors = {}
         for name, p in self._parameters.items():
-            if p.grad is not None:
-                grad = p.grad.to_dense() if p.grad.is_sparse else p.grad
-                found[name] = grad.to(self._dtype)
+            grad = p.grad
+            if grad is not None:
+                found[name] = grad.to_dense() if grad.is_sparse else grad
         if not found:
             raise DataError(
                 "expected gradients, but no parameter has one: call loss.backward() before step()"
             )
-        finite = torch.stack([g.sum() for g in found.values()]).isfinite().all()
-        zero = torch.zeros((), dtype=self._dtype, device=self._space.device)
-        masked = {name: torch.where(finite, g, zero) for name, g in found.items()}
-        self._skipped += ~finite
-        return masked, finite
+        return found
+
+    def _take(self) -> tuple[Direction, Vectors] | None:
+        """The direction of this step, by parameter; None if nothing can be done with its passes.
+
+        It is zero if a gradient is not finite, which is known on the device alone.
+        """
+        self._loop.require_same_parameters()
+        gradients = self._gradients()
+        self._exact = None
+        finite = True
+        if self._replays or self._refreshing:  # which may wait for the device
+            finite = all(bool(g.isfinite().all()) for g in gradients.values())
+            self._skipped += not finite
+        self._refresh()
+        if not finite:
+            self._report_skipped("")
+            return None
+        if self._free is not None and self._bounded:
+            self._read()
+        direction = self._frame()
+        if self._reading is not None and direction.trust is not None:
+            direction.trust.see_dispersion(self._loss.dispersion)
+        on = direction.take(gradients, self._loss.scale if self._bounded else None)
+        self._skipped += on == 0
+        step = direction.step
+        return direction, {name: step[name].reshape(g.shape) for name, g in gradients.items()}
 
     def _refresh(self) -> None:
-        """Take the passes of this step into the curvature, where a refresh is due."""
+        """Take the passes of this step into the curvature, if a refresh is due."""
+        self._reading = None
         if not self._refreshing or self._curvature is None:
             return
         self._require_passes()
         reason = ""
         try:
-            self._curvature.finish()
+            ratio = self._touched.ratio()
+            found = self._curvature.finish(ratio)
             if self._curvature.rebase:
                 self._inverted = self._steps
-        except NonFiniteError as error:
+            if self._bounded and self._free is None:
+                self._reading = self._curvature.reading
+                self._loss.take(found, ratio)
+        except (NonFiniteError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
             reason = str(error)
         self._report_skipped(reason)
+
+    def _read(self) -> None:
+        """What this step's passes tell of the loss, of which no curvature is kept."""
+        self._require_passes()
+        self._reading, denominators = Reading(), []
+        for passed in self._loop.passes:
+            if passed.gradient is not None:
+                target = self._scores.target(passed.outputs, passed.gradient, exact=True)
+                self._reading.add(self._scores.known, passed, target)
+                denominators.append(self._scores.denominator(passed.outputs, target))
+        total = self._scores.total(float(sum(denominators)))
+        self._loss.take(self._reading.close(total), self._touched.ratio())
 
     def _report_skipped(self, reason: str) -> None:
         """Warn of steps that were left out since the last report."""
@@ -326,38 +351,52 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                 "the loss from what the model itself returns, and let outputs= pick a tensor of it "
                 "rather than make one"
             )
+        touched = [name for name, p in self._parameters.items() if p.grad is not None]
+        called = common_module(touched)
+        part = f" ({called!r} has all gradients: if the loop calls it, pass it)" if called else ""
         raise DataError(
-            "expected a forward pass of the model in training mode since the last step, but saw "
-            "none: call the model that the optimizer was made with (the compiled one, where it is "
-            "compiled) as model(x), in model.train() and with autograd on"
+            "expected a forward pass of the model with autograd on since the last step, but saw "
+            f"none{part}: call the model that the optimizer was made with (the compiled one, if it "
+            "is compiled) as model(x), not a part of it and not model.forward(x)"
         )
 
-    def _directions(self, gradients: Vectors) -> Vectors:
-        """(F + damping)^-1 g, by parameter; the plain gradient where there is no curvature."""
-        dampings = Dampings.of(self.param_groups)
-        if self._free is not None:
-            plain = self._loop.independent or set()
-            g = self._flat({name: v for name, v in gradients.items() if name not in plain})
-            self._solution = conjugate_gradients(
-                self._exact_curvature(),
-                g,
-                dampings.vector(self._space, self._dtype),
-                self._free,
-                None if self._curvature is None else self._curvature.operator,
-                self._solution,
-            )
-            parts = self._space.unravel(self._solution)
-            return {name: v if name in plain else parts[name] for name, v in gradients.items()}
-        F = None if self._curvature is None else self._curvature.solved
-        if F is None or F.space is None:  # nothing finite was seen yet
-            return {name: torch.zeros_like(g) for name, g in gradients.items()}
-        inside = {self._space.resolve(name): name for name in F.space.names}
-        given = {own: gradients[n] for n, own in inside.items() if n in gradients}
-        for n, own in inside.items():
-            if own not in given:
-                given[own] = torch.zeros_like(self._parameters[n], dtype=self._dtype)
-        solved = self._solver(F, given, dampings)
-        return {n: solved[inside[n]] if n in inside else g for n, g in gradients.items()}
+    def _frame(self) -> Direction:
+        """The direction, in the frame of the present curvature and damping."""
+        if self._free is None:
+            F = None if self._curvature is None else self._curvature.solved
+            if isinstance(self._stored, Factored):
+                self._framing.rank = self._examples
+            return self._framing.of(F, self.param_groups, self._loss.unit)
+        plain = self._loop.independent or set()
+        names = [name for name in self._space.names if name not in plain]
+        held = weakref.WeakMethod(self._solve)  # the frame stays, and must not hold the optimizer
+
+        def solve(v: Tensor) -> Tensor:
+            method = held()
+            if method is None:
+                raise RuntimeError("a solve of an optimizer that is gone")
+            found: Tensor = method(v)
+            return found
+
+        return self._framing.free(names, solve, self._loss.unit)
+
+    def _solve(self, v: Tensor) -> Tensor:
+        """(F + damping)^-1 v with the exact curvature of this step's passes, by iteration."""
+        if self._free is None:
+            raise RuntimeError("a stored curvature has solves of its own")
+        F, dampings = self._exact_curvature(), Dampings.of(self.param_groups)
+        if None in dampings.by_name.values():
+            mean = self._options.eps * mean_eigenvalue(F, self._steps, self._examples)
+            dampings = dampings.absolute(dict.fromkeys(self._space.names, mean))
+        kept = None if self._curvature is None else self._curvature.operator
+        damping = dampings.vector(self._space, self._dtype)
+        self._solution = conjugate_gradients(F, v, damping, self._free, kept, self._solution)
+        return self._solution
+
+    @property
+    def _examples(self) -> int:
+        """Of this step's passes."""
+        return sum(passed.outputs.shape[0] for passed in self._loop.passes)
 
     def _exact_curvature(self) -> BaseLinearOperator:
         self._require_passes()
@@ -377,26 +416,22 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         }
         return self._space.ravel({**zeros, **vectors})
 
-    def _begin_step(self) -> tuple[Vectors, Tensor]:
-        self._loop.require_same_parameters()
-        gradients, finite = self._gradients()
-        self._exact = None
-        self._refresh()
-        return gradients, finite
+    def _measuring(self, direction: Direction) -> bool:
+        """Whether this step's passes are run again to measure what it changes."""
+        reading = self._reading
+        return reading is not None and direction.trust is not None and reading.repeatable
 
-    def _left_out(self, finite: Tensor) -> bool:
-        """Whether the passes of this step cannot be run again, since they are not finite.
-
-        Where they are, the device is waited for in any case.
-        """
-        if not self._replays or bool(finite):
-            return False
-        self._report_skipped("")
-        return True
+    def _measured(self, direction: Direction, lr: float) -> Tensor:
+        """The part of a step that stays, once it was made with this learning rate."""
+        if self._reading is None or direction.trust is None:
+            raise RuntimeError("a step that is not measured")
+        found = changed(self._reading, self._model)
+        return direction.trust.calibrate(found.to(self._dtype), lr)
 
     def _end_step(self) -> None:
         self._steps += 1
         self._loop.forget()
+        self._reading = None
         if self._free is None:
             self._exact = None  # it holds the batches
         self._prepare()

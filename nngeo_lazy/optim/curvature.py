@@ -14,9 +14,10 @@ from ..errors import DataError, NonFiniteError
 from ..facts import Facts
 from ..jacobian.capture import Recorded
 from ..operators import BaseLinearOperator
-from ..quantities import LossLike
 from ..representations import Streamed
 from .loop import Loop, Passed
+from .measure import Reading, Units
+from .options import Options, Schedule
 from .running import Forms, Running
 from .scores import Scores
 
@@ -29,40 +30,35 @@ class Curvature:
     Args:
         loop: whose passes.
         representation: what is averaged.
-        likelihood: as in `Scores`.
-        estimator: "exact", "mc" or "empirical".
-        decay: of the average.
-        seed: of label draws; None draws one.
-        factors: whether Kronecker blocks are solved with as factors.
+        options: likelihood, estimator, seed and the rest.
 
     Attributes:
-        empirical: whether the loop's own gradients at the layers are taken.
         scores: the output directions.
         rebase: whether the step's average is decomposed anew.
+        reading: the passes of the last refresh.
     """
 
-    def __init__(
-        self,
-        loop: Loop,
-        representation: Streamed,
-        likelihood: LossLike | None,
-        estimator: str,
-        decay: float,
-        seed: int | None,
-        factors: bool,
-    ) -> None:
-        self.scores = Scores(likelihood, estimator)
-        self.empirical = estimator == "empirical"
+    def __init__(self, loop: Loop, representation: Streamed, options: Options) -> None:
+        schedule: Schedule = options.schedule
+        self.scores = Scores(options.likelihood, options.estimator)
         self.rebase = True
+        self.reading = Reading()
         self._loop = loop
-        self._running = Running(representation, decay, factors)
-        drawn = int(torch.randint(2**62, ())) if seed is None else seed
+        factors = options.damping_method == "factored"
+        self._running = Running(representation, schedule.factor_decay, factors)
+        drawn = int(torch.randint(2**62, ())) if options.seed is None else options.seed
         self._generator = torch.Generator(device=loop.space.device).manual_seed(drawn)
         self._begun: tuple[Facts, Forms] | None = None
         self._denominators: list[Tensor | int] = []
         self._terms: list[Tensor | int | None] = []
         self._bad = False
+        self._inverse_unit: Tensor | None = None  # averaged as the curvature is
         loop.scorer = self
+
+    @property
+    def empirical(self) -> bool:
+        """Whether the loop's own gradients at the layers are taken."""
+        return self.scores.estimator == "empirical"
 
     @property
     def operator(self) -> BaseLinearOperator | None:
@@ -84,6 +80,7 @@ class Curvature:
         denominator = self.scores.denominator(outputs, target)
         terms = self.scores.num_terms(outputs, target)
         _, forms = self._begin(recorded)
+        self.reading.add(self.scores.known, passed, target)
         self._denominators.append(denominator)
         self._terms.append(terms)
         if self.empirical:
@@ -112,14 +109,18 @@ class Curvature:
         total = passed.gradient
         return None if total is None else self.scores.target(passed.outputs, total + more)
 
-    def finish(self) -> None:
+    def finish(self, ratio: Tensor | None) -> Units:
         """Take the step's statistics into the average.
+
+        Args:
+            ratio: what the loop multiplied its gradients by behind the backward pass.
 
         Raises:
             NonFiniteError: a pass, or a statistic, was not finite; the average is what it was.
         """
         examples = sum(p.outputs.shape[0] for p in self._loop.passes)
         begun, denominators, terms, bad = self._begun, self._denominators, self._terms, self._bad
+        reading = self.reading
         self.drop()
         if bad:
             raise NonFiniteError("the gradient of the loss at the outputs is not finite")
@@ -128,26 +129,44 @@ class Curvature:
                 "expected passes that no step has taken yet: after a step that raised, run the "
                 "model and loss.backward() again"
             )
+        self.reading = reading
         facts, forms = begun
         known = [int(each) for each in terms if each is not None]
         total = self.scores.total(float(sum(denominators)))
         denominator = total
+        found = reading.close(total)
+        scale, unit = found.scale, found.curvature
         if self.empirical:
-            scale = float(denominators[0]) or 1.0  # near the size of an example's own gradient
+            times = self._own(total, scale, ratio)
+            first = float(denominators[0]) or 1.0  # near the size of an example's own gradient
             for passed in self._loop.passes:
-                forms.update(_observed(passed, scale), True, True)
-            denominator = scale**2 / total
+                forms.update(_observed(passed, first * times), True, True)
+            denominator = first**2 / total
+            if reading.likelihood is None and ratio is not None:
+                unit = unit / ratio.square()
         counted = replace(
             facts,
             num_examples=examples,
             num_terms=sum(known) if len(known) == len(terms) else None,
             denominator=denominator,
         )
-        self._running.finish(counted, forms.replay, self.rebase)
+        weight = self._running.finish(counted, forms.replay, self.rebase)
+        before = self._inverse_unit
+        fresh = 1 / unit
+        self._inverse_unit = fresh if before is None else before.lerp(fresh, weight)
+        return found._replace(curvature=1 / self._inverse_unit)
+
+    def _own(self, total: float, scale: Tensor, ratio: Tensor | None) -> Tensor | float:
+        """What the loop's gradients are multiplied by, to be those of a mean over examples."""
+        labels = self.reading.terms
+        if self.reading.likelihood is not None and labels is not None:
+            return labels / (scale * total)
+        return 1.0 if ratio is None else ratio
 
     def drop(self) -> None:
         """Forget what the present step has brought so far."""
         self._begun, self._denominators, self._terms, self._bad = None, [], [], False
+        self.reading = Reading()
 
     def _begin(self, recorded: Recorded) -> tuple[Facts, Forms]:
         if self._begun is None:
@@ -160,15 +179,24 @@ class Curvature:
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain data."""
-        return {**self._running.state(), "generator": self._generator.get_state()}
+        unit = self._inverse_unit
+        return {
+            **self._running.state(),
+            "generator": self._generator.get_state(),
+            "unit": None if unit is None else unit.clone(),
+            "estimator": self.scores.estimator,
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over a state."""
         self._running.restore(state, self._loop.space)
         self._generator.set_state(state["generator"].cpu())
+        unit = state["unit"]
+        self._inverse_unit = None if unit is None else unit.to(self._loop.space.device).clone()
+        self.scores.estimator = state["estimator"]
 
 
-def _observed(passed: Passed, scale: float) -> list[Any]:
+def _observed(passed: Passed, scale: Tensor | float) -> list[Any]:
     """The forms of the loop's own gradients, times a number."""
     recorded = passed.recorded
     if recorded is None:

@@ -16,7 +16,7 @@ from ..sweep import Problem, Sweep
 from .loop import Passed
 from .scores import Scores
 
-__all__ = ["exact_curvature", "quadratic_step"]
+__all__ = ["exact_curvature", "mean_eigenvalue", "quadratic_step"]
 
 
 def exact_curvature(
@@ -46,6 +46,20 @@ def exact_curvature(
     G = Implicit(check=False).build(Sweep(problem))
     wide = torch.promote_types(space.dtype, torch.float32)
     return G if G.dtype == wide else G.to(wide)
+
+
+def mean_eigenvalue(F: BaseLinearOperator, seed: int, rank: int) -> float:
+    """Of those that are not zero, from one product with random signs (Hutchinson 1990).
+
+    Args:
+        F: positive semidefinite.
+        seed: of the signs.
+        rank: at the most so many are not zero.
+    """
+    generator = torch.Generator(device=F.device).manual_seed(seed)
+    signs = torch.randint(2, (F.shape[-1],), device=F.device, generator=generator)
+    z = (2 * signs - 1).to(F.dtype)
+    return abs(float(z @ (F @ z))) / min(len(z), rank)
 
 
 def quadratic_step(

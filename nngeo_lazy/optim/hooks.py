@@ -14,21 +14,23 @@ from torch import nn
 
 __all__ = ["Hooks", "Watcher"]
 
+_CALL = "_compiled_call_impl"  # what torch calls in the place of a model's own call, if it is set
+
 
 class Watcher(Protocol):
     """What is told of forward passes."""
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A pass in training mode, with autograd on, starts."""
+        """A pass with autograd on starts."""
 
     def end(self, result: Any) -> None:
         """It ended; with None where it raised."""
 
 
 class Hooks:
-    """Calls a watcher around every forward pass of a model that trains it.
+    """Calls a watcher around every forward pass of a model that could train it.
 
-    Passes without autograd or in evaluation mode are not seen. Neither are those of a compiled
+    Passes without autograd are not seen. Neither are those of a compiled
     function around the model, out of which the hooks are compiled; a model that was compiled itself
     runs as it was written while `uncompiled` says so. The watcher is held weakly, copies and
     pickles of the model have hooks that do nothing, and hooks of several watchers nest.
@@ -45,7 +47,6 @@ class Hooks:
         self._depth = 0  # of the passes inside of one that is seen, and itself
         self._frame: FrameType | None = None  # of torch's call of the model
         self._held: Watcher | None = None  # so that what it opened is closed
-        self._compiled: Any = None
         for handle in (
             model.register_forward_pre_hook(_Before(self), with_kwargs=True),
             model.register_forward_hook(
@@ -53,6 +54,7 @@ class Hooks:
             ),
         ):
             weakref.finalize(watcher, handle.remove)
+        weakref.finalize(watcher, self.uncompiled, False)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -64,15 +66,29 @@ class Hooks:
             self._paused -= 1
 
     def uncompiled(self, wanted: bool) -> None:
-        """Whether a model that was compiled in place is to run as it was written."""
+        """Whether the model is to run as it was written, and what its passes open to be closed.
+
+        A model that was compiled in place does not run so by itself.
+        """
         model = self._model()
-        compiled = getattr(model, "_compiled_call_impl", None)
         if model is None:
             return
-        if wanted and compiled is not None:
-            self._compiled, model._compiled_call_impl = compiled, None
-        elif not wanted and self._compiled is not None:
-            model._compiled_call_impl, self._compiled = self._compiled, None
+        guard = model.__dict__.get(_CALL)
+        if wanted:
+            if not isinstance(guard, _Guard):
+                guard = model.__dict__[_CALL] = _Guard(model, guard)
+            guard.users.add(self)
+        elif isinstance(guard, _Guard):
+            guard.users.discard(self)
+            if not guard.users:
+                model.__dict__[_CALL] = guard.compiled
+
+    def abandon(self) -> None:
+        """A pass is over; if it was interrupted, torch has called no hook behind it."""
+        watcher = self._held
+        if watcher is not None:
+            self._depth, self._frame, self._held = 0, None, None
+            watcher.end(None)
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pass starts."""
@@ -84,7 +100,7 @@ class Hooks:
             watcher.end(None)
         if self._depth:  # another watcher tries the model out
             self._depth += 1
-        elif module.training and torch.is_grad_enabled():
+        elif torch.is_grad_enabled():
             watcher.begin(args, kwargs)
             self._depth, self._frame, self._held = 1, sys._getframe(2), watcher
 
@@ -97,6 +113,34 @@ class Hooks:
         if not self._depth:
             self._frame = self._held = None
             watcher.end(result)
+
+
+class _Guard:
+    """Stands in for a model's call while passes are recorded.
+
+    Args:
+        model: the network.
+        compiled: what stood there, of a model that was compiled in place.
+    """
+
+    def __init__(self, model: nn.Module, compiled: Any) -> None:
+        self._model = weakref.ref(model)
+        self.compiled = compiled
+        self.users: weakref.WeakSet[Hooks] = weakref.WeakSet()
+        self._depth = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model = self._model()
+        if model is None:
+            raise RuntimeError("a call of a model that is gone")
+        self._depth += 1
+        try:
+            return model._call_impl(*args, **kwargs)
+        finally:
+            self._depth -= 1
+            if not self._depth:
+                for hooks in tuple(self.users):
+                    hooks.abandon()
 
 
 def _running(frame: FrameType | None) -> bool:

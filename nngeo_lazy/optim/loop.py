@@ -15,8 +15,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from ..data import outputs_of
 from ..errors import DataError, SpaceMismatchError, UnsupportedLayerError
 from ..jacobian.capture import Capture, Recorded
+from ..jacobian.parts import Kind, Part
 from ..jacobian.passes import gradients_at
-from ..jacobian.plan import Part
 from ..jacobian.record import Recorder, in_build, plain_functions, recording
 from ..jacobian.registry import whole_modules
 from ..space import ParamSpace
@@ -121,6 +121,7 @@ class Loop:
         scorer: what recorded passes are for.
         recording: whether the layers of the next passes are to be recorded.
         replaying: whether the next passes are to be run again.
+        sorting: whether the parameters are wanted that the outputs do not depend on.
         passes: those whose loss was differentiated since the last step.
         seen: how many there were, differentiated or not.
     """
@@ -128,9 +129,9 @@ class Loop:
     def __init__(self, model: nn.Module, space: ParamSpace, outputs: Outputs | None) -> None:
         self.model, self.space = model, space
         self.plain: dict[str, str] = {}
-        self.scorer: Scorer | None = None
+        self._scorer: weakref.ref[Scorer] | None = None
         self.independent: set[str] | None = None
-        self.recording = self.replaying = False
+        self.recording = self.replaying = self.sorting = False
         self.passes: list[Passed] = []
         self.seen = 0
         self._outputs = _default_outputs if outputs is None else outputs
@@ -138,6 +139,15 @@ class Loop:
         self._capture: Capture | None = None
         self._running: _Running | None = None
         self.hooks = Hooks(model, self)
+
+    @property
+    def scorer(self) -> Scorer | None:
+        """Held weakly, so that an optimizer that is dropped is gone at once."""
+        return None if self._scorer is None else self._scorer()
+
+    @scorer.setter
+    def scorer(self, scorer: Scorer) -> None:
+        self._scorer = weakref.ref(scorer)
 
     @property
     def parts(self) -> Sequence[Part]:
@@ -166,7 +176,7 @@ class Loop:
         if self.recording and self.scorer is not None:
             if self._capture is None:
                 self._capture = self._first_plan((args, kwargs))
-            recorder = Recorder(self.space.parameters(self.model), training=True)
+            recorder = self._capture.recorder((args, kwargs), training=True)
             for scope in (plain_functions(), whole_modules(self.model), recorder):
                 stack.enter_context(scope)
         self._running = _Running(stack, recorder, (args, kwargs), replay)
@@ -179,12 +189,17 @@ class Loop:
         stack.close()
         if result is None:
             return
-        outputs = self._outputs(result)
+        try:
+            outputs = self._outputs(result)
+        except DataError:
+            if self.model.training:
+                raise
+            return  # what a model returns in evaluation mode may be of another kind
         if not outputs.requires_grad:
             return
         self.seen += 1
         recorded = None if recorder is None else self._recorded(raw, outputs, recorder)
-        if replay is not None and self.independent is None:
+        if self.sorting and self.independent is None:
             self.independent = self._without_influence(outputs)
         self._wait(outputs, Passed(outputs.detach(), Mark.of(outputs), replay), recorded)
 
@@ -198,15 +213,21 @@ class Loop:
     def _wait(self, outputs: Tensor, passed: Passed, recorded: Recorded | None) -> None:
         """Hooks hold what lies below them, and nothing that holds them: graphs end as ever."""
         arrival = _Arrival(weakref.ref(self), passed, recorded, outputs._version, outputs.output_nr)
-        outputs.register_hook(arrival)
-        if recorded is not None and self.scorer is not None and self.scorer.empirical:
-            for k, edge in enumerate(recorded.edges):
-                edge.node.register_prehook(_AtLayer(passed, k, edge.output_nr))
+        edge = _uncast(outputs)
+        if edge is None:
+            outputs.register_hook(arrival)
+        else:
+            arrival.output = edge.output_nr
+            edge.node.register_prehook(_AtCast(arrival))
 
-    def arrived(self, arrival: _Arrival, gradient: Tensor) -> None:
-        """The gradient at the outputs of a pass arrived."""
+    def arrived(self, arrival: _Arrival, gradient: Tensor | None) -> None:
+        """The gradient at the outputs of a pass arrived; None of a compiled model's own loss."""
         passed, recorded = arrival.passed, arrival.recorded
         if passed.mark.scoring or not self._reaches_parameters():
+            return
+        if gradient is None:
+            passed.counts = True
+            self.passes.append(passed)
             return
         if passed.outputs._version != arrival.version:
             raise DataError(
@@ -226,6 +247,9 @@ class Loop:
             if recorded is not None:
                 arrival.recorded = None
                 self.scorer.arrived(passed, recorded, root)
+                if self.scorer.empirical:  # the layers below have not been reached yet
+                    for k, edge in enumerate(recorded.edges):
+                        edge.node.register_prehook(_AtLayer(passed, k, edge.output_nr))
             else:
                 self.scorer.arrived_again(passed, gradient)
 
@@ -248,14 +272,16 @@ class Loop:
     def _first_plan(self, raw: Any) -> Capture:
         """A plan for the parameters that have a form."""
         while True:
-            capture = Capture(self.model, self.space, self._forward)
+            # the loop's own backward pass frees what leads from weights to parameters
+            forward = _Forward(self._outputs)
+            capture = Capture(self.model, self.space, forward, through=False)
             parts = self._prove(capture, raw)
-            out = [part for part in parts if part.kind in ("general", "unused")]
+            out = [part for part in parts if part.kind in (Kind.GENERAL, Kind.UNUSED)]
             if not out:
                 return capture
             for part in out:
                 unused = "the outputs do not depend on it"
-                note = unused if part.kind == "unused" else part.note
+                note = unused if part.kind is Kind.UNUSED else part.note
                 self.plain.update(dict.fromkeys(part.names, note))
             kept = [name for name in self.space.names if name not in self.plain]
             if not kept:
@@ -298,10 +324,6 @@ class Loop:
         ):
             return capture.prove(raw)
 
-    def _forward(self, model: nn.Module, raw: Any) -> Tensor:
-        args, kwargs = raw
-        return self._outputs(model(*args, **kwargs))
-
     def require_same_parameters(self) -> None:
         """Refuse a model whose parameters are not those that are watched any more."""
         if others := self._others():
@@ -314,6 +336,17 @@ class Loop:
     def _others(self) -> list[str]:
         now = dict(self.model.named_parameters())
         return [name for name, p in self._parameters.items() if now.get(name) is not p]
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """The outputs of a model for what a loop called it with."""
+
+    outputs: Outputs
+
+    def __call__(self, model: nn.Module, raw: Any) -> Tensor:
+        args, kwargs = raw
+        return self.outputs(model(*args, **kwargs))
 
 
 def _in_functorch() -> bool:
@@ -335,10 +368,33 @@ class _Arrival:
     version: int
     output: int
 
-    def __call__(self, gradient: Tensor) -> None:
+    def __call__(self, gradient: Tensor | None) -> None:
         loop = self.loop()
         if loop is not None:
             loop.arrived(self, gradient)
+
+
+@dataclass
+class _AtCast:
+    """A hook at outputs that the model returns a copy of, in another dtype."""
+
+    arrival: _Arrival
+
+    def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
+        gradient = gradients[self.arrival.output]
+        if gradient is not None:
+            self.arrival(gradient)
+
+
+def _uncast(outputs: Tensor) -> GradientEdge | None:
+    """Below a cast of the outputs, from which a model may have made its own loss."""
+    edge, found = get_gradient_edge(outputs), None
+    while edge.node.name() == "ToCopyBackward0":
+        node, output = edge.node.next_functions[0]
+        if node is None:
+            break
+        edge = found = GradientEdge(node, output)
+    return found
 
 
 @dataclass

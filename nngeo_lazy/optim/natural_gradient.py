@@ -13,8 +13,9 @@ from ..errors import DataError
 from ..quantities import LossLike
 from ..representations import Representation
 from .base import CurvatureOptimizer
-from .exact import quadratic_step
-from .options import Damping, HessianFree, LevenbergMarquardt
+from .direction import Direction
+from .exact import mean_eigenvalue, quadratic_step
+from .options import Damping, HessianFree, LevenbergMarquardt, Options, Schedule
 from .replay import RandomState
 from .solving import Dampings, Vectors
 
@@ -24,61 +25,69 @@ Closure = Callable[[], Tensor]
 
 
 class NaturalGradient(CurvatureOptimizer):
-    r"""Natural gradient descent in a curvature that is taken from the loop's own passes.
+    r"""Natural gradient descent that needs no tuning, in a curvature of the loop's own passes.
 
-    .. math:: m \leftarrow \mu m + (F + \lambda I)^{-1} g, \qquad
-        w \leftarrow (1 - \eta \, wd) \, w - \eta \, m
+    .. math:: d = (F + \lambda)^{-1} m, \qquad w \leftarrow (1 - \eta \, wd) \, w - \eta \, \nu \, d
+
+    m is the running average of gradients. nu bounds how much a step changes the model's
+    predictions: by about `radius` nats, which the steps that refresh the curvature measure with one
+    more forward pass. The learning rate eta multiplies the whole step, so that schedulers work as
+    ever. `docs/optimizers.md` has all formulas.
 
     The loop stays ordinary: `loss = loss_fn(model(x), y)`, `loss.backward()`, `optimizer.step()`.
-    Forward passes in training mode are watched. On every `update_every`-th step their layers are
-    recorded, and the curvature's statistics come from their backward pass: "empirical" from the
-    loop's own, "mc" from one more of labels that the model draws. They are averaged over steps
-    (`operator`), and every `invert_every`-th step decomposed. A step in between costs a solve in
-    closed form, and waits for nothing that is on the device.
+    Forward passes are watched. On every `update_every`-th step their layers are recorded, and the
+    curvature's statistics come from their backward pass: "empirical" from the loop's own, "mc" from
+    one more of labels that the model draws. They are averaged over steps (`operator`), and every
+    `invert_every`-th step decomposed. A step in between waits for nothing that is on the device.
 
     F is scaled as by `FIM`, a mean over examples of a loss that sums over positions; a torch.nn
-    loss module as likelihood keeps its own reduction. g is the loop's gradient as it stands, so
-    that clipping and accumulation work as ever: what is accumulated counts as the mean over all
-    examples since the last step. Labels are not seen: masks of a categorical likelihood are read
-    off the gradient. "empirical" takes gradients as they come, so that a loss that a `GradScaler`
-    scales wants "mc".
+    loss module as likelihood keeps its own reduction. However the loop scales its loss (a sum, a
+    mean over tokens, a `GradScaler`) is read off the gradient at the outputs, except of Gaussian
+    losses: "gaussian" stands for the mean over examples of half the squared error.
+    Accumulated gradients count as the mean over all examples since the last step. Labels are not
+    seen: masks of a categorical likelihood are read off the gradient.
 
     Batch normalisation and dropout may train: batch statistics count as constants, and layers'
-    forms are proved in evaluation mode, once. What has no Kronecker form takes its diagonal, and
-    what has no form at all, or does not touch the outputs, the plain gradient; `report()` says
-    which. Non-finite gradients change
-    nothing: they are counted on the device (`skipped_steps`), with a `NonFiniteWarning` at the next
-    refresh.
+    forms are proved in evaluation mode, once. What has no Kronecker form takes its diagonal; what
+    has no form at all, or does not touch the outputs, moves as in Adam; `report()` says which.
+    Non-finite gradients change nothing: they are counted on the device (`skipped_steps`), with a
+    `NonFiniteWarning` at the next refresh.
 
     Args:
-        model: the network, the compiled one where it is compiled.
+        model: the network; the compiled one if it is compiled.
         representation: "kfac", "ekfac" (its diagonal refreshed on every update, its basis on every
             inversion), "diagonal", or another one of which averages keep the form; "kernel": exact,
             in the space of samples, of the step's batch alone, for small batches; "implicit":
             conjugate gradients on the exact matrix of the step's batch, with the options of
             `HessianFree`.
         likelihood: "categorical", "bernoulli", "gaussian", "poisson", an object from
-            `nngeo_lazy.likelihoods`, or a torch.nn loss module. None, for "empirical", and where
-            the first gradient proves it to be that of a softmax cross-entropy.
-        lr: eta. None: eta and mu minimise the exact quadratic model of the step's batch; the
-            groups' lr is then a factor of it, 1 to begin with.
-        momentum: mu.
+            `nngeo_lazy.likelihoods`, or a torch.nn loss module. None recognises softmax and
+            logistic cross-entropies by their first gradient, and takes the loop's own gradients
+            ("empirical", with a `LikelihoodWarning`) for any other loss.
+        lr: eta. None: eta and the share of the last step minimise the exact quadratic model of the
+            step's batch, without a radius; the groups' lr is then a factor, 1 to begin with.
+        momentum: of the running average of gradients, but not for "kernel" and "implicit", whose
+            curvature is that of one batch; with lr=None, whether the last step counts.
         weight_decay: wd, decoupled from the gradient.
-        damping: lambda; a function of the number of the step; or `LevenbergMarquardt(...)`, which
-            needs `step(closure)`. A group's own damping stays what it is.
+        radius: of the trust region, in nats for each label; None takes steps as they are, in the
+            loop's own scale.
+        damping: lambda, an absolute one: a number; a function of the number of the step; or
+            `LevenbergMarquardt(...)`, which needs `step(closure)`. A group's own damping stays what
+            it is. None: eps times the mean eigenvalue of each block.
+        eps: relative damping.
         estimator: "mc", "empirical" or "exact" (a backward pass for each output direction); it does
             not matter to "implicit", which is exact.
         seed: of label draws; by default from torch's generator.
-        params: a selector of parameters, or a list of groups {"params": selector, "lr": ...}; by
-            default all that require a gradient.
+        params: a selector of parameters, their tensors, or a list of groups {"params": either,
+            "lr": ...}; by default all that require a gradient.
         factor_decay: of the running averages, with bias correction.
         update_every: steps between refreshes of the statistics.
         invert_every: steps between decompositions; by default `update_every`.
         warmup: in so many first steps everything is refreshed.
-        kl_clip: kappa; steps are scaled by min(1, sqrt(kappa / (eta^2 g^T d))), with d the
-            preconditioned gradient, which bounds the change of the model's distribution.
         damping_method: "exact", or "factored" (see `F.damped`), which solves with half of the
             products for Kronecker blocks.
+        second_moments: whether second moments of gradients in the curvature's eigenvectors, as in
+            Adam, take the place of its eigenvalues (for representations with eigenvectors).
         outputs: picks the outputs (N, ...) from what the model returns; by default it itself, or
             its `.logits`.
 
@@ -93,7 +102,7 @@ class NaturalGradient(CurvatureOptimizer):
         >>> import torch
         >>> import nngeo_lazy as ng
         >>> model, x, y = torch.nn.Linear(3, 2), torch.randn(20, 3), torch.randint(2, (20,))
-        >>> optimizer = ng.optim.NaturalGradient(model, "kfac", lr=0.1, seed=0)
+        >>> optimizer = ng.optim.NaturalGradient(model)
         >>> for _ in range(5):
         ...     optimizer.zero_grad()
         ...     loss = torch.nn.functional.cross_entropy(model(x), y)
@@ -105,7 +114,8 @@ class NaturalGradient(CurvatureOptimizer):
     Source:
         Amari (1998), Natural gradient works efficiently in learning; Martens and Grosse (2015),
         Optimizing Neural Networks with Kronecker-factored Approximate Curvature, sections 5 to 7;
-        George et al. (2018) for EKFAC; Ba, Grosse and Martens (2017), section 5, for the clip;
+        George et al. (2018) for EKFAC; Vyas et al. (2024), SOAP, for second moments in Kronecker
+        eigenvectors; Schulman et al. (2015), Trust Region Policy Optimization;
         Loshchilov and Hutter (2019) for decoupled weight decay.
     """
 
@@ -115,64 +125,55 @@ class NaturalGradient(CurvatureOptimizer):
         representation: str | Representation | HessianFree = "kfac",
         likelihood: LossLike | None = None,
         *,
-        lr: float | None = 1e-2,
+        lr: float | None = 1.0,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
-        damping: Damping = 1e-3,
+        radius: float | None = 0.01,
+        damping: Damping | None = None,
+        eps: float = 1e-2,
         estimator: str = "mc",
         seed: int | None = None,
         params: Any = None,
         factor_decay: float = 0.95,
         update_every: int = 10,
         invert_every: int | None = None,
-        warmup: int = 0,
-        kl_clip: float | None = None,
+        warmup: int = 20,
         damping_method: str = "exact",
+        second_moments: bool = False,
         outputs: Callable[[Any], Tensor] | None = None,
     ) -> None:
-        for name, value, most in (
-            ("lr", 1.0 if lr is None else lr, math.inf),
-            ("momentum", momentum, 1.0),
-            ("weight_decay", weight_decay, math.inf),
-            ("kl_clip", 1.0 if kl_clip is None else kl_clip, math.inf),
-        ):
-            if not 0 <= value < most:
-                raise DataError(f"expected {name} from 0 to below {most:g}, got {value!r}")
-        if lr is None and kl_clip is not None:
-            raise DataError(
-                "kl_clip scales steps, and lr=None takes those of the quadratic model as they are: "
-                "leave one of the two out"
-            )
+        for name, value in (("lr", 1.0 if lr is None else lr), ("weight_decay", weight_decay)):
+            if not 0 <= value < math.inf:
+                raise DataError(f"expected {name} from 0 to below inf, got {value!r}")
         self._by_model = lr is None
-        self._kl_clip = kl_clip
-        defaults = {
-            "lr": 1.0 if lr is None else lr,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-        }
-        super().__init__(
-            model,
+        self._last_steps = momentum if lr is None else 0.0
+        options = Options(
             representation,
             likelihood,
-            defaults,
+            Schedule(update_every, invert_every, warmup, factor_decay),
+            momentum=0.0 if lr is None else momentum,
+            radius=None if lr is None else radius,
+            damping=damping,
+            eps=eps,
             estimator=estimator,
             seed=seed,
-            params=params,
-            factor_decay=factor_decay,
-            update_every=update_every,
-            invert_every=invert_every,
-            warmup=warmup,
-            damping=damping,
             damping_method=damping_method,
+            second_moments=second_moments,
             outputs=outputs,
         )
+        defaults = {"lr": 1.0 if lr is None else lr, "weight_decay": weight_decay}
+        super().__init__(model, defaults, params, options)
+
+    def _arguments(self) -> dict[str, Any]:
+        given = {**super()._arguments(), **{k: self.defaults[k] for k in ("lr", "weight_decay")}}
+        return {**given, "lr": None, "momentum": self._last_steps} if self._by_model else given
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Tensor | None:  # type: ignore[override]
         """One step.
 
         Args:
-            closure: evaluates the loss (and its gradient, where the loop has not), and returns it;
+            closure: evaluates the loss (and its gradient, if the loop has not), and returns it;
                 `LevenbergMarquardt` damping calls it once more, at the new parameters.
 
         Returns:
@@ -193,20 +194,19 @@ class NaturalGradient(CurvatureOptimizer):
             with torch.enable_grad():
                 loss = closure()
         with self._math():
-            gradients, finite = self._begin_step()
-            if self._left_out(finite):
+            taken = self._take()
+            if taken is None:
                 self._end_step()
                 return loss
-            directions = self._directions(gradients)
             before = None
             if adjusts:
                 before = self._flat(self._weights())
                 self._exact_curvature()  # of the parameters before the step
-            self._update(gradients, directions, finite)
+            self._update(*taken)
         if closure is not None and loss is not None and before is not None and random is not None:
             after = self._evaluated(closure, random)
             with self._math():
-                self._adjust(gradients, before, float(loss.detach()), after)
+                self._adjust(before, float(loss.detach()), after)
         self._end_step()
         return loss
 
@@ -216,88 +216,80 @@ class NaturalGradient(CurvatureOptimizer):
     def _replays(self) -> bool:
         return super()._replays or self._by_model or self._adjusts
 
-    def _update(self, gradients: Vectors, directions: Vectors, finite: Tensor) -> None:
-        ones = torch.ones((), dtype=self._dtype, device=self._space.device)
-        moved = torch.where(finite, ones, torch.zeros_like(ones))
-        scale, factors = self._clipped(gradients, directions), None
-        if self._by_model:
-            factors = self._from_model(gradients, directions)
+    def _update(self, direction: Direction, steps: Vectors) -> None:
+        factors = self._from_model(steps) if self._by_model else None
+        made: list[tuple[list[Tensor], list[Tensor], float]] = []
         for group in self.param_groups:
-            names = [name for name in group["param_names"] if name in directions]
+            names = [name for name in group["param_names"] if name in steps]
             if not names:
                 continue
             lr, decay = group["lr"], group["weight_decay"]
             weights: list[Tensor] = [self._parameters[name] for name in names]
-            steps = [directions[name].to(self._dtype) for name in names]
-            momentum = group["momentum"]
-            if scale is not None:
-                steps = list(torch._foreach_mul(steps, scale))
+            change = [steps[name] for name in names]
             if factors is not None:
-                steps = list(torch._foreach_mul(steps, factors[0]))
-                decay, momentum = decay * factors[0], factors[1] if momentum else 0.0
-            if factors is not None or momentum:
-                steps = self._with_momentum(names, steps, momentum, moved)
+                change = self._combined(names, change, factors, direction.on)
+                decay = decay * factors[0]
             if group["weight_decay"]:
-                torch._foreach_mul_(weights, (1 - lr * decay * moved).to(weights[0].dtype))
-            change = [each.to(weights[0].dtype) for each in torch._foreach_mul(steps, moved * lr)]
-            torch._foreach_sub_(weights, change)
+                kept = 1 - lr * decay * direction.on
+                torch._foreach_mul_(weights, kept.to(weights[0].dtype))
+            made.append((weights, change, lr))
+        most = max((lr for *_, lr in made), default=0.0)
+        tried = max(1.0, 1 / most) if most and self._measuring(direction) else 1.0
+        for weights, change, lr in made:
+            torch._foreach_sub_(weights, change, alpha=tried * lr)
+        if most and self._measuring(direction):  # of a rate of one at least, so that lr scales all
+            stays = self._measured(direction, tried * most)
+            for weights, change, lr in made:
+                torch._foreach_add_(weights, torch._foreach_mul(change, tried - stays), alpha=lr)
 
-    def _with_momentum(
-        self, names: list[str], steps: list[Tensor], momentum: float | Tensor, moved: Tensor
+    # --- the quadratic model's step --------------------------------------------------------------
+
+    def _combined(
+        self, names: list[str], steps: list[Tensor], factors: Tensor, on: Tensor
     ) -> list[Tensor]:
-        """The buffers m after m = mu m + d; a masked step, whose d is zero, leaves them."""
-        buffers = []
-        for name, step in zip(names, steps, strict=True):
-            state = self.state[self._parameters[name]]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(step)
-            buffers.append(state["momentum_buffer"])
-        torch._foreach_mul_(buffers, 1 - moved * (1 - momentum))
-        torch._foreach_add_(buffers, steps)
-        return buffers
+        """The combination of the directions and the last steps; a masked step leaves the latter."""
+        kept = [
+            self.state[self._parameters[n]].setdefault("last_step", torch.zeros_like(s))
+            for n, s in zip(names, steps, strict=True)
+        ]
+        momentum = factors[1] if self._last_steps else 0 * factors[1]
+        torch._foreach_mul_(kept, 1 - on * (1 - momentum))
+        torch._foreach_add_(kept, torch._foreach_mul(steps, factors[0]))
+        return list(torch._foreach_mul(kept, on))
 
-    def _clipped(self, gradients: Vectors, directions: Vectors) -> Tensor | None:
-        """What bounds eta^2 d^T F d, with F d = g, by kappa."""
-        if self._kl_clip is None:
-            return None
-        size = torch.zeros((), dtype=self._dtype, device=self._space.device)
-        for group in self.param_groups:
-            for name in group["param_names"]:
-                if name in directions:
-                    size += group["lr"] ** 2 * (gradients[name] * directions[name]).sum()
-        tiny = torch.finfo(self._dtype).tiny
-        return (self._kl_clip / size.clamp_min(tiny)).sqrt().clamp_max(1.0)
-
-    def _from_model(self, gradients: Vectors, directions: Vectors) -> Tensor:
+    def _from_model(self, steps: Vectors) -> Tensor:
         """The factors of the direction and of the last step, which minimise the quadratic model."""
         last = {
-            name: self.state[self._parameters[name]]["momentum_buffer"]
-            for group in self.param_groups
-            for name in group["param_names"]
-            if group["momentum"] and "momentum_buffer" in self.state[self._parameters[name]]
+            name: self.state[p]["last_step"]
+            for name, p in self._parameters.items()
+            if self._last_steps and "last_step" in self.state[p]
         }
-        columns = torch.stack([self._flat(directions), self._flat(last)], -1)
-        damping = Dampings.of(self.param_groups).vector(self._space, self._dtype)
-        g = self._flat(gradients)
-        c = quadratic_step(self._exact_curvature(), g, columns, damping)
+        columns = torch.stack([self._flat(steps), self._flat(last)], -1)
+        damping = Dampings.of(self.param_groups)
+        F = self._exact_curvature()
+        if None in damping.by_name.values():
+            mean = self._options.eps * mean_eigenvalue(F, self._steps, self._examples)
+            damping = damping.absolute(dict.fromkeys(self._space.names, mean))
+        g = self._flat(self._gradients())
+        c = quadratic_step(F, g, columns, damping.vector(self._space, self._dtype))
         return -c  # the buffers hold what is subtracted
 
     # --- damping by the reduction ratio ----------------------------------------------------------
 
     @property
     def _adjusts(self) -> bool:
-        rule = self._rule
+        rule = self._options.damping
         return isinstance(rule, LevenbergMarquardt) and (self._steps + 1) % rule.every == 0
 
     def _weights(self) -> Vectors:
         return {name: p.detach().to(self._dtype).clone() for name, p in self._parameters.items()}
 
-    def _adjust(self, gradients: Vectors, before: Tensor, loss: float, after: float) -> None:
-        rule = self._rule
+    def _adjust(self, before: Tensor, loss: float, after: float) -> None:
+        rule = self._options.damping
         if not isinstance(rule, LevenbergMarquardt):
             raise RuntimeError("no rule")
         delta = self._flat(self._weights()) - before
-        model = self._flat(gradients) @ delta + self._exact_curvature().vTMv(delta) / 2
+        model = self._flat(self._gradients()) @ delta + self._exact_curvature().vTMv(delta) / 2
         predicted = float(model)
         ratio = (after - loss) / predicted if predicted else math.nan
         if self._following:

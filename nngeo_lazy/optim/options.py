@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
+
+from torch import Tensor
 
 from ..errors import DataError
-from ..representations import Representation
+from ..quantities import LossLike
+from ..representations import Implicit, Representation
 
-__all__ = ["Damping", "HessianFree", "LevenbergMarquardt"]
+__all__ = ["Damping", "HessianFree", "LevenbergMarquardt", "Options", "Schedule"]
 
 
 @dataclass(frozen=True)
@@ -103,3 +107,82 @@ class HessianFree:
 
 
 Damping: TypeAlias = "float | Callable[[int], float] | LevenbergMarquardt"
+METHODS = ("exact", "factored")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When the curvature is renewed.
+
+    Args:
+        update_every: steps between refreshes of the statistics.
+        invert_every: steps between decompositions; None for each refresh.
+        warmup: so many first steps refresh everything.
+        factor_decay: of the running averages, with bias correction.
+
+    Raises:
+        DataError: a number out of its range.
+    """
+
+    update_every: int = 10
+    invert_every: int | None = None
+    warmup: int = 20
+    factor_decay: float = 0.95
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.factor_decay < 1:
+            raise DataError(f"expected a factor_decay from 0 to below 1, got {self.factor_decay!r}")
+        for name, least in (("update_every", 1), ("invert_every", 1), ("warmup", 0)):
+            value = getattr(self, name)
+            if value is None and name == "invert_every":
+                continue
+            if not isinstance(value, int) or value < least:
+                raise DataError(
+                    f"expected {name} to be an integer of {least} or more, got {value!r}"
+                )
+
+    def updates(self, step: int) -> bool:
+        """Whether this step refreshes the statistics."""
+        return step < self.warmup or step % self.update_every == 0
+
+    def inverts(self, step: int, last: int | None) -> bool:
+        """Whether this step decomposes anew; `last` is the one that did so before."""
+        every = self.update_every if self.invert_every is None else self.invert_every
+        return last is None or step < self.warmup or step // every > last // every
+
+
+@dataclass(frozen=True)
+class Options:
+    """What both optimizers take; `NaturalGradient` says what each option means.
+
+    Raises:
+        DataError: a number out of its range.
+    """
+
+    representation: str | Representation | Implicit | HessianFree
+    likelihood: LossLike | None
+    schedule: Schedule
+    momentum: float
+    radius: float | None
+    damping: Damping | None
+    eps: float
+    estimator: str
+    seed: int | None
+    damping_method: str
+    second_moments: bool
+    outputs: Callable[[Any], Tensor] | None
+
+    def __post_init__(self) -> None:
+        for name, most in (("momentum", 1.0), ("radius", math.inf), ("eps", math.inf)):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < most:
+                raise DataError(f"expected {name} from 0 to below {most:g}, got {value!r}")
+        if self.damping_method not in METHODS:
+            raise DataError(
+                f"expected damping_method to be one of {list(METHODS)}, got {self.damping_method!r}"
+            )
+        if self.second_moments and self.radius is None:
+            raise DataError(
+                "second_moments=True gives directions without a length of their own, which a "
+                "radius bounds: pass a radius"
+            )

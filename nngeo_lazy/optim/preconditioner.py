@@ -12,7 +12,9 @@ from ..errors import DataError
 from ..quantities import LossLike
 from ..representations import Representation
 from .base import CurvatureOptimizer
-from .options import Damping, HessianFree, LevenbergMarquardt
+from .direction import Direction
+from .options import Damping, HessianFree, LevenbergMarquardt, Options, Schedule
+from .solving import Vectors
 
 __all__ = ["Preconditioner"]
 
@@ -20,24 +22,21 @@ __all__ = ["Preconditioner"]
 class Preconditioner(CurvatureOptimizer):
     r"""Replaces the gradients by natural ones, for an optimizer that comes behind.
 
-    .. math:: g \leftarrow (F + \lambda I)^{-1} g
+    .. math:: g \leftarrow \nu \, (F + \lambda)^{-1} g
 
-    `loss.backward()`, `preconditioner.step()`, `optimizer.step()`. All else is as in
-    `NaturalGradient`. Where a gradient is not finite, all are set to zero.
+    `loss.backward()`, `preconditioner.step()`, `optimizer.step()`. The new gradient is the step
+    that `NaturalGradient` would make with lr=1, so that SGD with lr=1 behind it is that optimizer.
+    If a gradient is not finite, all are set to zero.
 
     Args:
         model: the network.
         representation: as in `NaturalGradient`.
         likelihood: likewise.
-        damping: a number or a function of the number of the step.
-        estimator: "mc", "empirical" or "exact".
-        seed: of label draws.
-        params: a selector, or a list of groups {"params": selector, "damping": ...}.
-        factor_decay: of the running averages.
-        update_every: steps between refreshes of the statistics.
-        invert_every: steps between decompositions; by default `update_every`.
-        warmup: in so many first steps everything is refreshed.
-        damping_method: "exact" or "factored".
+        momentum: of the running average of gradients, 0 for an optimizer behind it that has one.
+        radius, damping, eps, estimator, seed: as in `NaturalGradient`.
+        params: a selector, tensors, or a list of groups {"params": either, "damping": ...}.
+        factor_decay, update_every, invert_every, warmup: as in `NaturalGradient`.
+        damping_method, second_moments: likewise.
         outputs: picks the outputs from what the model returns.
 
     Raises:
@@ -59,15 +58,19 @@ class Preconditioner(CurvatureOptimizer):
         representation: str | Representation | HessianFree = "kfac",
         likelihood: LossLike | None = None,
         *,
-        damping: Damping = 1e-3,
+        momentum: float = 0.0,
+        radius: float | None = 0.01,
+        damping: Damping | None = None,
+        eps: float = 1e-2,
         estimator: str = "mc",
         seed: int | None = None,
         params: Any = None,
         factor_decay: float = 0.95,
         update_every: int = 10,
         invert_every: int | None = None,
-        warmup: int = 0,
+        warmup: int = 20,
         damping_method: str = "exact",
+        second_moments: bool = False,
         outputs: Callable[[Any], Tensor] | None = None,
     ) -> None:
         if isinstance(damping, LevenbergMarquardt):
@@ -76,22 +79,21 @@ class Preconditioner(CurvatureOptimizer):
                 "preconditioner does not make: take NaturalGradient, a number, or a function of "
                 "the step"
             )
-        super().__init__(
-            model,
+        options = Options(
             representation,
             likelihood,
-            {},
+            Schedule(update_every, invert_every, warmup, factor_decay),
+            momentum=momentum,
+            radius=radius,
+            damping=damping,
+            eps=eps,
             estimator=estimator,
             seed=seed,
-            params=params,
-            factor_decay=factor_decay,
-            update_every=update_every,
-            invert_every=invert_every,
-            warmup=warmup,
-            damping=damping,
             damping_method=damping_method,
+            second_moments=second_moments,
             outputs=outputs,
         )
+        super().__init__(model, {}, params, options)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
@@ -105,11 +107,28 @@ class Preconditioner(CurvatureOptimizer):
             with torch.enable_grad():
                 loss = closure()
         with self._math():
-            gradients, finite = self._begin_step()
-            left_out = self._left_out(finite)  # the gradients are zero then
-            for name, direction in (gradients if left_out else self._directions(gradients)).items():
-                grad = self._parameters[name].grad
-                if grad is not None:
-                    grad.copy_(direction)
+            taken = self._take()
+            if taken is None:
+                for p in self._parameters.values():
+                    if p.grad is not None:
+                        p.grad.zero_()
+            else:
+                self._replace(*taken)
         self._end_step()
         return loss
+
+    def _replace(self, direction: Direction, steps: Vectors) -> None:
+        """Gradients by directions, whose change of the predictions is tried out."""
+        weights: list[Tensor] = [self._parameters[name] for name in steps]
+        change = list(steps.values())
+        if self._measuring(direction):
+            before = [w.clone() for w in weights]
+            torch._foreach_sub_(weights, change)
+            stays = self._measured(direction, 1.0)
+            torch._foreach_copy_(weights, before)
+            change = list(torch._foreach_mul(change, stays))
+        for w, new in zip(weights, change, strict=True):
+            if w.grad is not None and w.grad.is_sparse:
+                w.grad = new.to(w.dtype).clone()
+            elif w.grad is not None:
+                w.grad.copy_(new)

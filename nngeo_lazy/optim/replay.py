@@ -84,9 +84,14 @@ class Replay:
             args, kwargs, random, versions, space.names[0], space.dtype, autocast, outputs, hooks
         )
 
+    @property
+    def fresh(self) -> bool:
+        """Whether the inputs are what they were."""
+        return self.versions == tuple(x._version for x in _tensors(self.args, self.kwargs))
+
     def __call__(self, model: nn.Module) -> Tensor:
         """The outputs, of the model with whatever parameters it has now, in their dtype."""
-        if self.versions != tuple(x._version for x in _tensors(self.args, self.kwargs)):
+        if not self.fresh:
             raise DataError(
                 "expected the inputs of each forward pass to stay as they are until the step, "
                 "which runs the pass again, but they were written to in place: give every batch a "

@@ -82,13 +82,16 @@ class Running:
 
     def finish(
         self, facts: Facts, replay: Callable[[Sequence[Statistic]], None], rebase: bool
-    ) -> None:
+    ) -> float:
         """Take the statistics of a step into the average.
 
         Args:
             facts: with the numbers of examples.
             replay: updates statistics with the step's forms once more.
             rebase: whether a decomposition is made anew.
+
+        Returns:
+            The weight of the step in the average.
 
         Raises:
             NonFiniteError: they overflowed; the average is what it was.
@@ -106,11 +109,11 @@ class Running:
                 fresh.append(_finished(basis, recipe, facts))
                 operator = None if operator is None else rebased(operator, factors)
         operator = averaged(None if self._once else operator, fresh[-1], weight)
-        self._count = count
-        self.operator, self._factors = operator, factors
         if rebase or self._free or self.solved is None:
             self.solved = operator if self._whole else decomposed(operator)
-            require_semidefinite(self.solved)
+        self._count = count
+        self.operator, self._factors = operator, factors
+        return weight
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain data."""

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import torch
 from torch import Tensor, nn
 
-from ..errors import DataError, TooLargeError
-from ..likelihoods import Categorical, Likelihood, check_estimator, resolve_loss
+from ..errors import DataError, LikelihoodWarning, TooLargeError
+from ..likelihoods import (
+    Bernoulli,
+    Categorical,
+    Gaussian,
+    Likelihood,
+    Poisson,
+    check_estimator,
+    resolve_loss,
+)
 from ..likelihoods.losses import CallableLoss, Reduction
 from ..likelihoods.names import NAMES
+from ..operators.warn import warn
 from ..quantities import Fisher, GaussNewton, LossLike, Quantity
+from .recognise import placed, recognised
 
 __all__ = ["Scores"]
 
@@ -44,11 +51,16 @@ class Scores:
                 f"outputs and gradients, got {given!r}, which needs targets that the optimizer "
                 "does not see: take estimator='empirical' without likelihood="
             )
-        self.estimator = estimator
+        self.estimator = estimator  # "empirical" from the first pass on whose loss is not known
         self._given: LossLike | None = NAMES[given]() if isinstance(given, str) else given
         self._known: Likelihood | None = None
         self._reduction: Reduction | None = None
         self._quantities: dict[str, Quantity] = {}
+
+    @property
+    def known(self) -> Likelihood | None:
+        """The likelihood, as far as it is known."""
+        return self._known
 
     def described(self) -> dict[str, str | int | None]:
         """The quantity in plain words."""
@@ -115,8 +127,9 @@ class Scores:
 
     def _resolve(self, outputs: Tensor, gradient: Tensor, exact: bool) -> None:
         given = self._given
-        if self.estimator == "empirical" and not exact and given is None:
-            return  # the loop's own gradient, of a mean over examples
+        if given is None and not exact:
+            self._resolve_unnamed(outputs, gradient)
+            return
         if isinstance(given, nn.Module):
             known, self._reduction = resolve_loss(given, outputs, None)
             if isinstance(known, CallableLoss):
@@ -125,8 +138,12 @@ class Scores:
                     "take a likelihood, or estimator='empirical' without likelihood="
                 )
         else:
-            known = _categorical(given, outputs, gradient)  # type: ignore[arg-type]
+            found = placed(given, outputs, gradient)  # type: ignore[arg-type]
+            if found is None:
+                raise DataError(_unknown(outputs))
+            known = found
             known.require_likelihood("exact" if exact else self.estimator)
+            self._compare(known, outputs, gradient)
         if isinstance(known, Categorical) and known.weight is not None and known.label_smoothing:
             raise DataError(
                 "the curvature of a loss with class weights and label smoothing needs labels, "
@@ -134,30 +151,43 @@ class Scores:
             )
         self._known = known
 
+    def _resolve_unnamed(self, outputs: Tensor, gradient: Tensor) -> None:
+        """Recognise the likelihood, or go on with the loop's own gradients."""
+        if not bool(gradient.any()):
+            return  # it shows nothing: the next one may
+        self._known = recognised(outputs, gradient)
+        if self._known is None and self.estimator != "empirical":
+            self.estimator = "empirical"
+            warn(
+                LikelihoodWarning(
+                    f"{_unknown(outputs)}. Until then the curvature is that of the loop's own "
+                    "gradients (estimator='empirical')"
+                )
+            )
 
-def _categorical(given: Likelihood | None, outputs: Tensor, gradient: Tensor) -> Likelihood:
-    """The likelihood; one with classes in a dimension that is not given, where the loss proves it.
+    def _compare(self, known: Likelihood, outputs: Tensor, gradient: Tensor) -> None:
+        """Warn if the loss is that of another likelihood."""
+        if known.reweighted or not bool(gradient.any()):
+            return
+        other = recognised(outputs, gradient)
+        fits = isinstance(known, Gaussian | Poisson) or type(other) is type(known)
+        wrong = other is not None and type(other) is not type(known)
+        soft = isinstance(known, Bernoulli) or (isinstance(known, Categorical) and known.shift)
+        if wrong or not (fits or soft):
+            named = "none that is known" if other is None else repr(other)
+            warn(
+                LikelihoodWarning(
+                    f"the gradient of the loss at the outputs is not that of {known!r}, but that "
+                    f"of {named}: pass the likelihood= of the loss, or none with "
+                    "estimator='empirical'"
+                )
+            )
 
-    Along the right dimension the gradient is a multiple of p - e_y.
-    """
-    ambiguous = isinstance(given, Categorical) and given.class_dim is None and outputs.dim() > 2
-    if given is not None and not ambiguous:
-        return given
-    start = Categorical() if given is None else given
-    for dim in dict.fromkeys((outputs.dim() - 1, 1)):
-        if outputs.dim() < 2 or outputs.shape[dim] < 2 or not bool(gradient.any()):
-            continue
-        candidate: Likelihood = replace(start, class_dim=dim)  # type: ignore[type-var]
-        labels = candidate.target_of(outputs, gradient)
-        (score,) = candidate.directions(outputs, labels, "empirical")
-        along = (score * gradient).sum() / score.square().sum()
-        rest = torch.linalg.vector_norm(gradient - along * score)
-        eps = torch.finfo(gradient.dtype).eps
-        if bool((along > 0) & (rest <= eps**0.5 * torch.linalg.vector_norm(gradient))):
-            return candidate
-    raise DataError(
+
+def _unknown(outputs: Tensor) -> str:
+    return (
         f"cannot tell the likelihood from outputs {tuple(outputs.shape)} and the gradient of the "
-        "loss, which is that of no softmax cross-entropy with equal weights, or zero: pass "
-        f"likelihood= with one of {sorted(NAMES)}, an object such as "
-        "nngeo_lazy.likelihoods.Categorical(class_dim=1), or the torch.nn loss module"
+        "loss, which is that of no softmax or logistic cross-entropy: pass likelihood= with one of "
+        f"{sorted(NAMES)}, an object such as nngeo_lazy.likelihoods.Categorical(class_dim=1), or "
+        "the torch.nn loss module"
     )

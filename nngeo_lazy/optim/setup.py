@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from ..errors import DataError
+from ..errors import DataError, SpaceMismatchError
 from ..representations import Factored, Representation, Streamed, resolve
 from ..selectors import space_of
 from .options import Damping, HessianFree, LevenbergMarquardt
 
-__all__ = ["checked_damping", "first_damping", "groups_of", "require_options", "resolved"]
-
-METHODS = ("exact", "factored")
+__all__ = ["checked_damping", "first_damping", "group_of", "groups_of", "require_whole", "resolved"]
 
 
 def resolved(
@@ -34,43 +32,79 @@ def resolved(
     return (None, known) if isinstance(known, Streamed) else (HessianFree(), None)
 
 
+def require_whole(model: Any) -> None:
+    """Refuse what is no model, or one of several replicas."""
+    if not isinstance(model, nn.Module):
+        raise DataError(
+            f"expected the model itself, whose passes are watched, got {type(model).__name__}: "
+            "parameters are selected with params="
+        )
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        raise DataError(
+            f"expected a model in one process, got {type(model).__name__}: each replica would take "
+            "the curvature of its own batch, and the replicas would drift apart. Pass model.module "
+            "and call it, in one process, or take another optimizer"
+        )
+
+
 def groups_of(model: nn.Module, params: Any) -> list[dict[str, Any]]:
-    """Parameter groups with names, from a selector or a list of groups with selectors."""
+    """Parameter groups with names, from selectors, tensors, or a list of groups with either."""
+    if params is not None and not isinstance(params, (str, Tensor, type, nn.Module)):
+        params = list(params) if isinstance(params, Iterable) else params
     listed = isinstance(params, Sequence) and not isinstance(params, str)
     grouped = listed and len(params) > 0 and all(isinstance(each, Mapping) for each in params)
-    made = []
-    for group in params if grouped else [{"params": params}]:
-        if "params" not in group:
-            raise DataError(
-                'expected groups {"params": selector, option: value, ...}, got one with '
-                f"{sorted(group)}"
-            )
+    return [group_of(model, group) for group in (params if grouped else [{"params": params}])]
+
+
+def group_of(model: nn.Module, group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group with the names of its parameters.
+
+    Raises:
+        DataError: it does not say which parameters it holds.
+        SpaceMismatchError: a tensor is no parameter of the model.
+    """
+    if "params" not in group:
+        raise DataError(
+            'expected groups {"params": selector or tensors, option: value, ...}, got one with '
+            f"{sorted(group)}"
+        )
+    options = {key: value for key, value in group.items() if key != "param_names"}
+    named = _by_identity(model, group["params"])
+    if named is None:
         space = space_of(model, group["params"])
-        made.append({**group, "params": list(space.parameters(model).items())})
-    return made
+        named = list(space.parameters(model).items())
+    return {**options, "params": named}
 
 
-def require_options(
-    factor_decay: float, update_every: int, invert_every: int, warmup: int, method: str
-) -> None:
-    """Refuse numbers out of their range."""
-    if not 0 <= factor_decay < 1:
-        raise DataError(f"expected a factor_decay from 0 to below 1, got {factor_decay!r}")
-    for name, value, least in (
-        ("update_every", update_every, 1),
-        ("invert_every", invert_every, 1),
-        ("warmup", warmup, 0),
-    ):
-        if not isinstance(value, int) or value < least:
-            raise DataError(f"expected {name} to be an integer of {least} or more, got {value!r}")
-    if method not in METHODS:
-        raise DataError(f"expected damping_method to be one of {list(METHODS)}, got {method!r}")
+def _by_identity(model: nn.Module, params: Any) -> list[tuple[str, Tensor]] | None:
+    """Names of tensors, or of pairs of a name and a tensor; None for selectors."""
+    if isinstance(params, Tensor):
+        params = [params]
+    if params is None or isinstance(params, (str, type, nn.Module)) or callable(params):
+        return None
+    tensors = [p[1] if _is_pair(p) else p for p in params]
+    if not tensors or not all(isinstance(p, Tensor) for p in tensors):
+        return None
+    names = {id(p): name for name, p in model.named_parameters()}
+    strangers = [tuple(p.shape) for p in tensors if id(p) not in names]
+    if strangers:
+        raise SpaceMismatchError(
+            f"expected parameters of the model, but tensors of shapes {strangers[:3]} are none: "
+            "pass the model that owns them, as it is now"
+        )
+    return [(names[id(p)], p) for p in tensors]
 
 
-def first_damping(damping: Damping) -> float:
+def _is_pair(p: Any) -> bool:
+    return isinstance(p, tuple) and len(p) == 2 and isinstance(p[1], Tensor)
+
+
+def first_damping(damping: Damping | None) -> float | None:
     """The damping of the first step."""
     if isinstance(damping, LevenbergMarquardt):
         return damping.initial
+    if damping is None:
+        return None
     return checked_damping(damping(0) if callable(damping) else damping)
 
 
@@ -79,6 +113,6 @@ def checked_damping(value: Any) -> float:
     if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
         raise DataError(
             "expected a damping that is a nonnegative number, a function of the step that returns "
-            f"one, or LevenbergMarquardt(...), got {value!r}"
+            f"one, LevenbergMarquardt(...), or None for a relative one, got {value!r}"
         )
     return float(value)

@@ -30,14 +30,24 @@ Vectors: TypeAlias = dict[str, Tensor]  # by parameter name
 
 @dataclass(frozen=True)
 class Dampings:
-    """The damping of each parameter, one number in each group."""
+    """The damping of each parameter, one number in each group; None is relative."""
 
-    by_name: Mapping[str, float]
+    by_name: Mapping[str, float | None]
 
     @classmethod
     def of(cls, groups: Sequence[Mapping[str, Any]]) -> Dampings:
         """Those of an optimizer's parameter groups."""
-        return cls({n: float(group["damping"]) for group in groups for n in group["param_names"]})
+        return cls({n: _number(group["damping"]) for group in groups for n in group["param_names"]})
+
+    def absolute(self, relative: Mapping[str, float]) -> Dampings:
+        """The same with numbers in the place of None."""
+        known = {n: relative.get(n, 0.0) if d is None else d for n, d in self.by_name.items()}
+        return Dampings(known)
+
+    @property
+    def alike(self) -> bool:
+        """Whether all are the same."""
+        return len(set(self.by_name.values())) == 1
 
     @property
     def uniform(self) -> float | None:
@@ -45,13 +55,20 @@ class Dampings:
         values = set(self.by_name.values())
         return values.pop() if len(values) == 1 else None
 
+    def number(self, name: str) -> float:
+        """A parameter's own, which is absolute."""
+        value = self.by_name[name]
+        if value is None:
+            raise RuntimeError("a relative damping of no block")
+        return value
+
     def vector(self, space: ParamSpace, dtype: torch.dtype) -> Tensor:
         """0-d where all have one, else (P,)."""
         like: dict[str, Any] = {"dtype": dtype, "device": space.device}
         if self.uniform is not None:
             return torch.full((), self.uniform, **like)
         sizes = zip(space.names, space.shapes, strict=True)
-        return torch.cat([torch.full((s.numel(),), self.by_name[n], **like) for n, s in sizes])
+        return torch.cat([torch.full((s.numel(),), self.number(n), **like) for n, s in sizes])
 
     def on(self, F: BaseLinearOperator, space: ParamSpace) -> float | dict[Any, float | Tensor]:
         """What `F.damped` takes, with F over some parameters of the space.
@@ -62,7 +79,7 @@ class Dampings:
         if self.uniform is not None:
             return self.uniform
         known = () if F.space is None else F.space.names
-        own = {name: self.by_name[space.resolve(name)] for name in known}
+        own = {name: self.number(space.resolve(name)) for name in known}
         if isinstance(F, BlockDiagonalLinearOperator) and F.space is not None:
             starts = {F.space.slices[name].start: name for name in known}
             for block, layout, _ in F.parts:
@@ -161,6 +178,10 @@ def conjugate_gradients(
             x0=None if start is None else options.decay * start,
         ).x
     return found
+
+
+def _number(damping: float | None) -> float | None:
+    return None if damping is None else float(damping)
 
 
 def _eigenvectors_known(F: BaseLinearOperator) -> bool:

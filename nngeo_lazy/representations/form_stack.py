@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import DataError, TooLargeError
 from ..facts import Cost, Facts, Sample
 from ..jacobian.forms import Form, Outer, Rows, Stored, Summed
-from ..jacobian.plan import Part
+from ..jacobian.parts import Part
 from ..operators import BaseLinearOperator, Info
 from ..operators.factored import (
     FactoredGaussNewtonLinearOperator,

@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..data import refuse_shuffling
 from ..derivatives.engines import MODES
 from ..errors import DataError, StochasticModelError
 from ..facts import Cost, Facts, Sample
-from ..jacobian.plan import agree
+from ..fingerprints import refuse_shuffling
+from ..jacobian.proof import agree
 from ..network import Network
 from ..operators import BaseLinearOperator, Info
 from ..operators.matrix_free import (
@@ -116,7 +116,6 @@ def _fields(sweep: Sweep, options: Implicit) -> dict[str, Any]:
         torch.inference_mode(False),
         network.scope(),
         torch.no_grad(),
-        problem.seeded(),
     ):
         for batch in problem.batches:
             with torch.enable_grad():  # a forward pass may call autograd itself
@@ -125,6 +124,7 @@ def _fields(sweep: Sweep, options: Implicit) -> dict[str, Any]:
             quantity.fit(outputs, batch.target)
             totals.add(outputs, batch.target)
             if num_batches == 0:
+                network.refuse_strays(graph)
                 _require_differentiable(graph)
                 quantity.values(outputs, batch.target)  # whether it has the labels that it needs
                 if options.check and bool(outputs.isfinite().all()):

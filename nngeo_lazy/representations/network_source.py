@@ -53,11 +53,10 @@ class NetworkSource:
     def batches(self, start: int = 0) -> Iterator[NetworkBatch]:
         """The batches, from the given one on; as many as in the build."""
         count = 0
-        with self.sweep.problem.seeded():
-            for batch in self.sweep.problem.batches:
-                count += 1
-                if count > start:
-                    yield NetworkBatch(self, batch)
+        for batch in self.sweep.problem.batches:
+            count += 1
+            if count > start:
+                yield NetworkBatch(self, batch)
         if count != self.num_batches:
             raise DataError(
                 f"expected the {self.num_batches} batches of the build on every pass, but the "
@@ -68,8 +67,8 @@ class NetworkSource:
         """The diagonal (P,) at these parameters, from streamed rows; None after a move."""
         if not self.streams:
             return None
-        with torch.inference_mode(False), self.network.loaded(parameters):
-            made: Tensor = Diagonal().build(self.sweep).diagonal()
+        with torch.inference_mode(False):
+            made: Tensor = Diagonal().build(self.sweep.at(self.network.at(parameters))).diagonal()
             return made.to(parameters.dtype)
 
     def moved(self, dtype: torch.dtype | None, device: Any) -> NetworkSource:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..collectives import Group, owners
 from ..errors import NonFiniteError
 from ..facts import Facts
-from ..jacobian.plan import Part
+from ..jacobian.parts import Kind
 from ..layout import Layout
 from ..operators import (
     BaseLinearOperator,
@@ -45,7 +45,6 @@ __all__ = [
     "centered",
     "diagonal_block",
     "flat_layout",
-    "form_name",
     "info_of",
     "kronecker_block",
     "moment_blocks",
@@ -133,7 +132,7 @@ def diagonal_block(facts: Facts, k: int) -> Recipe:
 def quasi_diagonal_block(facts: Facts, k: int) -> Recipe:
     """A quasi-diagonal block for one part, where it has a weight and a bias."""
     part = facts.parts[k]
-    if part.kind != "outer" or len(part.names) < 2:
+    if part.kind is not Kind.OUTER or len(part.names) < 2:
         return (yield from diagonal_block(facts, k))
     squares, cross, sums = SquareSum(k, part), BiasCross(k, part), RowSum(k, part)
     facts = yield [squares, cross, sums] if facts.center else [squares, cross]
@@ -151,7 +150,7 @@ def quasi_diagonal_block(facts: Facts, k: int) -> Recipe:
 def kronecker_block(facts: Facts, k: int, sharing: Sharing) -> Recipe:
     """A Kronecker block for one part, where it has such a form."""
     part = facts.parts[k]
-    if part.kind != "outer":
+    if part.kind is not Kind.OUTER:
         return (yield from diagonal_block(facts, k))
     factors = KroneckerFactors(k, part, sharing)
     facts = yield [factors]
@@ -215,8 +214,9 @@ def info_of(facts: Facts, blocks: Sequence[Block]) -> Info:
     positions = {k: block.positions for block in blocks for k in block.indices}
     origins = {}
     for k, part in enumerate(facts.parts):
-        origin = Origin(_layer(facts, k), form_name(part), part.note, positions.get(k))
-        origins.update(dict.fromkeys(part.names, origin))
+        origin = Origin(_layer(facts, k), part.form_name, part.note, positions.get(k))
+        first = {name for name in part.names if name not in origins}
+        origins.update(dict.fromkeys(part.names if part.members else first, origin))
     space = facts.space.to(dtype=facts.dtype)
     ordered = {name: replace(origins[name], layer=space.owner(name)) for name in space.names}
     return Info(
@@ -227,11 +227,6 @@ def info_of(facts: Facts, blocks: Sequence[Block]) -> Info:
         facts.described,
         facts.log_likelihood,
     )
-
-
-def form_name(part: Part) -> str:
-    """How a part's Jacobian is computed, as reports say it."""
-    return "zero" if part.kind == "unused" else f"{part.function}: {part.kind}"
 
 
 def flat_layout(facts: Facts, indices: Sequence[int]) -> Layout:

@@ -12,7 +12,7 @@ from ..collectives import Group
 from ..errors import DataError, TooLargeError
 from ..facts import Cost, Facts, Sample
 from ..jacobian.forms import Form
-from ..jacobian.plan import Part
+from ..jacobian.parts import Kind, Part
 from ..statistics import Statistic, flat_order
 
 __all__ = ["RowStack"]
@@ -104,7 +104,7 @@ class RowStack(Statistic):
             )
 
     def _ordered(self, joint: Tensor) -> Tensor:
-        used = [part for part in self._parts if part.kind != "unused"]
+        used = [part for part in self._parts if part.kind is not Kind.UNUSED]
         out = joint.new_zeros(*joint.shape[:-1], self._size)
         out[..., flat_order(self._parts, used).to(joint.device)] = joint
         return out

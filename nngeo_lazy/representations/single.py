@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import DataError, SpaceMismatchError
 from ..facts import Facts
-from ..jacobian.plan import Part
+from ..jacobian.parts import Part
 from ..operators import (
     BaseLinearOperator,
     BlockDiagonalLinearOperator,

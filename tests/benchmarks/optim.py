@@ -55,7 +55,13 @@ def table(name: str, rounds: int, threads: int) -> None:
         optimizers[title] = (
             own,
             ng.optim.NaturalGradient(
-                own, kind, Categorical(class_dim=-1), lr=1e-4, damping_method=method, seed=0
+                own,
+                kind,
+                Categorical(class_dim=-1),
+                lr=1e-4,
+                damping_method=method,
+                seed=0,
+                warmup=0,
             ),
         )
     step_of(sgd, model, x, y)

@@ -10,6 +10,7 @@ from torch.nn import functional
 import nngeo_lazy as ng
 from nngeo_lazy.errors import (
     DataError,
+    LikelihoodWarning,
     NotPositiveDefiniteError,
     SpaceMismatchError,
     StochasticModelError,
@@ -45,19 +46,19 @@ def test_a_loss_that_is_not_made_from_the_forward_pass(representation):
         optimizer.step()
 
 
-@pytest.mark.parametrize("how", ["evaluation", "compiled around", "a part", "by hand"])
+@pytest.mark.parametrize("how", ["compiled around", "a part", "by hand"])
 def test_a_forward_pass_that_was_not_seen(how):
     model, x, y = problem()
     optimizer = NaturalGradient(model, "kfac")
     called = model
-    if how == "evaluation":
-        model.eval()
-    elif how == "compiled around":
+    if how == "compiled around":
         called = torch.compile(model, backend="eager")
     elif how == "a part":
         called = nn.Sequential(*model)
     functional.cross_entropy(called.forward(x) if how == "by hand" else called(x), y).backward()
-    with pytest.raises(DataError, match=r"saw none: call the model.*compiled one.*model.train\(\)"):
+    with pytest.raises(
+        DataError, match=r"saw none: call the model.*compiled one.*not a part of it"
+    ):
         optimizer.step()
 
 
@@ -163,10 +164,27 @@ def test_a_step_again_after_one_that_raised():
     train(optimizer, model, x, y, 2)
 
 
-def test_optimizers_are_not_copied():
+def test_a_module_that_the_loop_calls_in_the_place_of_the_model_is_named():
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = problem()[0]
+
+        def forward(self, x):
+            return self.net(x)
+
+    (_, x, y), model = problem(), Wrapper()
+    optimizer = NaturalGradient(model)
+    backward(optimizer, model.net, x, y)
+    with pytest.raises(DataError, match=r"'net' has all gradients: if the loop calls it, pass it"):
+        optimizer.step()
+    train(NaturalGradient(model.net), model.net, x, y, 2)
+
+
+def test_replicas_are_refused():
     model, _, _ = problem()
-    with pytest.raises(DataError, match=r"cannot be copied: make a new one.*state_dict"):
-        copy.deepcopy(NaturalGradient(model, "kfac"))
+    with pytest.raises(DataError, match=r"got DataParallel.*drift apart. Pass model.module"):
+        NaturalGradient(nn.DataParallel(model))
 
 
 def test_parameters_in_the_place_of_the_model():
@@ -270,13 +288,33 @@ def test_groups_that_cut_a_block():
 
 
 def test_a_likelihood_that_the_gradient_does_not_prove():
+    """The loop's own gradients take its place, and one warning says so."""
     model, x, _ = problem()
     optimizer = NaturalGradient(model, "kfac")
-    with pytest.raises(DataError, match=r"cannot tell the likelihood.*\(40, 3\).*gaussian"):
+    with pytest.warns(LikelihoodWarning, match=r"cannot tell.*\(40, 3\).*gaussian.*own gradients"):
         backward(optimizer, model, x, x[:, :3], lambda f, y: (f - y).square().mean())
-    weighted = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 5.0]).double())
-    with pytest.raises(DataError, match="equal weights"):
-        backward(optimizer, model, x, torch.arange(40) % 3, weighted)
+    optimizer.step()
+    losses = train(optimizer, model, x, x[:, :3], 30, lambda f, y: (f - y).square().mean())
+    assert losses[-1] < 0.5 * losses[0]
+    for remedy in ("gaussian", nn.MSELoss()):
+        train(NaturalGradient(model, "kfac", remedy), model, x, x[:, :3], 1, nn.MSELoss())
+
+
+@pytest.mark.parametrize(
+    ("given", "loss", "match"),
+    [
+        ("bernoulli", nn.CrossEntropyLoss(), r"not that of Bernoulli.*but that of Categorical"),
+        ("gaussian", nn.CrossEntropyLoss(), r"not that of Gaussian.*but that of Categorical"),
+        ("categorical", nn.MSELoss(), "not that of Categorical.*none that is known"),
+    ],
+)
+def test_a_loss_that_is_not_of_the_likelihood(given, loss, match):
+    model, x, y = problem()
+    y = functional.one_hot(y, 3).double() if isinstance(loss, nn.MSELoss) else y
+    optimizer = NaturalGradient(model, "kfac", given)
+    with pytest.warns(LikelihoodWarning, match=match):
+        backward(optimizer, model, x, y, loss)
+    optimizer.step()
 
 
 @pytest.mark.parametrize(
@@ -326,8 +364,9 @@ def test_too_many_directions():
         ({"lr": -0.1}, DataError, "expected lr from 0"),
         ({"momentum": 1.0}, DataError, "expected momentum from 0 to below 1"),
         ({"weight_decay": -1.0}, DataError, "expected weight_decay"),
-        ({"kl_clip": -1.0}, DataError, "expected kl_clip"),
-        ({"kl_clip": 1.0, "lr": None}, DataError, "leave one of the two out"),
+        ({"radius": -1.0}, DataError, "expected radius from 0"),
+        ({"eps": -1.0}, DataError, "expected eps from 0"),
+        ({"second_moments": True, "radius": None}, DataError, "bounds: pass a radius"),
         ({"damping": -1e-3}, DataError, "nonnegative number.*LevenbergMarquardt"),
         ({"damping": "auto"}, DataError, "nonnegative number.*got 'auto'"),
         ({"damping": lambda step: -1.0}, DataError, "got -1.0"),
@@ -368,11 +407,11 @@ def test_options_of_options():
         Preconditioner(model, damping=LevenbergMarquardt())
 
 
-def test_groups_are_added_at_the_start():
+def test_tensors_that_are_no_parameters():
     model, _, _ = problem()
-    optimizer = NaturalGradient(model, params="0")
-    with pytest.raises(DataError, match=r"make a new optimizer with params=\[...\]"):
-        optimizer.add_param_group({"params": list(model[2].parameters())})
+    other, _, _ = problem()
+    with pytest.raises(SpaceMismatchError, match=r"\(5, 4\).* are none: pass the model that owns"):
+        NaturalGradient(model, params=other.parameters())
 
 
 def test_a_schedule_that_turns_negative():

@@ -37,9 +37,7 @@ def test_batch_norm_and_dropout_train(representation):
     model = noisy()
     x = torch.randn(60, 4).double()
     y = (x[:, 0] > 0).long()
-    optimizer = NaturalGradient(
-        model, representation, "categorical", lr=0.1, damping=0.1, seed=0, update_every=2
-    )
+    optimizer = NaturalGradient(model, representation, "categorical", seed=0, update_every=2)
     losses = train(optimizer, model, x, y, 40)
     assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
     assert all(m.training for m in model.modules())
@@ -187,7 +185,7 @@ def test_autocast_and_bfloat16(representation, estimator):
         if kind == "bfloat16":
             model, x = model.bfloat16(), x.bfloat16()
         optimizer = NaturalGradient(
-            model, representation, "categorical", lr=0.3, damping=0.1, seed=0, estimator=estimator
+            model, representation, "categorical", seed=0, estimator=estimator
         )
         for _ in range(20):
             optimizer.zero_grad()
@@ -198,7 +196,8 @@ def test_autocast_and_bfloat16(representation, estimator):
         losses[kind] = loss.item()
         if representation != "implicit":
             assert optimizer.operator.dtype == torch.float32
-            assert {s["momentum_buffer"].dtype for s in optimizer.state.values()} == {torch.float32}
+            held = optimizer.state_dict()["curvature"]["direction"]
+            assert {held[name].dtype for name in ("m", "last", "counts")} == {torch.float32}
     assert losses["float32"] < 0.35
     assert abs(losses["autocast"] - losses["float32"]) < 0.05
     assert abs(losses["bfloat16"] - losses["float32"]) < 0.1
@@ -242,28 +241,29 @@ def test_parameters_without_a_form_take_the_plain_gradient():
     class M(nn.Module):
         def __init__(self):
             super().__init__()
-            self.rnn, self.out = nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 2)
+            self.log_scale = nn.Parameter(torch.zeros(3))
+            self.a, self.out = nn.Linear(3, 16), nn.Linear(16, 2)
 
         def forward(self, x):
-            return self.out(self.rnn(x)[0][:, -1])
+            return self.out(torch.tanh(self.a(x * self.log_scale.exp())))
 
     torch.manual_seed(0)
     model = M()
-    x, y = torch.randn(9, 5, 3), torch.randint(2, (9,))
-    optimizer = NaturalGradient(model, "kfac", lr=0.5, momentum=0.0, estimator="exact")
+    x, y = torch.randn(9, 3), torch.randint(2, (9,))
+    optimizer = NaturalGradient(model, "kfac", lr=0.5, momentum=0.0, radius=None, estimator="exact")
     backward(optimizer, model, x, y)
-    g = model.rnn.weight_hh_l0.grad.clone()
-    before = model.rnn.weight_hh_l0.detach().clone()
+    g = model.log_scale.grad.clone()
+    before = model.log_scale.detach().clone()
     optimizer.step()
-    close(model.rnn.weight_hh_l0.detach(), before - 0.5 * g, 1e-6)
+    close(model.log_scale.detach(), before - 0.5 * g, 1e-6)
     rows = {row.parameter: row for row in optimizer.report()}
-    assert rows["rnn.weight_hh_l0"].block == "none: plain gradient"
-    assert "form" in rows["rnn.weight_hh_l0"].note
+    assert rows["log_scale"].block == "none: plain gradient"
+    assert "a weight made of others" in rows["log_scale"].note
     assert "Kronecker" in rows["out.weight"].block
     assert len(rows) == len(list(model.parameters()))
-    assert optimizer.operator.space.names == ("out.weight", "out.bias")
+    assert optimizer.operator.space.names == (*("a.weight", "a.bias", "out.weight", "out.bias"),)
     free = HessianFree("kfac", tol=1e-6, max_iter=200)  # which has no such parameters
-    optimizer = NaturalGradient(model, free, lr=0.5, damping=0.1, momentum=0.0)
+    optimizer = NaturalGradient(model, free)
     assert train(optimizer, model, x, y, 10)[-1] < 0.3
 
 
@@ -364,8 +364,9 @@ def test_hooks_go_with_the_optimizer():
 
 def test_two_optimizers_of_one_model():
     model, x, y = problem()
-    first = NaturalGradient(model, "kfac", params="0", estimator="exact", lr=0.1, momentum=0.0)
-    second = NaturalGradient(model, "ekfac", params="2", estimator="exact", lr=0.1, momentum=0.0)
+    plain = {"lr": 0.1, "momentum": 0.0, "radius": None, "damping": 1e-3}
+    first = NaturalGradient(model, "kfac", params="0", estimator="exact", **plain)
+    second = NaturalGradient(model, "ekfac", params="2", estimator="exact", **plain)
     first.zero_grad()
     backward(second, model, x, y)
     g = gradient(model)
@@ -411,7 +412,7 @@ class NoSync(TorchDispatchMode):
 def test_a_plain_step_reads_nothing_from_the_device(representation, method):
     model, x, y = problem()
     optimizer = NaturalGradient(
-        model, representation, weight_decay=0.1, kl_clip=0.01, damping_method=method, damping=0.1
+        model, representation, weight_decay=0.1, damping_method=method, warmup=2
     )
     train(optimizer, model, x, y, 2)
     for _ in range(3):
@@ -434,11 +435,17 @@ def test_the_spy_sees_a_refresh():
 def test_gradients_that_are_not_finite_change_nothing(representation, refresh, bad):
     model, x, y = problem()
     optimizer = NaturalGradient(
-        model, representation, lr=0.1, weight_decay=0.1, update_every=4, estimator="exact"
+        model,
+        representation,
+        lr=0.1,
+        weight_decay=0.1,
+        update_every=4,
+        warmup=0,
+        estimator="exact",
     )
     train(optimizer, model, x, y, 4 if refresh else 2)
     before, F = weights(model), optimizer.operator
-    buffers = [s["momentum_buffer"].clone() for s in optimizer.state.values()]
+    held = optimizer.state_dict()["curvature"]["direction"]
     wrong = x.clone()
     wrong[3] = bad
     backward(optimizer, model, wrong, y)
@@ -448,8 +455,10 @@ def test_gradients_that_are_not_finite_change_nothing(representation, refresh, b
     else:
         optimizer.step()
     assert torch.equal(weights(model), before)
-    now = [s["momentum_buffer"] for s in optimizer.state.values()]
-    assert all(map(torch.equal, buffers, now))
+    now = optimizer.state_dict()["curvature"]["direction"]
+    names = "m", "last", "second", "length", "counts"
+    assert all(torch.equal(held[name], now[name]) for name in names)
+    assert all(torch.equal(held["trust"][name], now["trust"][name]) for name in held["trust"])
     assert optimizer.operator is F
     assert optimizer.skipped_steps == 1
     train(optimizer, model, x, y, 1)
@@ -690,7 +699,12 @@ def test_exact_products_repeat_the_random_numbers_of_the_pass():
 
     model[1].register_forward_hook(keep)
     optimizer = NaturalGradient(
-        model, HessianFree(tol=1e-12, max_iter=500), damping=0.1, lr=1.0, momentum=0.0
+        model,
+        HessianFree(tol=1e-12, max_iter=500),
+        damping=0.1,
+        lr=1.0,
+        momentum=0.0,
+        radius=None,
     )
     backward(optimizer, model, x, y)
 

@@ -27,7 +27,7 @@ from .loops import (
 )
 from cases import LIKELIHOODS, close
 
-PLAIN = {"lr": 1.0, "momentum": 0.0}
+PLAIN = {"lr": 1.0, "momentum": 0.0, "radius": None}
 
 
 # --- the curvature of the first step is that of the builders --------------------------------------
@@ -76,11 +76,13 @@ def test_every_network(float64, make):
     before = {n: p.detach().clone() for n, p in net.model.named_parameters()}
     optimizer.step()
     F = optimizer.operator
-    assert set(F.space.names) >= set(names) - set(net.general)
-    assert not set(F.space.names) & set(net.general)
+    # a loop's graph is gone when rows would go through it from a weight to its parameters
+    general = {*net.general, *(name for name in names if "parametrizations.weight" in name)}
+    assert set(F.space.names) >= set(names) - general
+    assert not set(F.space.names) & general
     with torch.no_grad():
         for name, p in net.model.named_parameters():
-            if name in net.general and name in plain:  # as it stands
+            if name in general and name in plain:  # as it stands
                 close(before[name] - p, plain[name])
             p.copy_(before[name])
     wanted = ng.FIM(
@@ -234,7 +236,7 @@ def test_ekfac_moves_its_diagonal_into_a_new_basis():
 def test_ekfac_keeps_its_basis_between_inversions():
     model, x, y = problem()
     optimizer = NaturalGradient(
-        model, "ekfac", update_every=1, invert_every=3, damping=0.1, lr=0.01, seed=0
+        model, "ekfac", update_every=1, invert_every=3, warmup=0, damping=0.1, lr=0.01, seed=0
     )
     bases, values = [], []
     for _ in range(6):
@@ -340,7 +342,14 @@ def test_a_damping_schedule():
 def test_momentum_weight_decay_and_learning_rate():
     model, x, y = problem()
     optimizer = NaturalGradient(
-        model, "kfac", lr=0.3, momentum=0.8, weight_decay=0.1, damping=0.1, estimator="exact"
+        model,
+        "kfac",
+        lr=0.3,
+        momentum=0.8,
+        weight_decay=0.1,
+        radius=None,
+        damping=0.1,
+        estimator="exact",
     )
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
     m = 0.0
@@ -349,8 +358,9 @@ def test_momentum_weight_decay_and_learning_rate():
         g, w, lr = gradient(model), weights(model), 0.3 * 0.5**k
         optimizer.step()
         scheduler.step()
-        m = 0.8 * m + optimizer._curvature.solved.damped(0.1).solve(g)
-        close(weights(model), (1 - lr * 0.1) * w - lr * m)
+        m = 0.8 * m + 0.2 * g
+        d = optimizer._curvature.solved.damped(0.1).solve(m / (1 - 0.8 ** (k + 1)))
+        close(weights(model), (1 - lr * 0.1) * w - lr * d)
 
 
 def test_clipped_gradients_are_what_is_preconditioned():
@@ -364,36 +374,22 @@ def test_clipped_gradients_are_what_is_preconditioned():
     close(change, -optimizer.operator.damped(0.1).solve(g))
 
 
-def test_kl_clip():
-    model, x, y = problem()
-    for kappa, clipped in ((1e-4, True), (1e9, False)):
-        optimizer = NaturalGradient(
-            model, "kfac", lr=0.5, momentum=0.0, damping=0.1, kl_clip=kappa, estimator="exact"
-        )
-        backward(optimizer, model, x, y)
-        g = gradient(model)
-        change = moved(optimizer, model)
-        d = optimizer.operator.damped(0.1).solve(g)
-        factor = (kappa / (0.25 * g @ d)).sqrt().clamp_max(1)
-        assert bool(factor < 1) == clipped
-        close(change, -0.5 * factor * d)
-
-
 @pytest.mark.parametrize("representation", ["kfac", "ekfac", "kernel", "implicit"])
 def test_a_preconditioner_in_front_of_sgd(representation):
+    """SGD with lr=1 behind it is the whole optimizer."""
     changes = []
     for apart in (False, True):
         model, x, y = problem()
-        options = {"damping": 0.1, "estimator": "empirical", "update_every": 2}
+        options = {"estimator": "empirical", "update_every": 2, "warmup": 3, "momentum": 0.9}
+        if representation == "implicit":  # iterated until rounding does not matter
+            representation = HessianFree(tol=1e-12, max_iter=500)
         if apart:
             preconditioner = Preconditioner(model, representation, "categorical", **options)
-            optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+            optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         else:
-            optimizer = NaturalGradient(
-                model, representation, "categorical", lr=0.1, momentum=0.9, **options
-            )
+            optimizer = NaturalGradient(model, representation, "categorical", **options)
         before = weights(model)
-        for _ in range(5):
+        for _ in range(6):
             backward(optimizer, model, x, y)
             if apart:
                 preconditioner.step()
@@ -401,7 +397,7 @@ def test_a_preconditioner_in_front_of_sgd(representation):
             if apart:
                 preconditioner.zero_grad()
         changes.append(weights(model) - before)
-    close(*changes)
+    close(*changes, 1e-8)
 
 
 @pytest.mark.parametrize("representation", ALL, ids=name_of)
@@ -451,7 +447,14 @@ def test_an_undamped_kfac_step_is_invariant_to_affine_maps_of_the_inputs():
     close(start, other(moved_x).detach())
     for each, inputs in ((model, x), (other, moved_x)):
         optimizer = NaturalGradient(
-            each, "kfac", Gaussian(), damping=0.0, lr=0.1, estimator="exact", update_every=1
+            each,
+            "kfac",
+            Gaussian(),
+            damping=0.0,
+            radius=None,
+            lr=0.1,
+            estimator="exact",
+            update_every=1,
         )
         train(optimizer, each, inputs, y, 3, lambda f, y: (f - y).square().sum(1).mean() / 2)
     assert (model(x) - start).norm() > 0.1 * start.norm()

@@ -1,0 +1,204 @@
+"""The proof of forms, on a few examples.
+
+The self-check takes cotangents that are supported on one example and on two. The gradient at a
+layer's output must vanish outside these examples' positions, which finds the example axis (also
+where positions are folded into it), and the rows made from it must equal what autograd gives for
+the parameters. What disagrees is demoted to the general way and reported. Comparing whole gradients
+is not enough: it
+cannot see which example a row belongs to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..space import ParamSpace
+from .folds import Fold, candidates
+from .forms import Form
+from .inputs import Inputs
+from .parts import Gradient, Kind, Part
+from .record import Call
+
+__all__ = ["Probe", "Probed", "agree", "probe_folds"]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A cotangent supported on some examples, and the gradients at the calls' outputs."""
+
+    examples: tuple[int, ...]
+    cotangent: Tensor
+    at_calls: Sequence[Tensor | None]
+
+
+def probe_folds(calls: Sequence[Call], probes: Sequence[Probe], n: int) -> list[Fold | None]:
+    """The example axis of each of n examples' calls, or None where no axis confines gradients."""
+    folds: list[Fold | None] = []
+    for k, call in enumerate(calls):
+        fitting = (
+            fold
+            for fold in candidates(call.shape[: call.use.leading], n)
+            if all(_confined(fold, call, probe.at_calls[k], probe.examples, n) for probe in probes)
+        )
+        folds.append(next(fitting, None))
+    return folds
+
+
+def _confined(
+    fold: Fold, call: Call, gradient: Tensor | None, examples: Sequence[int], n: int
+) -> bool:
+    if gradient is None:
+        return True
+    arranged = call.arranged(gradient.unsqueeze(0))
+    by_example = fold.apply(arranged, call.use.leading, n, offset=1)[0].flatten(1)
+    others = [k for k in range(n) if k not in examples]
+    return not bool(by_example[others].any())
+
+
+@dataclass(frozen=True)
+class Probed:
+    """A pass on which forms are compared with autograd.
+
+    Attributes:
+        calls: the recorded calls.
+        folds: their example axes, which confine each probe to its example.
+        probes: cotangents of some examples, the first one of all that are probed.
+        gradients: of the parameters, for the first probe's cotangent.
+        parameters: the selected ones by name.
+        space: where they lie.
+    """
+
+    calls: Sequence[Call]
+    folds: Sequence[Fold | None]
+    probes: Sequence[Probe]
+    gradients: Mapping[str, Tensor | None]
+    parameters: Mapping[str, Tensor]
+    space: ParamSpace
+
+    def disagreement(self, part: Part, n: int) -> str:
+        """Why a part's rows, of n examples, are not autograd's; empty where they are."""
+        alone = any(self.calls[k].use.local is not None for k in part.calls)
+        try:
+            apart = self._apart(part, n)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            if not alone:
+                raise
+            reason = str(error).split("\n")[0]
+            return f"{part.function} cannot be run for one example alone ({reason})"
+        if apart == 0:
+            return ""
+        return (
+            f"its rows from {part.function} are not autograd's: they differ by {apart:.1e} (is it "
+            "used elsewhere too?)"
+        )
+
+    def _apart(self, part: Part, n: int) -> float:
+        """By how much the rows fail to add up to autograd's gradients, along random vectors.
+
+        Relative to those gradients; 0 where the difference is rounding.
+        """
+        given = self.probes[0].cotangent
+        dtype = torch.promote_types(given.dtype, torch.float32)
+        inputs = [
+            None if x is None else x.to(dtype) for x in part.inputs(self.calls, self.folds, n)
+        ]
+        at_calls = {
+            k: Gradient(
+                self.calls[k],
+                self.folds[k],
+                [self.probes[0].at_calls[k]],
+                n,
+                dtype,
+            )
+            for k in part.calls
+        }
+        form = part.form(self.calls, self.folds, inputs, at_calls, self.parameters)
+        generator = torch.Generator(device=given.device).manual_seed(0)
+        vectors = [
+            torch.randn(piece.width, generator=generator, dtype=dtype, device=given.device)
+            for piece in part.layout.pieces
+        ]
+        mine = form.projected(vectors)
+        expected = [
+            _along(
+                part, k, self.gradients[name], self.space.slices[name].start, vectors[k], mine[k]
+            )
+            for k, name in enumerate(part.names)
+        ]
+        precision = _precision(given, [self.probes[0].at_calls[k] for k in at_calls])
+        precision = max(precision, *(_eps(self.calls[k].use.x.dtype) for k in at_calls))
+        apart = [(a - b).norm() for a, b in zip(mine, expected, strict=True)]
+        bounds = [precision**0.5 * b.norm() for b in expected]
+        if all(bool(a <= bound) for a, bound in zip(apart, bounds, strict=True)):
+            return 0.0
+        # What is left of a sum may be all rounding: judge it by what was summed.
+        squares = _squares(part, self.calls, self.folds, inputs, at_calls, vectors, form)
+        many = sum(g.call.shape.numel() for g in at_calls.values()) / max(1, n)
+        noise = 4 * precision + 16 * _eps(dtype) * many**0.5
+        worst = 0.0
+        for a, bound, size, b in zip(apart, bounds, squares, expected, strict=True):
+            if not bool(a <= bound + noise * size):
+                worst = max(worst, float(a / b.norm().clamp_min(torch.finfo(dtype).tiny)))
+        return worst
+
+
+def _along(
+    part: Part, k: int, gradient: Tensor | None, start: int, vector: Tensor, like: Tensor
+) -> Tensor:
+    """The gradient of a part's k-th piece, along a vector."""
+    if gradient is None:
+        return torch.zeros_like(like)
+    where, piece = part.layout.slices[k], part.layout.pieces[k]
+    flat = gradient.reshape(-1, 1)[where.start - start : where.stop - start].to(like.dtype)
+    return piece.to_grid(flat, part.layout.rows).squeeze(-1) @ vector
+
+
+def _squares(
+    part: Part,
+    calls: Sequence[Call],
+    folds: Sequence[Fold | None],
+    inputs: Sequence[Inputs | None],
+    at_calls: Mapping[int, Gradient],
+    vectors: Sequence[Tensor],
+    form: Form,
+) -> list[Tensor]:
+    """For each piece the root of the sum of the squares of all terms that its rows are sums of."""
+    squared = [v.square() for v in vectors]
+    if part.derived or part.kind is Kind.ROWS:
+        pieces = form.sqsum().unflatten(0, (-1, sum(len(v) for v in vectors)))
+        summed = pieces.split([len(v) for v in vectors], 1)
+        made = [piece @ v for piece, v in zip(summed, squared, strict=True)]
+    else:
+        other = part.form(
+            calls,
+            folds,
+            [None if x is None else x.squared() for x in inputs],
+            {k: g.squared() for k, g in at_calls.items()},
+            {},
+        )
+        made = other.projected(squared)
+    return [each.sum().clamp_min(0).sqrt() for each in made]
+
+
+def _precision(outputs: Tensor, gradients: Sequence[Tensor | None]) -> float:
+    """The coarsest rounding that is met between the outputs and the calls."""
+    found = [_eps(outputs.dtype), *(_eps(g.dtype) for g in gradients if g is not None)]
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    if outputs.is_cuda and (matmul.allow_tf32 or cudnn.allow_tf32):
+        found.append(2.0**-10)
+    return max(found)
+
+
+def _eps(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
+
+
+def agree(a: Tensor, b: Tensor, power: float = 0.5, dtype: torch.dtype | None = None) -> bool:
+    """Equal up to eps^power, relative to b: the same sums in another order."""
+    a, b = a.detach().flatten(), b.detach().flatten()
+    tolerance = torch.finfo(dtype or b.dtype).eps ** power
+    return bool((a - b).norm() <= tolerance * b.norm())

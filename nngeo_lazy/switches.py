@@ -1,0 +1,203 @@
+"""Settings of the whole process that are changed for a while, and put back for certain.
+
+Several threads, or nested scopes, may need a setting at once. The first one changes it, the last
+one puts back what was there. An interrupt in the middle cannot leave it changed: a scope that is
+lost is ended when Python frees it.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.utils import checkpoint
+
+__all__ = ["Switch", "eager", "plain_attention_modules", "unfused_attention", "without_checkpoints"]
+
+_lock = threading.RLock()
+
+
+class Switch:
+    """A setting of the process that has another value as long as anybody uses it.
+
+    Args:
+        read: what it is now.
+        write: change it.
+        value: what it is changed to, made when it is needed.
+
+    Example:
+        >>> colour = ["red"]
+        >>> switch = Switch(lambda: colour[0], lambda c: colour.__setitem__(0, c), lambda: "blue")
+        >>> with switch.used():
+        ...     with switch.used():
+        ...         pass
+        ...     print(colour)
+        ['blue']
+        >>> colour
+        ['red']
+    """
+
+    def __init__(
+        self, read: Callable[[], Any], write: Callable[[Any], Any], value: Callable[[], Any]
+    ) -> None:
+        self._read, self._write, self._value = read, write, value
+        self._users: set[int] = set()
+        self._before: list[Any] = []  # what was there; empty while it is not changed
+
+    def used(self) -> _Use:
+        """A scope in which it has the value."""
+        return _Use(self)
+
+    def _enter(self, user: int) -> None:
+        with _lock:
+            self._users.add(user)
+            if not self._before:
+                self._before = [self._read()]
+            self._write(self._value())
+
+    def _exit(self, user: int) -> None:
+        with _lock:
+            self._users.discard(user)
+            if self._before and not self._users:
+                self._write(self._before[0])
+                self._before = []
+
+
+class _Use:
+    """One user's scope. Leaving it twice does no harm."""
+
+    def __init__(self, switch: Switch) -> None:
+        self._switch = switch
+
+    def __enter__(self) -> None:
+        self._switch._enter(id(self))
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._switch._exit(id(self))
+
+    def __del__(self) -> None:  # an interrupt came between __enter__ and its block
+        self._switch._exit(id(self))
+
+
+# --- attention ------------------------------------------------------------------------------------
+
+_KERNELS = ("flash", "mem_efficient", "cudnn", "overrideable", "math")  # of torch's attention
+
+
+def _read_kernels() -> dict[str, bool]:
+    getters = {name: getattr(torch._C, f"_get_{name}_sdp_enabled", None) for name in _KERNELS}
+    return {name: get() for name, get in getters.items() if get is not None}
+
+
+def _write_kernels(enabled: dict[str, bool]) -> None:
+    for name, on in enabled.items():
+        getattr(torch._C, f"_set_sdp_use_{name}")(on)
+
+
+# Fused kernels have one derivative only, and no batching rules: attention runs unfused.
+unfused_attention = Switch(
+    _read_kernels, _write_kernels, lambda: {name: name == "math" for name in _read_kernels()}
+)
+
+# The fast path of attention modules calls no functions that can be recorded.
+plain_attention_modules = Switch(
+    torch.backends.mha.get_fastpath_enabled,
+    torch.backends.mha.set_fastpath_enabled,
+    lambda: False,
+)
+
+
+# --- compiled functions ---------------------------------------------------------------------------
+
+
+def _dynamo() -> Any:
+    """The part of torch that runs compiled functions; None if nothing can have been compiled."""
+    return sys.modules.get("torch._dynamo.eval_frame")
+
+
+def _eager() -> Any:
+    dynamo = _dynamo()
+    return None if dynamo is None else dynamo.DynamoStance("force_eager")
+
+
+def _read_stance() -> Any:
+    dynamo = _dynamo()
+    return None if dynamo is None else dynamo._stance
+
+
+def _write_stance(stance: Any) -> None:
+    dynamo = _dynamo()
+    if dynamo is not None and stance is not None:
+        dynamo._set_stance(stance)
+
+
+# Compiled functions run as they were written.
+eager = Switch(_read_stance, _write_stance, _eager)
+
+
+# --- checkpointing --------------------------------------------------------------------------------
+
+_here = threading.local()
+_CHECKPOINTED = ("CheckpointFunction", "_checkpoint_without_reentrant_generator")
+
+
+def _replaced() -> tuple[Any, Any]:
+    """Both kinds of torch's checkpointing, which do nothing in the threads that ask for it."""
+    function, generator = (getattr(checkpoint, name) for name in _CHECKPOINTED)
+    if isinstance(function, _Unless):
+        return function, generator
+
+    def unless(*args: Any, **kwargs: Any) -> Any:
+        if not getattr(_here, "depth", 0):
+            return (yield from generator(*args, **kwargs))
+        return (yield)  # the caller runs the function in between
+
+    return _Unless(function), unless
+
+
+class _Unless:
+    def __init__(self, function: Any) -> None:
+        self._function = function
+
+    def apply(self, run: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        if not getattr(_here, "depth", 0):
+            return self._function.apply(run, preserve, *args)
+        return run(*args)
+
+
+def _read_checkpoints() -> tuple[Any, ...]:
+    return tuple(getattr(checkpoint, name) for name in _CHECKPOINTED)
+
+
+def _write_checkpoints(found: tuple[Any, ...]) -> None:
+    for name, value in zip(_CHECKPOINTED, found, strict=True):
+        setattr(checkpoint, name, value)
+
+
+_checkpoints = Switch(_read_checkpoints, _write_checkpoints, _replaced)
+
+
+class without_checkpoints:  # noqa: N801 - a scope, as the functions of contextlib are
+    """Inside, in this thread, checkpointed parts of a model keep what they compute.
+
+    A part that is computed again during a backward pass would be computed outside of the function
+    modes that a second derivative needs.
+    """
+
+    def __enter__(self) -> None:
+        self._use = _checkpoints.used()
+        self._use.__enter__()
+        _here.depth = getattr(_here, "depth", 0) + 1
+
+    def __exit__(self, *error: object) -> None:
+        _here.depth -= 1
+        self._use.__exit__(None, None, None)

@@ -1,0 +1,306 @@
+"""What curvature costs on networks that people have, in gradient passes over the same data.
+
+    pip install ".[bench]" transformers timm peft
+    python tests/benchmarks/architectures.py            # all networks
+    python tests/benchmarks/architectures.py gpt2 vit   # some of them
+
+Random weights; nothing is downloaded. One thread. torchvision is read without its compiled
+operators: `pip install --no-deps torchvision`.
+"""
+
+import argparse
+import os
+import time
+import warnings
+
+import torch
+from torch import nn
+
+import nngeo_lazy as ng
+from nngeo_lazy.errors import NNGeoError
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def _without_compiled_operators():
+    """torchvision declares shapes of operators that a CPU-only installation may not have."""
+    declare = torch.library.register_fake
+
+    def register(name, *args, **kwargs):
+        if isinstance(name, str) and name.startswith("torchvision::"):
+            return lambda function: function
+        return declare(name, *args, **kwargs)
+
+    torch.library.register_fake = register
+
+
+_without_compiled_operators()
+
+
+# --- networks -------------------------------------------------------------------------------------
+
+
+def _language(config, cls, n=8, t=128, causal=True):
+    model = cls(config).eval()
+    ids = torch.randint(0, config.vocab_size, (n, t))
+    batch = {"input_ids": ids, "labels": torch.randint(0, config.vocab_size, (n, t))}
+    return model, batch, lambda m, b: m(input_ids=b["input_ids"]).logits, -1
+
+
+def gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"n_layer": 8, "n_embd": 192, "n_head": 6, "vocab_size": 1000, "n_positions": 256}
+    config = GPT2Config(**sizes, tie_word_embeddings=False, attn_implementation="eager")
+    return _language(config, GPT2LMHeadModel)
+
+
+def llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=8,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        vocab_size=1000,
+    )
+    return _language(config, LlamaForCausalLM)
+
+
+def qwen3():
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=8,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=32,
+        vocab_size=1000,
+    )
+    return _language(config, Qwen3ForCausalLM)
+
+
+def mixtral():
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        hidden_size=192,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        vocab_size=1000,
+    )
+    return _language(config, MixtralForCausalLM)
+
+
+def bert():
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        hidden_size=192,
+        num_hidden_layers=8,
+        num_attention_heads=6,
+        intermediate_size=768,
+        vocab_size=1000,
+        num_labels=5,
+    )
+    model = BertForSequenceClassification(config).eval()
+    batch = {"input_ids": torch.randint(0, 1000, (8, 128)), "labels": torch.randint(0, 5, (8,))}
+    batch["attention_mask"] = torch.ones(8, 128, dtype=torch.long)
+    call = {"input_ids", "attention_mask"}
+    return model, batch, lambda m, b: m(**{k: b[k] for k in call}).logits, None
+
+
+def t5():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(d_model=192, d_ff=768, num_layers=4, num_heads=6, d_kv=32, vocab_size=1000)
+    config.tie_word_embeddings = False
+    model = T5ForConditionalGeneration(config).eval()
+    ids = torch.randint(0, 1000, (8, 64))
+    batch = {"input_ids": ids, "labels": torch.randint(0, 1000, (8, 64))}
+
+    def call(m, b):
+        return m(input_ids=b["input_ids"], decoder_input_ids=b["labels"]).logits
+
+    return model, batch, call, -1
+
+
+def lora():
+    from peft import LoraConfig, get_peft_model
+
+    model, batch, call, dim = llama()
+    adapted = get_peft_model(model, LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
+    return adapted.eval(), batch, call, dim
+
+
+def dora():
+    from peft import LoraConfig, get_peft_model
+
+    model, batch, call, dim = llama()
+    config = LoraConfig(r=8, target_modules=["q_proj", "v_proj"], use_dora=True)
+    return get_peft_model(model, config).eval(), batch, call, dim
+
+
+def ia3():
+    from peft import IA3Config, get_peft_model
+
+    model, batch, call, dim = llama()
+    names = {"target_modules": ["k_proj", "v_proj", "down_proj"]}
+    adapted = get_peft_model(model, IA3Config(**names, feedforward_modules=["down_proj"]))
+    return adapted.eval(), batch, call, dim
+
+
+def _images(name, n=16, size=64, **options):
+    import timm
+
+    model = timm.create_model(name, num_classes=10, **options).eval()
+    x, y = torch.randn(n, 3, size, size), torch.randint(0, 10, (n,))
+    return model, (x, y), lambda m, b: m(b[0]), None
+
+
+def resnet18():
+    return _images("resnet18", n=32, size=32)
+
+
+def densenet():
+    return _images("densenet121", n=16, size=64)
+
+
+def convnext():
+    return _images("convnext_atto", n=16, size=64)
+
+
+def vit():
+    return _images("vit_tiny_patch16_224", n=16, img_size=64, patch_size=8)
+
+
+def deit3():
+    return _images("deit3_small_patch16_224", n=16, img_size=64, patch_size=8)
+
+
+def swin():
+    return _images("swin_tiny_patch4_window7_224", n=8, size=112, img_size=112)
+
+
+def swinv2():
+    return _images("swinv2_cr_tiny_224", n=8, size=224, img_size=224)
+
+
+def efficientnet():
+    return _images("efficientnet_b0", n=16, size=64)
+
+
+NETWORKS = {
+    f.__name__: f
+    for f in (
+        *(gpt2, llama, qwen3, mixtral, bert, t5, lora, dora, ia3),
+        *(resnet18, densenet, convnext, vit, deit3, swin, swinv2, efficientnet),
+    )
+}
+
+
+# --- measurement ----------------------------------------------------------------------------------
+
+
+def best(run, repeats=2):
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def gradient_pass(model, batch, call, dim):
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    labels = batch["labels"] if isinstance(batch, dict) else batch[1]
+
+    def run():
+        out = call(model, batch)
+        loss = nn.functional.cross_entropy(out.flatten(0, -2), labels.flatten())
+        torch.autograd.grad(loss, parameters, allow_unused=True)
+
+    return best(run, 4)
+
+
+def kinds(F):
+    """How many numbers lie in Kronecker, diagonal and general blocks."""
+    count = {"in Kronecker": 0, "in diagonal": 0, "general": 0}
+    for row in F.report():
+        kronecker = "Kronecker" in row.block
+        kind = "in Kronecker" if kronecker else "in diagonal"
+        kind = "general" if "general" in row.form else kind
+        count[kind] += row.size
+    return count
+
+
+def measure(name, what):
+    torch.manual_seed(0)
+    model, batch, call, dim = NETWORKS[name]()
+    likelihood = ng.likelihoods.Categorical(class_dim=dim)
+    fisher = {"likelihood": likelihood, "forward": call, "estimator": "mc", "seed": 0}
+    if isinstance(batch, dict):
+        fisher["target"] = lambda b: b["labels"]
+    size = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    g = gradient_pass(model, batch, call, dim)
+    row, F = {"network": name, "parameters": size, "gradient ms": round(1e3 * g, 1)}, None
+    v = torch.randn(size)
+
+    def product(A):
+        A @ v  # graphs are made and kept
+        return best(lambda: A @ v)
+
+    common = {k: fisher[k] for k in ("forward", "target") if k in fisher}
+    for column in what:
+        if column in ("kfac", "diagonal", "ekfac"):
+            holder = []
+
+            def build(column=column, holder=holder):
+                holder[:] = [ng.FIM(model, batch, column, **fisher)]
+
+            row[column] = round(best(build, 1 if column == "ekfac" else 2) / g, 2)
+            F = holder[0] if column == "kfac" else F
+        elif column == "ggn":
+            row[column] = round(product(ng.GGN(model, batch, loss=likelihood, **common)) / g, 2)
+        elif column == "hessian":
+            row[column] = round(product(ng.Hessian(model, batch, loss=likelihood, **common)) / g, 2)
+    if F is not None:
+        row |= kinds(F)
+    return row, F
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("networks", nargs="*", default=list(NETWORKS))
+    parser.add_argument("--what", default="kfac,ekfac,diagonal,ggn,hessian")
+    parser.add_argument("--notes", action="store_true", help="print what is not Kronecker, and why")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    header = None
+    for name in given.networks or NETWORKS:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                row, F = measure(name, given.what.split(","))
+            except (ImportError, NNGeoError) as error:
+                print(f"{name}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+                continue
+        if header is None:
+            header = list(row)
+            print(" | ".join(header))
+        print(" | ".join(str(row.get(column, "")) for column in header), flush=True)
+        if given.notes and F is not None:
+            for r in F.report():
+                if "general" in r.form or r.note:
+                    print("   ", r.parameter, r.size, r.form, r.block, r.note)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,322 @@
+"""Defaults need no tuning: what the loop scales does not matter, and nothing ends a run."""
+
+import copy
+import functools
+import io
+import math
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import nngeo_lazy as ng
+from nngeo_lazy.errors import LikelihoodWarning
+from nngeo_lazy.likelihoods import Categorical
+from nngeo_lazy.optim import NaturalGradient, Preconditioner
+
+from .loops import backward, noisy, problem, train, weights
+from cases import close
+
+KINDS = ["kfac", "ekfac", "diagonal"]
+
+
+def ran(loss, steps=40, dtype=torch.float64, seed=0, prepare=None, **options):
+    """The weights after some steps, past the warm-up."""
+    model, x, y = problem(dtype=dtype, seed=seed)
+    if prepare is not None:
+        prepare(model)
+    optimizer = NaturalGradient(model, seed=0, **options)
+    train(optimizer, model, x, y, steps, loss)
+    return weights(model)
+
+
+# --- invariance -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("estimator", ["mc", "empirical"])
+@pytest.mark.parametrize("representation", KINDS)
+def test_the_scale_of_the_loss_does_not_matter(representation, estimator):
+    options = {"representation": representation, "estimator": estimator}
+    wanted = ran(functional.cross_entropy, **options)
+    for c in (1e-3, 1e3):
+        close(ran(lambda f, y, c=c: c * functional.cross_entropy(f, y), **options), wanted, 1e-6)
+    close(
+        ran(functools.partial(functional.cross_entropy, reduction="sum"), **options), wanted, 1e-6
+    )
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "poisson", None])
+def test_the_scale_of_other_losses_does_not_matter(likelihood):
+    losses = {
+        "bernoulli": lambda f, y: functional.binary_cross_entropy_with_logits(
+            f, functional.one_hot(y, 3).double()
+        ),
+        "poisson": lambda f, y: functional.poisson_nll_loss(f, functional.one_hot(y, 3)),
+        None: lambda f, y: functional.huber_loss(f, functional.one_hot(y, 3).double()),
+    }
+    found = []
+    for c in (1.0, 1e-3, 1e3):
+        if likelihood is None:
+            with pytest.warns(LikelihoodWarning):
+                found.append(ran(lambda f, y, c=c: c * losses[None](f, y)))
+        else:
+            found.append(ran(lambda f, y, c=c: c * losses[likelihood](f, y), likelihood=likelihood))
+    close(found[1], found[0], 1e-6)
+    close(found[2], found[0], 1e-6)
+
+
+def test_tokens_in_sequences_or_in_a_row():
+    """(B, T, V) and (B T, V): the same radius for each label."""
+
+    class Tokens(nn.Module):
+        def __init__(self, flat):
+            super().__init__()
+            self.body, self.flat = problem()[0], flat
+
+        def forward(self, x):
+            return self.body(x.flatten(0, 1) if self.flat else x)
+
+    torch.manual_seed(1)
+    x, y = torch.randn(8, 5, 4).double(), torch.randint(3, (8, 5))
+    found = []
+    for flat in (False, True):
+        model = Tokens(flat)
+        likelihood = Categorical(class_dim=-1)
+        optimizer = NaturalGradient(model, likelihood=likelihood, estimator="exact")
+        for _ in range(30):
+            optimizer.zero_grad()
+            f = model(x)
+            functional.cross_entropy(f.reshape(-1, 3), y.flatten()).backward()
+            optimizer.step()
+        found.append(weights(model))
+    close(*found, 1e-6)
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("estimator", ["mc", "empirical"])
+def test_a_grad_scaler_does_not_matter(estimator, clip):
+    """Scaled in the backward pass, unscaled behind it, also by the loop itself."""
+    found = []
+    for scaled in (False, True):
+        model, x, y = problem(dtype=torch.float32)
+        optimizer = NaturalGradient(model, estimator=estimator, seed=0)
+        scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=2.0**12, growth_interval=7)
+        for _ in range(25):
+            optimizer.zero_grad()
+            scaler.scale(functional.cross_entropy(model(x), y)).backward()
+            if clip:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), 100.0)
+            scaler.step(optimizer)
+            scaler.update()
+        found.append(weights(model))
+    start = weights(problem(dtype=torch.float32)[0])
+    close(found[0] - start, found[1] - start, 1e-3)
+
+
+def test_the_unit_of_targets_does_not_matter():
+    """Targets times 100 with an output layer times 100: the same functions in other units."""
+    found = []
+    for unit in (1.0, 100.0):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+        x, y = torch.randn(30, 4).double(), torch.randn(30, 2).double()
+        with torch.no_grad():
+            for p in model[2].parameters():
+                p.mul_(unit)
+        optimizer = NaturalGradient(model, "kfac", nn.MSELoss(), seed=0)
+        train(optimizer, model, x, unit * y, 40, functional.mse_loss)
+        found.append(model(x).detach() / unit)
+    close(*found, 1e-5)
+
+
+@pytest.mark.parametrize("representation", [*KINDS, "kernel", "implicit"])
+def test_half_the_learning_rate_makes_half_the_step(representation):
+    changes = []
+    for lr in (1.0, 0.5):
+        model, x, y = problem()
+        before = weights(model)
+        optimizer = NaturalGradient(model, representation, "categorical", lr=lr, seed=0)
+        train(optimizer, model, x, y, 1)
+        changes.append(weights(model) - before)
+    close(changes[1], changes[0] / 2, 1e-8)
+
+
+# --- the trust region -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("representation", KINDS)
+def test_a_step_changes_predictions_by_the_radius(representation):
+    """In nats for each label, over the steps that are measured, and never by more than four."""
+    model, x, y = problem(n=200)
+    optimizer = NaturalGradient(model, representation, radius=0.01, seed=0)
+    found = []
+    for _ in range(20):
+        before = model(x).detach().log_softmax(1)
+        train(optimizer, model, x, y, 1)
+        after = model(x).detach().log_softmax(1)
+        found.append(float((before.exp() * (before - after)).sum(1).mean()))
+    assert max(found) < 0.05
+    assert sum(found[2:10]) / 8 > 0.001
+
+
+def test_a_step_whose_predictions_are_not_finite_is_taken_back():
+    class Wall(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = problem()[0]
+            self.start = weights(self.body)
+
+        def forward(self, x):
+            f = self.body(x)
+            far = (weights(self.body) - self.start).norm() > 1e-9
+            return f * float("inf") if far else f
+
+    (_, x, y), model = problem(), Wall()
+    optimizer = NaturalGradient(model, seed=0, likelihood="categorical")
+    backward(optimizer, model, x, y)
+    optimizer.step()
+    assert torch.allclose(weights(model), model.start, atol=1e-12)
+
+
+@pytest.mark.parametrize("representation", KINDS)
+def test_defaults_train_where_steps_of_the_raw_curvature_diverge(representation):
+    from sklearn.datasets import load_digits
+
+    x, y = load_digits(return_X_y=True)
+    x, y = torch.tensor(x[:600], dtype=torch.float32) / 16, torch.tensor(y[:600])
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    optimizer = NaturalGradient(model, representation, seed=0)
+    losses = []
+    for _ in range(60):
+        index = torch.randint(len(x), (64,))
+        losses += train(optimizer, model, x[index], y[index], 1)
+    assert losses[-1] < 0.4
+    assert max(losses) < 1.2 * losses[0]
+
+
+@pytest.mark.parametrize("behind", [torch.optim.SGD, torch.optim.AdamW])
+def test_an_optimizer_behind_a_preconditioner_trains(behind):
+    model, x, y = problem(dtype=torch.float32)
+    y = (x[:, 0] > 0).long()
+    preconditioner = Preconditioner(model, "kfac", seed=0)
+    optimizer = behind(model.parameters(), lr=0.5 if behind is torch.optim.SGD else 1e-2)
+    losses = []
+    for _ in range(60):
+        losses.append(backward(optimizer, model, x, y))
+        preconditioner.step()
+        optimizer.step()
+    assert losses[-1] < 0.5 * losses[0]
+    assert max(losses) < 1.2 * losses[0]
+
+
+@pytest.mark.parametrize("representation", ["kfac", "ekfac"])
+def test_second_moments_in_the_eigenvectors(representation):
+    model, x, y = problem(dtype=torch.float32)
+    y = (x[:, 0] > 0).long()
+    optimizer = NaturalGradient(model, representation, second_moments=True, seed=0)
+    losses = train(optimizer, model, x, y, 60)
+    assert losses[-1] < 0.3 * losses[0]
+    assert max(losses) < 1.1 * losses[0]
+
+
+# --- nothing ends a run ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("estimator", ["mc", "empirical", "exact"])
+def test_rounding_never_ends_a_run(estimator):
+    """Tiny networks in float32, whose factors are singular, with few examples."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+        x, y = torch.randn(8, 6).relu(), torch.randint(3, (8,))
+        kind = ["kfac", "ekfac", "diagonal", "dense"][seed % 4]
+        optimizer = NaturalGradient(model, kind, estimator=estimator, seed=seed)
+        losses = train(optimizer, model, x, y, 30)
+        assert all(map(math.isfinite, losses))
+
+
+def test_images_that_shrink_to_one_pixel():
+    """Kernels that see padding alone: factors with many rows of zeros."""
+    for seed in range(2):
+        torch.manual_seed(seed)
+        widths = ((3, 32), (32, 64), (64, 96), (96, 96), (96, 96))
+        layers = [
+            each
+            for i, o in widths
+            for each in (nn.Conv2d(i, o, 3, 2, 1), nn.BatchNorm2d(o), nn.ReLU())
+        ]
+        model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(96, 4))
+        x, y = torch.randn(16, 3, 16, 16), torch.randint(4, (16,))
+        losses = train(NaturalGradient(model, "kfac", seed=0), model, x, y, 3)
+        assert losses[-1] < losses[0]
+
+
+# --- states and copies ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [3, 7, 25])
+@pytest.mark.parametrize("representation", [*KINDS, "kernel", "implicit", "quasi_diagonal"])
+def test_resuming_defaults_to_the_bit(representation, steps):
+    """Also from the middle of the warm-up."""
+
+    def make():
+        model = noisy(dtype=torch.float32)
+        return model, NaturalGradient(model, representation, "categorical", seed=7)
+
+    x, y = torch.randn(20, 4), torch.randint(3, (20,))
+    model, optimizer = make()
+    train(optimizer, model, x, y, steps)
+    file = io.BytesIO()
+    torch.save([model.state_dict(), optimizer.state_dict(), torch.get_rng_state()], file)
+    train(optimizer, model, x, y, 4)
+    expected = weights(model)
+    file.seek(0)
+    held, state, random = torch.load(file, weights_only=True)
+    model, optimizer = make()
+    optimizer.load_state_dict(state)
+    model.load_state_dict(held)
+    torch.set_rng_state(random)
+    train(optimizer, model, x, y, 4)
+    assert torch.equal(weights(model), expected)
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+@pytest.mark.parametrize("kind", [NaturalGradient, Preconditioner])
+def test_copies_of_a_model_with_its_optimizer(kind, how):
+    model, x, y = problem()
+    optimizer = kind(model, "ekfac", update_every=3, params=[{"params": "0"}, {"params": "2"}])
+    train(optimizer, model, x, y, 5)
+    other, copied = how((model, optimizer))
+    assert copied.param_groups[0]["params"][0] is other[0].weight
+    assert [len(group["params"]) for group in copied.param_groups] == [2, 2]
+    before = weights(model)
+    assert train(copied, other, x, y, 6) == train(optimizer, model, x, y, 6)
+    assert torch.equal(weights(other), weights(model))
+    assert kind is Preconditioner or not torch.equal(before, weights(model))
+    alone = copy.deepcopy(optimizer)  # takes a copy of its model along
+    assert alone.param_groups[0]["params"][0] is not model[0].weight
+
+
+def test_quadratic_steps_are_copied():
+    model, x, y = problem()
+    optimizer = NaturalGradient(model, lr=None, damping=0.1, seed=0)
+    train(optimizer, model, x, y, 3)
+    other, copied = copy.deepcopy((model, optimizer))
+    assert train(copied, other, x, y, 3) == train(optimizer, model, x, y, 3)
+
+
+def test_the_learning_rate_of_a_schedule_multiplies_the_whole_step():
+    model, x, y = problem()
+    optimizer = NaturalGradient(model, seed=0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(step < 3))
+    for _ in range(3):
+        train(optimizer, model, x, y, 1)
+        scheduler.step()
+    before = weights(model)
+    train(optimizer, model, x, y, 3)
+    assert torch.equal(weights(model), before)
+    assert ng.optim.NaturalGradient is NaturalGradient
