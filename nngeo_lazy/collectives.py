@@ -20,7 +20,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .errors import DataError, DistributedError
 
-__all__ = ["ALONE", "Group", "Traffic", "digest", "owners", "seed_of", "unwrapped"]
+__all__ = [
+    "ALONE",
+    "Group",
+    "Traffic",
+    "digest",
+    "owners",
+    "refuse_sharded",
+    "seed_of",
+    "unwrapped",
+]
 
 T = TypeVar("T")
 BUCKET_BYTES = 25 * 2**20  # small tensors are sent together up to this size
@@ -296,6 +305,24 @@ def unwrapped(model: nn.Module, group: Group | None) -> nn.Module:
             "rank's data alone"
         )
     return cast(nn.Module, model.module)
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Raise DataError if parameters lie in pieces on several processes.
+
+    A recorded forward would see other tensors than the parameters, and every pass would be an
+    exchange, which uneven shares of data would leave hanging.
+    """
+    for name, p in model.named_parameters():
+        pieces = hasattr(p, "device_mesh") and hasattr(p, "placements")  # DTensor, not imported
+        if pieces or "_flat_param" in name:
+            kind = "a DTensor" if pieces else "a flat parameter of FSDP"
+            raise DataError(
+                f"expected whole parameters in every process, but {name} is {kind} (fully_shard, "
+                "tensor parallelism): load the state dict into a model that is not sharded "
+                "(torch.distributed.checkpoint.state_dict.get_model_state_dict with "
+                "StateDictOptions(full_state_dict=True)), and pass that one"
+            )
 
 
 def _whole(bucket: Sequence[Tensor]) -> bool:

@@ -25,6 +25,7 @@ from .layout import Layout
 
 __all__ = [
     "MAX_BLOCK_BYTES",
+    "MAX_FACTOR",
     "BiasCross",
     "KroneckerFactors",
     "RowSum",
@@ -37,7 +38,7 @@ __all__ = [
     "pool_statistics",
 ]
 
-MAX_FACTOR = 16_384  # a Kronecker factor past this size is kept diagonal
+MAX_FACTOR = 16_384  # by default, a Kronecker factor past this size is kept diagonal
 MAX_BLOCK_BYTES = 2**33  # a dense block past this size is refused
 
 
@@ -271,12 +272,14 @@ class KroneckerFactors(Statistic):
 
     sums = ("_left", "_right", "_positions")
 
-    def __init__(self, index: int, part: Part, sharing: Sharing) -> None:
+    def __init__(
+        self, index: int, part: Part, sharing: Sharing, max_factor: int = MAX_FACTOR
+    ) -> None:
         super().__init__(index)
         self._layout = part.layout
         self._reduce = sharing is Sharing.REDUCE
-        self._diagonal_left = part.layout.rows > MAX_FACTOR
-        self._diagonal_right = part.layout.width > MAX_FACTOR
+        self._diagonal_left = part.layout.rows > max_factor
+        self._diagonal_right = part.layout.width > max_factor
         self._left: Tensor | None = None
         self._right: Tensor | None = None
         self._positions: Tensor | int = 0

@@ -26,6 +26,7 @@ from ..operators import (
 )
 from ..operators.factors import factor_eigh
 from ..statistics import (
+    MAX_FACTOR,
     BiasCross,
     KroneckerFactors,
     RowSum,
@@ -147,12 +148,12 @@ def quasi_diagonal_block(facts: Facts, k: int) -> Recipe:
     return [Block((k,), part.layout, operator)]
 
 
-def kronecker_block(facts: Facts, k: int, sharing: Sharing) -> Recipe:
+def kronecker_block(facts: Facts, k: int, sharing: Sharing, max_factor: int = MAX_FACTOR) -> Recipe:
     """A Kronecker block for one part, where it has such a form."""
     part = facts.parts[k]
     if part.kind is not Kind.OUTER:
         return (yield from diagonal_block(facts, k))
-    factors = KroneckerFactors(k, part, sharing)
+    factors = KroneckerFactors(k, part, sharing, max_factor)
     facts = yield [factors]
     operator = KroneckerLinearOperator(*factors.factors(facts))
     return [Block((k,), part.layout, operator, factors.positions)]

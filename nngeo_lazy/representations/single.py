@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from ..operators import (
     KroneckerLinearOperator,
     LowRankLinearOperator,
 )
-from ..statistics import KroneckerFactors, RowSum, Sharing, SquareSum, Statistic
+from ..statistics import MAX_FACTOR, KroneckerFactors, RowSum, Sharing, SquareSum, Statistic
 from .recipes import (
     Block,
     Recipe,
@@ -95,9 +95,10 @@ class KFAC(Streamed):
 
     Args:
         sharing: "expand" or "reduce".
+        max_factor: a factor of more rows is kept diagonal, such as the one of a vocabulary.
 
     Raises:
-        DataError: another sharing.
+        DataError: another sharing, a max_factor that is no positive integer.
 
     Example:
         >>> KFAC(sharing="reduce")
@@ -105,9 +106,14 @@ class KFAC(Streamed):
     """
 
     sharing: str = "expand"
+    max_factor: int = field(default=MAX_FACTOR, repr=False)
 
     def __post_init__(self) -> None:
-        _require_sharing(self.sharing)
+        _require_factors(self.sharing, self.max_factor)
+
+    def described(self) -> str:
+        """With another limit of its factors only if it is not the default."""
+        return _with_limit(repr(self), self.max_factor)
 
     def require_fit(self, facts: Facts) -> None:
         """Refuse centering, which is no Kronecker product."""
@@ -120,7 +126,9 @@ class KFAC(Streamed):
     def recipe(self, facts: Facts, indices: Sequence[int]) -> Recipe:
         """Kronecker factors of each part."""
         return (
-            yield from together([kronecker_block(facts, k, Sharing(self.sharing)) for k in indices])
+            yield from together(
+                [kronecker_block(facts, k, Sharing(self.sharing), self.max_factor) for k in indices]
+            )
         )
 
 
@@ -133,6 +141,7 @@ class EKFAC(Streamed):
     Args:
         sharing: of the KFAC whose eigenbasis is taken, "expand" or "reduce".
         basis: a KFAC or EKFAC of the same parameters whose eigenbasis is taken instead; one pass.
+        max_factor: as in KFAC. A factor that is kept diagonal has the identity as its eigenbasis.
 
     Example:
         >>> import nngeo_lazy as ng
@@ -145,13 +154,18 @@ class EKFAC(Streamed):
 
     sharing: str = "expand"
     basis: BaseLinearOperator | None = field(default=None, repr=False, compare=False)
+    max_factor: int = field(default=MAX_FACTOR, repr=False)
 
     def __post_init__(self) -> None:
-        _require_sharing(self.sharing)
+        _require_factors(self.sharing, self.max_factor)
         if self.basis is not None and not isinstance(self.basis, BlockDiagonalLinearOperator):
             raise DataError(
                 f"expected basis= to be a KFAC or an EKFAC Fisher, got {type(self.basis).__name__}"
             )
+
+    def described(self) -> str:
+        """With another limit of its factors only if it is not the default."""
+        return _with_limit(repr(self), self.max_factor)
 
     @property
     def passes(self) -> int:
@@ -172,7 +186,9 @@ class EKFAC(Streamed):
             recipes = [self._in(facts, k, self._bases(facts, facts.parts[k])) for k in indices]
             return (yield from together(recipes))
         sharing = Sharing(self.sharing)
-        blocks = yield from together([kronecker_block(facts, k, sharing) for k in indices])
+        factored = [kronecker_block(facts, k, sharing, self.max_factor) for k in indices]
+        blocks = yield from together(factored)
+        del factored
         known, done = _decomposed(facts, blocks)
         if not known:
             return done
@@ -297,6 +313,12 @@ def _decomposed(
     return {k: (own, n) for (k, n), own in zip(kept, bases, strict=True)}, done
 
 
-def _require_sharing(name: str) -> None:
-    if name not in list(Sharing):
-        raise DataError(f"expected sharing='expand' or 'reduce', got {name!r}")
+def _require_factors(sharing: str, max_factor: Any) -> None:
+    if sharing not in list(Sharing):
+        raise DataError(f"expected sharing='expand' or 'reduce', got {sharing!r}")
+    if isinstance(max_factor, bool) or not isinstance(max_factor, int) or max_factor < 1:
+        raise DataError(f"expected max_factor to be a positive integer, got {max_factor!r}")
+
+
+def _with_limit(text: str, max_factor: int) -> str:
+    return text if max_factor == MAX_FACTOR else f"{text[:-1]}, max_factor={max_factor})"

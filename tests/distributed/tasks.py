@@ -6,6 +6,14 @@ import time
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
@@ -276,6 +284,26 @@ def mismatch(what):
         time.sleep(8)  # alive, but elsewhere
         return None
     return built_of(model, ng.Distributed(data), **options)
+
+
+def sharded_model(kind):
+    """A call on a model whose parameters lie in pieces on the ranks."""
+    model, data = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)), torch.ones(5, 4)
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    if kind == "tensor parallel":
+        parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    else:
+        fully_shard(model, mesh=mesh)
+    if kind == "optimizer":
+        return ng.optim.NaturalGradient(model, "kfac", "gaussian")
+    if kind == "full":
+        options = StateDictOptions(full_state_dict=True)
+        whole = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
+        whole.load_state_dict(get_model_state_dict(model, options=options))
+        if torch.distributed.get_rank() > 0:
+            return None
+        return ng.FIM(whole, data, likelihood="gaussian").num_examples
+    return ng.FIM(model, ng.Distributed([data, data]), likelihood="gaussian")
 
 
 def bad(what):

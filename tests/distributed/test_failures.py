@@ -97,6 +97,18 @@ def test_bad_data(pool, what, message):
         assert message in each
 
 
+@pytest.mark.parametrize("kind", ["fully_shard", "tensor parallel", "optimizer"])
+def test_sharded_parameters_are_refused(pool, kind):
+    for each in pool.start(tasks.sharded_model, 2, kind):
+        assert isinstance(each, Raised)
+        assert "DataError: expected whole parameters in every process, but 0.weight is a" in each
+        assert "StateDictOptions(full_state_dict=True)" in each
+
+
+def test_the_remedy_for_sharded_parameters(pool):
+    assert pool.run(tasks.sharded_model, 2, "full")[0] == 5
+
+
 def test_no_process_group():
     with pytest.raises(DataError, match=r"torch\.distributed is not initialised: start the script"):
         ng.Distributed([])

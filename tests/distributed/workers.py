@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 LIMIT = 60.0  # seconds, after which a hang is a failure
+START = 300.0  # seconds for a process to start, on a machine that is busy with others
 MOST = 4
 
 
@@ -34,6 +35,7 @@ class Raised(str):
 def serve(rank, folder, tasks, results):
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
+    results.put("ready")
     while (task := tasks.get()) is not None:
         number, module, name, size, args, limit = task
         store = dist.FileStore(str(Path(folder) / f"{number}"), size)
@@ -62,24 +64,30 @@ class Pool:
         self._workers = {}
         self._number = 0
 
-    def _worker(self, rank):
-        if rank not in self._workers or not self._workers[rank][0].is_alive():
-            tasks, results = self._context.SimpleQueue(), self._context.Queue()
-            environment = dict(os.environ)
-            os.environ["OMP_NUM_THREADS"] = "1"
-            process = self._context.Process(
-                target=serve, args=(rank, self._folder.name, tasks, results), daemon=True
-            )
-            process.start()
-            os.environ.clear()
-            os.environ.update(environment)
-            self._workers[rank] = process, tasks, results
-        return self._workers[rank]
+    def _runs(self, rank):
+        return rank in self._workers and self._workers[rank][0].is_alive()
+
+    def _spawn(self, rank):
+        tasks, results = self._context.SimpleQueue(), self._context.Queue()
+        environment = dict(os.environ)
+        os.environ["OMP_NUM_THREADS"] = "1"
+        process = self._context.Process(
+            target=serve, args=(rank, self._folder.name, tasks, results), daemon=True
+        )
+        process.start()
+        os.environ.clear()
+        os.environ.update(environment)
+        self._workers[rank] = process, tasks, results
 
     def start(self, function, size, *args, limit=None):
         """What a function gives on each of `size` processes; `Raised` if it raised."""
         self._number += 1
-        workers = [self._worker(rank) for rank in range(size)]
+        fresh = [rank for rank in range(size) if not self._runs(rank)]
+        for rank in fresh:
+            self._spawn(rank)
+        for rank in fresh:
+            assert self._workers[rank][2].get(timeout=START) == "ready"
+        workers = [self._workers[rank] for rank in range(size)]
         task = (self._number, function.__module__, function.__name__, size, args, limit)
         for _, tasks, _ in workers:
             tasks.put(task)
