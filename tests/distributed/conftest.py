@@ -9,7 +9,7 @@ from .workers import Pool
 def pool():
     made = Pool()
     yield made
-    made.close()
+    made.end()
 
 
 def pytest_collection_modifyitems(items):

@@ -11,22 +11,19 @@ from distributed.workers import Raised
 from nngeo_lazy.collectives import Group
 from nngeo_lazy.errors import DataError
 
+OWN = {
+    "value": "ValueError: broken",
+    "interrupt": "KeyboardInterrupt: broken",
+    "nan": "NonFiniteError",
+    "labels": "DataError",
+}
+FIRST = [(error, name, 1) for error in OWN for name in ("ekfac", "implicit")]
+LATER = [(error, "implicit", 2) for error in ("value", "interrupt")]  # in a product
 
-@pytest.mark.parametrize(
-    ("error", "own"),
-    [
-        ("value", "ValueError: broken"),
-        ("interrupt", "KeyboardInterrupt: broken"),
-        ("nan", "NonFiniteError"),
-        ("labels", "DataError"),
-    ],
-)
-@pytest.mark.parametrize(
-    ("representation", "at_pass"), [("ekfac", 1), ("implicit", 1), ("implicit", 2)]
-)
-def test_an_error_of_one_is_an_error_of_all(pool, error, own, representation, at_pass):
-    if at_pass == 2 and error in ("nan", "labels"):
-        pytest.skip("data are checked in the first pass")
+
+@pytest.mark.parametrize(("error", "representation", "at_pass"), [*FIRST, *LATER])
+def test_an_error_of_one_is_an_error_of_all(pool, error, representation, at_pass):
+    own = OWN[error]
     found = pool.start(tasks.failing, 3, 1, error, at_pass, representation)
     assert all(isinstance(each, Raised) and each.seconds < 20 for each in found)
     assert found[1].startswith(own)

@@ -108,8 +108,6 @@ class Pool:
             _, number, well, result = value
             assert number == self._number
             found.append(result if well else Raised(*result))
-        if any(str(each) == "died" for each in found if isinstance(each, Raised)):
-            self.close()
         return found
 
     def run(self, function, size, *args):
@@ -128,3 +126,7 @@ class Pool:
             if process.is_alive():
                 process.kill()
         self._workers = {}
+
+    def end(self):
+        self.close()
+        self._folder.cleanup()
