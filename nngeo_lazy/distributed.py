@@ -146,7 +146,8 @@ def _require_share(loader: Any, group: Group) -> None:
         repeated = 0 if sampler.drop_last else sampler.total_size - count
     else:
         whole = getattr(sampler, "batch_size", 1) * size
-        repeated = -count % whole if getattr(sampler, "even_batches", False) else 0
+        pads = getattr(sampler, "even_batches", False) and not getattr(sampler, "drop_last", False)
+        repeated = -count % whole if pads else 0
     if repeated > 0:
         raise DataError(
             f"the {type(sampler).__name__} repeats {repeated} of {count} examples so that all "

@@ -113,6 +113,24 @@ class Stream(IterableDataset):
         return iter(self.batches)
 
 
+class BatchSamplerShard:
+    """What accelerate puts into a loader: every W-th batch."""
+
+    def __init__(self, count, batch_size, even_batches):
+        self.num_processes = torch.distributed.get_world_size()
+        self.process_index = torch.distributed.get_rank()
+        self.batch_size, self.even_batches, self.drop_last = batch_size, even_batches, False
+        self._batches = [
+            list(range(k, min(k + batch_size, count))) for k in range(0, count, batch_size)
+        ]
+
+    def __iter__(self):
+        return iter(self._batches[self.process_index :: self.num_processes])
+
+    def __len__(self):
+        return len(range(self.process_index, len(self._batches), self.num_processes))
+
+
 def all_of(data):
     return TensorDataset(*(torch.cat(each) for each in zip(*data, strict=True)))
 
@@ -130,6 +148,9 @@ def loaders(which):
     elif which == "sampler, dropping":
         sampler = DistributedSampler(dataset, drop_last=True, shuffle=False)
         loader = ng.Distributed(DataLoader(dataset, 4, sampler=sampler))
+    elif which == "accelerate":
+        shard = BatchSamplerShard(16, 4, even_batches=False)
+        loader = ng.Distributed(DataLoader(dataset, batch_sampler=shard))
     elif which == "stream":
         loader = ng.Distributed(DataLoader(Stream(data), batch_size=None), own=False)
     else:
@@ -312,6 +333,9 @@ def bad(what):
     if what == "padding":
         sampler = DistributedSampler(dataset)
         data = ng.Distributed(DataLoader(dataset, 4, sampler=sampler))
+    elif what == "accelerate, padding":
+        shard = BatchSamplerShard(9, 2, even_batches=True)
+        data = ng.Distributed(DataLoader(dataset, batch_sampler=shard))
     elif what == "stream":
         data = ng.Distributed(DataLoader(Stream(smooth_data()), batch_size=None))
     elif what == "custom":

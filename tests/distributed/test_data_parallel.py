@@ -86,7 +86,15 @@ def test_more_ranks_than_batches(pool):
 
 @pytest.mark.parametrize(
     "which",
-    ["loader", "items are batches", "sampler", "sampler, dropping", "stream", "own re-iterable"],
+    [
+        "loader",
+        "items are batches",
+        "sampler",
+        "sampler, dropping",
+        "accelerate",
+        "stream",
+        "own re-iterable",
+    ],
 )
 def test_every_kind_of_loader(pool, which):
     for matrix, expected, count in pool.run(tasks.loaders, 2, which):

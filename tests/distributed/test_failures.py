@@ -74,6 +74,7 @@ def test_a_call_on_one_rank_alone_gets_a_hint_in_time(pool):
     ("what", "message"),
     [
         ("padding", "DataError: the DistributedSampler repeats 1 of 9 examples"),
+        ("accelerate, padding", "DataError: the BatchSamplerShard repeats 3 of 9 examples"),
         ("stream", "DataError: an IterableDataset does not say whose its examples are"),
         ("custom", "DataError: a Batches does not say whose its batches are"),
         ("shuffle", "DataError: Distributed shares out the batches of a loader that is the same"),

@@ -41,10 +41,11 @@ def serve(rank, folder, tasks, results):
         store = dist.FileStore(str(Path(folder) / f"{number}"), size)
         wait = datetime.timedelta(seconds=LIMIT if limit is None else limit)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=wait)
+        function = getattr(importlib.import_module(module), name)
         start = time.monotonic()
         torch.manual_seed(0)
         try:
-            value = getattr(importlib.import_module(module), name)(*args)
+            value = function(*args)
         except BaseException as error:  # noqa: BLE001 - every error is a result here
             text = f"{type(error).__name__}: {error}"
             if type(error).__name__ == "AssertionError":
