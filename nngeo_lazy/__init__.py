@@ -6,7 +6,7 @@ Fisher information matrices, Gauss-Newton matrices, Hessians and Jacobians of an
 """
 
 from . import errors, likelihoods, optim, representations
-from .builders import FIM, GGN, Hessian, Jacobian, plan, update_diag
+from .builders import FIM, GGN, Hessian, Jacobian, plan
 from .distributed import Distributed
 from .ewc import ewc_penalty
 from .files import load, save
@@ -26,6 +26,7 @@ from .numerics.spectra import eigsh, spectral_density, svds
 from .operators import aslinearoperator, identity
 from .pooling import merge
 from .pruning import Pruned, prune, saliency
+from .refresh import update_diag
 from .space import ParamSpace
 
 __all__ = [

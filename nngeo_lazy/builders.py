@@ -12,7 +12,7 @@ from .costs import BuildCost, cost_of
 from .distributed import refuse_processes
 from .errors import DataError
 from .fingerprints import refuse_shuffling
-from .likelihoods import Likelihood
+from .likelihoods import Estimator, Likelihood, LikelihoodLike
 from .operators import BaseLinearOperator
 from .quantities import (
     Fisher,
@@ -23,12 +23,12 @@ from .quantities import (
     MatrixKind,
     Outputs,
 )
-from .representations import EKFAC, Representation
+from .representations import Representation, RepresentationLike
 from .representations import resolve as resolve_representation
 from .selectors import Selector
 from .sweep import Sweep, make_sweep
 
-__all__ = ["FIM", "GGN", "Hessian", "Jacobian", "plan", "update_diag"]
+__all__ = ["FIM", "GGN", "Hessian", "Jacobian", "plan"]
 
 Prepared = tuple[Representation, Sweep]
 
@@ -36,15 +36,16 @@ Prepared = tuple[Representation, Sweep]
 def FIM(
     model: nn.Module,
     loader: Any,
-    representation: str | Representation = "kfac",
+    representation: RepresentationLike = "kfac",
     *,
-    likelihood: str | Likelihood | None = None,
-    estimator: str = "exact",
+    likelihood: LikelihoodLike | None = None,
+    estimator: Estimator = "exact",
     samples: int = 1,
     seed: int | None = None,
     params: Selector | None = None,
     forward: Callable[[nn.Module, Any], Tensor] | None = None,
     target: Callable[[Any], Tensor] | None = None,
+    positions: Callable[[Any], Tensor | None] | None = None,
     center: bool = False,
     max_directions: int = 1000,
     progress: bool = False,
@@ -73,6 +74,8 @@ def FIM(
         params: which parameters; by default those that require a gradient.
         forward: `(model, batch) -> outputs` in place of the default call.
         target: `batch -> target` in place of the default; read only for observed labels and masks.
+        positions: `batch -> mask (N, T)` of the positions that exist, in place of a mapping's
+            "attention_mask": padding has no part in Kronecker factors.
         center: for "empirical", whether the mean gradient is subtracted (their covariance).
         max_directions: the most output directions of one example in an exact computation.
         progress: whether to show a progress bar.
@@ -113,6 +116,7 @@ def FIM(
             params=params,
             forward=forward,
             target=target,
+            positions=positions,
             center=center,
             max_directions=max_directions,
             progress=progress,
@@ -123,15 +127,16 @@ def FIM(
 def GGN(
     model: nn.Module,
     loader: Any,
-    representation: str | Representation = "implicit",
+    representation: RepresentationLike = "implicit",
     *,
     loss: LossLike,
-    estimator: str = "exact",
+    estimator: Estimator = "exact",
     samples: int = 1,
     seed: int | None = None,
     params: Selector | None = None,
     forward: Callable[[nn.Module, Any], Tensor] | None = None,
     target: Callable[[Any], Tensor] | None = None,
+    positions: Callable[[Any], Tensor | None] | None = None,
     max_directions: int = 1000,
     progress: bool = False,
 ) -> BaseLinearOperator:
@@ -156,6 +161,7 @@ def GGN(
         params: which parameters.
         forward: in place of the default call.
         target: in place of the default target.
+        positions: in place of the default mask.
         max_directions: the most output directions of one example in an exact computation.
         progress: whether to show a progress bar.
 
@@ -188,6 +194,7 @@ def GGN(
             params=params,
             forward=forward,
             target=target,
+            positions=positions,
             max_directions=max_directions,
             progress=progress,
         )
@@ -197,7 +204,7 @@ def GGN(
 def Hessian(
     model: nn.Module,
     loader: Any,
-    representation: str | Representation = "implicit",
+    representation: RepresentationLike = "implicit",
     *,
     loss: LossLike,
     params: Selector | None = None,
@@ -256,7 +263,7 @@ def Hessian(
 def Jacobian(
     model: nn.Module,
     loader: Any,
-    representation: str | Representation = "implicit",
+    representation: RepresentationLike = "implicit",
     *,
     loss: LossLike | None = None,
     center: bool = False,
@@ -315,33 +322,6 @@ def Jacobian(
             center=center,
         )
     return _build(wanted, sweep)
-
-
-def update_diag(
-    F: BaseLinearOperator, model: nn.Module, loader: Any, **options: Any
-) -> BaseLinearOperator:
-    """The EKFAC Fisher of fresh data in the eigenbasis of an earlier KFAC or EKFAC.
-
-    One pass, and no eigendecomposition: bases may be refreshed rarely and diagonals often. The
-    results share F's bases, so that `F.lerp(fresh, w)`, a running average, stays an EKFAC.
-
-    Args:
-        F: a KFAC or EKFAC Fisher of the same parameters.
-        model: the network.
-        loader: the data.
-        **options: as in `FIM`, or with loss= as in `GGN`.
-
-    Raises:
-        SpaceMismatchError: F is over other parameters.
-        DataError: F is a Gauss-Newton matrix, and no loss= is given.
-
-    Source: George et al. (2018), section 4.1.
-    """
-    of_loss = F.info.quantity.get("matrix") == "GaussNewton"
-    if of_loss and "loss" not in options:
-        raise DataError("F is a Gauss-Newton matrix: pass its loss= to update_diag, as to GGN")
-    builder = GGN if "loss" in options else FIM
-    return builder(model, loader, EKFAC(basis=F), **options)
 
 
 def plan(builder: Callable[..., BaseLinearOperator], *args: Any, **options: Any) -> BuildCost:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 __all__ = [
@@ -107,3 +108,20 @@ class NonFiniteWarning(UserWarning):
     def __init__(self, message: str, steps: int) -> None:
         super().__init__(message)
         self.steps = steps
+
+
+def wrong_option(option: str, value: object, known: Iterable[object], page: str) -> str:
+    """What the error of an unknown option says: the options, and the page that explains them.
+
+    Args:
+        option: its name.
+        value: what was given.
+        known: what may be given.
+        page: of the documentation, without its ending.
+
+    Example:
+        >>> wrong_option("method", "lu", ["cg", "minres"], "matrix_free")
+        "expected method to be one of ['cg', 'minres'], got 'lu'; docs/matrix_free.md explains them"
+    """
+    options = f"expected {option} to be one of {list(known)}, got {value!r}"
+    return f"{options}; docs/{page}.md explains them"

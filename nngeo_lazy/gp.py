@@ -15,6 +15,7 @@ try:
 except ImportError as error:
     raise ImportError("nngeo_lazy.gp needs GPyTorch: pip install 'nngeo_lazy[gp]'") from error
 
+from .errors import wrong_option
 from .kernels import NTK
 from .operators import BaseLinearOperator, aslinearoperator
 from .operators.kernel import kernel_of
@@ -70,7 +71,7 @@ class NTKKernel(Kernel):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         if outputs not in _OUTPUTS:
-            raise ValueError(f"expected outputs to be one of {list(_OUTPUTS)}, got {outputs!r}")
+            raise ValueError(wrong_option("outputs", outputs, _OUTPUTS, "kernels"))
         self._network = (model,)  # in a tuple, so that it is no submodule
         self._outputs, self._params, self._forward = outputs, params, forward
         self._known: list[_Known] = []

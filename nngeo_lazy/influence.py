@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from .builders import Jacobian
 from .data import Batch, Batches
 from .distributed import Distributed
-from .errors import DataError, SpaceMismatchError
+from .errors import DataError, SpaceMismatchError, wrong_option
 from .fingerprints import refuse_shuffling
 from .likelihoods import Likelihood, resolve_loss
 from .operators import BaseLinearOperator
@@ -82,7 +82,7 @@ def influences(
         functions, section 2; Cook and Weisberg (1982), section 2.2, on leaving out exactly.
     """
     if method not in METHODS:
-        raise ValueError(f"expected method to be one of {list(METHODS)}, got {method!r}")
+        raise ValueError(wrong_option("method", method, METHODS, "influence"))
     if isinstance(train, Distributed) and train.group.size > 1:
         where = next(model.parameters()).device
         share = Batches(train, device=where, forward=forward, target=target)

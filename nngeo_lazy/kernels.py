@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten
 
 from .data import Batches
 from .distributed import refuse_processes
-from .errors import DataError, TooLargeError
+from .errors import DataError, TooLargeError, wrong_option
 from .fingerprints import refuse_shuffling
 from .operators import BaseLinearOperator
 from .operators.kernel import KINDS, kernel_of
@@ -80,9 +80,9 @@ def NTK(
         Schoenholz (2022), Fast finite width neural tangent kernel, on the ways of computing it.
     """
     if method not in WAYS:
-        raise ValueError(f"expected method to be one of {list(WAYS)}, got {method!r}")
+        raise ValueError(wrong_option("method", method, WAYS, "kernels"))
     if outputs not in KINDS:
-        raise ValueError(f"expected outputs to be one of {list(KINDS)}, got {outputs!r}")
+        raise ValueError(wrong_option("outputs", outputs, KINDS, "kernels"))
     sweeps = []
     with torch.inference_mode(False):
         for x in (x1,) if x2 is None else (x1, x2):

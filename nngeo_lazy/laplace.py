@@ -23,6 +23,7 @@ from .errors import (
     NotPositiveDefiniteError,
     SpaceMismatchError,
     UnsupportedLayerError,
+    wrong_option,
 )
 from .likelihoods import Likelihood, described, resolve
 from .network import Network
@@ -174,7 +175,7 @@ class Laplace:
             uncertainty for classification with Bayesian deep networks, eq. 5, on the bridge.
         """
         if method not in METHODS:
-            raise ValueError(f"expected method to be one of {list(METHODS)}, got {method!r}")
+            raise ValueError(wrong_option("method", method, METHODS, "laplace"))
         likelihood = self._require_likelihood("a predictive distribution of labels")
         found, shape = self._functional(x)
         return labels(likelihood, found, shape, method, samples=samples, seed=seed)
@@ -242,9 +243,7 @@ class Laplace:
             ConvergenceWarning: the search ended before its tolerance.
         """
         if structure not in STRUCTURES:
-            raise ValueError(
-                f"expected structure to be one of {list(STRUCTURES)}, got {structure!r}"
-            )
+            raise ValueError(wrong_option("structure", structure, STRUCTURES, "laplace"))
         F, groups = self._accurate, self._groups(structure)
         start = _require_positive(F, self.prior_precision).detach()
         means = [float(start[index].log().mean()) for index in groups.values()]

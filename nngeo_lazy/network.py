@@ -46,6 +46,15 @@ class Network:
         self._modules = skeleton(model)
         self._cast: tuple[torch.dtype, torch.device] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # the counter of a copy begins again: what has changed until then stays changed
+        rest = [(name, p, p._version == version) for name, p, version in self._rest]
+        return {**self.__dict__, "_rest": rest}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._rest = [(name, p, p._version if same else -1) for name, p, same in state["_rest"]]
+
     def __call__(self, parameters: Sequence[Tensor], raw: Any) -> Tensor:
         """The outputs (N, ...) of one batch at these parameters."""
         return self._forward(self._given(parameters), self._as_cast(raw))

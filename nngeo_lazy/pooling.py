@@ -9,6 +9,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from .arguments import require_sequence
 from .errors import DataError, SpaceMismatchError
 from .operators.base import BaseLinearOperator
 from .operators.block_diagonal import BlockDiagonalLinearOperator
@@ -53,6 +54,7 @@ def merge(
         >>> merge(halves).num_examples
         9
     """
+    require_sequence("operators", ops)
     ops = list(ops)
     _require_alike(ops)
     _require_linear(ops[0].info.quantity)

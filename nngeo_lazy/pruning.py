@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .errors import DataError, SpaceMismatchError
+from .errors import DataError, SpaceMismatchError, wrong_option
 from .operators import BaseLinearOperator
 from .operators.damping import DampingLike
 from .operators.vectors import VectorLike
@@ -65,7 +65,7 @@ def saliency(
         Second order derivatives for network pruning: optimal brain surgeon, eq. 5.
     """
     if method not in METHODS:
-        raise ValueError(f"expected method to be one of {list(METHODS)}, got {method!r}")
+        raise ValueError(wrong_option("method", method, METHODS, "pruning"))
     squares = _flat(F, w).square() / 2
     if method == "obd":
         curvature: Tensor = F.diagonal()

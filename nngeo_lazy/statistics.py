@@ -305,6 +305,8 @@ class KroneckerFactors(Statistic):
         (form,) = forms
         if not isinstance(form, Outer):
             raise TypeError("Kronecker factors need an outer form")
+        if form.g.shape[3] == 0:  # a batch that does not use the layer
+            return
         outputs = form
         if self._reduce:
             outputs = Outer(form.g.sum(3, keepdim=True), None, form.bias)
@@ -327,8 +329,13 @@ class KroneckerFactors(Statistic):
     def factors(self, facts: Facts) -> tuple[Tensor, Tensor]:
         """left (G, o, o) and right (G, w, w); (G, o), (G, w) if diagonal. They are given up."""
         left, right = self._left, self._right
-        if left is None or right is None:
-            raise TypeError("no batch has been seen, or the factors were taken before")
+        if left is None or right is None:  # no batch used the layer
+            groups, o, w = self._layout.groups, self._layout.rows, self._layout.width
+            zeros = [
+                torch.zeros((groups, n) if diagonal else (groups, n, n), dtype=facts.dtype)
+                for n, diagonal in ((o, self._diagonal_left), (w, self._diagonal_right))
+            ]
+            return zeros[0].to(facts.space.device), zeros[1].to(facts.space.device)
         self._left = self._right = None  # they are large, and live on in one place only
         return left.div_(facts.denominator), right.div_(self._positions)
 

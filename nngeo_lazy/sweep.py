@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .arguments import require_callable, require_model, require_seed
 from .collectives import ALONE, Group, digest, seed_of, unwrapped
 from .data import Batch, Batches
 from .distributed import Distributed
@@ -27,13 +27,15 @@ from .selectors import Selector, space_of
 from .skeleton import refuse_strays, skeleton
 from .space import ParamSpace
 from .statistics import Statistic, all_finite, pool_statistics
+from .totals import Counts, Totals
 
-__all__ = ["Make", "Problem", "Sweep", "Totals", "make_sweep"]
+__all__ = ["Make", "Problem", "Sweep", "make_sweep"]
 
 Chunk = tuple[list[Form | None], bool, bool]
 KEPT_BYTES = 2**26  # the forms of a whole pass are kept for a second one up to this size
 
 
+Read = tuple[Sequence[Statistic] | None, Totals]
 Make = Callable[[Facts], Sequence[Statistic]]  # of the parts that the first batch shows
 
 
@@ -161,6 +163,7 @@ class Sweep:
         self._model = skeleton(problem.model)
         self._capture = Capture(self._model, problem.space, problem.batches.forward)
         self._looked = False  # at what the outputs depend on
+        self._finished = False  # a pass
         self._parts: Sequence[Part] = ()
         self._described: Mapping[str, str | int | None] | None = None  # by another process
         self._kept: tuple[Totals, list[Chunk]] | None = None
@@ -193,10 +196,13 @@ class Sweep:
             TooLargeError: more directions than `max_directions`.
         """
         with self.problem.group.together("a pass over the data"):
-            if self._kept is None:
-                statistics, totals = self._read(make, keep)
+            if self._kept is not None:
+                read = self._replay(make, *self._kept)
             else:
-                statistics, totals = self._replay(make, *self._kept)
+                while (found := self._pass(make, keep)) is None:
+                    pass
+                read = found
+            statistics, totals = read
             totals.require_sound()
         facts = self.finish(totals)
         if statistics is None:  # this process has no batch
@@ -236,21 +242,39 @@ class Sweep:
             known = group.gather(known)[seen[0]]
         return replace(self.facts, **known)
 
-    def _read(self, make: Make, keep: bool) -> tuple[Sequence[Statistic] | None, Totals]:
+    def _pass(self, make: Make, keep: bool) -> Read | None:
+        """One pass over the data; None where its batches used parameters in unforeseen ways.
+
+        The first batch says which statistics there are. If a later one asks for others, the rest of
+        the pass only looks at how the parameters are used.
+        """
         problem = self.problem
         statistics: Sequence[Statistic] | None = None
         kept: list[Chunk] | None = [] if keep else None
         totals = Totals(problem.quantity, problem.space.device)
+        stale = False
         with recording(self._model, problem.space.parameters(self._model)):
             for batch in problem.batches:
                 generator = problem.draws(batch)
                 for recorded, target in self._record(batch):
-                    totals.add(recorded.outputs, target)
                     if statistics is None:
-                        statistics = make(self.facts)
+                        statistics, parts = make(self.facts), self._parts
+                    stale = stale or self._parts != parts
+                    if stale:
+                        continue
+                    totals.add(recorded.outputs, target)
                     for chunk in self._chunks(recorded, target, generator):
                         _update(statistics, chunk)
                         kept = _keep(kept, chunk)
+        if stale:
+            if self._finished:
+                raise DataError(
+                    "expected the same batches on every pass, but some use parameters in ways that "
+                    "those of the pass before did not: pass seed=..., or a loader that gives the "
+                    "same batches in every pass"
+                )
+            return None
+        self._finished = True
         self._kept = None if kept is None else (totals, kept)
         return statistics, totals
 
@@ -290,9 +314,7 @@ class Sweep:
             exist = self.problem.batches.positions(recorded.record.raw)
             yield replace(recorded, marks=marks_of(scored, exist)), target
 
-    def _replay(
-        self, make: Make, totals: Totals, kept: list[Chunk]
-    ) -> tuple[Sequence[Statistic] | None, Totals]:
+    def _replay(self, make: Make, totals: Totals, kept: list[Chunk]) -> Read:
         statistics = make(self.facts) if self._parts else None
         for chunk in kept:
             _update(statistics or (), chunk)
@@ -332,6 +354,10 @@ def make_sweep(
     """A sweep from what the builders take; see `FIM`."""
     group = loader.group if isinstance(loader, Distributed) else None
     with (group or ALONE).together("a build"):
+        require_model(model)
+        require_seed(options.get("seed"))
+        require_callable("forward", forward)
+        require_callable("target", target)
         model = unwrapped(model, group)
         space = space_of(model, params)
         batches = Batches(
@@ -343,68 +369,6 @@ def make_sweep(
             progress=progress,
         )
     return Sweep(Problem.of(model, space, batches, quantity, **options))
-
-
-class Counts(NamedTuple):
-    """The numbers of a pass that add up over processes; no log-likelihood is NaN."""
-
-    examples: int
-    terms: int
-    denominator: float
-    log_likelihood: float
-
-
-class Totals:
-    """Counts and complaints of a pass, kept on the device and read once at its end."""
-
-    def __init__(self, quantity: Quantity, device: torch.device) -> None:
-        self.quantity = quantity
-        self._examples = 0
-        self._terms = torch.zeros((), dtype=torch.int64, device=device)
-        self._denominator = torch.zeros((), dtype=torch.float64, device=device)
-        self._flags: dict[str, Tensor] = {}
-        self._log_likelihood: Tensor | None = torch.zeros_like(self._denominator)
-
-    def add(self, outputs: Tensor, target: Tensor | None) -> None:
-        """Count a batch."""
-        for message, wrong in self.quantity.flags(outputs, target).items():
-            before = self._flags.get(message)
-            self._flags[message] = wrong if before is None else before | wrong
-        self._examples += outputs.shape[0]
-        self._terms += self.quantity.num_terms(outputs, target)
-        self._denominator += self.quantity.denominator(outputs, target)
-        if self._log_likelihood is not None:
-            added = self.quantity.log_likelihood(outputs, target)
-            self._log_likelihood = None if added is None else self._log_likelihood + added
-
-    def require_sound(self) -> None:
-        """Raise NonFiniteError or DataError if something was wrong on some batch."""
-        if not self._flags:
-            return
-        wrong = torch.stack([flag.reshape(()) for flag in self._flags.values()]).tolist()
-        messages = [message for message, bad in zip(self._flags, wrong, strict=True) if bad]
-        if messages:
-            finite = any("finite" in message for message in messages)
-            raise (NonFiniteError if finite else DataError)("; ".join(messages))
-
-    def counts(self) -> Counts:
-        """What was counted, read from the device."""
-        likelihood = math.nan if self._log_likelihood is None else float(self._log_likelihood)
-        return Counts(self._examples, int(self._terms), float(self._denominator), likelihood)
-
-    def finish(self, counts: Counts) -> dict[str, Any]:
-        """The fields of `Facts` that a pass finds.
-
-        Raises:
-            DataError: there is nothing to divide by.
-        """
-        likelihood = counts.log_likelihood
-        return {
-            "num_examples": counts.examples,
-            "num_terms": counts.terms,
-            "denominator": self.quantity.total(counts.denominator),
-            "log_likelihood": likelihood if math.isfinite(likelihood) else None,
-        }
 
 
 def _update(statistics: Sequence[Statistic], chunk: Chunk) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, Generic, TypeVar, overload
 
+from . import html
+
 __all__ = ["Table"]
 
 R = TypeVar("R")
@@ -33,14 +35,33 @@ class Table(Sequence[R], Generic[R]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __repr__(self) -> str:
-        if not self._rows:
-            return "\n".join(("(no rows)", *self._summary))
+    def _columns(self) -> list[list[str]]:
+        """Those that are not empty, each with its name first."""
         columns = []
         for each in fields(self._rows[0]):  # type: ignore[arg-type]
             cells = [_cell(getattr(row, each.name)) for row in self._rows]
             if any(cells):
                 columns.append([each.name, *cells])
+        return columns
+
+    def _repr_html_(self) -> str:
+        """In a notebook: the same table, with a bar of bytes."""
+        title = "; ".join(self._summary) or f"{len(self._rows):,} rows"
+        if not self._rows:
+            return html.page(title)
+        heads, *rows = (list(line) for line in zip(*self._columns(), strict=True))
+        if "bytes" in heads:
+            column = heads.index("bytes")
+            known: Any = self._rows  # of a dataclass with bytes
+            taken = [int(row.bytes) for row in known]
+            for row, each in zip(rows, taken, strict=True):
+                row[column] = html.bar(each, max(taken), html.size(each))
+        return html.page(title, html.table(heads, rows))
+
+    def __repr__(self) -> str:
+        if not self._rows:
+            return "\n".join(("(no rows)", *self._summary))
+        columns = self._columns()
         widths = [max(map(len, column)) for column in columns]
         lines = [
             "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()

@@ -322,3 +322,31 @@ def test_singular_without_damping():
         with pytest.raises(NotPositiveDefiniteError, match=r"singular.*damping"):
             F.solve(F.space.randn())
         assert F.solve(F.space.randn(), damping=1e-3).isfinite().all()
+
+
+# --- arguments ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("builder", [ng.FIM, ng.GGN, ng.Hessian, ng.Jacobian, ng.NTK])
+@pytest.mark.parametrize("model", [None, (X, Y), X, "net", nn.Linear])
+def test_what_is_no_model(builder, model):
+    options = {"loss": "categorical"} if builder in (ng.GGN, ng.Hessian) else {}
+    with pytest.raises(DataError, match=r"the model, a torch.nn.Module, got .*\(model, loader\)"):
+        builder(model, X if builder is ng.NTK else (X, Y), **options)
+
+
+@pytest.mark.parametrize("seed", ["0", 1.5, True, X])
+def test_seeds(seed):
+    refused(DataError, "expected seed to be an integer or None", estimator="mc", seed=seed)
+
+
+def test_functions():
+    refused(DataError, "expected forward to be a function or None, got int", forward=3)
+    refused(DataError, "expected target to be a function or None, got Tensor", target=Y)
+
+
+def test_merge_takes_a_list():
+    F = ng.FIM(net(), (X, Y))
+    with pytest.raises(DataError, match=r"a list of operators, got .*: put it into a list"):
+        ng.merge(F)
+    assert ng.merge([F]).num_examples == 6  # the remedy

@@ -12,6 +12,7 @@ from nngeo_lazy.jacobian.inputs import DenseInputs, IndexInputs, PatchInputs
 from nngeo_lazy.jacobian.moments import moment
 from nngeo_lazy.jacobian.patches import Geometry, patch_moment, unfold
 from nngeo_lazy.layout import Layout, Piece, assemble
+from nngeo_lazy.operators.decompose import eigh
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -302,3 +303,30 @@ def test_a_weight_stored_around_its_outputs(groups):
     assert torch.equal(assemble(placed), many)
     moved = layout.shifted({start: 0, start + weight.numel(): weight.numel()})
     assert torch.equal(moved.gather(flat[start:]), layout.gather(flat))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("flipped", [False, True])
+@pytest.mark.parametrize("groups", [1, 2, 16])
+def test_moments_of_small_images(size, stride, flipped, groups):
+    """Few positions, and taps that see only padding."""
+    geometry = Geometry((3, 3), (stride,) * 2, ((1, 1), (1, 1)), (1, 1), groups, flipped)
+    x = PatchInputs(torch.randn(4, 16, size, size), geometry)
+    dense = DenseInputs(x.dense().contiguous())
+    for bias in (False, True):
+        once = x.moment(bias)
+        torch.testing.assert_close(once, dense.moment(bias))
+        torch.testing.assert_close(x.moment(bias, once.clone()), 2 * once)
+
+
+def test_decompositions_leave_out_rows_of_zeros():
+    x = torch.randn(70, 100)
+    x[:, 10:40] = 0
+    for matrix in (x.mT @ x, (x.mT @ x).unsqueeze(0), torch.zeros(80, 80)):
+        values, vectors = eigh(matrix)
+        n = matrix.shape[-1]
+        rebuilt = vectors @ (values.unsqueeze(-1) * vectors.mT)
+        torch.testing.assert_close(rebuilt, matrix)
+        torch.testing.assert_close(vectors.mT @ vectors, torch.eye(n).expand_as(matrix))
+        assert bool((values.diff(dim=-1) >= 0).all())

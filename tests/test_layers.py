@@ -496,10 +496,10 @@ def test_a_wrong_form_is_demoted(register, form, why):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"gradients": lambda g: g}, r"gradients of shape \(2, 3, 1, 1, 3\), got \(2, 3, 1, 3\)"),
+        ({"gradients": lambda g: g}, r"gradients of shape \(1, 3, 1, 1, 3\), got \(1, 3, 1, 3\)"),
         ({"inputs": lambda x: x.unsqueeze(1).mT}, r"inputs of shape \(3, 1, T, 2\), got"),
-        ({"rows": lambda x, g: {"weight": g}}, r"rows of the weight of shape \(2, 3, 6\), got"),
-        ({"rows": lambda x, g: {}}, r"rows of the weight of shape \(2, 3, 6\), got none"),
+        ({"rows": lambda x, g: {"weight": g}}, r"rows of the weight of shape \(1, 3, 6\), got"),
+        ({"rows": lambda x, g: {}}, r"rows of the weight of shape \(1, 3, 6\), got none"),
     ],
 )
 def test_shapes_that_a_form_gets_wrong(register, change, message):

@@ -1,31 +1,21 @@
-"""The examples of the README and of the pages run as they stand."""
+"""The README: short, with the two commands that `.ci/run` reads."""
 
-import re
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+LINES = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
 
 
-@pytest.mark.parametrize(
-    "page",
-    [
-        "README.md",
-        "docs/matrix_free.md",
-        "docs/spectra.md",
-        "docs/kernels.md",
-        "docs/laplace.md",
-        "docs/optimizers.md",
-        "docs/clients.md",
-    ],
-)
-def test_examples_run(page, tmp_path, monkeypatch):
-    """One after the other, as a reader would run them."""
-    text = (ROOT / page).read_text(encoding="utf-8")
-    examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert examples
-    monkeypatch.chdir(tmp_path)
-    names = {}
-    for code in examples:
-        exec(compile(code, page, "exec"), names)
+def test_it_is_short():
+    assert len(LINES) < 150
+
+
+@pytest.mark.parametrize("name", ["quickstart", "tests"])
+def test_it_has_the_two_commands(name):
+    """A mark, and below it one line that begins with python3 and sets up everything."""
+    mark = LINES.index(f"<!-- ci: {name} -->")
+    command = next(line for line in LINES[mark:] if line.startswith("python3 "))
+    assert LINES.index(command) == mark + 2
+    assert "-m venv .venv && .venv/bin/pip install -q torch==" in command

@@ -14,21 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from .. import tree
-from ..errors import DataError, NonFiniteError, StochasticModelError, UnsupportedLayerError
+from ..errors import DataError, NonFiniteError, UnsupportedLayerError
 from ..space import ParamSpace
-from .folds import Fold
+from .alone import Alone, draws, mixed, outputs_alone, require_repeatable
+from .folds import Fold, candidates
 from .general import Forward, GeneralRows, cut, example_leaves
 from .grouping import make_parts
 from .parts import Kind, Part
 from .passes import Cutter, Pass, Plan, Recorded, gradients_at
-from .proof import Probe, Probed, agree, probe_folds
+from .proof import Probe, Probed, agree, probe_folds, scales_of
 from .record import Recorder
+from .union import joined
 
 __all__ = ["Capture", "Recorded"]
 
-SAMPLED = 32  # examples of the first batch that the plan is made from
-PROBED = 3  # of them, in the self-check
-OUTPUTS_AGREE = 0.25  # a power of eps: outputs that nearly cancel carry few digits
+SAMPLED = 16  # examples of the first batch that the plan is made from
+PROBED = 3  # of them, in the self-check of forms
 
 
 class Capture:
@@ -50,70 +51,98 @@ class Capture:
         self._space = space
         self._forward = forward
         self._parameters = space.parameters(model)
-        self._plan: Plan | None = None
+        self._plans: dict[tuple[str | int, ...], Plan] = {}  # by what the pass did
+        self._plan: Plan | None = None  # the last one
+        self._cutter: Cutter | None = None
+        self._parts: list[Part] | None = None
 
     @property
     def parts(self) -> list[Part]:
-        """The parameters by form; known after the first batch."""
-        if self._plan is None:
+        """The parameters by form, of all batches so far; known after the first one."""
+        if self._parts is None:
             raise RuntimeError("no batch has been captured")
-        return self._plan.parts
+        return self._parts
 
     def __call__(self, raw: Any, target: Tensor | None) -> Iterator[tuple[Recorded, Tensor | None]]:
-        """Record a batch with its target, in pieces where it is large; the first time, also plan.
+        """Record a batch with its target, in pieces where it is large, and plan what is new in it.
 
         The pieces are small enough to stay in fast memory. A batch is cut only where the self-check
         found that examples on their own give the outputs that they give in the batch.
         """
-        if self._plan is None:
-            self._plan = self._sampled_plan(raw)
-        if self._plan is None:
+        if self._plan is None and not self._sampled_plan(raw):
             record = self._record(raw)
-            self._plan = self._replan(record)
-            if self._plan.cutter is None or self._plan.cutter.pieces(raw) == 1:
-                yield Recorded(record, self._plan, self._parameters), target
+            plan = self._planned(record)
+            self._cutter = plan.cutter
+            if plan.cutter is None or plan.cutter.pieces(raw) == 1:
+                yield Recorded(record, plan, self._parameters, self.parts), target
                 return
             del record
-        cutter = self._plan.cutter
+        cutter = self._cutter
         for piece, labels in [(raw, target)] if cutter is None else cutter(raw, target):
             record = self._record(piece)
-            if not self._plan.fits(record):
-                self._plan = self._replan(record)
-            yield Recorded(record, self._plan, self._parameters), labels
+            plan = self._planned(record)
+            yield Recorded(record, plan, self._parameters, self.parts), labels
 
     def prove(self, raw: Any) -> list[Part]:
-        """The plan, from a batch that is looked at for nothing else."""
-        self._plan = self._sampled_plan(raw) or self._replan(self._record(raw))
-        return self._plan.parts
+        """The parts, from a batch that is looked at for nothing else.
 
-    def observed(self, raw: Any, outputs: Tensor, recorder: Recorder) -> Recorded | None:
-        """A pass that somebody else ran under a recorder, None where it does not fit the plan.
+        Raises:
+            UnsupportedLayerError: it uses parameters in another way than the batches before.
+        """
+        before = self._parts
+        if self._plan is not None or not self._sampled_plan(raw):
+            self._planned(self._record(raw))
+        if before is not None and self.parts != before:
+            self._parts = before
+            raise UnsupportedLayerError(
+                "expected every batch to use the parameters in the same way, but a later batch "
+                f"uses {_differing(before, self._plan)} differently: use batches of one kind"
+            )
+        return self.parts
+
+    def observed(
+        self, raw: Any, outputs: Tensor, recorder: Recorder, *, proved: bool = False
+    ) -> Recorded | None:
+        """A pass that somebody else ran under a recorder, None where `prove` must see its batch.
 
         It does not hold the outputs' graph, but what lies below.
+
+        Args:
+            raw: the batch.
+            outputs: of the pass.
+            recorder: it was open then.
+            proved: whether this batch has just been proved.
         """
-        record = Pass(raw, outputs.detach(), recorder.calls, recorder.formless, recorder.examples)
+        record = Pass.of(raw, outputs, recorder, self._parameters)
+        record = replace(record, outputs=outputs.detach())
         plan = self._plan
         if plan is None or not plan.fits(record):
+            plan = next((p for p in self._plans.values() if p.fits(record)), None)
+        if plan is None or not (proved or (record.signature.alike and plan.lively)):
             return None
-        return Recorded(record, plan, self._parameters)
+        return Recorded(record, plan, self._parameters, self.parts)
 
-    def _sampled_plan(self, raw: Any) -> Plan | None:
-        """The plan from the first examples of a batch, or None where it cannot be cut.
+    def _sampled_plan(self, raw: Any) -> bool:
+        """Plan from the first examples of a batch; whether it can be cut.
 
         If dimension 0 were not the examples, cutting it twice would not cut the outputs twice.
         """
         tensors = [t for t in tree.tensors(raw) if t.dim() > 0]
         n = tensors[0].shape[0] if tensors else 0
         if n <= SAMPLED:
-            return None
+            return False
         try:
             record = self._record(cut(raw, example_leaves(raw, n), slice(0, SAMPLED)))
         except Exception:  # noqa: BLE001 - a batch that cannot be cut is recorded whole
-            return None
-        if record.n != SAMPLED:
-            return None
+            return False
+        if record.n != SAMPLED or record.outputs.grad_fn is None:
+            return False
         plan = self._replan(record)
-        return plan if plan.cutter is not None else None
+        if plan.cutter is None:
+            return False
+        self._take(record, plan)
+        self._cutter = plan.cutter
+        return True
 
     def recorder(self, raw: Any, *, training: bool = False) -> Recorder:
         """A recorder of a pass over this batch."""
@@ -130,135 +159,133 @@ class Capture:
         )
 
     def _record(self, raw: Any, examples: Sequence[bool] | None = None) -> Pass:
+        before = draws(self._space.device)
         with (
             self.recorder(raw)
             if examples is None
             else self._recorder(raw, False, examples) as recorder
         ):
             outputs = self._forward(self._model, raw)
-        return Pass(raw, outputs, recorder.calls, recorder.formless, recorder.examples)
+        record = Pass.of(raw, outputs, recorder, self._parameters)
+        drawn = not all(map(torch.equal, before, draws(self._space.device)))
+        return replace(record, drawn=drawn)
+
+    def _planned(self, record: Pass) -> Plan:
+        """A plan that is believed for this pass."""
+        if record.drawn:
+            require_repeatable(record, self._record)
+        plan = self._plans.get(record.signature.nodes)
+        if plan is None:
+            plan = self._replan(record)
+        elif not (record.signature.alike and plan.lively and plan.fits(record)):
+            plan = replace(self._prove(record), cutter=plan.cutter)
+        return self._take(record, plan)
+
+    def _take(self, record: Pass, plan: Plan) -> Plan:
+        """Keep a plan, and the parts that it shares with those before."""
+        self._plan = self._plans[record.signature.nodes] = plan
+        if self._parts is None:
+            self._parts = plan.parts
+        elif self._parts is not plan.parts:
+            parts = joined(self._space, self._parts, plan.parts)
+            self._parts = self._parts if parts == self._parts else parts
+        return plan
 
     def _replan(self, record: Pass) -> Plan:
+        """The plan of a pass that does something new."""
+        which = "first" if self._plan is None else "a later"
         if not bool(record.outputs.isfinite().all()):
             raise NonFiniteError(
-                "expected finite outputs, but the model gives NaN or infinity on the first batch: "
+                f"expected finite outputs, but the model gives NaN or infinity on {which} batch: "
                 "check the inputs, and the training that led to these parameters"
             )
+        if record.n < 1:
+            raise DataError(
+                "expected at least one example in each batch, got outputs "
+                f"{tuple(record.outputs.shape)}: drop empty batches from the loader"
+            )
         if record.outputs.grad_fn is None:
+            if self._plan is not None:  # of a model that uses none of them for this batch
+                unused = make_parts(self._space, [], {}, set(self._space.names))
+                return Plan([], unused, [], None, record.n, record.examples)
             raise DataError(
                 "the outputs do not depend on any selected parameter: select others with params=, "
                 "and check that the forward pass does not run under no_grad or detach"
             )
-        few = self._few(record)
+        alone = outputs_alone(record, self._record)
+        few = self._few(record) if alone is Alone.SAME else None
         if few is not None and few.examples != record.examples:
             # as many positions as examples, by accident: the few examples tell
             record = self._record(record.raw, few.examples)
-        plan = None if few is None else self._prove(few)
-        if plan is None or not plan.fits(record):
+        alike = record.signature.alike
+        plan = None if few is None or not alike else self._prove(few)
+        if plan is None or not plan.lively or not plan.fits(record):
             plan = self._prove(record)
-        before = self._plan
-        if before is not None and [(p.names, p.layout, p.kind) for p in plan.parts] != [
-            (p.names, p.layout, p.kind) for p in before.parts
-        ]:
-            raise UnsupportedLayerError(
-                "expected every batch to use the parameters in the same way, but a later batch "
-                f"calls {_differing(before.keys, record.keys)}: use batches of one kind"
-            )
-        if few is not None and few.raw is not record.raw:
+        if alone is Alone.DOUBTFUL and self._meet(record, plan):
+            raise mixed(record.n)
+        if alone is not Alone.UNKNOWN and record.n > 1:
             return replace(plan, cutter=Cutter.of(record.raw, record.n, plan.bytes(record)))
         return plan
 
+    def _meet(self, record: Pass, plan: Plan) -> bool:
+        """Whether a layer's output, cut into examples as it can be, reaches others' outputs."""
+        return any(
+            fold is None and any(candidates(call.shape[: call.use.leading], record.n))
+            for call, fold in zip(record.calls, plan.folds, strict=True)
+        )
+
     def _few(self, record: Pass) -> Pass | None:
-        """A few examples of the batch on their own, or None where the batch cannot be cut.
-
-        The outputs must be the same as within the batch: one fixed function, one example at a time.
-        """
-        n, outputs = record.n, record.outputs.detach()
-        if n < 1:
-            raise DataError(
-                f"expected at least one example in each batch, got outputs {tuple(outputs.shape)}: "
-                "drop empty batches from the loader"
-            )
-        index = torch.tensor(sorted({0, n // 2, n - 1})[:PROBED])
-        alone = None
-        if n > 1:
-            kept = index if n > PROBED else index[:1]
-            leaves = example_leaves(record.raw, n)
-            alone = self._try(cut(record.raw, leaves, kept), record, len(kept))
-        same = self._record(record.raw) if alone is None or n <= PROBED else None
-        if same is not None and not agree(same.outputs, outputs, OUTPUTS_AGREE):
-            raise StochasticModelError(
-                "expected one fixed function, but two forward passes of the same batch differ: "
-                "call model.eval(), and remove sampling from the forward pass"
-            )
-        if alone is None:
-            return same
-        if not agree(alone.outputs, outputs[kept.to(outputs.device)], OUTPUTS_AGREE):
-            again = self._record(alone.raw)
-            if not agree(again.outputs, alone.outputs, OUTPUTS_AGREE):
-                raise StochasticModelError(
-                    "expected one fixed function, but two forward passes of the same examples "
-                    "differ: call model.eval(), and remove sampling from the forward pass"
-                )
-            raise StochasticModelError(
-                "expected a model that treats each example on its own, but the outputs of "
-                f"{len(kept)} examples change when the {n - len(kept)} others are left out: per-"
-                "example gradients do not exist for it. Batch statistics? Call model.eval()"
-            )
-        return same or alone
-
-    def _try(self, raw: Any, record: Pass, n: int) -> Pass | None:
-        try:
-            alone = self._record(raw)
-        except Exception:  # noqa: BLE001 - a batch that cannot be cut is probed whole
+        """A few examples of a batch on their own, None where they do something else."""
+        n = record.n
+        if n <= PROBED:
             return None
-        same = alone.outputs.shape == (n, *record.outputs.shape[1:]) and alone.keys == record.keys
-        return alone if same else None
+        kept = torch.tensor([0, n // 2, n - 1])
+        few = self._record(cut(record.raw, example_leaves(record.raw, n), kept))
+        if few.keys != record.keys or not few.signature.alike or few.idle != record.idle:
+            return None
+        within = record.outputs.detach()[kept.to(record.outputs.device)]
+        return few if agree(few.outputs, within, 0.25) else None
 
     def _prove(self, record: Pass) -> Plan:
-        """The self-check (see `plan`) on a recorded pass."""
+        """The self-check (see `proof`) on a recorded pass."""
         outputs, calls, n = record.outputs, record.calls, record.n
         generator = torch.Generator(device=outputs.device).manual_seed(0)
         edges = [call.edge for call in calls]
-        leaves = list(self._parameters.values())
-        chosen = sorted({0, n - 1})
-        noise = torch.randn(
-            (len(chosen), *outputs.shape[1:]), generator=generator, device=outputs.device
-        )
-        cotangent = torch.zeros_like(outputs)
-        cotangent[chosen] = noise.to(outputs.dtype)
-        first = torch.zeros_like(outputs)
-        first[0] = cotangent[0]
-        # Confined to its example each, both can be compared with autograd in one sum.
-        found = gradients_at(outputs, [*edges, *leaves], cotangent)
-        probes = [Probe((*chosen,), cotangent, found[: len(edges)])]
-        if len(chosen) > 1:
-            probes.append(Probe((0,), first, gradients_at(outputs, edges, first)))
-        found = found[len(edges) :]
+        noise = torch.randn(outputs.shape, generator=generator, device=outputs.device)
+        cotangent, scales = noise.to(outputs.dtype), scales_of(outputs, generator)
+        # Confined to its example each, all can be compared with autograd in one sum.
+        found = gradients_at(outputs, [*edges, *self._parameters.values()], cotangent)
+        at_calls, found = found[: len(edges)], found[len(edges) :]
+        scaled = at_calls
+        if n > 1:
+            times = scales.view(-1, *[1] * (outputs.dim() - 1))
+            scaled = gradients_at(outputs, edges, cotangent * times)
+        probe = Probe(cotangent, scales, at_calls, scaled)
         dense = [g.to_dense() if g is not None and g.is_sparse else g for g in found]
         gradients = dict(zip(self._parameters, dense, strict=True))
-        if all(g is None for g in found):
+        if self._plan is None and all(g is None for g in found):
             raise DataError("the outputs do not depend on any selected parameter")
-        folds = probe_folds(calls, probes, n)
-        parts = self._demote(record, folds, probes, gradients)
+        folds = probe_folds(calls, probe)
+        parts = self._demote(record, folds, probe, gradients)
         names = [name for part in parts if part.kind is Kind.GENERAL for name in part.names]
         general = None
         if names:
             without = {name: self._parameters[name] for name in names}
             general = GeneralRows(self._model, without, self._forward)
-            general.probe(record.raw, outputs, cotangent, chosen)
-        return Plan(record.keys, parts, folds, general, n, record.examples)
+            general.probe(record.raw, outputs, cotangent, sorted({0, n // 2, n - 1}))
+        return Plan(record.keys, parts, folds, general, n, record.examples, probe.lively)
 
     def _demote(
         self,
         record: Pass,
         folds: list[Fold | None],
-        probes: Sequence[Probe],
+        probe: Probe,
         gradients: Mapping[str, Tensor | None],
     ) -> list[Part]:
         """The parts, with all whose rows are not autograd's on the general way."""
         general = dict(record.formless)
         unused = {name for name, gradient in gradients.items() if gradient is None}
+        unused |= record.idle
         for call, fold in zip(record.calls, folds, strict=True):
             if fold is None:
                 note = f"the output of {call.function} {tuple(call.shape)} has no example axis"
@@ -268,14 +295,17 @@ class Capture:
         for part in make_parts(self._space, record.calls, general, unused):
             if not part.members:
                 continue
-            found = Probed(record.calls, folds, probes, gradients, self._parameters, self._space)
+            found = Probed(record.calls, folds, probe, gradients, self._parameters, self._space)
             if why := found.disagreement(part, record.n):
                 general.update(dict.fromkeys(part.names, why))
         return make_parts(self._space, record.calls, general, unused)
 
 
-def _differing(before: list[tuple[str, ...]], now: list[tuple[str, ...]]) -> str:
-    for old, new in zip(before, now, strict=False):
-        if old != new:
-            return f"{new} where {old} was called before"
-    return f"{len(now)} layers where {len(before)} were called before"
+def _differing(before: Sequence[Part], plan: Plan | None) -> str:
+    """The parameters that a plan has other parts of."""
+    now = [] if plan is None else plan.parts
+    known = {(part.names, part.layout, part.kind) for part in before}
+    other = [part for part in now if (part.names, part.layout, part.kind) not in known]
+    names = list(dict.fromkeys(name for part in other for name in part.names))
+    called = ", ".join(dict.fromkeys(part.function for part in other if part.function))
+    return f"{names} ({called})" if called else f"{names}"

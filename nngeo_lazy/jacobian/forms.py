@@ -246,7 +246,7 @@ class Outer(Form):
         With a single position the square of an outer product is the outer product of squares, so
         that directions can be summed first: added to `into` where given.
         """
-        if self.g.shape[3] > 1 or isinstance(self.inputs, IndexInputs):
+        if self.g.shape[3] != 1 or isinstance(self.inputs, IndexInputs):
             return None
         for g in self.g.squeeze(3):
             into = g.square() if into is None else into.addcmul_(g, g)

@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .moments import add_border, moment
-from .patches import Geometry, patch_moment, unfold
+from .patches import Geometry, live_taps, patch_moment, unfold
 
 __all__ = ["DenseInputs", "IndexInputs", "Inputs", "PatchInputs", "rotate"]
 
 TILE_NUMBERS = 2**22  # inputs that are not stored are made a tile of examples at a time
+FEW_POSITIONS = 8  # of a width: with fewer, one product of all patches is cheapest
 CACHED_BYTES = 2**27  # a layer's dense inputs are kept for all directions up to this size
 
 
@@ -319,8 +320,13 @@ class PatchInputs(Inputs):
         return u.permute(0, 2, 1, 4, 3).flatten(2, 3)
 
     def moment(self, bias: bool, into: Tensor | None = None) -> Tensor:
-        _, groups, _, width = self.shape
+        n, groups, t, width = self.shape
         size = width + bias
+        live = live_taps(self.geometry, self.images.shape[2:])
+        if len(live) < self.geometry.volume:
+            return self._live_moment(live, bias, into)
+        if n * t <= width // FEW_POSITIONS:
+            return moment(self.dense().contiguous(), bias, into)
         full = self.images.new_zeros(groups, size, size) if into is None else into
         full[:, :width, :width] += patch_moment(self.images, self.geometry)
         if bias:
@@ -335,6 +341,18 @@ class PatchInputs(Inputs):
 
     def concatenate(self, others: list[Inputs]) -> Inputs:
         return DenseInputs(self.dense()).concatenate(others)
+
+    def _live_moment(self, live: list[int], bias: bool, into: Tensor | None) -> Tensor:
+        """The moment if other taps of the kernel see padding alone, which gives zeros."""
+        _, groups, _, width = self.shape
+        volume = self.geometry.volume
+        x = self.dense().unflatten(-1, (-1, volume))[..., live].flatten(3)
+        part = moment(x.contiguous(), bias)
+        where = torch.arange(width, device=x.device).view(-1, volume)[:, live].flatten()
+        where = torch.cat([where, where.new_full((int(bias),), width)])
+        full = x.new_zeros(groups, width + bias, width + bias) if into is None else into
+        full[:, where[:, None], where] += part
+        return full
 
     def _total(self) -> Tensor:
         """Sum of the patches over examples and positions, (G, i)."""

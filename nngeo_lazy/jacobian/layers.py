@@ -108,6 +108,50 @@ def embedding(call: Mapping[str, Any], output: Tensor) -> Use | str:
     )
 
 
+@layer(
+    F.embedding_bag,
+    "input weight offsets max_norm norm_type scale_grad_by_freq mode sparse per_sample_weights "
+    "include_last_offset padding_idx",
+)
+def embedding_bag(call: Mapping[str, Any], output: Tensor) -> Use | str:
+    """A weighted sum of rows: its input factor is the histogram of each bag."""
+    mode, index, weight = call.get("mode", "mean"), call["input"], call["weight"]
+    if mode == "max" or call.get("max_norm") is not None or call.get("scale_grad_by_freq"):
+        return "embedding_bag with a maximum, or a norm or frequencies that change its weight"
+    n, width = output.shape[0], weight.shape[0]
+    flat = index.reshape(-1).long()
+    if index.dim() == 2:
+        bag = torch.arange(n, device=flat.device).repeat_interleave(index.shape[1])
+    else:
+        bag = (
+            torch.searchsorted(
+                call["offsets"][:n].long().contiguous(),
+                torch.arange(len(flat), device=flat.device),
+                right=True,
+            )
+            - 1
+        )
+    given = call.get("per_sample_weights")
+    scale = torch.ones(len(flat), dtype=output.dtype, device=flat.device)
+    if given is not None:
+        scale = given.detach().reshape(-1).to(scale)
+    padding = call.get("padding_idx")
+    if padding is not None:
+        scale = scale * (flat != padding % width)
+    if mode == "mean":
+        scale = scale / scale.new_zeros(n).index_add_(0, bag, scale).clamp_min(1)[bag]
+    histogram = scale.new_zeros(n, width).index_put_((bag, flat), scale, accumulate=True)
+    return Use(
+        weight,
+        None,
+        leading=1,
+        x=histogram,
+        grid=Grid(1, weight.shape[1], width, transposed=True),
+        gradients=lambda g: g.unsqueeze(2),
+        inputs=lambda x: x.unsqueeze(1),
+    )
+
+
 @layer(F.layer_norm, "input normalized_shape weight bias eps")
 def layer_norm(call: Mapping[str, Any], output: Tensor) -> Use | str:
     shape = tuple(call["normalized_shape"])

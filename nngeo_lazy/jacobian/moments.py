@@ -22,9 +22,11 @@ def moment(x: Tensor, bias: bool = False, into: Tensor | None = None) -> Tensor:
     elif n * groups * width * width * x.element_size() <= SUMMED_BYTES:
         total = (x.mT @ x).sum(0)  # (N,G,i,T)(N,G,T,i)
         second.copy_(total) if into is None else second.add_(total)
+    elif groups > 1:
+        joined = x.transpose(0, 1).reshape(groups, n * t, width)
+        second.baddbmm_(joined.mT, joined, beta=beta)
     else:  # channels-first data: a product for each example beats copying to (N T, i)
-        for g in range(groups):
-            second[g].addbmm_(x[:, g].mT, x[:, g], beta=beta)
+        second[0].addbmm_(x[:, 0].mT, x[:, 0], beta=beta)
     if bias:
         add_border(full, x.sum((0, 2)), n * t, beta)
     return full

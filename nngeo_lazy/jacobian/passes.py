@@ -17,7 +17,9 @@ from .forms import Form, Rows
 from .general import GeneralRows, Way, cut, example_leaves
 from .inputs import Inputs
 from .parts import Gradient, Kind, Part
-from .record import Call
+from .record import Call, Recorder
+from .signature import Signature, signature_of
+from .union import form_of
 
 __all__ = ["Cutter", "Pass", "Plan", "Recorded", "gradients_at"]
 
@@ -31,13 +33,45 @@ PIECE_EXAMPLES = 16  # but no fewer: small products are slow
 
 @dataclass(frozen=True)
 class Pass:
-    """One recorded forward."""
+    """One recorded forward.
+
+    Attributes:
+        raw: the batch.
+        outputs: (N, ...).
+        calls: the layers that it called on at least one position.
+        formless: parameters that met data without a form, and why.
+        examples: of constants, whether each was taken for data.
+        signature: what it did.
+        idle: parameters that only calls without a position received.
+        drawn: whether it drew random numbers.
+    """
 
     raw: Any
     outputs: Tensor
     calls: list[Call]
     formless: dict[str, str]
-    examples: list[bool]  # of constants: whether each was taken for data
+    examples: list[bool]
+    signature: Signature
+    idle: frozenset[str]
+    drawn: bool = False
+
+    @classmethod
+    def of(
+        cls, raw: Any, outputs: Tensor, recorder: Recorder, parameters: Mapping[str, Tensor]
+    ) -> Pass:
+        """The pass that a recorder has seen."""
+        calls = [call for call in recorder.calls if call.output.numel()]
+        empty = [call for call in recorder.calls if not call.output.numel()]
+        idle = _names(empty).difference(_names(calls), recorder.formless)
+        return cls(
+            raw,
+            outputs,
+            calls,
+            recorder.formless,
+            recorder.examples,
+            signature_of(outputs, parameters),
+            frozenset(idle),
+        )
 
     @property
     def n(self) -> int:
@@ -50,14 +84,26 @@ class Pass:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the self-check found; it holds for every batch that shows the same calls."""
+    """What the self-check found; it holds for every batch that shows the same calls.
+
+    Attributes:
+        keys: of the calls.
+        parts: the parameters by form.
+        folds: the calls' example axes.
+        general: rows of all parameters without a form together.
+        examples: of the pass that it was proved on.
+        constants: which constants were taken for data.
+        lively: whether every call had a gradient there: a zero proves nothing.
+        cutter: cuts batches into pieces, where examples alone are as within the batch.
+    """
 
     keys: list[tuple[str, ...]]
     parts: list[Part]
     folds: list[Fold | None]
-    general: GeneralRows | None  # of all parameters without a form together
+    general: GeneralRows | None
     examples: int
-    constants: list[bool]  # which constants were taken for data
+    constants: list[bool]
+    lively: bool = True
     cutter: Cutter | None = None
 
     def fits(self, record: Pass) -> bool:
@@ -114,6 +160,7 @@ class Recorded:
     record: Pass
     plan: Plan
     parameters: Mapping[str, Tensor]
+    parts: Sequence[Part]  # of all batches so far: those that the forms are of
     marks: Tensor | None = None  # of the positions (N, S) that are scored, see `positions`
     _inputs: dict[int, list[Inputs | None]] = field(default_factory=dict)
 
@@ -165,7 +212,7 @@ class Recorded:
     def forms(
         self, collected: Sequence[Sequence[Tensor | None]], directions: Sequence[Tensor]
     ) -> list[Form | None]:
-        """Every part's form, None where it is unused.
+        """Every part's form, None where no batch uses it.
 
         Args:
             collected: for each direction the gradients at the `edges`, None where they are zero.
@@ -190,7 +237,11 @@ class Recorded:
                 forms.append(
                     part.form(calls, folds, self._inputs[k], gradients, self.parameters, self.marks)
                 )
-        return forms
+        if self.parts is self.plan.parts:
+            return forms
+        like = torch.zeros((), dtype=self.dtype, device=self.record.outputs.device)
+        shape = (len(collected), n)
+        return [form_of(part, self.plan.parts, forms, shape, like) for part in self.parts]
 
     def _general(self, chunk: Sequence[Tensor]) -> Iterator[Rows]:
         """The rows of each part without a form, in order: one pass makes those of all."""
@@ -221,6 +272,10 @@ class Recorded:
             shape = (len(chunk), self.record.n, size)
             one = len(chunk) * size * torch.finfo(self.dtype).bits // 8
             yield Rows(compute, shape, self.dtype, step * one)
+
+
+def _names(calls: Sequence[Call]) -> set[str]:
+    return {name for call in calls for weight in call.weights.values() for name in weight.names}
 
 
 def gradients_at(

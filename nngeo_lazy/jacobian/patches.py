@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from .moments import moment
 
-__all__ = ["Geometry", "patch_moment", "unfold"]
+__all__ = ["Geometry", "live_taps", "patch_moment", "unfold"]
 
 Box = tuple[tuple[int, int], ...]  # a half-open range for each spatial dimension
 
@@ -88,6 +88,26 @@ def _unfold_views(images: Tensor, geometry: Geometry) -> Tensor:
     nd = len(geometry.kernel)
     order = (0, 1, *range(2 + nd, 2 + 2 * nd), *range(2, 2 + nd))
     return view.permute(order).reshape(images.shape[0], images.shape[1] * geometry.volume, -1)
+
+
+def live_taps(geometry: Geometry, spatial: Sequence[int]) -> list[int]:
+    """The kernel's taps, in the order of the weight, that see more than padding."""
+    sizes = geometry.output(spatial)
+    seen = [
+        [any(0 <= k * s + tap * d - lo < size for k in range(out)) for tap in range(kernel)]
+        for kernel, s, d, (lo, _), out, size in zip(
+            geometry.kernel,
+            geometry.stride,
+            geometry.dilation,
+            geometry.padding,
+            sizes,
+            spatial,
+            strict=True,
+        )
+    ]
+    taps = [all(each) for each in itertools.product(*seen)]
+    taps = taps[::-1] if geometry.flipped else taps
+    return [k for k, live in enumerate(taps) if live]
 
 
 def patch_moment(images: Tensor, geometry: Geometry) -> Tensor:

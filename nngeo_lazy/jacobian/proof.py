@@ -1,11 +1,11 @@
-"""The proof of forms, on a few examples.
+"""The proof of forms, on the examples of a pass.
 
-The self-check takes cotangents that are supported on one example and on two. The gradient at a
-layer's output must vanish outside these examples' positions, which finds the example axis (also
-where positions are folded into it), and the rows made from it must equal what autograd gives for
-the parameters. What disagrees is demoted to the general way and reported. Comparing whole gradients
-is not enough: it
-cannot see which example a row belongs to.
+The self-check takes a random cotangent, and the same times a random number for each example. The
+gradient at a layer's output must be multiplied by its own example's number at every position, which
+finds the example axis (also where positions are folded into it) and proves it for every example;
+and the rows made from it must add up to what autograd gives for the parameters. What disagrees is
+demoted to the general way and reported. Comparing whole gradients is not enough: it cannot see
+which example a row belongs to.
 """
 
 from __future__ import annotations
@@ -23,40 +23,65 @@ from .inputs import Inputs
 from .parts import Gradient, Kind, Part
 from .record import Call
 
-__all__ = ["Probe", "Probed", "agree", "probe_folds"]
+__all__ = ["Probe", "Probed", "agree", "probe_folds", "scales_of"]
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A cotangent supported on some examples, and the gradients at the calls' outputs."""
+    """A random cotangent, the same scaled by example, and the gradients at the calls' outputs."""
 
-    examples: tuple[int, ...]
     cotangent: Tensor
+    scales: Tensor  # (N,)
     at_calls: Sequence[Tensor | None]
+    scaled: Sequence[Tensor | None]
+
+    @property
+    def lively(self) -> bool:
+        """Whether no gradient that exists is zero."""
+        found = [g.any() for g in self.at_calls if g is not None]
+        return not found or bool(torch.stack(found).all())
 
 
-def probe_folds(calls: Sequence[Call], probes: Sequence[Probe], n: int) -> list[Fold | None]:
-    """The example axis of each of n examples' calls, or None where no axis confines gradients."""
+def scales_of(outputs: Tensor, generator: torch.Generator) -> Tensor:
+    """A random number for each example, none near another one's."""
+    n = outputs.shape[0]
+    sizes = torch.linspace(-1, 1, n, device=outputs.device).exp2() if n > 1 else None
+    if sizes is None:
+        return torch.ones(1, dtype=outputs.dtype, device=outputs.device)
+    order = torch.randperm(n, generator=generator, device=outputs.device)
+    signs = torch.randint(2, (n,), generator=generator, device=outputs.device) * 2 - 1
+    return (sizes[order] * signs).to(outputs.dtype)
+
+
+def probe_folds(calls: Sequence[Call], probe: Probe) -> list[Fold | None]:
+    """The example axis of each call, or None where no axis confines gradients."""
+    n = len(probe.scales)
     folds: list[Fold | None] = []
     for k, call in enumerate(calls):
         fitting = (
             fold
             for fold in candidates(call.shape[: call.use.leading], n)
-            if all(_confined(fold, call, probe.at_calls[k], probe.examples, n) for probe in probes)
+            if _confined(fold, call, probe.at_calls[k], probe.scaled[k], probe.scales)
         )
         folds.append(next(fitting, None))
     return folds
 
 
 def _confined(
-    fold: Fold, call: Call, gradient: Tensor | None, examples: Sequence[int], n: int
+    fold: Fold, call: Call, plain: Tensor | None, scaled: Tensor | None, scales: Tensor
 ) -> bool:
-    if gradient is None:
+    """Whether every example's gradient is multiplied by its own number."""
+    if plain is None or scaled is None or len(scales) == 1:
         return True
-    arranged = call.arranged(gradient.unsqueeze(0))
-    by_example = fold.apply(arranged, call.use.leading, n, offset=1)[0].flatten(1)
-    others = [k for k in range(n) if k not in examples]
-    return not bool(by_example[others].any())
+    n = len(scales)
+    dtype = torch.promote_types(plain.dtype, torch.float32)
+    both = call.arranged(torch.stack([plain, scaled]))
+    ours, theirs = fold.apply(both, call.use.leading, n, offset=1).flatten(2).to(dtype)
+    expected = ours * scales.to(dtype)[:, None]
+    sizes = expected.norm(dim=1)
+    precision = _precision(scales, [plain])
+    bounds = precision**0.5 * sizes + 16 * precision * sizes.max()
+    return bool(((theirs - expected).norm(dim=1) <= bounds).all())
 
 
 @dataclass(frozen=True)
@@ -65,16 +90,16 @@ class Probed:
 
     Attributes:
         calls: the recorded calls.
-        folds: their example axes, which confine each probe to its example.
-        probes: cotangents of some examples, the first one of all that are probed.
-        gradients: of the parameters, for the first probe's cotangent.
+        folds: their example axes.
+        probe: a cotangent and its gradients at the calls.
+        gradients: of the parameters, for the same cotangent.
         parameters: the selected ones by name.
         space: where they lie.
     """
 
     calls: Sequence[Call]
     folds: Sequence[Fold | None]
-    probes: Sequence[Probe]
+    probe: Probe
     gradients: Mapping[str, Tensor | None]
     parameters: Mapping[str, Tensor]
     space: ParamSpace
@@ -101,7 +126,7 @@ class Probed:
 
         Relative to those gradients; 0 where the difference is rounding.
         """
-        given = self.probes[0].cotangent
+        given = self.probe.cotangent
         dtype = torch.promote_types(given.dtype, torch.float32)
         inputs = [
             None if x is None else x.to(dtype) for x in part.inputs(self.calls, self.folds, n)
@@ -110,7 +135,7 @@ class Probed:
             k: Gradient(
                 self.calls[k],
                 self.folds[k],
-                [self.probes[0].at_calls[k]],
+                [self.probe.at_calls[k]],
                 n,
                 dtype,
             )
@@ -129,7 +154,7 @@ class Probed:
             )
             for k, name in enumerate(part.names)
         ]
-        precision = _precision(given, [self.probes[0].at_calls[k] for k in at_calls])
+        precision = _precision(given, [self.probe.at_calls[k] for k in at_calls])
         precision = max(precision, *(_eps(self.calls[k].use.x.dtype) for k in at_calls))
         apart = [(a - b).norm() for a, b in zip(mine, expected, strict=True)]
         bounds = [precision**0.5 * b.norm() for b in expected]

@@ -11,9 +11,9 @@ from __future__ import annotations
 from .categorical import Categorical
 from .elementwise import Bernoulli, Poisson
 from .gaussian import Gaussian
-from .likelihood import ESTIMATORS, Likelihood, check_estimator
+from .likelihood import ESTIMATORS, Estimator, Likelihood, check_estimator
 from .losses import CallableLoss, Reduction, resolve_loss
-from .names import NAMES, described, resolve
+from .names import NAMES, LikelihoodLike, described, resolve
 
 __all__ = [
     "ESTIMATORS",
@@ -21,8 +21,10 @@ __all__ = [
     "Bernoulli",
     "CallableLoss",
     "Categorical",
+    "Estimator",
     "Gaussian",
     "Likelihood",
+    "LikelihoodLike",
     "Poisson",
     "Reduction",
     "check_estimator",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from ..errors import DataError
 __all__ = [
     "ESTIMATORS",
     "NOT_FINITE",
+    "Estimator",
     "Likelihood",
     "broadcasts",
     "check_estimator",
@@ -23,7 +25,8 @@ __all__ = [
     "wide",
 ]
 
-ESTIMATORS = ("exact", "mc", "empirical")
+Estimator: TypeAlias = Literal["exact", "mc", "empirical"]
+ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
 NOT_FINITE = (
     "expected finite outputs, but the model gives NaN or infinity on some batch: check the inputs, "
     "and the training that led to these parameters"
@@ -239,7 +242,10 @@ class Likelihood(ABC):
 def check_estimator(estimator: str) -> None:
     """Raise DataError where the estimator is not one of `ESTIMATORS`."""
     if estimator not in ESTIMATORS:
-        raise DataError(f"unknown estimator {estimator!r}: expected one of {list(ESTIMATORS)}")
+        raise DataError(
+            f"unknown estimator {estimator!r}: expected one of {list(ESTIMATORS)}; "
+            "docs/choose.md explains them"
+        )
 
 
 def check_outputs(outputs: Tensor) -> None:

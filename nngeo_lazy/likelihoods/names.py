@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable
+from typing import Literal, TypeAlias
 
 from torch import Tensor
 
@@ -13,7 +14,10 @@ from .elementwise import Bernoulli, Poisson
 from .gaussian import Gaussian
 from .likelihood import Likelihood
 
-__all__ = ["NAMES", "described", "resolve"]
+__all__ = ["NAMES", "LikelihoodLike", "described", "resolve"]
+
+Name: TypeAlias = Literal["categorical", "bernoulli", "gaussian", "poisson"]
+LikelihoodLike: TypeAlias = Name | Likelihood
 
 NAMES: dict[str, Callable[[], Likelihood]] = {
     "categorical": Categorical,
@@ -38,7 +42,7 @@ def resolve(
     if likelihood is not None:
         raise DataError(
             f"unknown likelihood {likelihood!r}: expected one of {sorted(NAMES)}, or an object "
-            "from nngeo_lazy.likelihoods"
+            "from nngeo_lazy.likelihoods; docs/data.md explains them"
         )
     guess = Categorical()
     try:

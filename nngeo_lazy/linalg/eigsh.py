@@ -8,9 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import wrong_option
 from .krylov import Matvec, default_tolerance
 from .products import Products
-from .subspace import Search, orthogonalised, orthonormal, random_block, require_symmetric
+from .subspace import (
+    Search,
+    inner,
+    orthogonalised,
+    orthonormal,
+    random_block,
+    require_symmetric,
+)
 
 __all__ = ["ENDS", "Eigenpairs", "eigsh", "wanted"]
 
@@ -93,7 +101,7 @@ def eigsh(
     if not 1 <= k <= n:
         raise ValueError(f"expected k from 1 to {n}, the size of the matrix, got {k}")
     if which not in ENDS:
-        raise ValueError(f"expected which to be one of {list(ENDS)}, got {which!r}")
+        raise ValueError(wrong_option("which", which, ENDS, "spectra"))
     if not 1 <= block_size <= n:
         raise ValueError(f"expected a block_size from 1 to {n}, got {block_size}")
     subspace = options.subspace
@@ -116,7 +124,7 @@ def eigsh(
         try:
             run.until_converged(k, which, tol, most)
         except KeyboardInterrupt:
-            if run.size == 0:
+            if run.size == 0 or not run.whole:
                 raise
             interrupted = True
         values, small, estimates = run.ritz()
@@ -148,11 +156,24 @@ class _Lanczos:
         self._products, self._generator = products, generator
         self._V = torch.empty(capacity, len(block), dtype=block.dtype, device=block.device)
         self._H = torch.zeros(capacity, capacity, dtype=torch.float64)
-        self._Q = orthonormal(block)
-        self._B = torch.zeros(block.shape[1], 0, dtype=torch.float64)
-        self.size = 0
+        # size, Q and B belong together: an interrupt must not come between them
+        self._now = 0, orthonormal(block), torch.zeros(block.shape[1], 0, dtype=torch.float64)
+        self.whole = True  # whether V and H are those of the size
         self.norm = 0.0  # of A, from below
         self.asymmetry = 0.0  # |E|
+
+    @property
+    def size(self) -> int:
+        """How many vectors the basis holds."""
+        return self._now[0]
+
+    @property
+    def _Q(self) -> Tensor:
+        return self._now[1]
+
+    @property
+    def _B(self) -> Tensor:
+        return self._now[2]
 
     @property
     def capacity(self) -> int:
@@ -166,7 +187,7 @@ class _Lanczos:
         for j, column in enumerate((start / torch.linalg.vector_norm(start, dim=0)).unbind(1)):
             folded[:, j % b] += column
         if bool(folded.isfinite().all()) and orthonormal(folded).shape[1] == b:
-            self._Q = orthonormal(folded)
+            self._now = self.size, orthonormal(folded), self._B
         else:
             raise ValueError("expected start to have finite columns that are independent, not zero")
 
@@ -219,11 +240,10 @@ class _Lanczos:
         self._H[:start, start:stop] = coupling
         self._H[start:stop, :start] = coupling.mT
         self._H[start:stop, start:stop] = (inside[start:] + inside[start:].mT) / 2
-        self.size = stop
         Q, R = self._next(W, basis)
-        self._Q = Q
-        self._B = torch.zeros(Q.shape[1], stop, dtype=torch.float64)
-        self._B[: len(R), start:] = R
+        B = torch.zeros(Q.shape[1], stop, dtype=torch.float64)
+        B[: len(R), start:] = R
+        self._now = stop, Q, B
 
     def _next(self, W: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
         """The next block, and how W is made of it; after a breakdown some of it is random."""
@@ -234,6 +254,11 @@ class _Lanczos:
         R = (sizes[:rank, None] * right[:rank]).double().cpu()
         room = n - basis.shape[1]
         Q = left[:, :rank]
+        if rank and float(sizes[rank - 1]) < torch.finfo(W.dtype).eps ** 0.5 * self.norm:
+            # what is left of W is near its rounding, which does not lie outside of the basis
+            Q = orthonormal(orthogonalised(Q, basis)[0])
+            Q = orthonormal(orthogonalised(Q, basis)[0])
+            R = inner(Q, W).double().cpu()
         if rank < min(b, room):
             more = random_block(n, min(b, room) - rank, W, self._generator)
             whole = torch.cat([basis, Q], 1)
@@ -242,8 +267,10 @@ class _Lanczos:
         return Q[:, :room], R[:room]
 
     def _restart(self, small: Tensor, values: Tensor, kept: int, which: str) -> None:
-        self._V[:kept] = self.combined(small).mT
+        vectors, B = self.combined(small).mT, self._B @ small
+        self.whole = False
+        self._V[:kept] = vectors
         self._H.zero_()
         self._H[:kept, :kept].diagonal().copy_(values[wanted(values, kept, which)])
-        self._B = self._B @ small
-        self.size = kept
+        self._now = kept, self._Q, B
+        self.whole = True

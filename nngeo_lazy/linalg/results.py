@@ -10,6 +10,8 @@ import scipy.stats
 import torch
 from torch import Tensor
 
+from ..html import page, table
+
 __all__ = ["Estimate", "Result"]
 
 _SHOWN = 6  # a vector that is longer prints its shape
@@ -52,6 +54,12 @@ class Result:
         names = [each.name for each in fields(self) if each.repr]  # type: ignore[arg-type]
         shown = (f"{name}={_brief(getattr(self, name))}" for name in names)
         return f"{type(self).__name__}({', '.join(shown)})"
+
+    def _repr_html_(self) -> str:
+        """In a notebook: one row for each attribute."""
+        names = [each.name for each in fields(self) if each.repr]  # type: ignore[arg-type]
+        rows = [(name, _brief(getattr(self, name))) for name in names]
+        return page(type(self).__name__, table(("", ""), rows))
 
 
 @dataclass(frozen=True, eq=False, repr=False)

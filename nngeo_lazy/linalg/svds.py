@@ -93,7 +93,7 @@ def svds(
         try:
             run.until_converged(k, tol, most)
         except KeyboardInterrupt:
-            if run.size == 0:
+            if run.size == 0 or not run.whole:
                 raise
             interrupted = True
         found = run.result(k, interrupted, tol)
@@ -115,9 +115,23 @@ class _GolubKahan:
         self._products, self._matvec, self._rmatvec = products, matvec, rmatvec
         self._shape, self._capacity, self._generator = shape, capacity, generator
         self._B = torch.zeros(capacity, capacity, dtype=torch.float64)
-        self._g = torch.zeros(0, dtype=torch.float64)
-        self.size = 0
+        # size, q and g belong together: an interrupt must not come between them
+        self._now = 0, torch.empty(0), torch.zeros(0, dtype=torch.float64)
+        self.whole = True  # whether U, V and B are those of the size
         self.norm = 0.0
+
+    @property
+    def size(self) -> int:
+        """How many vectors there are on each side."""
+        return self._now[0]
+
+    @property
+    def _q(self) -> Tensor:
+        return self._now[1]
+
+    @property
+    def _g(self) -> Tensor:
+        return self._now[2]
 
     def begin(self, like: Tensor, start: Tensor | None) -> None:
         """Begin with a vector (n, 1), or a random one."""
@@ -128,7 +142,7 @@ class _GolubKahan:
         size = float(norms(start))
         if not 0 < size < float("inf"):
             raise ValueError("expected start to have finite columns, not zero")
-        self._q = start / size
+        self._now = 0, start / size, self._g
 
     def until_converged(self, k: int, tol: float, most: int) -> None:
         """Expand and restart until k triplets have converged, or `most` products were made."""
@@ -179,11 +193,11 @@ class _GolubKahan:
         self._U[j] = u.squeeze(1)
         self._B[:j, j] = self._g
         self._B[j, j] = alpha
-        self.size = j + 1
         w, inside = orthogonalised(self._products.through(self._rmatvec, u), self._V[: j + 1].mT)
-        self._g = torch.zeros(j + 1, dtype=torch.float64)
+        q, g = self._q, torch.zeros(j + 1, dtype=torch.float64)
         if j + 1 < self._shape[1]:
-            self._q, self._g[j] = self._unit(w, self._V[: j + 1].mT)
+            q, g[j] = self._unit(w, self._V[: j + 1].mT)
+        self._now = j + 1, q, g
 
     def _unit(self, w: Tensor, basis: Tensor) -> tuple[Tensor, float]:
         """A unit vector orthogonal to the basis, and how long w was; random after a breakdown."""
@@ -206,9 +220,11 @@ class _GolubKahan:
             )
 
     def _restart(self, left: Tensor, values: Tensor, right: Tensor, kept: int) -> None:
-        self._U[:kept] = left[:, :kept].mT.to(self._U) @ self._U[: self.size]
-        self._V[:kept] = right[:, :kept].mT.to(self._V) @ self._V[: self.size]
+        U = left[:, :kept].mT.to(self._U) @ self._U[: self.size]
+        V = right[:, :kept].mT.to(self._V) @ self._V[: self.size]
+        self.whole = False
+        self._U[:kept], self._V[:kept] = U, V
         self._B.zero_()
         self._B[:kept, :kept].diagonal().copy_(values[:kept])
-        self._g = self._g @ left[:, :kept]
-        self.size = kept
+        self._now = kept, self._q, self._g @ left[:, :kept]
+        self.whole = True

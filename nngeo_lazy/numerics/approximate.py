@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .. import linalg
+from ..errors import wrong_option
 from ..operators.convert import aslinearoperator
 from ..operators.low_rank import LowRankLinearOperator
 from ..operators.primitives import seeded
@@ -63,9 +64,11 @@ def low_rank(
     Source: Daxberger et al. (2021), Laplace redux, section 3.
     """
     if method not in ("lanczos", "nystrom"):
-        raise ValueError(f"expected method 'lanczos' or 'nystrom', got {method!r}")
+        raise ValueError(
+            f"expected method 'lanczos' or 'nystrom', got {method!r}; docs/spectra.md explains them"
+        )
     if rest not in RESTS:
-        raise ValueError(f"expected rest to be one of {list(RESTS)}, got {rest!r}")
+        raise ValueError(wrong_option("rest", rest, RESTS, "spectra"))
     operator = require_symmetric_operator(A, "low_rank")
     if method == "nystrom":
         low = nystrom(operator, rank, seed=seed)

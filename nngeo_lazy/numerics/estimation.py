@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import linalg
-from ..errors import NotPositiveDefiniteError, UnsupportedLayerError
+from ..errors import NotPositiveDefiniteError, UnsupportedLayerError, wrong_option
 from ..linalg import Estimate, Probes
 from ..linalg.estimates import MIN_STEPS, PROBES, QUADRATURES, STEPS
 from ..operators.base import BaseLinearOperator
@@ -340,7 +340,7 @@ def _or_exact(found: Estimate, known: Callable[[], Tensor], n: int, options: Pro
 
 def _require_method(method: str, methods: tuple[str, ...]) -> None:
     if method not in methods:
-        raise ValueError(f"expected method to be one of {list(methods)}, got {method!r}")
+        raise ValueError(wrong_option("method", method, methods, "spectra"))
 
 
 def _zero(operator: BaseLinearOperator) -> Tensor:

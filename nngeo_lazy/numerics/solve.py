@@ -7,8 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import NotPositiveDefiniteError
-from ..linalg import IndefinitePreconditionerError, cg, lsmr, minres
+from ..errors import NotPositiveDefiniteError, wrong_option
+from ..linalg import (
+    IndefinitePreconditionerError,
+    KrylovResult,
+    cg,
+    default_tolerance,
+    lsmr,
+    minres,
+)
 from ..operators.base import BaseLinearOperator
 from ..operators.convert import aslinearoperator
 from ..operators.damping import DampingLike, is_zero
@@ -74,7 +81,7 @@ def solve(
         MINRES; Fong and Saunders (2011) for LSMR.
     """
     if method not in METHODS:
-        raise ValueError(f"expected method to be one of {list(METHODS)}, got {method!r}")
+        raise ValueError(wrong_option("method", method, METHODS, "matrix_free"))
     operator = aslinearoperator(A)
     with torch.no_grad():
         symmetric = operator.is_square and not isinstance(operator, MatrixLinearOperator)
@@ -104,8 +111,10 @@ def _square(damped: BaseLinearOperator, b: VectorLike, method: str, krylov: Kryl
                 "'auto', 'cg' or 'minres'"
             )
         x = damped._solve(v, krylov=Krylov(krylov.tol, krylov.max_iter))
-        residual = _residual(damped, x, v)
-        return Solution(restore(x), residual, 0, True, "direct")
+        x, residual = _checked(damped, x, v, krylov)
+        found = KrylovResult(x, 0, residual, _within(residual, krylov, v.dtype), stalled=True)
+        warn_unless_converged(found, krylov.tol, v.dtype, "the closed form")
+        return Solution(restore(x), residual, 0, found.converged, "direct")
     if method == "minres":
         return _iterated("minres", damped, v, restore, krylov)
     try:
@@ -172,6 +181,23 @@ def _least_squares(
     x = back(found.x)
     x = x.squeeze(-1) if isinstance(b, Tensor) and b.dim() == 1 else x
     return Solution(x, found.residual, found.iterations, found.converged, "lsmr")
+
+
+def _within(residual: Tensor, krylov: Krylov, dtype: torch.dtype) -> bool:
+    tol = default_tolerance(dtype) if krylov.tol is None else krylov.tol
+    return bool((residual <= tol).all())  # NaN is not
+
+
+def _checked(A: BaseLinearOperator, x: Tensor, b: Tensor, krylov: Krylov) -> tuple[Tensor, Tensor]:
+    """A closed form's x with its residual, refined once if that is above the tolerance."""
+    residual = _residual(A, x, b)
+    if _within(residual, krylov, b.dtype) or not bool(x.isfinite().all()):
+        return x, residual
+    better = x + A._solve(b - A._apply(x), krylov=Krylov(krylov.tol, krylov.max_iter))
+    of_better = _residual(A, better, b)
+    if float(of_better.max()) < float(residual.max()):
+        return better, of_better
+    return x, residual
 
 
 def _residual(A: BaseLinearOperator, x: Tensor, b: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import linalg
-from ..errors import ConvergenceWarning, UnsupportedLayerError
+from ..errors import ConvergenceWarning, UnsupportedLayerError, wrong_option
 from ..linalg import Probes, Search, SpectralDensity
 from ..linalg.eigsh import ENDS, wanted
 from ..operators.base import BaseLinearOperator
@@ -86,7 +86,7 @@ def eigsh(
     if not 1 <= k <= n:
         raise ValueError(f"expected k from 1 to {n}, the size of the matrix, got {k}")
     if which not in ENDS:
-        raise ValueError(f"expected which to be one of {list(ENDS)}, got {which!r}")
+        raise ValueError(wrong_option("which", which, ENDS, "spectra"))
     with torch.no_grad():
         try:
             return _closed(operator, k, which)

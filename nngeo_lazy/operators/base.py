@@ -190,7 +190,10 @@ class BaseLinearOperator(ContractLinearOperator):
             SpaceMismatchError: a wrong length, or selectors that match nothing or overlap.
         """
         if method not in ("exact", "factored"):
-            raise ValueError(f"expected method 'exact' or 'factored', got {method!r}")
+            raise ValueError(
+                f"expected method 'exact' or 'factored', got {method!r}; "
+                "docs/representations.md explains them"
+            )
         self._require_square("damped")
         return self._altered(self._damp(resolve_damping(self, damping), method))
 
@@ -230,7 +233,10 @@ class BaseLinearOperator(ContractLinearOperator):
     def norm(self, ord: Any = "fro") -> Tensor:
         """A norm of the matrix: "fro", 2 (spectral), -2 (smallest singular value) or "nuc"."""
         if ord not in ("fro", 2, -2, "nuc"):
-            raise ValueError(f"expected ord 'fro', 2, -2 or 'nuc', got {ord!r}")
+            raise ValueError(
+                f"expected ord 'fro', 2, -2 or 'nuc', got {ord!r}; "
+                "docs/support_matrix.md says which have a closed form"
+            )
         return self._norm(ord)
 
     def lerp(self, other: BaseLinearOperator, weight: float | Tensor) -> BaseLinearOperator:

@@ -197,7 +197,16 @@ class BlockDiagonalLinearOperator(BaseLinearOperator):
         return self._map(lambda b: b._power(p))
 
     def _pinv(self, rcond: float | None) -> BaseLinearOperator:
-        return self._map(lambda b: b._pinv(rcond))
+        if rcond is None:
+            return self._map(lambda b: b._pinv(None))
+        with torch.no_grad():
+            sizes = [float(b._norm(2)) for b in self.members]
+        limit = rcond * max(sizes)  # of the whole matrix
+        blocks = []
+        for size, (name, _, block) in zip(sizes, self.parts, strict=True):
+            with _named(name):
+                blocks.append(block._pinv(limit / size if size else 1.0))
+        return self._of(blocks)
 
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
         placed: list[tuple[int, Tensor]] = []

@@ -23,7 +23,8 @@ from torch import Tensor
 from ..errors import NotPositiveDefiniteError, SpaceMismatchError
 from . import rules
 from .info import joint
-from .primitives import PrimitiveLinearOperator, tensors_of
+from .primitives import PrimitiveLinearOperator, tensors_of, within
+from .report import operator_html
 from .torch_functions import TORCH_FUNCTIONS
 from .vectors import columns
 
@@ -159,6 +160,23 @@ class ContractLinearOperator(PrimitiveLinearOperator):
             return super()._mul_constant(other)
         return self._altered(self._scale(other))
 
+    def __getitem__(self, index: Any) -> Any:
+        """A[index] as torch has it; a boolean mask selects where it is true.
+
+        Raises:
+            IndexError: a mask of another length, or a position outside of the matrix.
+        """
+        given = index if isinstance(index, tuple) else (index,)
+        skipped = self.dim() - sum(1 for each in given if each is not Ellipsis)
+        checked, dim = [], 0
+        for each in given:
+            if each is Ellipsis:
+                dim += skipped
+            elif dim < self.dim():
+                each, dim = within(each, self.shape[dim], self.device), dim + 1
+            checked.append(each)
+        return super().__getitem__(tuple(checked))
+
     # --- dtype, device, torch functions ----------------------------------------------------------
 
     def to(self, *args: Any, **kwargs: Any) -> BaseLinearOperator:
@@ -206,6 +224,10 @@ class ContractLinearOperator(PrimitiveLinearOperator):
         known = "" if self.space is None else f", {len(self.space.names)} parameters"
         shape = " x ".join(map(str, self.shape))
         return f"{type(self).__name__}({shape}, {self.dtype}{known})"
+
+    def _repr_html_(self) -> str:
+        """In a notebook: what it is, and its blocks with a bar of bytes."""
+        return operator_html(self._this())
 
 
 def combined(rule: rules.Rule, A: BaseLinearOperator, B: BaseLinearOperator) -> Any:

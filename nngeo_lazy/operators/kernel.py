@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import SpaceMismatchError, UnsupportedLayerError
+from ..errors import SpaceMismatchError, UnsupportedLayerError, wrong_option
 from . import rules
 from .base import BaseLinearOperator, Krylov
 from .composite import ProductLinearOperator
@@ -108,7 +108,7 @@ class KernelLinearOperator(LazyLinearOperator):
             ValueError: an unknown kind, or one that this kernel has lost.
         """
         if kind not in KINDS:
-            raise ValueError(f"expected outputs to be one of {list(KINDS)}, got {kind!r}")
+            raise ValueError(wrong_option("outputs", kind, KINDS, "kernels"))
         if kind == self.kind:
             return self
         if self.kind == "mean":

@@ -361,9 +361,11 @@ class EigenKroneckerLinearOperator(SpectralLinearOperator):
         sizes = self.eigenvalues.detach().abs()
         if sizes.numel() == 0:
             return sizes == 0
-        # free eigenvalues are accurate on their own, far below eps times the largest
-        tol = sizes.numel() * eps(sizes) ** 2 if rcond is None else rcond
-        return sizes <= tol * sizes.max()
+        if rcond is None:
+            # Free eigenvalues are squares of projections: the rounding of zero is squared, too.
+            _, o, i = self.values.shape
+            rcond = min((2 * (o + i) * eps(sizes)) ** 2, eps(sizes))
+        return sizes <= rcond * sizes.max()
 
     def _frobenius(self) -> Tensor:
         norm: Tensor = torch.linalg.vector_norm(self.values)

@@ -28,6 +28,7 @@ __all__ = [
     "positions",
     "seeded",
     "tensors_of",
+    "within",
 ]
 
 
@@ -262,6 +263,29 @@ def positions(index: Any, size: int, device: torch.device) -> Tensor:
         return torch.arange(*index.indices(size), device=device)
     where = torch.as_tensor(index, device=device)
     return torch.where(where < 0, where + size, where)
+
+
+def within(index: Any, size: int, device: torch.device) -> Any:
+    """An index of one dimension: a mask as positions, and none that is out of range.
+
+    Raises:
+        IndexError: a mask of another length, or a position outside of the dimension.
+    """
+    if isinstance(index, (slice, int)) and not isinstance(index, bool):
+        if isinstance(index, int) and not -size <= index < size:
+            raise IndexError(f"expected an index from {-size} to {size - 1}, got {index}")
+        return index
+    where = torch.as_tensor(index, device=device)
+    if where.dtype == torch.bool:
+        if where.shape != (size,):
+            raise IndexError(f"expected a mask of shape ({size},), got {tuple(where.shape)}")
+        return where.nonzero().squeeze(-1)
+    if where.numel() and bool(((where < -size) | (where >= size)).any()):
+        raise IndexError(
+            f"expected positions from {-size} to {size - 1}, got {int(where.min())} to "
+            f"{int(where.max())}"
+        )
+    return where.long()
 
 
 def flat_positions(space: ParamSpace, names: tuple[str, ...], device: Any) -> Tensor:

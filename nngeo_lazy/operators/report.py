@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..html import bar, page, size, table
 from ..table import Table
 
 if TYPE_CHECKING:
     from .base import BaseLinearOperator
 
-__all__ = ["Report", "Row", "make_report"]
+__all__ = ["Report", "Row", "make_report", "operator_html"]
 
 
 @dataclass(frozen=True)
@@ -85,3 +86,22 @@ def make_report(operator: BaseLinearOperator) -> Report:
             )
             counted = True
     return Report([found[name] for name in space.names])
+
+
+def operator_html(operator: BaseLinearOperator) -> str:
+    """A title, and a row for each block: its kind, and a bar of what it takes."""
+    taken = nbytes(operator)
+    title = f"{operator!r}, {size(taken)}"
+    if operator.space is None or operator.dim() != 2 or not operator.is_square:
+        return page(title)
+    kinds: dict[tuple[str, str], list[int]] = {}
+    for row in make_report(operator):
+        sums = kinds.setdefault((row.layer, row.block), [0, 0])
+        sums[0] += row.size
+        sums[1] += row.bytes
+    largest = max(each for _, each in kinds.values())
+    rows = [
+        (layer or "(the model)", block, numbers, bar(each, largest, size(each)))
+        for (layer, block), (numbers, each) in kinds.items()
+    ]
+    return page(title, table(("layer", "block", "parameters", "bytes"), rows))

@@ -135,7 +135,10 @@ class SpectralLinearOperator(BaseLinearOperator):
 
     def _logdet(self) -> Tensor:
         values = self.eigenvalues
-        if not bool((values == 0).any()):
+        null = self._null(None)
+        if bool(null.any()):  # -inf
+            values = torch.where(null, 0.0, values)
+        else:
             values = self._regular()[1].to(values.dtype)
         if bool((values < 0).any()):
             raise NotPositiveDefiniteError(

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import UnsupportedLayerError
+
 __all__ = ["TORCH_FUNCTIONS"]
 
 
@@ -26,7 +28,11 @@ class Slogdet(NamedTuple):
 
 
 def _slogdet(A: Any) -> Slogdet:
-    values, _ = A._symeig()
+    try:
+        values, _ = A._symeig()
+    except UnsupportedLayerError:  # a logdet is defined where no eigenvalue is negative
+        found = A.logdet()
+        return Slogdet((found > -torch.inf).to(found), found)
     return Slogdet(values.sign().prod(-1), values.abs().log().sum(-1))
 
 

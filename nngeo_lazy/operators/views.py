@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import rules
 from .base import BaseLinearOperator, Krylov
+from .damping import Damping
 from .info import Info
 from .lazy import LazyLinearOperator
 
@@ -185,6 +186,22 @@ class BroadcastLinearOperator(LazyLinearOperator):
 
     def _solve_columns(self, v: Tensor, krylov: Krylov) -> Tensor:
         return self._spread(self.base._solve(v, krylov=krylov))
+
+    @property
+    def iterates(self) -> bool:
+        """Whether a solve of the repeated matrix is an iteration."""
+        return self.base.iterates
+
+    def _damp(self, damping: Damping, method: str) -> BaseLinearOperator:
+        return BroadcastLinearOperator.of(self.base._damp(damping, method), self.repeats)
+
+    def _scale(self, c: float | Tensor) -> BaseLinearOperator:
+        return BroadcastLinearOperator.of(self.base._scale(c), self.repeats)
+
+    def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
+        draws = self.base._draw(n * self.repeats.numel(), generator)  # each matrix has its own
+        spread: Tensor = draws.unflatten(-1, (*self.repeats, n)).movedim(0, -2)
+        return spread
 
     def _diagonal(self) -> Tensor:
         diagonal = self.base._diagonal()

@@ -84,10 +84,12 @@ class Framing:
 
     def free(self, names: Sequence[str], solve: Solve, unit: Tensor | float) -> Direction:
         """The direction with a matrix-free curvature of some parameters."""
-        direction = self.direction
-        if direction is None:
+        direction, wanted = self.direction, tuple(names)
+        known = () if direction is None else direction.coordinates.names
+        same = direction is not None and direction.coordinates.flat == wanted
+        if direction is None or not same or set(known) != set(self._parameters):
             direction = self._direction(
-                Coordinates(self._parameters, None, self._space.resolve, names)
+                Coordinates(self._parameters, None, self._space.resolve, wanted)
             )
         coordinates = direction.coordinates
         direction.turn(Frame(coordinates, self._flat(coordinates, solve, unit), cheap=False))

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ..data import outputs_of
-from ..errors import DataError, SpaceMismatchError, UnsupportedLayerError
+from ..errors import DataError, LikelihoodWarning, SpaceMismatchError, UnsupportedLayerError
 from ..jacobian.capture import Capture, Recorded
 from ..jacobian.parts import Kind, Part
 from ..jacobian.passes import gradients_at
 from ..jacobian.record import Recorder, in_build, plain_functions, recording
 from ..jacobian.registry import whole_modules
+from ..operators.warn import warn
 from ..space import ParamSpace
 from .hooks import Hooks
 from .replay import Replay, float_math
@@ -26,6 +27,11 @@ from .replay import Replay, float_math
 __all__ = ["Loop", "Passed", "Scorer"]
 
 Outputs = Callable[[Any], Tensor]
+_DERIVED = (
+    "the loss seems to use derivatives of the network's outputs (create_graph=True), which the "
+    "curvature leaves out: if they are most of the loss, let the model's forward pass make and "
+    "return them, and take representation='implicit'"
+)
 _MARK = "nngeo_lazy.optim"  # where a graph keeps the mark of its pass
 
 
@@ -81,6 +87,7 @@ class Passed:
         recorded: its layers, while the loop's own gradients at them are collected.
         at_layers: those gradients, by the index of the recorded edge.
         counts: whether the backward pass that runs is the loop's.
+        derived: whether a derivative of the outputs was made that can itself be differentiated.
     """
 
     outputs: Tensor
@@ -90,6 +97,7 @@ class Passed:
     recorded: Recorded | None = None
     at_layers: dict[int, Tensor] = field(default_factory=dict)
     counts: bool = False
+    derived: bool = False
 
 
 class _Running(NamedTuple):
@@ -131,7 +139,7 @@ class Loop:
         self.plain: dict[str, str] = {}
         self._scorer: weakref.ref[Scorer] | None = None
         self.independent: set[str] | None = None
-        self.recording = self.replaying = self.sorting = False
+        self.recording = self.replaying = self.sorting = self._warned = False
         self.passes: list[Passed] = []
         self.seen = 0
         self._outputs = _default_outputs if outputs is None else outputs
@@ -223,8 +231,14 @@ class Loop:
     def arrived(self, arrival: _Arrival, gradient: Tensor | None) -> None:
         """The gradient at the outputs of a pass arrived; None of a compiled model's own loss."""
         passed, recorded = arrival.passed, arrival.recorded
-        if passed.mark.scoring or not self._reaches_parameters():
+        if passed.mark.scoring:
             return
+        if not self._reaches_parameters():
+            passed.derived |= torch.is_grad_enabled()  # with create_graph=True
+            return
+        if passed.derived and not self._warned:
+            self._warned = True
+            warn(LikelihoodWarning(_DERIVED))
         if gradient is None:
             passed.counts = True
             self.passes.append(passed)
@@ -298,7 +312,7 @@ class Loop:
         recorded = self._capture.observed(raw, outputs, recorder)
         if recorded is None:  # a batch of another kind
             self._prove(self._capture, raw)
-            recorded = self._capture.observed(raw, outputs, recorder)
+            recorded = self._capture.observed(raw, outputs, recorder, proved=True)
         if recorded is None:
             frozen = [n for n in self.space.names if not self._parameters[n].requires_grad]
             if frozen:

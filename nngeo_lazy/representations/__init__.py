@@ -10,7 +10,7 @@ so that a mixture costs no more passes than its parts.
 from .dense import Dense
 from .form_stack import Factored
 from .implicit import Implicit
-from .mixed import NAMES, Mixed, resolve
+from .mixed import NAMES, Mixed, RepresentationLike, resolve
 from .recipes import Block, Recipe
 from .representation import Representation, Streamed
 from .single import EKFAC, KFAC, BlockDiagonal, Diagonal, LowRank, QuasiDiagonal
@@ -30,6 +30,7 @@ __all__ = [
     "QuasiDiagonal",
     "Recipe",
     "Representation",
+    "RepresentationLike",
     "Streamed",
     "resolve",
 ]

@@ -22,7 +22,8 @@ from ..operators.matrix_free import (
     JacobianLinearOperator,
 )
 from ..quantities import MatrixKind
-from ..sweep import Sweep, Totals
+from ..sweep import Sweep
+from ..totals import Totals
 from .network_source import NetworkSource
 from .representation import Representation
 
@@ -71,9 +72,15 @@ class Implicit(Representation):
 
     def __post_init__(self) -> None:
         if self.mode not in ("auto", *MODES):
-            raise DataError(f"expected mode 'auto' or one of {list(MODES)}, got {self.mode!r}")
+            raise DataError(
+                f"expected mode 'auto' or one of {list(MODES)}, got {self.mode!r}; "
+                "docs/matrix_free.md explains them"
+            )
         if self.cache not in ("auto", True, False):
-            raise DataError(f"expected cache 'auto', True or False, got {self.cache!r}")
+            raise DataError(
+                f"expected cache 'auto', True or False, got {self.cache!r}; "
+                "docs/matrix_free.md explains them"
+            )
         size = self.chunk_size
         if size is not None and (not isinstance(size, int) or size < 1):
             raise DataError(f"expected chunk_size to be a positive integer or None, got {size!r}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from ..errors import DataError, SpaceMismatchError
 from ..facts import Facts
@@ -19,7 +19,7 @@ from .recipes import Recipe, together
 from .representation import Representation, Streamed
 from .single import EKFAC, KFAC, BlockDiagonal, Diagonal, LowRank, QuasiDiagonal
 
-__all__ = ["Mixed", "resolve"]
+__all__ = ["Mixed", "RepresentationLike", "resolve"]
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,19 @@ class Mixed(Streamed):
         return groups
 
 
+Name: TypeAlias = Literal[
+    "dense",
+    "block_diagonal",
+    "diagonal",
+    "quasi_diagonal",
+    "kfac",
+    "ekfac",
+    "low_rank",
+    "implicit",
+    "factored",
+]
+RepresentationLike: TypeAlias = Name | Representation
+
 NAMES: dict[str, type[Representation]] = {
     "implicit": Implicit,
     "factored": Factored,
@@ -162,7 +175,8 @@ def resolve(representation: Any, kind: MatrixKind = MatrixKind.GAUSS_NEWTON) -> 
     if not isinstance(known, Representation):
         raise DataError(
             f"unknown representation {representation!r}: expected one of {sorted(NAMES)}, or an "
-            "options object such as nngeo_lazy.representations.KFAC(sharing='reduce')"
+            "options object such as nngeo_lazy.representations.KFAC(sharing='reduce'); "
+            "docs/choose.md explains them"
         )
     if kind not in known.matrices:
         names = ", ".join(repr(name) for name, each in NAMES.items() if kind in each.matrices)

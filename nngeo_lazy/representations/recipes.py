@@ -263,6 +263,9 @@ def by_owner(facts: Facts, indices: Sequence[int]) -> dict[str, list[int]]:
 def require_finite(statistic: Tensor | BaseLinearOperator, layer: str) -> None:
     """Raise NonFiniteError if a statistic overflowed."""
     tensors = [statistic] if isinstance(statistic, Tensor) else statistic.representation()
+    if isinstance(statistic, KroneckerLinearOperator):
+        # sums of x x^T: where an entry overflows, so does one of the diagonal (Cauchy-Schwarz)
+        tensors = [t.diagonal(dim1=-2, dim2=-1) if t.dim() == 3 else t for t in tensors]
     if not all(bool(all_finite(t)) for t in tensors):
         raise NonFiniteError(
             f"the statistics of {layer} contain NaN or infinity: its inputs or output gradients "

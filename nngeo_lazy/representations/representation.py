@@ -87,7 +87,7 @@ class Streamed(Representation):
         recipes: list[Recipe] = []
 
         def start(facts: Facts) -> Sequence[Statistic]:
-            recipes.append(self.recipe(facts, range(len(facts.parts))))
+            recipes[:] = [self.recipe(facts, range(len(facts.parts)))]
             return next(recipes[0])
 
         facts, _ = sweep.run(start, keep=self.passes > 1)

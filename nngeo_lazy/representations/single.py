@@ -315,7 +315,10 @@ def _decomposed(
 
 def _require_factors(sharing: str, max_factor: Any) -> None:
     if sharing not in list(Sharing):
-        raise DataError(f"expected sharing='expand' or 'reduce', got {sharing!r}")
+        raise DataError(
+            f"expected sharing='expand' or 'reduce', got {sharing!r}; docs/conventions.md "
+            "explains them"
+        )
     if isinstance(max_factor, bool) or not isinstance(max_factor, int) or max_factor < 1:
         raise DataError(f"expected max_factor to be a positive integer, got {max_factor!r}")
 

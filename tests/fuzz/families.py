@@ -444,7 +444,7 @@ def noisy(r: random.Random, seed: int, sizes: Sequence[int]) -> Program:
             ("h = self.d(h)", True),
             ("h = F.dropout(h, 0.5)", False),
             ("h = h * (torch.rand(len(h), 1) > 0.5)", False),
-            ("h = F.rrelu(h, training=True)", False),
+            ("h = F.rrelu(-h.abs(), training=True)", False),
             ("h = h.gather(1, torch.rand_like(h).argsort(1))", False),
         )
     )

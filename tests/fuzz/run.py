@@ -9,6 +9,7 @@ oracle says that the generated network is not what it should be).
 """
 
 import argparse
+import re
 import sys
 import time
 from collections import Counter
@@ -28,6 +29,11 @@ class Network:
 
     recipe: Recipe | Family
     checks: int
+
+    @property
+    def code(self) -> str:
+        """What the network says."""
+        return self.recipe.program().code
 
     @property
     def group(self) -> str:
@@ -133,6 +139,7 @@ def run(
     minutes: float = 1e9,
     checks: int = 5,
     shrink: bool = True,
+    without: str = "",
     say: Callable[[str], None] = lambda text: print(text, flush=True),
 ) -> dict[str, Tally]:
     """Run so many cases of each kind; one tally for each."""
@@ -144,7 +151,11 @@ def run(
             if time.monotonic() > end:
                 break
             case = cases(kind, k, checks)
+            if without and re.search(without, case.code):
+                continue
             for check, found in case.run():
+                if without and re.search(without, check):
+                    continue
                 if tally.add(f"{kind}:{k}", case.group, check, found) and shrink:
                     code, last = case.shrunk(check, found)
                     say(f"\n--- {kind}:{k} {check}\n{found.kind}: {last.text[:600]}\n{code}")
@@ -163,6 +174,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=1e9)
     parser.add_argument("--checks", type=int, default=5, help="how many for each network")
     parser.add_argument("--no-shrink", action="store_true")
+    parser.add_argument("--without", default="", help="what is known: a pattern of code or checks")
     parser.add_argument("--only", help="one case, as `family:17`")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -175,7 +187,7 @@ def main() -> int:
     if given.only:
         kind, _, number = given.only.partition(":")
         counts, seed = {kind: 1}, int(number)
-    tallies = run(counts, seed, given.minutes, given.checks, not given.no_shrink)
+    tallies = run(counts, seed, given.minutes, given.checks, not given.no_shrink, given.without)
     return int(any(tally.failures for tally in tallies.values()))
 
 

@@ -1,0 +1,121 @@
+"""One set of parts for batches that use the parameters in different ways."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..layout import Layout
+from ..space import ParamSpace
+from .forms import Form, Outer, Rows
+from .inputs import DenseInputs
+from .parts import Kind, Part
+
+__all__ = ["form_of", "joined", "same"]
+
+NOTE = "batches use it in different ways"
+
+
+def same(a: Part, b: Part) -> bool:
+    """Whether the forms of two parts can be summed as they are."""
+    outer = (a.kind is Kind.OUTER) == (b.kind is Kind.OUTER)
+    unused = (a.kind is Kind.UNUSED) == (b.kind is Kind.UNUSED)
+    return a.names == b.names and a.layout == b.layout and outer and unused
+
+
+def joined(space: ParamSpace, before: Sequence[Part], now: Sequence[Part]) -> list[Part]:
+    """The parts of batches seen so far and of another one.
+
+    What only one of the two uses is as that one has it. What they use differently is rows, one part
+    for each parameter.
+    """
+    parts: list[Part] = []
+    for names in _components([*before, *now]):
+        mine = [part for part in before if names.issuperset(part.names)]
+        other = [part for part in now if names.issuperset(part.names)]
+        if all(part.kind is Kind.UNUSED for part in mine):
+            parts += mine if _alike(mine, other) else other
+        elif all(part.kind is Kind.UNUSED for part in other) or _alike(mine, other):
+            parts += mine
+        else:
+            parts += [_rows(space, name, mine) for name in space.names if name in names]
+    return sorted(parts, key=lambda part: min(piece.start for piece in part.layout.pieces))
+
+
+def form_of(
+    part: Part,
+    others: Sequence[Part],
+    forms: Sequence[Form | None],
+    shape: tuple[int, int],
+    like: Tensor,
+) -> Form | None:
+    """A part's form, from those of the parts of one batch; None if no batch uses it.
+
+    Args:
+        part: of all batches.
+        others: of the batch.
+        forms: theirs.
+        shape: (R, N).
+        like: has the dtype and the device.
+    """
+    if part.kind is Kind.UNUSED:
+        return None
+    found = [k for k, other in enumerate(others) if set(other.names) & set(part.names)]
+    for k in found:
+        if same(others[k], part):
+            return forms[k]
+    # what is left is unused by this batch, or rows
+    sources = [(form, others[k]) for k in found if (form := forms[k]) is not None]
+    if not sources and part.kind is Kind.OUTER:
+        return _empty(part, shape, like)
+    size = part.layout.size
+    placed = [(form, *_meeting(other.layout, part.layout, like)) for form, other in sources]
+
+    def compute(start: int, stop: int) -> Tensor:
+        rows = like.new_zeros(shape[0], stop - start, size)
+        for form, theirs, mine in placed:
+            rows.index_add_(2, mine, form.rows(start, stop)[..., theirs])
+        return rows
+
+    return Rows(compute, (*shape, size), like.dtype)
+
+
+def _components(parts: Sequence[Part]) -> list[set[str]]:
+    """Sets of names that no part crosses."""
+    found: list[set[str]] = []
+    for part in parts:
+        touched = [names for names in found if names.intersection(part.names)]
+        found = [names for names in found if not names.intersection(part.names)]
+        found.append(set(part.names).union(*touched))
+    return found
+
+
+def _alike(a: Sequence[Part], b: Sequence[Part]) -> bool:
+    return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _rows(space: ParamSpace, name: str, before: Sequence[Part]) -> Part:
+    """All of one parameter, as rows."""
+    layout = Layout.flat([space.slices[name]])
+    known = [part for part in before if name in part.names and part.function]
+    function = ", ".join(dict.fromkeys(part.function for part in known)) or "several"
+    members = tuple(member for part in known for member in part.members)
+    return Part((name,), layout, Kind.ROWS, members, function, NOTE)
+
+
+def _meeting(theirs: Layout, mine: Layout, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Which coordinates of one layout lie in a flat one, and where."""
+    (piece,) = mine.pieces
+    where = theirs.positions() - piece.start
+    inside = ((where >= 0) & (where < mine.size)).nonzero().squeeze(1)
+    return inside.to(like.device), where[inside].to(like.device)
+
+
+def _empty(part: Part, shape: tuple[int, int], like: Tensor) -> Outer:
+    """An outer form without a position: zero, and no part of any mean over positions."""
+    (r, n), layout, roles = shape, part.layout, part.members[0].roles
+    g = like.new_zeros(r, n, layout.groups, 0, layout.rows)
+    bias = "bias" in roles
+    x = like.new_zeros(n, layout.groups, 0, layout.width - bias)
+    return Outer(g, DenseInputs(x) if "weight" in roles else None, bias)
