@@ -73,7 +73,6 @@ def look(model, batches):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--save", type=Path, default=Path(__file__).parent)
-    parser.add_argument("--epochs", type=int, default=15)
     options = parser.parse_args()
 
     torch.manual_seed(0)
@@ -84,7 +83,7 @@ def main():
     norms, sides = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
     for when, ax, side in zip(("at initialisation", "after training"), axes, sides, strict=True):
         if when == "after training":
-            train(model, x, y, options.epochs)
+            train(model, x, y, epochs=15)
         with torch.no_grad():
             loss = float(F.cross_entropy(model(x), y))
         print(f"{when}: loss {loss:.4f}")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .arguments import checked
 from .costs import BuildCost, cost_of
 from .distributed import refuse_processes
 from .errors import DataError
@@ -33,6 +34,7 @@ __all__ = ["FIM", "GGN", "Hessian", "Jacobian", "plan"]
 Prepared = tuple[Representation, Sweep]
 
 
+@checked
 def FIM(
     model: nn.Module,
     loader: Any,
@@ -60,8 +62,7 @@ def FIM(
     contribute zero. `F.num_examples * F` is the sum.
 
     Args:
-        model: the network, in the mode in which it is differentiated: call `model.eval()` first if
-            it has dropout or batch normalisation. It is left as it was.
+        model: the network, in the mode (`model.eval()`) in which it is differentiated; not changed.
         loader: a `DataLoader`, another re-iterable of batches, or one batch.
         representation: "kfac", "ekfac", "diagonal", "quasi_diagonal", "block_diagonal", "low_rank",
             "dense", or an options object from `nngeo_lazy.representations`.
@@ -74,8 +75,7 @@ def FIM(
         params: which parameters; by default those that require a gradient.
         forward: `(model, batch) -> outputs` in place of the default call.
         target: `batch -> target` in place of the default; read only for observed labels and masks.
-        positions: `batch -> mask (N, T)` of the positions that exist, in place of a mapping's
-            "attention_mask": padding has no part in Kronecker factors.
+        positions: `batch -> mask (N, T)` of those that exist, in place of "attention_mask".
         center: for "empirical", whether the mean gradient is subtracted (their covariance).
         max_directions: the most output directions of one example in an exact computation.
         progress: whether to show a progress bar.
@@ -84,8 +84,7 @@ def FIM(
         The operator, P x P in the order of `model.named_parameters()`; see `nngeo_lazy.operators`.
 
     Raises:
-        DataError: the loader, its batches, the targets or an option do not fit; or the loss has
-            weights, and the estimator needs an expectation over labels.
+        DataError: the loader, its batches, the targets or an option do not fit the matrix.
         StochasticModelError: the model is random, or mixes examples.
         NonFiniteError: NaN or infinity in the parameters, the outputs or the statistics.
         TooLargeError: more than `max_directions`, or a dense block past its limit.
@@ -124,6 +123,7 @@ def FIM(
     )
 
 
+@checked
 def GGN(
     model: nn.Module,
     loader: Any,
@@ -201,6 +201,7 @@ def GGN(
     )
 
 
+@checked
 def Hessian(
     model: nn.Module,
     loader: Any,
@@ -260,6 +261,7 @@ def Hessian(
     return _build(wanted, sweep)
 
 
+@checked
 def Jacobian(
     model: nn.Module,
     loader: Any,
@@ -283,8 +285,7 @@ def Jacobian(
     Args:
         model: the network.
         loader: its order is that of the rows, so that it must not shuffle.
-        representation: "implicit"; "factored": the layers' inputs and output gradients are stored,
-            and products are matrix products; or "dense": the rows are stored.
+        representation: "implicit", "factored" (layers' inputs and output gradients) or "dense".
         loss: as in `GGN`; its reduction is ignored, since the rows are single examples.
         center: whether the mean over examples is subtracted from every output's rows.
         params: which parameters.
@@ -349,7 +350,7 @@ def plan(builder: Callable[..., BaseLinearOperator], *args: Any, **options: Any)
         1 pass over 1 batch, 2 backward for each batch
         48 flops for each example, 80 bytes
     """
-    prepare = {FIM: _fisher, GGN: _gauss_newton}.get(builder)
+    prepare = _fisher if builder is FIM else _gauss_newton if builder is GGN else None
     if prepare is None:
         raise DataError(f"expected the builder to be ng.FIM or ng.GGN, got {builder!r}")
     with torch.inference_mode(False):
@@ -358,6 +359,7 @@ def plan(builder: Callable[..., BaseLinearOperator], *args: Any, **options: Any)
         return cost_of(representation, sweep)
 
 
+@checked
 def _fisher(
     model: nn.Module,
     loader: Any,
@@ -379,6 +381,7 @@ def _fisher(
     return wanted, make_sweep(quantity, model, loader, center=center, **data)
 
 
+@checked
 def _gauss_newton(
     model: nn.Module,
     loader: Any,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import (
     Callable,
     Generator,
@@ -20,6 +21,7 @@ from torch.utils import data as torch_data
 from tqdm.auto import tqdm
 
 from . import tree
+from .arguments import require_takes
 from .collectives import ALONE
 from .distributed import Distributed
 from .errors import DataError
@@ -91,6 +93,9 @@ class Batches:
         positions: Callable[[Any], Any] | None = None,
         progress: bool = False,
     ) -> None:
+        require_takes("forward", forward, "model", "batch")
+        require_takes("target", target, "batch")
+        require_takes("positions", positions, "batch")
         self._share = loader if isinstance(loader, Distributed) else None
         self.group = ALONE if self._share is None else self._share.group
         self._loader = _as_batches(loader if self._share is None else self._share.loader)
@@ -220,11 +225,21 @@ class Batches:
         Raises:
             DataError: the outputs are no floating-point tensor (N, ...).
         """
-        if self._forward is not None:
-            outputs = localised(self._forward, model)(model, raw)
-        else:
-            args, kwargs = self._call(raw)
-            outputs = model(*args, **kwargs)
+        try:
+            if self._forward is not None:
+                outputs = localised(self._forward, model)(model, raw)
+            else:
+                args, kwargs = self._call(raw)
+                _require_inputs(model, args, kwargs)
+                outputs = model(*args, **kwargs)
+        except RuntimeError as error:
+            if type(error) is not RuntimeError:
+                raise
+            raise _ForwardError(
+                "expected batches that the model takes, but its forward pass raised "
+                f"{str(error).splitlines()[0]!r} for {_sizes(raw)}: check shapes and dtypes of the "
+                "inputs, or pass forward=lambda model, batch: ..."
+            ) from error
         return outputs_of(outputs, "pass forward=lambda model, batch: ...")
 
     def _call(self, raw: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -239,6 +254,29 @@ class Batches:
         if isinstance(inputs, Mapping):
             return (), dict(inputs)
         return (tuple(inputs), {}) if _kind(inputs) == "sequence" else ((inputs,), {})
+
+
+class _ForwardError(DataError, RuntimeError):
+    """A forward pass failed; also what it raised itself."""
+
+
+def _require_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise DataError if the model cannot be called with the inputs of a batch."""
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        names = f"the keywords {sorted(map(str, kwargs))}" if kwargs else f"{len(args)} inputs"
+        raise DataError(
+            f"expected batches that the model takes, but {type(model).__name__}.forward was given "
+            f"{names}: {error}; pass forward=lambda model, batch: ..."
+        ) from error
+    except ValueError:  # a compiled one does not say what it takes
+        return
+
+
+def _sizes(raw: Any) -> str:
+    tensors = [leaf for leaf in tree.leaves(raw) if isinstance(leaf, Tensor)]
+    return ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in tensors[:4]) or type(raw).__name__
 
 
 def outputs_of(result: Any, remedy: str) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from .arguments import checked
 from .errors import DataError, SpaceMismatchError
 from .operators import BaseLinearOperator
 from .operators.vectors import VectorLike
@@ -14,6 +15,7 @@ from .operators.vectors import VectorLike
 __all__ = ["ewc_penalty"]
 
 
+@checked
 def ewc_penalty(
     w: nn.Module | VectorLike,
     anchors: Sequence[tuple[BaseLinearOperator, VectorLike]],

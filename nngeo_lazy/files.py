@@ -13,6 +13,7 @@ from typing import IO, Any, TypeVar
 import torch
 from torch import Tensor
 
+from .arguments import checked
 from .disk import checksum, replacing
 from .errors import (
     DataError,
@@ -104,6 +105,7 @@ def register_saved(kind: Kind) -> Kind:
     return kind
 
 
+@checked
 def save(F: BaseLinearOperator, path: str | os.PathLike[str] | IO[bytes]) -> None:
     """Write an operator to a file of tensors and plain data (`F.state_dict()`).
 
@@ -140,6 +142,7 @@ def save(F: BaseLinearOperator, path: str | os.PathLike[str] | IO[bytes]) -> Non
         torch.save(state, file)
 
 
+@checked
 def load(
     path_or_state: str | os.PathLike[str] | IO[bytes] | Mapping[str, Any],
     *,

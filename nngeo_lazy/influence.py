@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from .arguments import checked
 from .builders import Jacobian
 from .data import Batch, Batches
 from .distributed import Distributed
@@ -27,6 +28,7 @@ __all__ = ["influences"]
 METHODS = ("gradient", "newton")
 
 
+@checked
 def influences(
     model: nn.Module,
     F: BaseLinearOperator,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from .arguments import checked
 from .data import Batches
 from .distributed import refuse_processes
 from .errors import DataError, TooLargeError, wrong_option
@@ -28,6 +29,7 @@ WAYS = {"auto": "auto", "structured": "pairs", "contraction": "rows", "matrix-fr
 FACTORED_BYTES = 2**31  # of layers' inputs and output gradients that a kernel keeps by default
 
 
+@checked
 def NTK(
     model: nn.Module,
     x1: Any,

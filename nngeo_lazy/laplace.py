@@ -14,6 +14,7 @@ import torch
 from scipy import optimize
 from torch import Tensor, nn
 
+from .arguments import checked
 from .builders import Jacobian
 from .data import Batches
 from .errors import (
@@ -79,6 +80,7 @@ class Laplace:
         linearization; Daxberger et al. (2021), Laplace redux.
     """
 
+    @checked
     def __init__(
         self,
         model: nn.Module,
@@ -121,6 +123,7 @@ class Laplace:
         inverse = inverse.to(self.operator.dtype)
         return cast(BaseLinearOperator, (1 / self.num_examples) * inverse)
 
+    @checked
     def sample(self, n: int, *, seed: int | None = None) -> Tensor:
         """Parameters (n, P) from the posterior; `la.space.unravel` names them.
 
@@ -132,6 +135,7 @@ class Laplace:
 
     # --- predictions -----------------------------------------------------------------------------
 
+    @checked
     def functional(self, x: Any) -> Prediction:
         r"""The posterior of the linearised network's outputs, N(f(x), J(x) Sigma J(x)^T).
 
@@ -147,6 +151,7 @@ class Laplace:
         found, _ = self._functional(x)
         return found
 
+    @checked
     def predictive(
         self, x: Any, method: str = "probit", *, samples: int = 1000, seed: int | None = None
     ) -> Tensor | Prediction:
@@ -182,6 +187,7 @@ class Laplace:
 
     # --- evidence --------------------------------------------------------------------------------
 
+    @checked
     def log_marginal_likelihood(self, prior_precision: DampingLike | None = None) -> Tensor:
         r"""The Laplace approximation of the evidence log p(D), a 0-d tensor in float64.
 
@@ -214,6 +220,7 @@ class Laplace:
         logdet = F.damped(self._per_example(given)).logdet() - (prior / n).log().sum()
         return known - (prior * offset.square()).sum() / 2 - logdet / 2
 
+    @checked
     def fit_prior_precision(
         self,
         structure: str = "scalar",
@@ -290,6 +297,7 @@ class Laplace:
         best = torch.tensor(found.x, dtype=torch.float64, device=F.device).exp()
         return self.with_prior(_prior(best, structure, groups))
 
+    @checked
     def with_prior(self, prior_precision: DampingLike) -> Laplace:
         """The same posterior with another prior precision, as in the constructor."""
         _require_positive(self.operator, prior_precision)

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from .arguments import require_sequence
+from .arguments import checked, require_sequence
 from .errors import DataError, SpaceMismatchError
 from .operators.base import BaseLinearOperator
 from .operators.block_diagonal import BlockDiagonalLinearOperator
@@ -23,6 +23,7 @@ from .operators.quasi_diagonal import QuasiDiagonalLinearOperator
 __all__ = ["merge", "pool", "register_pooled"]
 
 
+@checked
 def merge(
     ops: Sequence[BaseLinearOperator], weights: Sequence[float] | None = None
 ) -> BaseLinearOperator:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .arguments import checked
 from .errors import DataError, SpaceMismatchError, wrong_option
 from .operators import BaseLinearOperator
 from .operators.damping import DampingLike
@@ -30,6 +31,7 @@ class Pruned(NamedTuple):
     kept: Tensor
 
 
+@checked
 def saliency(
     F: BaseLinearOperator,
     w: nn.Module | VectorLike,
@@ -74,6 +76,7 @@ def saliency(
     return squares / variance
 
 
+@checked
 def prune(
     F: BaseLinearOperator,
     w: nn.Module | VectorLike,

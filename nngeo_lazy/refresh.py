@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from .arguments import checked
 from .builders import FIM, GGN
 from .errors import DataError
 from .operators import (
@@ -23,6 +24,7 @@ __all__ = ["update_diag"]
 _REFRESHED = (KroneckerLinearOperator, EigenKroneckerLinearOperator, DiagonalLinearOperator)
 
 
+@checked
 def update_diag(
     F: BaseLinearOperator, model: nn.Module, loader: Any, **options: Any
 ) -> BaseLinearOperator:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .arguments import checked
 from .errors import DataError, SpaceMismatchError
 
 __all__ = ["Lineage", "ParamSpace", "canonical_name"]
@@ -73,6 +74,7 @@ class ParamSpace:
         {'fc.weight': (2, 3), 'fc.bias': (2,)}
     """
 
+    @checked
     def __init__(
         self,
         shapes: Mapping[str, Sequence[int]],
@@ -95,6 +97,7 @@ class ParamSpace:
         self._by_canonical = {canonical_name(name): name for name in self.names}
 
     @classmethod
+    @checked
     def of(cls, model: nn.Module, names: Iterable[str] | None = None) -> ParamSpace:
         """The space of a model's parameters, by default of those that require a gradient.
 
@@ -143,11 +146,13 @@ class ParamSpace:
         )
 
     @classmethod
+    @checked
     def everything(cls, model: nn.Module) -> ParamSpace:
         """All parameters of a model, whatever their kind: what selectors choose from."""
         named = dict(model.named_parameters())
         return cls({n: p.shape for n, p in named.items()}, lineages=_lineages(model, named))
 
+    @checked
     def subspace(self, names: Iterable[str]) -> ParamSpace:
         """The space of some of the parameters, in this space's order."""
         chosen = {self.resolve(name) for name in names}
@@ -158,6 +163,7 @@ class ParamSpace:
             lineages={n: line for n, line in self.lineages.items() if n in chosen},
         )
 
+    @checked
     def to(self, dtype: torch.dtype | None = None, device: Any = None) -> ParamSpace:
         """The same space for vectors of another dtype or device."""
         return ParamSpace(
@@ -167,6 +173,7 @@ class ParamSpace:
             lineages=self.lineages,
         )
 
+    @checked
     def resolve(self, name: str) -> str:
         """This space's spelling of a parameter name (wrapper prefixes are ignored)."""
         if name in self.slices:
@@ -178,11 +185,13 @@ class ParamSpace:
                 f"no parameter {name!r} in this space, which has {list(self.names)}"
             ) from None
 
+    @checked
     def owner(self, name: str) -> str:
         """The path of the module that owns a parameter; a raw parameter owns itself."""
         raw = self.lineages[name].raw if name in self.lineages else "." not in name
         return name if raw else name.rpartition(".")[0]
 
+    @checked
     def ravel(self, vectors: Mapping[str, Tensor]) -> Tensor:
         """{name: (..., *shape)} to (..., P). Every name must be there, and no other.
 
@@ -210,6 +219,7 @@ class ParamSpace:
         lead = torch.broadcast_shapes(*(v.shape[:-1] for v in flat))
         return torch.cat([v.expand(*lead, v.shape[-1]) for v in flat], -1)
 
+    @checked
     def unravel(self, vector: Tensor) -> dict[str, Tensor]:
         """(..., P) to {name: (..., *shape)}."""
         if vector.dim() == 0 or vector.shape[-1] != len(self):
@@ -223,10 +233,12 @@ class ParamSpace:
             for name, shape in zip(self.names, self.shapes, strict=True)
         }
 
+    @checked
     def values(self, model: nn.Module) -> Tensor:
         """The model's parameters as one flat vector (P,), attached to the graph."""
         return self.ravel(self.parameters(model))
 
+    @checked
     def grad(self, model: nn.Module) -> Tensor:
         """The model's `.grad` as one flat vector (P,); zeros if it is None."""
         parameters = self.parameters(model)
@@ -235,12 +247,14 @@ class ParamSpace:
         )
 
     @torch.no_grad()
+    @checked
     def assign_(self, model: nn.Module, vector: Tensor | Mapping[str, Tensor]) -> None:
         """Write a vector (flat, or a dict by name) into the model's parameters."""
         for p, v in self._pairs(model, vector):
             p.copy_(v)
 
     @torch.no_grad()
+    @checked
     def add_(
         self, model: nn.Module, vector: Tensor | Mapping[str, Tensor], alpha: float = 1.0
     ) -> None:
@@ -249,6 +263,7 @@ class ParamSpace:
             p.add_(v.to(p), alpha=alpha)
 
     @torch.no_grad()
+    @checked
     def assign_grad_(self, model: nn.Module, vector: Tensor | Mapping[str, Tensor]) -> None:
         """Write a vector into the `.grad` of the model's parameters."""
         for p, v in self._pairs(model, vector):
@@ -258,6 +273,7 @@ class ParamSpace:
         """The zero vector (P,)."""
         return torch.zeros(len(self), dtype=self.dtype, device=self.device)
 
+    @checked
     def randn(self, n: int | None = None) -> Tensor:
         """A standard normal vector (P,), or n of them as columns (P, n)."""
         shape = (len(self),) if n is None else (len(self), n)
@@ -267,6 +283,7 @@ class ParamSpace:
         """The identity (P, P)."""
         return torch.eye(len(self), dtype=self.dtype, device=self.device)
 
+    @checked
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The model's parameters of this space, by this space's names, in order."""
         own = {canonical_name(n): p for n, p in model.named_parameters()}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .arguments import require_callable, require_model, require_seed
+from .arguments import checked
 from .collectives import ALONE, Group, digest, seed_of, unwrapped
 from .data import Batch, Batches
 from .distributed import Distributed
@@ -64,6 +64,7 @@ class Problem:
     center: bool
 
     @classmethod
+    @checked
     def of(
         cls,
         model: nn.Module,
@@ -354,10 +355,6 @@ def make_sweep(
     """A sweep from what the builders take; see `FIM`."""
     group = loader.group if isinstance(loader, Distributed) else None
     with (group or ALONE).together("a build"):
-        require_model(model)
-        require_seed(options.get("seed"))
-        require_callable("forward", forward)
-        require_callable("target", target)
         model = unwrapped(model, group)
         space = space_of(model, params)
         batches = Batches(

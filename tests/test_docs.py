@@ -5,6 +5,7 @@ import importlib
 import re
 import typing
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 import pytest
@@ -49,7 +50,6 @@ def anchors(path):
 # --- code -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("path", [p for p in PAGES if code_of(p)], ids=name_of)
 def test_every_block_runs(path, tmp_path, monkeypatch):
     """One after the other, as a reader would run them."""
@@ -186,17 +186,13 @@ def test_the_glossary_is_sorted_and_says_each_term_once():
 
 def test_an_editor_completes_what_may_be_given():
     """The Literal types of signatures have the names that are known."""
-    hints = typing.get_type_hints(ng.FIM)
     for parameter, known in [
         ("representation", ng.representations.NAMES),
         ("likelihood", ng.likelihoods.NAMES),
         ("estimator", ng.likelihoods.ESTIMATORS),
     ]:
-        literals = [
-            t
-            for t in [hints[parameter], *typing.get_args(hints[parameter])]
-            if typing.get_origin(t) is typing.Literal
-        ]
+        hint = eval(ng.FIM.__annotations__[parameter], ng.FIM.__globals__)
+        literals = [t for t in (hint, *typing.get_args(hint)) if typing.get_origin(t) is Literal]
         assert [sorted(typing.get_args(t)) for t in literals] == [sorted(known)]
 
 

@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from nngeo_lazy.jacobian import forms, grams, inputs
-from nngeo_lazy.jacobian.forms import Outer, Rows, Stored, Summed, second_moment
+from nngeo_lazy.jacobian.forms import Outer, Rows, Stored, second_moment
 from nngeo_lazy.jacobian.inputs import DenseInputs, IndexInputs, PatchInputs
 from nngeo_lazy.jacobian.moments import moment
 from nngeo_lazy.jacobian.patches import Geometry, patch_moment, unfold
+from nngeo_lazy.jacobian.summed import Summed
 from nngeo_lazy.layout import Layout, Piece, assemble
 from nngeo_lazy.operators.decompose import eigh
 

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+import nngeo_lazy as ng
+
 ROOT = Path(__file__).parent.parent
 LINES = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
 
@@ -19,3 +21,8 @@ def test_it_has_the_two_commands(name):
     command = next(line for line in LINES[mark:] if line.startswith("python3 "))
     assert LINES.index(command) == mark + 2
     assert "-m venv .venv && .venv/bin/pip install -q torch==" in command
+
+
+def test_the_citation_has_the_version():
+    text = (ROOT / "docs/CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {ng.__version__}\n" in text

@@ -17,6 +17,7 @@ from .proof import agree
 
 __all__ = ["Alone", "draws", "outputs_alone", "require_repeatable"]
 
+PROBED = 3  # examples that are passed on their own
 ROUNDING = 0.5  # a power of eps: within it, outputs are the same
 DOUBTFUL = 0.25  # outputs that nearly cancel carry few digits: within it, gradients tell
 
@@ -39,8 +40,11 @@ def draws(device: torch.device) -> list[Tensor]:
     return states
 
 
-def outputs_alone(record: Pass, run: Run) -> Alone:
-    """Pass the examples of a batch again in two halves, in random order.
+def outputs_alone(record: Pass, run: Run) -> tuple[Alone, Pass | None]:
+    """Pass a few examples of a batch again on their own, and the others in random order.
+
+    Returns:
+        What the outputs are like, and the pass of the few.
 
     Raises:
         StochasticModelError: the outputs differ: the model is random, or mixes examples.
@@ -48,30 +52,32 @@ def outputs_alone(record: Pass, run: Run) -> Alone:
     n, outputs = record.n, record.outputs.detach()
     if n == 1:
         require_repeatable(record, run)
-        return Alone.SAME
+        return Alone.SAME, None
+    few = torch.tensor([0, n // 2, n - 1] if n > PROBED else [0])
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
-    halves = [order[: (n + 1) // 2], order[(n + 1) // 2 :]]
+    others = order[~torch.isin(order, few)]
     leaves = example_leaves(record.raw, n)
-    found: list[Tensor] = []
-    if _ragged(record.raw, leaves):
-        require_repeatable(record, run)
-        return Alone.UNKNOWN
-    for half in halves:
+    found: list[Pass] = []
+    ragged = _ragged(record.raw, leaves)
+    for index in [] if ragged else [few, others]:
         try:
-            alone = run(cut(record.raw, leaves, half)).outputs.detach()
+            alone = run(cut(record.raw, leaves, index))
         except Exception:  # noqa: BLE001 - whatever a foreign model raises
-            alone = None
-        if alone is None or alone.shape != (len(half), *outputs.shape[1:]):
-            require_repeatable(record, run)
-            return Alone.UNKNOWN
+            break
+        if alone.outputs.shape != (len(index), *outputs.shape[1:]):
+            break
         found.append(alone)
-    within = outputs[order.to(outputs.device)]
-    if agree(torch.cat(found), within, ROUNDING):
-        return Alone.SAME
+    if len(found) < 2:
+        require_repeatable(record, run)
+        return Alone.UNKNOWN, None
+    within = outputs[torch.cat([few, others]).to(outputs.device)]
+    mine = torch.cat([alone.outputs.detach() for alone in found])
+    if agree(mine, within, ROUNDING):
+        return Alone.SAME, found[0]
     require_repeatable(record, run)
-    if agree(torch.cat(found), within, DOUBTFUL):
-        return Alone.DOUBTFUL
-    raise mixed(n)
+    if agree(mine, within, DOUBTFUL):
+        return Alone.DOUBTFUL, None
+    raise mixed(len(few), n)
 
 
 def require_repeatable(record: Pass, run: Run) -> None:
@@ -83,11 +89,11 @@ def require_repeatable(record: Pass, run: Run) -> None:
         )
 
 
-def mixed(n: int) -> StochasticModelError:
+def mixed(few: int, n: int) -> StochasticModelError:
     """The error of a model whose examples meet."""
     return StochasticModelError(
         "expected a model that treats each example on its own, but the outputs of "
-        f"{(n + 1) // 2} examples change when the {n // 2} others are left out: per-"
+        f"{few} examples change when the {n - few} others are left out: per-"
         "example gradients do not exist for it. Batch statistics? Call model.eval()"
     )
 

@@ -16,20 +16,19 @@ from torch import Tensor, nn
 from .. import tree
 from ..errors import DataError, NonFiniteError, UnsupportedLayerError
 from ..space import ParamSpace
-from .alone import Alone, draws, mixed, outputs_alone, require_repeatable
+from .alone import PROBED, Alone, draws, mixed, outputs_alone, require_repeatable
 from .folds import Fold, candidates
 from .general import Forward, GeneralRows, cut, example_leaves
 from .grouping import make_parts
 from .parts import Kind, Part
 from .passes import Cutter, Pass, Plan, Recorded, gradients_at
-from .proof import Probe, Probed, agree, probe_folds, scales_of
+from .proof import Probe, Probed, probe_folds, scales_of
 from .record import Recorder
 from .union import joined
 
 __all__ = ["Capture", "Recorded"]
 
 SAMPLED = 16  # examples of the first batch that the plan is made from
-PROBED = 3  # of them, in the self-check of forms
 
 
 class Capture:
@@ -179,6 +178,8 @@ class Capture:
             plan = self._replan(record)
         elif not (record.signature.alike and plan.lively and plan.fits(record)):
             plan = replace(self._prove(record), cutter=plan.cutter)
+            if self._meet(record, plan):
+                outputs_alone(record, self._record)
         return self._take(record, plan)
 
     def _take(self, record: Pass, plan: Plan) -> Plan:
@@ -212,8 +213,9 @@ class Capture:
                 "the outputs do not depend on any selected parameter: select others with params=, "
                 "and check that the forward pass does not run under no_grad or detach"
             )
-        alone = outputs_alone(record, self._record)
-        few = self._few(record) if alone is Alone.SAME else None
+        alone, few = outputs_alone(record, self._record)
+        if few is None or record.n <= PROBED or not _comparable(few, record):
+            few = None
         if few is not None and few.examples != record.examples:
             # as many positions as examples, by accident: the few examples tell
             record = self._record(record.raw, few.examples)
@@ -222,7 +224,7 @@ class Capture:
         if plan is None or not plan.lively or not plan.fits(record):
             plan = self._prove(record)
         if alone is Alone.DOUBTFUL and self._meet(record, plan):
-            raise mixed(record.n)
+            raise mixed(1, record.n)
         if alone is not Alone.UNKNOWN and record.n > 1:
             return replace(plan, cutter=Cutter.of(record.raw, record.n, plan.bytes(record)))
         return plan
@@ -233,18 +235,6 @@ class Capture:
             fold is None and any(candidates(call.shape[: call.use.leading], record.n))
             for call, fold in zip(record.calls, plan.folds, strict=True)
         )
-
-    def _few(self, record: Pass) -> Pass | None:
-        """A few examples of a batch on their own, None where they do something else."""
-        n = record.n
-        if n <= PROBED:
-            return None
-        kept = torch.tensor([0, n // 2, n - 1])
-        few = self._record(cut(record.raw, example_leaves(record.raw, n), kept))
-        if few.keys != record.keys or not few.signature.alike or few.idle != record.idle:
-            return None
-        within = record.outputs.detach()[kept.to(record.outputs.device)]
-        return few if agree(few.outputs, within, 0.25) else None
 
     def _prove(self, record: Pass) -> Plan:
         """The self-check (see `proof`) on a recorded pass."""
@@ -299,6 +289,11 @@ class Capture:
             if why := found.disagreement(part, record.n):
                 general.update(dict.fromkeys(part.names, why))
         return make_parts(self._space, record.calls, general, unused)
+
+
+def _comparable(few: Pass, record: Pass) -> bool:
+    """Whether what is proved of a few examples holds for all."""
+    return few.keys == record.keys and few.idle == record.idle and few.signature.alike
 
 
 def _differing(before: Sequence[Part], plan: Plan | None) -> str:

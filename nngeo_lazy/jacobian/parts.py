@@ -12,10 +12,11 @@ from torch import Tensor
 from ..errors import UnsupportedLayerError
 from ..layout import Layout, Piece
 from .folds import Fold
-from .forms import Form, Outer, Placed, Rows, Stored, Summed
+from .forms import Form, Outer, Placed, Rows, Stored
 from .inputs import DenseInputs, Inputs
 from .positions import spread
 from .record import Call
+from .summed import Summed
 from .weights import Weight, pull_back
 
 __all__ = ["Gradient", "Kind", "Member", "Part", "Segment", "piece_of", "segment_of"]

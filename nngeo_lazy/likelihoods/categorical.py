@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..arguments import check_fields
 from ..errors import DataError
 from .likelihood import NOT_FINITE, Likelihood, check_outputs, labels_needed, standard_normal, wide
 
@@ -60,6 +61,7 @@ class Categorical(Likelihood):
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 0 <= self.label_smoothing < 1:
             raise DataError(
                 f"expected a label_smoothing from 0 to below 1, got {self.label_smoothing!r}"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..arguments import check_fields
 from ..errors import DataError
 from .likelihood import (
     NOT_FINITE,
@@ -101,6 +102,7 @@ class Bernoulli(Elementwise):
     pos_weight: float | Sequence[Any] | Tensor | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.pos_weight is None:
             return
         # Numbers, and not a tensor, so that two likelihoods compare, hash and print by value.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import check_fields
 from ..errors import DataError
 from .elementwise import Elementwise
 from .likelihood import broadcasts, standard_normal, wide
@@ -48,6 +49,7 @@ class Gaussian(Elementwise):
     variance: float | Sequence[Any] | Tensor = 1.0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not isinstance(self.variance, int | float | Tensor):
             held = torch.as_tensor(self.variance, dtype=torch.float64)
             object.__setattr__(self, "variance", held)

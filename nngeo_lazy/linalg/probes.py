@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..arguments import check_fields
 from ..errors import DataError
 from .krylov import seeded
 
@@ -52,6 +53,7 @@ class Probes:
     progress: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("probes", "steps", "max_matvecs"):
             value = getattr(self, name)
             if value is None and name != "max_matvecs":

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .. import linalg
+from ..arguments import checked
 from ..errors import wrong_option
 from ..operators.convert import aslinearoperator
 from ..operators.low_rank import LowRankLinearOperator
@@ -19,6 +20,7 @@ __all__ = ["low_rank", "nystrom"]
 RESTS = ("zero", "constant", "diagonal")
 
 
+@checked
 def low_rank(
     A: Any,
     rank: int,
@@ -87,6 +89,7 @@ def low_rank(
     return LowRankLinearOperator(low.root, low.core, left.clamp_min(0), info=low.info)
 
 
+@checked
 def nystrom(A: Any, rank: int, *, seed: int | None = None) -> LowRankLinearOperator:
     r"""A low-rank approximation of a positive semidefinite operator, from random vectors.
 

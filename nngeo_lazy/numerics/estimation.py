@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import linalg
+from ..arguments import checked
 from ..errors import NotPositiveDefiniteError, UnsupportedLayerError, wrong_option
 from ..linalg import Estimate, Probes
 from ..linalg.estimates import MIN_STEPS, PROBES, QUADRATURES, STEPS
@@ -43,6 +44,7 @@ class Options(DiagonalOptions, total=False):
     steps: int
 
 
+@checked
 def trace(
     A: Any,
     function: Function | None = None,
@@ -120,6 +122,7 @@ def trace(
     return warn_of_estimate(found, "the trace", given.tol)
 
 
+@checked
 def diagonal(
     A: Any,
     *,
@@ -180,6 +183,7 @@ def diagonal(
     return warn_of_estimate(found, "the diagonal", given.tol)
 
 
+@checked
 def logdet(
     A: Any,
     *,
@@ -235,6 +239,7 @@ def logdet(
     return _of_function(operator, torch.log, "logdet", method, given)
 
 
+@checked
 def effective_dimension(
     A: Any,
     damping: float | Tensor,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..errors import SpaceMismatchError, UnsupportedLayerError
 from ..linalg import Result
 from ..operators.base import BaseLinearOperator
@@ -19,6 +20,7 @@ from .spectra import eigsh, require_symmetric_operator
 __all__ = ["Eigenfunctions", "alignment", "eigenfunctions", "sample_space"]
 
 
+@checked
 def alignment(K: Any, y: Tensor, *, center: bool = False) -> Tensor:
     r"""The cosine between a kernel and the kernel Y Y^T of the labels, from -1 to 1.
 
@@ -114,6 +116,7 @@ class Eigenfunctions(Result, tuple[Tensor, Tensor], items=2):
         return operator._apply(self.values) / (n * self.eigenvalues)
 
 
+@checked
 def eigenfunctions(K: Any, k: int, **options: Any) -> Eigenfunctions:
     r"""The k leading eigenfunctions of a positive semidefinite kernel, at any inputs.
 
@@ -153,6 +156,7 @@ def eigenfunctions(K: Any, k: int, **options: Any) -> Eigenfunctions:
     return Eigenfunctions(values / n, n**0.5 * vectors)
 
 
+@checked
 def sample_space(F: BaseLinearOperator) -> BaseLinearOperator:
     r"""The matrix B B^T of a Fisher or Gauss-Newton matrix B^T B, over examples and directions.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import linalg
+from ..arguments import checked
 from ..errors import UnsupportedLayerError
 from ..operators.vectors import VectorLike, columns, flattened
 from ..operators.warn import warn_unless_converged
@@ -19,6 +20,7 @@ __all__ = ["Function", "evaluated", "matrix_function"]
 Function: TypeAlias = Callable[[Tensor], Tensor]
 
 
+@checked
 def matrix_function(
     A: Any,
     function: Function,

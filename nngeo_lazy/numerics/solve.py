@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..errors import NotPositiveDefiniteError, wrong_option
 from ..linalg import (
     IndefinitePreconditionerError,
@@ -30,6 +31,7 @@ __all__ = ["METHODS", "solve"]
 METHODS = ("auto", "direct", "cg", "minres", "lsmr")
 
 
+@checked
 def solve(
     A: Any,
     b: VectorLike,

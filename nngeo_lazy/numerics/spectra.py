@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import linalg
+from ..arguments import checked
 from ..errors import ConvergenceWarning, UnsupportedLayerError, wrong_option
 from ..linalg import Probes, Search, SpectralDensity
 from ..linalg.eigsh import ENDS, wanted
@@ -26,6 +27,7 @@ __all__ = [
 ]
 
 
+@checked
 def eigsh(
     A: Any,
     k: int,
@@ -106,6 +108,7 @@ def eigsh(
     return Spectrum(*kept, operator.space)
 
 
+@checked
 def svds(
     A: Any,
     k: int,
@@ -175,6 +178,7 @@ def svds(
     return SingularValues(*kept, found.matvecs, found.converged, operator.space)
 
 
+@checked
 def spectral_density(
     A: Any,
     *,

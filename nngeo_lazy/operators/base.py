@@ -10,7 +10,8 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor, nn
 
-from ..errors import SpaceMismatchError, TooLargeError
+from ..arguments import checked, described
+from ..errors import DataError, SpaceMismatchError, TooLargeError
 from ..selectors import Selector, select
 from ..space import ParamSpace
 from . import rules
@@ -58,6 +59,7 @@ class BaseLinearOperator(ContractLinearOperator):
         """
         return make_report(self)
 
+    @checked
     def at(self, w: nn.Module | VectorLike) -> BaseLinearOperator:
         """The same matrix at other parameters, for matrix-free operators; differentiable in w.
 
@@ -95,6 +97,7 @@ class BaseLinearOperator(ContractLinearOperator):
         v, restore = columns(self, other)
         return restore(self._apply(v))
 
+    @checked
     def vTMv(self, v: VectorLike) -> Tensor:
         """The quadratic form v.Fv, differentiable in v.
 
@@ -110,6 +113,7 @@ class BaseLinearOperator(ContractLinearOperator):
             return form.reshape(first.shape[: first.dim() - len(shape)])
         return form.squeeze(-1) if v.dim() == 1 else form
 
+    @checked
     def solve(
         self,
         right_tensor: Any,
@@ -163,6 +167,7 @@ class BaseLinearOperator(ContractLinearOperator):
             return product.squeeze(-1) if is_vector else product
         return restore(x)
 
+    @checked
     def inverse(self, *, damping: DampingLike = 0.0) -> BaseLinearOperator:
         """(F + damping)^-1 as an operator, structure kept.
 
@@ -175,6 +180,7 @@ class BaseLinearOperator(ContractLinearOperator):
 
     # --- damping ---------------------------------------------------------------------------------
 
+    @checked
     def damped(self, damping: DampingLike, method: str = "exact") -> BaseLinearOperator:
         """F + diag(damping), structure kept; differentiable in the damping.
 
@@ -202,6 +208,11 @@ class BaseLinearOperator(ContractLinearOperator):
         self._require_square("add_diagonal")
         if isinstance(diag, Mapping):
             return self.damped(diag)
+        if not isinstance(diag, (Tensor, float, int)) or isinstance(diag, bool):
+            raise DataError(
+                f"expected diag to be a number or a tensor, got {described(diag)}: pass a float, "
+                "or torch.as_tensor(...)"
+            )
         if not isinstance(diag, Tensor):
             diag = torch.full((), float(diag), dtype=self.dtype, device=self.device)
         if diag.dim() > 1:
@@ -232,23 +243,30 @@ class BaseLinearOperator(ContractLinearOperator):
 
     def norm(self, ord: Any = "fro") -> Tensor:
         """A norm of the matrix: "fro", 2 (spectral), -2 (smallest singular value) or "nuc"."""
-        if ord not in ("fro", 2, -2, "nuc"):
+        if isinstance(ord, Tensor) or ord not in ("fro", 2, -2, "nuc"):
             raise ValueError(
                 f"expected ord 'fro', 2, -2 or 'nuc', got {ord!r}; "
                 "docs/support_matrix.md says which have a closed form"
             )
         return self._norm(ord)
 
+    @checked
     def lerp(self, other: BaseLinearOperator, weight: float | Tensor) -> BaseLinearOperator:
         """(1 - weight) F + weight G: a running average of matrices.
 
         Structured as sums are: KFACs give lazy sums (`merge` pools their factors instead), EKFACs
         that share a basis (`update_diag`) an EKFAC.
         """
+        if isinstance(weight, Tensor) and weight.dim() > 0:
+            raise DataError(
+                f"expected weight to be one number, got {described(weight)}: pass a float, or a "
+                "0-d tensor"
+            )
         return cast(BaseLinearOperator, self._scale(1 - weight) + other._scale(weight))
 
     # --- functions of the matrix -----------------------------------------------------------------
 
+    @checked
     def power(self, p: float) -> BaseLinearOperator:
         """F^p, structure kept.
 
@@ -259,6 +277,7 @@ class BaseLinearOperator(ContractLinearOperator):
         self._require_square("power")
         return self._altered(self._power(float(p)))
 
+    @checked
     def pinv(self, rcond: float | None = None) -> BaseLinearOperator:
         """The pseudo-inverse; eigenvalues up to `rcond` times the largest count as zero.
 
@@ -267,6 +286,7 @@ class BaseLinearOperator(ContractLinearOperator):
         self._require_square("pinv")
         return self._altered(self._pinv(rcond))
 
+    @checked
     def sample(self, n: int, *, seed: int | None = None) -> Tensor:
         """Draws (n, P) from N(0, F).
 
@@ -303,6 +323,7 @@ class BaseLinearOperator(ContractLinearOperator):
             owners.setdefault(self.space.owner(name), []).append(name)
         return {owner: self._restrict(tuple(names)) for owner, names in owners.items()}
 
+    @checked
     def to_dense(self, limit: int | None = None) -> Tensor:
         """The matrix itself.
 

@@ -20,13 +20,14 @@ from linear_operator.operators import (
 )
 from torch import Tensor
 
-from ..errors import NotPositiveDefiniteError, SpaceMismatchError
+from ..arguments import checked, described
+from ..errors import DataError, NotPositiveDefiniteError, SpaceMismatchError
 from . import rules
 from .info import joint
 from .primitives import PrimitiveLinearOperator, tensors_of, within
 from .report import operator_html
 from .torch_functions import TORCH_FUNCTIONS
-from .vectors import columns
+from .vectors import columns, require_tensor
 
 if TYPE_CHECKING:
     from .base import BaseLinearOperator
@@ -44,7 +45,8 @@ class ContractLinearOperator(PrimitiveLinearOperator):
         if isinstance(other, LinearOperator):
             return combined(rules.products, rules.as_operator(other), self._this())
         transposed = self._transpose_nonbatch()
-        if other.ndim == 1:
+        require_tensor(transposed, other)
+        if other.ndim <= 1:
             return transposed.matmul(other)
         return transposed.matmul(other.mT).mT
 
@@ -57,10 +59,12 @@ class ContractLinearOperator(PrimitiveLinearOperator):
         product: Tensor = self._transpose_nonbatch()._matmul(rhs)
         return product
 
+    @checked
     def inv_quad(self, inv_quad_rhs: Tensor, reduce_inv_quad: bool = True) -> Tensor:
         """v^T F^-1 v, summed over the columns of v unless told otherwise."""
         return self.inv_quad_logdet(inv_quad_rhs, False, reduce_inv_quad)[0]
 
+    @checked
     def inv_quad_logdet(
         self,
         inv_quad_rhs: Tensor | None = None,
@@ -79,10 +83,12 @@ class ContractLinearOperator(PrimitiveLinearOperator):
             determinant = self._logdet()
         return quadratic, determinant
 
+    @checked
     def add_jitter(self, jitter_val: float = 1e-3) -> Any:
         """F + jitter_val I."""
         return self.add_diagonal(jitter_val)
 
+    @checked
     def zero_mean_mvn_samples(self, num_samples: int) -> Tensor:
         """Draws (num_samples, n) from N(0, F); `sample` takes a seed."""
         return self._draw(num_samples, None).movedim(-1, 0)
@@ -97,6 +103,7 @@ class ContractLinearOperator(PrimitiveLinearOperator):
         """F^-1 as R R^T, with R = F^-1/2."""
         return RootLinearOperator(self._power(-0.5))
 
+    @checked
     def sqrt_inv_matmul(self, rhs: Tensor, lhs: Tensor | None = None) -> Any:
         """F^-1/2 rhs; with lhs, lhs F^-1/2 rhs and the diagonal of lhs F^-1 lhs^T."""
         root = self._power(-0.5)
@@ -181,12 +188,24 @@ class ContractLinearOperator(PrimitiveLinearOperator):
 
     def to(self, *args: Any, **kwargs: Any) -> BaseLinearOperator:
         """The same operator in another dtype or on another device; arguments as `Tensor.to`."""
-        probe = torch.empty(0, dtype=self.dtype, device=self.device).to(*args, **kwargs)
+        try:
+            probe = torch.empty(0, dtype=self.dtype, device=self.device).to(*args, **kwargs)
+        except (TypeError, RuntimeError) as error:
+            raise DataError(
+                f"expected a dtype or a device, as Tensor.to takes them, got "
+                f"{', '.join(map(described, (*args, *kwargs.values())))} ({error}): write "
+                "F.to(torch.float64) or F.to('cpu')"
+            ) from error
+        if not probe.is_floating_point():
+            raise DataError(
+                f"expected a floating-point dtype, got {probe.dtype}: write F.to(torch.float64)"
+            )
         return self._moved(probe.dtype, probe.device)
 
+    @checked
     def type(self, dtype: torch.dtype) -> BaseLinearOperator:
         """The same operator in another dtype."""
-        return self._moved(dtype, self.device)
+        return self.to(dtype)
 
     def cpu(self) -> BaseLinearOperator:
         """The same operator on the CPU."""
@@ -209,6 +228,7 @@ class ContractLinearOperator(PrimitiveLinearOperator):
         ]
         return self.__class__(*args, **self._moved_fields(dtype, device))
 
+    @checked
     def _set_requires_grad(self, val: bool) -> None:
         for tensor in tensors_of(self):
             if tensor.is_floating_point():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -9,7 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ..errors import NotPositiveDefiniteError, SpaceMismatchError
+from ..arguments import described
+from ..errors import DataError, NotPositiveDefiniteError, SpaceMismatchError
 from ..layout import Layout
 from ..selectors import select
 
@@ -125,6 +127,11 @@ def _tensor(operator: BaseLinearOperator, damping: Any, size: int, what: str) ->
             value = value.to(operator.device)
         lowest = float(value.detach().amin()) if value.numel() else 0.0
     else:
+        if isinstance(damping, (bool, str)) or not isinstance(damping, numbers.Real):
+            raise DataError(
+                f"expected {what} to be a number or a tensor, got {described(damping)}: pass "
+                "damping=1e-3, or torch.as_tensor(...) for one number for each parameter"
+            )
         lowest = float(damping)
         value = torch.full((), lowest, dtype=operator.dtype, device=operator.device)
     if not lowest >= 0:

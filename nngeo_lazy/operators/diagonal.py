@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..arguments import checked, described
+from ..errors import DataError
 from ..space import ParamSpace
 from . import rules
 from .base import BaseLinearOperator
@@ -94,6 +96,7 @@ class DiagonalLinearOperator(SpectralLinearOperator):
         return f"diagonal {self.diag.shape[0]}"
 
 
+@checked
 def identity(space: ParamSpace, scale: float | Tensor = 1.0) -> DiagonalLinearOperator:
     """scale I over a parameter space: an isotropic prior.
 
@@ -106,6 +109,11 @@ def identity(space: ParamSpace, scale: float | Tensor = 1.0) -> DiagonalLinearOp
         >>> identity(ParamSpace({"w": (3,)}), 2.0).diagonal()
         tensor([2., 2., 2.])
     """
+    if isinstance(scale, Tensor) and scale.dim() > 0:
+        raise DataError(
+            f"expected scale to be one number, got {described(scale)}: for one number for each "
+            "parameter take DiagonalLinearOperator(...)"
+        )
     value = torch.as_tensor(scale, dtype=space.dtype, device=space.device)
     return DiagonalLinearOperator(value.expand(len(space)), info=Info(space))
 

@@ -11,6 +11,7 @@ from linear_operator.operators import DiagLinearOperator, LinearOperator
 from linear_operator.utils.getitem import _is_noop_index
 from torch import Tensor
 
+from ..arguments import described
 from ..errors import UnsupportedLayerError
 from ..space import ParamSpace
 from . import rules
@@ -275,7 +276,12 @@ def within(index: Any, size: int, device: torch.device) -> Any:
         if isinstance(index, int) and not -size <= index < size:
             raise IndexError(f"expected an index from {-size} to {size - 1}, got {index}")
         return index
-    where = torch.as_tensor(index, device=device)
+    try:
+        where = torch.as_tensor(index, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise _no_index(index) from error
+    if where.is_floating_point() or where.is_complex():
+        raise _no_index(index)
     if where.dtype == torch.bool:
         if where.shape != (size,):
             raise IndexError(f"expected a mask of shape ({size},), got {tuple(where.shape)}")
@@ -286,6 +292,13 @@ def within(index: Any, size: int, device: torch.device) -> Any:
             f"{int(where.max())}"
         )
     return where.long()
+
+
+def _no_index(index: Any) -> IndexError:
+    return IndexError(
+        f"expected an index: an integer, a slice, a list or tensor of positions, or a mask, got "
+        f"{described(index)}"
+    )
 
 
 def flat_positions(space: ParamSpace, names: tuple[str, ...], device: Any) -> Tensor:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from ..arguments import described
 from ..errors import SpaceMismatchError
 
 if TYPE_CHECKING:
     from .base import BaseLinearOperator
 
-__all__ = ["VectorLike", "columns", "flattened", "require_fitting", "require_vector"]
+__all__ = [
+    "VectorLike",
+    "columns",
+    "flattened",
+    "require_fitting",
+    "require_tensor",
+    "require_vector",
+]
 
 VectorLike: TypeAlias = Tensor | Mapping[str, Tensor]
 _HALF = (torch.float16, torch.bfloat16)
@@ -39,10 +47,25 @@ def columns(
         if not operator.maps_to_parameters:
             return joint, lambda x: x.mT.reshape(*lead, -1)
         return joint, lambda x: space.unravel(x.mT.reshape(*lead, -1))
+    require_tensor(operator, v)
     v = require_vector(operator, v, vector=v.dim() == 1)
     if v.dim() == 1:
         return v.unsqueeze(-1), lambda x: x.squeeze(-1)
     return v, lambda x: x
+
+
+def require_tensor(operator: BaseLinearOperator, v: Any) -> None:
+    """Raise SpaceMismatchError if something else stands where a vector is expected."""
+    if isinstance(v, Tensor):
+        return
+    n = operator.shape[-1]
+    remedy = "convert it with torch.as_tensor(..., dtype=operator.dtype)"
+    if isinstance(v, (int, float)):
+        remedy = f"write {v} * operator for a multiple"
+    raise SpaceMismatchError(
+        f"expected a tensor of shape ({n},) or ({n}, k), a dict by parameter name or an operator, "
+        f"got {described(v)}: {remedy}"
+    )
 
 
 def require_vector(operator: BaseLinearOperator, v: Tensor, *, vector: bool) -> Tensor:

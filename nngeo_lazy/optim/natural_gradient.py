@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import checked
 from ..errors import DataError
 from ..quantities import LossLike
 from ..representations import Representation
@@ -119,6 +120,7 @@ class NaturalGradient(CurvatureOptimizer):
         Loshchilov and Hutter (2019) for decoupled weight decay.
     """
 
+    @checked
     def __init__(
         self,
         model: nn.Module,

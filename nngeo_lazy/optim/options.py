@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from ..arguments import check_fields
 from ..errors import DataError
 from ..quantities import LossLike
 from ..representations import Implicit, Representation
@@ -54,6 +55,7 @@ class LevenbergMarquardt:
     maximum: float = 1e8
 
     def __post_init__(self) -> None:
+        check_fields(self)
         fits = 0 < self.minimum <= self.initial <= self.maximum and self.low < self.high
         if not fits or self.every < 1 or not 0 < self.decay <= 1:
             raise DataError(
@@ -102,6 +104,7 @@ class HessianFree:
     decay: float = 0.95
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not (self.tol > 0 and self.max_iter >= 1 and 0 <= self.decay <= 1):
             raise DataError(f"expected tol > 0, max_iter >= 1 and a decay in [0, 1], got {self}")
 
@@ -130,6 +133,7 @@ class Schedule:
     factor_decay: float = 0.95
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 0 <= self.factor_decay < 1:
             raise DataError(f"expected a factor_decay from 0 to below 1, got {self.factor_decay!r}")
         for name, least in (("update_every", 1), ("invert_every", 1), ("warmup", 0)):
@@ -173,6 +177,7 @@ class Options:
     outputs: Callable[[Any], Tensor] | None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name, most in (("momentum", 1.0), ("radius", math.inf), ("eps", math.inf)):
             value = getattr(self, name)
             if value is not None and not 0 <= value < most:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import checked
 from ..errors import DataError
 from ..quantities import LossLike
 from ..representations import Representation
@@ -52,6 +53,7 @@ class Preconditioner(CurvatureOptimizer):
         >>> preconditioner.step(); optimizer.step()
     """
 
+    @checked
     def __init__(
         self,
         model: nn.Module,

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..errors import DataError, TooLargeError
 from ..facts import Cost, Facts, Sample
-from ..jacobian.forms import Form, Outer, Rows, Stored, Summed
+from ..jacobian.forms import Form, Outer, Rows, Stored
 from ..jacobian.parts import Part
+from ..jacobian.summed import Summed
 from ..operators import BaseLinearOperator, Info
 from ..operators.factored import (
     FactoredGaussNewtonLinearOperator,

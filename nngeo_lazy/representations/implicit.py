@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..arguments import check_fields
 from ..derivatives.engines import MODES
 from ..errors import DataError, StochasticModelError
 from ..facts import Cost, Facts, Sample
@@ -71,6 +72,7 @@ class Implicit(Representation):
     check: bool = True
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.mode not in ("auto", *MODES):
             raise DataError(
                 f"expected mode 'auto' or one of {list(MODES)}, got {self.mode!r}; "

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from ..arguments import check_fields
 from ..errors import DataError, SpaceMismatchError
 from ..facts import Facts
 from ..jacobian.parts import Part
@@ -109,6 +110,7 @@ class KFAC(Streamed):
     max_factor: int = field(default=MAX_FACTOR, repr=False)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _require_factors(self.sharing, self.max_factor)
 
     def described(self) -> str:
@@ -157,6 +159,7 @@ class EKFAC(Streamed):
     max_factor: int = field(default=MAX_FACTOR, repr=False)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _require_factors(self.sharing, self.max_factor)
         if self.basis is not None and not isinstance(self.basis, BlockDiagonalLinearOperator):
             raise DataError(
@@ -269,6 +272,7 @@ class LowRank(Streamed):
     rank: int | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.rank is not None and (not isinstance(self.rank, int) or self.rank < 1):
             raise DataError(f"expected rank to be a positive integer or None, got {self.rank!r}")
 
@@ -313,13 +317,13 @@ def _decomposed(
     return {k: (own, n) for (k, n), own in zip(kept, bases, strict=True)}, done
 
 
-def _require_factors(sharing: str, max_factor: Any) -> None:
+def _require_factors(sharing: str, max_factor: int) -> None:
     if sharing not in list(Sharing):
         raise DataError(
             f"expected sharing='expand' or 'reduce', got {sharing!r}; docs/conventions.md "
             "explains them"
         )
-    if isinstance(max_factor, bool) or not isinstance(max_factor, int) or max_factor < 1:
+    if max_factor < 1:
         raise DataError(f"expected max_factor to be a positive integer, got {max_factor!r}")
 
 

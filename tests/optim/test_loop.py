@@ -264,7 +264,9 @@ def test_parameters_without_a_form_take_the_plain_gradient():
     assert optimizer.operator.space.names == (*("a.weight", "a.bias", "out.weight", "out.bias"),)
     free = HessianFree("kfac", tol=1e-6, max_iter=200)  # which has no such parameters
     optimizer = NaturalGradient(model, free)
-    assert train(optimizer, model, x, y, 10)[-1] < 0.3
+    losses = train(optimizer, model, x, y, 40)  # from where the step without a bound went astray
+    assert losses[-1] < 0.1
+    assert losses == sorted(losses, reverse=True)
 
 
 def test_sparse_gradients():

@@ -1,0 +1,80 @@
+"""The sum of several outer forms of one weight, which is used in different layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..layout import Layout
+from .forms import Form, Outer
+
+__all__ = ["Summed"]
+
+
+@dataclass(frozen=True)
+class Summed(Form):
+    """The sum of several `Outer`s of one weight, such as an embedding's and its tied head's.
+
+    Its coordinates are the weight's own, as it is stored.
+
+    Attributes:
+        outers: one for each layout in which the weight is used.
+        layouts: for each of them, how its coordinates lie in the weight: one piece, which starts
+            at zero.
+    """
+
+    outers: tuple[Outer, ...]
+    layouts: tuple[Layout, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:  # type: ignore[override]
+        return self.outers[0].shape
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self.outers[0].dtype
+
+    def examples(self, start: int, stop: int) -> Summed:
+        return replace(self, outers=tuple(outer.examples(start, stop) for outer in self.outers))
+
+    def direction(self, r: int) -> Summed:
+        return replace(self, outers=tuple(outer.direction(r) for outer in self.outers))
+
+    def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
+        return self._sum(lambda outer: outer.rows(start, stop).unsqueeze(-1)).squeeze(-1)
+
+    def total(self) -> Tensor:
+        return self._sum(lambda outer: outer.total().unsqueeze(-1)).squeeze(-1)
+
+    def sqsum(self) -> Tensor:
+        """A direction at a time: a tied embedding's row is as large as the vocabulary."""
+        out = self.outers[0].g.new_zeros(self.shape[2])
+        for r in range(self.shape[0]):
+            alone = tuple(replace(outer, g=outer.g[r : r + 1]) for outer in self.outers)
+            one = replace(self, outers=alone)
+            for a, b in one.tiles():
+                out += one.rows(a, b).square_().sum((0, 1))
+        return out
+
+    def jvp(self, vectors: Tensor) -> Tensor:
+        parts = [
+            outer.jvp(layout.gather(vectors))
+            for outer, layout in zip(self.outers, self.layouts, strict=True)
+        ]
+        return torch.stack(parts).sum(0)
+
+    def vjp(self, weights: Tensor) -> Tensor:
+        return self._sum(lambda outer: outer.vjp(weights))
+
+    def _sum(self, operation: Callable[[Outer], Tensor]) -> Tensor:
+        """The sum of (..., p, k) results of the outers, in the weight's coordinates."""
+        total: Tensor | None = None
+        for outer, layout in zip(self.outers, self.layouts, strict=True):
+            ((_, stored),) = layout.scatter(operation(outer))
+            total = stored if total is None else total + stored
+        if total is None:
+            raise ValueError("a sum of no forms")
+        return total
