@@ -7,6 +7,7 @@ Fisher information matrices, Gauss-Newton matrices, Hessians and Jacobians of an
 
 from . import errors, likelihoods, optim, representations
 from .builders import FIM, GGN, Hessian, Jacobian, plan
+from .distributed import Distributed
 from .ewc import ewc_penalty
 from .files import load, save
 from .influence import influences
@@ -32,6 +33,7 @@ __all__ = [
     "FIM",
     "GGN",
     "NTK",
+    "Distributed",
     "Eigenfunctions",
     "Estimate",
     "Grid",

@@ -12,7 +12,7 @@ import math
 import numbers
 import os
 import types
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -220,8 +220,7 @@ def checked(function: Function) -> Function:
 
 def check_fields(instance: Any) -> None:
     """Raise DataError if a field of a dataclass does not fit its annotation."""
-    kind: Hashable = type(instance)
-    for parameter in _fields(kind):
+    for parameter in _fields(instance.__class__):
         _require(parameter, getattr(instance, parameter.name))
 
 

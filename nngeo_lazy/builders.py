@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .arguments import checked
 from .costs import BuildCost, cost_of
+from .distributed import refuse_processes
 from .errors import DataError
 from .fingerprints import refuse_shuffling
 from .likelihoods import Estimator, Likelihood, LikelihoodLike
@@ -257,7 +258,7 @@ def Hessian(
             target=target,
             progress=progress,
         )
-        return wanted.build(sweep)
+    return _build(wanted, sweep)
 
 
 @checked
@@ -307,6 +308,7 @@ def Jacobian(
     """
     wanted = resolve_representation(representation, MatrixKind.JACOBIAN)
     refuse_shuffling(loader, "Jacobian")
+    refuse_processes(loader, "Jacobian", "pass this process's own batches, or build a FIM or GGN")
     quantity = Outputs() if loss is None else LossGradients(loss)
     with torch.inference_mode(False):
         sweep = make_sweep(
@@ -320,7 +322,7 @@ def Jacobian(
             progress=progress,
             center=center,
         )
-        return wanted.build(sweep)
+    return _build(wanted, sweep)
 
 
 def plan(builder: Callable[..., BaseLinearOperator], *args: Any, **options: Any) -> BuildCost:
@@ -352,7 +354,9 @@ def plan(builder: Callable[..., BaseLinearOperator], *args: Any, **options: Any)
     if prepare is None:
         raise DataError(f"expected the builder to be ng.FIM or ng.GGN, got {builder!r}")
     with torch.inference_mode(False):
-        return cost_of(*prepare(*args, **options))
+        representation, sweep = prepare(*args, **options)
+        sweep.problem.require_agreement(representation.described())
+        return cost_of(representation, sweep)
 
 
 @checked
@@ -394,4 +398,5 @@ def _gauss_newton(
 
 def _build(representation: Representation, sweep: Sweep) -> BaseLinearOperator:
     with torch.inference_mode(False):  # tensors made in inference mode could not be used outside
+        sweep.problem.require_agreement(representation.described())
         return representation.build(sweep)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .facts import Cost
+from .errors import DataError
+from .facts import Cost, Sample
 from .representations import Representation
 from .sweep import Sweep
 from .table import Table
@@ -46,31 +47,53 @@ class BuildCost(Table[CostRow]):
         directions: backward passes for each batch, in each pass that reads the data.
         batches: how many batches there are, None if the loader does not say.
         flops: of all statistics, for each example; forward and backward passes come on top.
-        bytes: what the operator will take.
+        bytes: what the operator will take, in each process.
+        processes: how many share the data.
+        bytes_sent: of the sums and eigenvectors that each process exchanges, in the whole build.
     """
 
     def __init__(
-        self, rows: Sequence[CostRow], passes: int, directions: int, batches: int | None
+        self,
+        rows: Sequence[CostRow],
+        passes: int,
+        directions: int,
+        batches: int | None,
+        processes: int = 1,
+        bytes_sent: int = 0,
     ) -> None:
         self.passes, self.directions, self.batches = passes, directions, batches
+        self.processes, self.bytes_sent = processes, bytes_sent
         self.flops = sum(row.flops for row in rows)
         self.bytes = sum(row.bytes for row in rows)
         data = "the data" if batches is None else f"{batches} batch{'es' * (batches != 1)}"
-        super().__init__(
-            rows,
-            [
-                f"{passes} pass{'es' * (passes != 1)} over {data}, "
-                f"{directions} backward for each batch",
-                f"{self.flops:,} flops for each example, {self.bytes:,} bytes",
-            ],
-        )
+        foot = [
+            f"{passes} pass{'es' * (passes != 1)} over {data}, "
+            f"{directions} backward for each batch",
+            f"{self.flops:,} flops for each example, {self.bytes:,} bytes",
+        ]
+        if processes > 1:
+            foot.append(
+                f"{processes} processes, each with its share of the examples and all of the bytes, "
+                f"which exchange {bytes_sent:,} bytes"
+            )
+        super().__init__(rows, foot)
 
 
 def cost_of(representation: Representation, sweep: Sweep) -> BuildCost:
     """What a build will cost, from the first batch: one forward and one backward pass."""
-    representation.require_fit(sweep.facts)
-    sample, batches = sweep.sampled()
-    facts = sweep.facts
+    group = sweep.problem.group
+    with group.together("a plan"):
+        representation.require_fit(sweep.facts)
+        sample = sweep.sampled()
+        own = None if sample is None else _cost(representation, sweep, sample)
+    found = [cost for cost in group.gather(own) if cost is not None]
+    if not found:
+        raise DataError("expected at least one batch, but the loaders of all processes are empty")
+    return found[0] if own is None else own
+
+
+def _cost(representation: Representation, sweep: Sweep, sample: Sample) -> BuildCost:
+    facts, size = sweep.facts, sweep.problem.group.size
     passes = representation.costs(facts, sample)
     found: dict[int, list[Cost]] = {}
     for costs in passes:
@@ -95,4 +118,8 @@ def cost_of(representation: Representation, sweep: Sweep) -> BuildCost:
                 part.note,
             )
     ordered = [rows[name] for name in space.names]
-    return BuildCost(ordered, len(passes), sample.directions, batches)
+    sums = sum(cost.numbers for costs in passes for cost in costs)
+    bases = sum(cost.numbers for costs in passes[:-1] for cost in costs)  # factors become bases
+    sent = (sums + bases) * itemsize if size > 1 else 0
+    batches = sweep.problem.batches.count
+    return BuildCost(ordered, len(passes), sample.directions, batches, size, sent)

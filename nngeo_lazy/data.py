@@ -11,7 +11,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from tqdm.auto import tqdm
 
 from . import tree
 from .arguments import require_takes
+from .collectives import ALONE
+from .distributed import Distributed
 from .errors import DataError
 from .fingerprints import Passes, Streams
 from .skeleton import localised
@@ -44,12 +46,14 @@ class Batch:
         kwargs: keyword arguments of the default call.
         target: observed labels, or None.
         raw: the batch as it was given, moved to the device; what `forward` and `target` receive.
+        key: which batch of all processes it is; random draws are made from it.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     target: Tensor | None
     raw: Any
+    key: tuple[int, ...] = (0,)
 
 
 class Batches:
@@ -60,7 +64,7 @@ class Batches:
             inputs; a sequence of tensors one batch (inputs, target, ...); a mapping one batch whose
             target is "labels" (or "label"); a sequence of sequences or mappings is batches. In
             (inputs, target), inputs may be a sequence (positional arguments) or a mapping (keyword
-            arguments).
+            arguments). `Distributed` of any of these is this process's share of it.
         device: where tensors are moved, also those nested in sequences and mappings.
         forward: `(model, raw batch) -> outputs` in place of the default call. With it, a batch may
             be any object.
@@ -92,7 +96,13 @@ class Batches:
         require_takes("forward", forward, "model", "batch")
         require_takes("target", target, "batch")
         require_takes("positions", positions, "batch")
-        self._loader = _as_batches(loader)
+        self._share = loader if isinstance(loader, Distributed) else None
+        self.group = ALONE if self._share is None else self._share.group
+        self._loader = _as_batches(loader if self._share is None else self._share.loader)
+        self.described: dict[str, Any] = {}  # what all processes of the group must agree on
+        if self._share is not None and self.group.size > 1:
+            self.described = self._share.described(self._loader)
+            self._loader = self._share.share(self._loader)
         self._device = torch.device(device)
         self._forward = forward
         self._target = target
@@ -107,7 +117,7 @@ class Batches:
         empty, count = True, 0
         with tqdm(
             total=_length(self._loader),
-            disable=not self._progress,
+            disable=not self._progress or self.group.rank > 0,
             unit="batch",
         ) as bar:
             for k, raw in enumerate(self._once()):
@@ -122,14 +132,15 @@ class Batches:
                 if not self.held:
                     self._passes.compare(k, raw)
                 count = k + 1
-                yield self.read(_move(raw, self._device))
+                key = (k,) if self._share is None else self._share.key(k)
+                yield replace(self.read(_move(raw, self._device)), key=key)
                 bar.update()
         if empty and self._gave:
             raise DataError(
                 "expected the same batches on every pass, but the loader gave none the second "
                 "time: pass the DataLoader itself, or list(...) of the batches"
             )
-        if empty:
+        if empty and self.group.size == 1:  # another process may have some
             raise DataError(
                 "expected at least one batch, but the loader is empty: check the length of the "
                 "data set, and drop_last"
@@ -156,6 +167,11 @@ class Batches:
     def held(self) -> bool:
         """Whether all batches lie in memory, in one order."""
         return isinstance(self._loader, (list, tuple))
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are moved."""
+        return self._device
 
     @property
     def loader(self) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 __all__ = [
     "ConvergenceWarning",
     "DataError",
+    "DistributedError",
     "EstimateWarning",
     "LikelihoodWarning",
     "MissingFileError",
@@ -49,6 +50,10 @@ class StochasticModelError(NNGeoError, RuntimeError):
 
 class DataError(NNGeoError, ValueError):
     """The loader, its batches, the targets or an option do not fit."""
+
+
+class DistributedError(NNGeoError, RuntimeError):
+    """Another process of the group raised, died, or makes another call."""
 
 
 class MissingFileError(DataError, FileNotFoundError):

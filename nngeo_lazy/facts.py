@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 
+from .collectives import ALONE, Group
 from .jacobian.forms import Form, Outer
 from .jacobian.inputs import IndexInputs
 from .jacobian.parts import Part
@@ -30,6 +31,7 @@ class Facts:
         num_terms: how many labels were scored; None if that is not known.
         denominator: what sums are divided by: the number of examples, or a loss's own.
         log_likelihood: of all observed labels; None if there are none, or some do not fit.
+        group: the processes whose data they are.
     """
 
     space: ParamSpace
@@ -41,6 +43,7 @@ class Facts:
     num_terms: int | None = None
     denominator: float = 0.0
     log_likelihood: float | None = None
+    group: Group = field(default=ALONE, repr=False, compare=False)
 
 
 class Cost(NamedTuple):

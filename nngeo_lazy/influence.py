@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .arguments import checked
 from .builders import Jacobian
-from .data import Batches
+from .data import Batch, Batches
+from .distributed import Distributed
 from .errors import DataError, SpaceMismatchError, wrong_option
 from .fingerprints import refuse_shuffling
 from .likelihoods import Likelihood, resolve_loss
@@ -51,6 +53,8 @@ def influences(
         F: its Fisher, Gauss-Newton matrix or Hessian over the training examples, in any
             representation and over any of its parameters.
         train: training examples (inputs, target), all or some, in an order that does not change.
+            `ng.Distributed(train)` shares them out: each process computes the columns of its own,
+            and has all of them in the end. F and test are then the same in all processes.
         test: the examples whose losses are predicted.
         loss: as in `GGN`; its reduction is ignored.
         damping: d, the weight decay of the training, where it had any.
@@ -81,6 +85,12 @@ def influences(
     """
     if method not in METHODS:
         raise ValueError(wrong_option("method", method, METHODS, "influence"))
+    if isinstance(train, Distributed) and train.group.size > 1:
+        where = next(model.parameters()).device
+        share = Batches(train, device=where, forward=forward, target=target)
+        options: dict[str, Any] = {"loss": loss, "damping": damping, "method": method}
+        options.update(forward=forward, target=target)
+        return _of_shares(share, lambda data: influences(model, F, data, test, **options))
     n, names = _fitting(model, F)
 
     def rows_of(data: Any, loss: LossLike | None) -> BaseLinearOperator:
@@ -101,6 +111,29 @@ def influences(
     weights = torch.linalg.solve(eye - hessians @ own, scores.unsqueeze(-1)).squeeze(-1)
     by_example = across.unflatten(0, (-1, own.shape[-1]))
     return torch.einsum("nct,nc->tn", by_example, weights) / n
+
+
+def _of_shares(own: Batches, columns: Callable[[Any], Tensor]) -> Tensor:
+    """The columns of all processes, in the order of the batches, from those of each one's share."""
+    with own.group.together("influences"):
+        sizes = {batch.key: _num_examples(batch) for batch in own}
+        mine = columns(own.loader).mT if sizes else torch.empty(0, device=own.device)
+        if sizes and len(mine) != sum(sizes.values()):
+            raise DataError(
+                f"expected {sum(sizes.values())} examples in this process's share, as its labels "
+                f"say, but it has {len(mine)}"
+            )
+    parts: dict[tuple[int, ...], Tensor] = {}
+    for known, rows in zip(own.group.gather(sizes), own.group.collect(mine), strict=True):
+        if known:
+            parts.update(zip(known, rows.split(list(known.values())), strict=True))
+    return torch.cat([parts[key] for key in sorted(parts)]).mT
+
+
+def _num_examples(batch: Batch) -> int:
+    """Of a batch that has not been passed through the model."""
+    leaves = [batch.target, *tree_leaves(batch.raw)]
+    return next(len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0)
 
 
 def _fitting(model: nn.Module, F: Any) -> tuple[int, list[str]]:

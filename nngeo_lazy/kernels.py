@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten
 
 from .arguments import checked
 from .data import Batches
+from .distributed import refuse_processes
 from .errors import DataError, TooLargeError, wrong_option
 from .fingerprints import refuse_shuffling
 from .operators import BaseLinearOperator
@@ -88,6 +89,7 @@ def NTK(
     with torch.inference_mode(False):
         for x in (x1,) if x2 is None else (x1, x2):
             refuse_shuffling(x, "NTK")
+            refuse_processes(x, "NTK", "pass rows of this process as x1, and all columns as x2")
             sweep = make_sweep(
                 Outputs(),
                 model,

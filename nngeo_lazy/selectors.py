@@ -10,6 +10,7 @@ from typing import TypeAlias
 from torch import Tensor, nn
 
 from .arguments import require_takes
+from .collectives import refuse_sharded
 from .errors import SpaceMismatchError
 from .space import Lineage, ParamSpace, canonical_name
 
@@ -51,8 +52,9 @@ def space_of(model: nn.Module, selector: Selector | None = None) -> ParamSpace:
 
     Raises:
         SpaceMismatchError: the selector matches nothing.
-        DataError: nothing is trainable, or devices or dtypes are mixed.
+        DataError: nothing is trainable, devices or dtypes are mixed, or parameters are sharded.
     """
+    refuse_sharded(model)
     if selector is None:
         return ParamSpace.of(model)
     return ParamSpace.of(model, select(ParamSpace.everything(model), selector))

@@ -9,10 +9,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from enum import Enum
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from .collectives import Group
 from .errors import DataError, TooLargeError
 from .facts import Cost, Facts, Sample
 from .jacobian.forms import Form, Outer, second_moment
@@ -23,18 +25,20 @@ from .layout import Layout
 
 __all__ = [
     "MAX_BLOCK_BYTES",
+    "MAX_FACTOR",
     "BiasCross",
     "KroneckerFactors",
-    "RowStack",
     "RowSum",
     "SecondMoment",
     "Sharing",
     "SquareSum",
     "Statistic",
     "all_finite",
+    "flat_order",
+    "pool_statistics",
 ]
 
-MAX_FACTOR = 16_384  # a Kronecker factor past this size is kept diagonal
+MAX_FACTOR = 16_384  # by default, a Kronecker factor past this size is kept diagonal
 MAX_BLOCK_BYTES = 2**33  # a dense block past this size is refused
 
 
@@ -50,10 +54,28 @@ class Statistic(ABC):
 
     Args:
         indices: which of the matrix's parts it sums over.
+
+    Attributes:
+        sums: the names of the attributes that hold the sums (tensors, numbers or None), so that
+            those of several processes can be added; None if it is no sum.
     """
+
+    sums: ClassVar[tuple[str, ...] | None] = None
 
     def __init__(self, *indices: int) -> None:
         self.indices = indices
+
+    def join(self, group: Group, device: torch.device) -> None:
+        """Take the data of all processes, for a statistic that is no sum.
+
+        Raises:
+            DataError: it cannot.
+        """
+        raise DataError(
+            f"{type(self).__name__} holds single examples, or does not name its `sums`, so that "
+            "those of several processes have no sum: build it in one process, or take another "
+            "representation"
+        )
 
     @abstractmethod
     def costs(self, sample: Sample) -> Iterator[Cost]:
@@ -66,6 +88,8 @@ class Statistic(ABC):
 
 class SecondMoment(Statistic):
     """Sum of the joint rows' outer products: a dense block."""
+
+    sums = ("_total",)
 
     def __init__(self, indices: Sequence[int], parts: Sequence[Part]) -> None:
         super().__init__(*indices)
@@ -116,6 +140,8 @@ class SquareSum(Statistic):
         left, right: the eigenbasis of an outer form, (G, o, o) and (G, w, w), or (G, o) and (G, w)
             if it is the identity.
     """
+
+    sums = ("_total",)
 
     def __init__(
         self, index: int, part: Part, left: Tensor | None = None, right: Tensor | None = None
@@ -178,6 +204,8 @@ class SquareSum(Statistic):
 class BiasCross(Statistic):
     """Sum of each output's weights' rows times its bias's: the couplings of a quasi-diagonal."""
 
+    sums = ("_total",)
+
     def __init__(self, index: int, part: Part) -> None:
         super().__init__(index)
         self._shape = (part.layout.groups * part.layout.rows, part.layout.width - 1)
@@ -207,6 +235,8 @@ class BiasCross(Statistic):
 class RowSum(Statistic):
     """Sum of the rows: the mean gradient that centering subtracts."""
 
+    sums = ("_total",)
+
     def __init__(self, index: int, part: Part) -> None:
         super().__init__(index)
         self._size = part.layout.size
@@ -231,78 +261,6 @@ class RowSum(Statistic):
         return self._total / facts.denominator
 
 
-class RowStack(Statistic):
-    """The rows themselves, all directions of all examples."""
-
-    def __init__(
-        self, indices: Sequence[int], parts: Sequence[Part], rank: int | None = None
-    ) -> None:
-        super().__init__(*indices)
-        self._parts = parts
-        self._size = sum(part.layout.size for part in parts)
-        self._rank = rank  # of what will be made of the rows, where it is given
-        self._batch: list[Tensor] = []  # chunks of directions (r, N, p) of the current batch
-        self._rows: list[Tensor] = []  # (N, R, p) of each batch
-        self._bytes = 0
-
-    def costs(self, sample: Sample) -> Iterator[Cost]:
-        """As many numbers for each parameter as the root has columns."""
-        rank = min(sample.directions * sample.examples, self._size)
-        rank = rank if self._rank is None else min(rank, self._rank)
-        for k, part in zip(self.indices, self._parts, strict=True):
-            size = part.layout.size
-            flops = 2 * sample.directions * sample.positions(k) * size
-            core = rank if k == self.indices[0] else 0  # beside the root
-            yield Cost(k, f"rank {rank} of {self._size}", rank * size + core, flops)
-
-    def update(self, forms: Sequence[Form | None], first: bool, last: bool) -> None:
-        """Keep the rows of a chunk.
-
-        Raises:
-            TooLargeError: all rows so far take more than 8 GiB.
-        """
-        present = [form for form in forms if form is not None]
-        if not present:
-            return
-        r, n, _ = present[0].shape
-        self._bytes += r * n * self._size * present[0].dtype.itemsize
-        if self._bytes > MAX_BLOCK_BYTES:
-            raise TooLargeError(
-                f"the rows of {self._size} parameters for every example and output direction take "
-                f"more than the limit of {MAX_BLOCK_BYTES / 2**30:.0f} GiB: take estimator='mc' or "
-                "'empirical' (one row for each example), fewer examples, or another representation"
-            )
-        rows = [torch.cat([form.rows(a, b) for a, b in form.tiles()], 1) for form in present]
-        self._batch.append(torch.cat(rows, -1))
-        if last:
-            self._rows.append(torch.cat(self._batch).transpose(0, 1))
-            self._batch = []
-
-    def rows(self, facts: Facts) -> Tensor:
-        """(N, R, p) in flat parameter order; every batch must have as many directions."""
-        counts = sorted({rows.shape[1] for rows in self._rows})
-        if len(counts) > 1:
-            raise DataError(
-                f"expected every batch to have one number of outputs, got {counts}: pad them alike"
-            )
-        rows = self._ordered(torch.cat(self._rows))
-        return rows - rows.mean(0) if facts.center else rows
-
-    def stacked(self, facts: Facts) -> Tensor:
-        """All rows (K, p), of batches with any numbers of directions."""
-        if not self._rows:  # of parameters that the outputs do not depend on
-            return torch.zeros(1, self._size, dtype=facts.dtype, device=facts.space.device)
-        if facts.center:
-            return self.rows(facts).flatten(0, 1)
-        return self._ordered(torch.cat([rows.flatten(0, 1) for rows in self._rows]))
-
-    def _ordered(self, joint: Tensor) -> Tensor:
-        used = [part for part in self._parts if part.kind is not Kind.UNUSED]
-        out = joint.new_zeros(*joint.shape[:-1], self._size)
-        out[..., flat_order(self._parts, used).to(joint.device)] = joint
-        return out
-
-
 class KroneckerFactors(Statistic):
     """The two factors of KFAC (Martens and Grosse 2015; sharing: Eschenhagen et al. 2023).
 
@@ -312,12 +270,16 @@ class KroneckerFactors(Statistic):
     (`jacobian/positions.py`).
     """
 
-    def __init__(self, index: int, part: Part, sharing: Sharing) -> None:
+    sums = ("_left", "_right", "_positions")
+
+    def __init__(
+        self, index: int, part: Part, sharing: Sharing, max_factor: int = MAX_FACTOR
+    ) -> None:
         super().__init__(index)
         self._layout = part.layout
         self._reduce = sharing is Sharing.REDUCE
-        self._diagonal_left = part.layout.rows > MAX_FACTOR
-        self._diagonal_right = part.layout.width > MAX_FACTOR
+        self._diagonal_left = part.layout.rows > max_factor
+        self._diagonal_right = part.layout.width > max_factor
         self._left: Tensor | None = None
         self._right: Tensor | None = None
         self._positions: Tensor | int = 0
@@ -365,20 +327,54 @@ class KroneckerFactors(Statistic):
         self._positions = self._positions + form.positions
 
     def factors(self, facts: Facts) -> tuple[Tensor, Tensor]:
-        """left (G, o, o) and right (G, w, w); (G, o), (G, w) if diagonal."""
-        if self._left is None or self._right is None:  # no batch used the layer
+        """left (G, o, o) and right (G, w, w); (G, o), (G, w) if diagonal. They are given up."""
+        left, right = self._left, self._right
+        if left is None or right is None:  # no batch used the layer
             groups, o, w = self._layout.groups, self._layout.rows, self._layout.width
-            left, right = (
+            zeros = [
                 torch.zeros((groups, n) if diagonal else (groups, n, n), dtype=facts.dtype)
                 for n, diagonal in ((o, self._diagonal_left), (w, self._diagonal_right))
-            )
-            return left.to(facts.space.device), right.to(facts.space.device)
-        return self._left.div_(facts.denominator), self._right.div_(self._positions)
+            ]
+            return zeros[0].to(facts.space.device), zeros[1].to(facts.space.device)
+        self._left = self._right = None  # they are large, and live on in one place only
+        return left.div_(facts.denominator), right.div_(self._positions)
 
     @property
     def positions(self) -> int:
         """How many positions of all examples the right factor is a mean over."""
         return int(self._positions)
+
+
+def pool_statistics(statistics: Sequence[Statistic], group: Group, device: torch.device) -> None:
+    """Make every process's statistics those of the data of all.
+
+    Sums are exchanged at once. What a process has not summed counts as zero.
+    """
+    if group.size == 1:
+        return
+    for each in statistics:
+        if each.sums is None:
+            each.join(group, device)
+    places = [(each, name) for each in statistics for name in each.sums or ()]
+    own = [_as_tensor(getattr(each, name), device) for each, name in places]
+    headers = group.gather([None if t is None else (t.shape, t.dtype) for t in own])
+    summed: list[Tensor] = []
+    for k, (each, name) in enumerate(places):
+        known = [h for header in headers if (h := header[k]) is not None]
+        if not known:
+            continue
+        shape, dtype = max(known, key=lambda header: len(header[0]))  # a number counts as zero
+        tensor = own[k]
+        if tensor is None or tensor.shape != shape:
+            tensor = torch.zeros(shape, dtype=dtype, device=device)
+        tensor = tensor.to(dtype).contiguous()
+        setattr(each, name, tensor)
+        summed.append(tensor)
+    group.sum_(summed)
+
+
+def _as_tensor(value: Any, device: torch.device) -> Tensor | None:
+    return value if value is None or isinstance(value, Tensor) else torch.tensor(value).to(device)
 
 
 def _grid_kind(name: str, grid: Layout, left: bool, right: bool) -> str:

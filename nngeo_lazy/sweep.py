@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -13,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import checked
+from .collectives import ALONE, Group, digest, seed_of, unwrapped
 from .data import Batch, Batches
+from .distributed import Distributed
 from .errors import DataError, NonFiniteError, TooLargeError
 from .facts import Facts, Sample
 from .jacobian.capture import Capture, Recorded
@@ -25,14 +26,16 @@ from .quantities import Quantity
 from .selectors import Selector, space_of
 from .skeleton import refuse_strays, skeleton
 from .space import ParamSpace
-from .statistics import Statistic, all_finite
+from .statistics import Statistic, all_finite, pool_statistics
+from .totals import Counts, Totals
 
-__all__ = ["Make", "Problem", "Sweep", "Totals", "make_sweep"]
+__all__ = ["Make", "Problem", "Sweep", "make_sweep"]
 
 Chunk = tuple[list[Form | None], bool, bool]
 KEPT_BYTES = 2**26  # the forms of a whole pass are kept for a second one up to this size
 
 
+Read = tuple[Sequence[Statistic] | None, Totals]
 Make = Callable[[Facts], Sequence[Statistic]]  # of the parts that the first batch shows
 
 
@@ -91,11 +94,12 @@ class Problem:
             NonFiniteError: NaN or infinity in the parameters.
             StochasticModelError: the model is in training mode and random.
         """
-        _require_finite_parameters(model, space)
-        if not replayed:
-            refuse_training_mode(model)
+        with batches.group.together("a build"):
+            _require_finite_parameters(model, space)
+            if not replayed:
+                refuse_training_mode(model)
         draws = seed is None and quantity.estimator == "mc"
-        drawn = int(torch.randint(2**62, ())) if draws else seed
+        drawn = batches.group.same(int(torch.randint(2**62, ()))) if draws else seed
         if drawn is not None:
             batches.drawn_from(drawn)
         return cls(
@@ -110,6 +114,11 @@ class Problem:
         )
 
     @property
+    def group(self) -> Group:
+        """The processes that share the data."""
+        return self.batches.group
+
+    @property
     def described(self) -> Mapping[str, str | int | None]:
         """Which matrix it is, in plain words; the quantity knows more once it saw a batch."""
         known = self.quantity.described()
@@ -117,11 +126,30 @@ class Problem:
             known["seed"] = self.seed
         return {**known, "center": 1} if self.center else known
 
-    def generator(self) -> torch.Generator | None:
-        """Of label draws, which are the same in every pass; None if nothing is drawn."""
+    def draws(self, batch: Batch) -> torch.Generator | None:
+        """The generator of a batch's label draws: the same in every pass, whoever reads it."""
         if self.drawn_seed is None:
             return None
-        return torch.Generator(device=self.space.device).manual_seed(self.drawn_seed)
+        first = batch.key == (0,)
+        seed = self.drawn_seed if first else seed_of(self.drawn_seed, *batch.key)
+        return torch.Generator(device=self.space.device).manual_seed(seed)
+
+    def require_agreement(self, representation: str) -> None:
+        """Raise DataError if the processes of the group build different matrices."""
+        if self.group.size == 1:
+            return
+        parameters = self.space.parameters(self.model)
+        known = {
+            "parameters": [f"{name} {tuple(p.shape)}" for name, p in parameters.items()],
+            "dtype": str(self.space.dtype),
+            "representation": representation,
+            "matrix": type(self.quantity).__name__,
+            "estimator": self.quantity.estimator,
+            "seed": self.seed,
+            **self.batches.described,
+            "values of parameters (checksums)": [digest(p) for p in parameters.values()],
+        }
+        self.group.agree(known, "the matrix")
 
 
 class Sweep:
@@ -138,14 +166,17 @@ class Sweep:
         self._looked = False  # at what the outputs depend on
         self._finished = False  # a pass
         self._parts: Sequence[Part] = ()
-        self._kept: tuple[Facts, list[Chunk]] | None = None
+        self._described: Mapping[str, str | int | None] | None = None  # by another process
+        self._kept: tuple[Totals, list[Chunk]] | None = None
 
     @property
     def facts(self) -> Facts:
         """What is known without a pass, and the parts once a batch was seen."""
         space = self.problem.space
         wide = torch.promote_types(space.dtype, torch.float32)
-        return Facts(space, self._parts, wide, self.problem.described, self.problem.center)
+        described = self.problem.described if self._described is None else self._described
+        group = self.problem.group
+        return Facts(space, self._parts, wide, described, self.problem.center, group=group)
 
     def at(self, model: nn.Module) -> Sweep:
         """The sweep of another model of the same kind."""
@@ -165,14 +196,54 @@ class Sweep:
             NonFiniteError, DataError: something was wrong on some batch.
             TooLargeError: more directions than `max_directions`.
         """
-        if self._kept is not None:
-            return self._replay(make, *self._kept)
-        found = None
-        while found is None:
-            found = self._pass(make, keep)
-        return found
+        with self.problem.group.together("a pass over the data"):
+            if self._kept is not None:
+                read = self._replay(make, *self._kept)
+            else:
+                while (found := self._pass(make, keep)) is None:
+                    pass
+                read = found
+            statistics, totals = read
+            totals.require_sound()
+        facts = self.finish(totals)
+        if statistics is None:  # this process has no batch
+            statistics = make(facts)
+        pool_statistics(statistics, facts.group, facts.space.device)
+        return facts, statistics
 
-    def _pass(self, make: Make, keep: bool) -> tuple[Facts, Sequence[Statistic]] | None:
+    def finish(self, totals: Totals) -> Facts:
+        """What is known after a pass, of the data of all processes.
+
+        Raises:
+            DataError: no process has any example, or layers are used in different ways.
+        """
+        group, counts = self.problem.group, totals.counts()
+        if group.size == 1:
+            return replace(self.facts, **totals.finish(counts))
+        shares = group.gather((self._parts, dict(self.facts.described), counts))
+        seen = [rank for rank, share in enumerate(shares) if share[2].examples]
+        if not seen:
+            raise DataError(
+                f"expected at least one batch, but the loaders of all {group.size} processes are "
+                "empty: check the length of the data set, and drop_last"
+            )
+        first = shares[seen[0]]
+        for rank in seen:
+            for k, what in enumerate(("layers", "quantity")):
+                if shares[rank][k] != first[k]:
+                    raise DataError(
+                        f"expected all processes to have the same {what}, but rank {rank} of "
+                        f"{group.size} has {shares[rank][k]}, and rank {seen[0]} {first[k]}"
+                    )
+        self._parts, self._described = first[0], first[1]
+        joint = Counts(*map(sum, zip(*(share[2] for share in shares), strict=True)))
+        with group.together("the totals of a pass"):
+            known = totals.finish(joint) if counts.examples else {}
+        if len(seen) < group.size:  # a process without examples does not know the loss
+            known = group.gather(known)[seen[0]]
+        return replace(self.facts, **known)
+
+    def _pass(self, make: Make, keep: bool) -> Read | None:
         """One pass over the data; None where its batches used parameters in unforeseen ways.
 
         The first batch says which statistics there are. If a later one asks for others, the rest of
@@ -183,9 +254,9 @@ class Sweep:
         kept: list[Chunk] | None = [] if keep else None
         totals = Totals(problem.quantity, problem.space.device)
         stale = False
-        generator = problem.generator()
         with recording(self._model, problem.space.parameters(self._model)):
             for batch in problem.batches:
+                generator = problem.draws(batch)
                 for recorded, target in self._record(batch):
                     if statistics is None:
                         statistics, parts = make(self.facts), self._parts
@@ -205,30 +276,31 @@ class Sweep:
                 )
             return None
         self._finished = True
-        facts = replace(self.facts, **totals.finish())
-        self._kept = None if kept is None else (facts, kept)
-        return facts, statistics or ()
+        self._kept = None if kept is None else (totals, kept)
+        return statistics, totals
 
-    def sampled(self) -> tuple[Sample, int | None]:
-        """The forms of one direction of the first batch, and how many batches there are.
+    def sampled(self) -> Sample | None:
+        """The forms of one direction of the first batch; None if this process has no batch.
 
         Raises:
             DataError: the first batch has no example.
         """
         problem = self.problem
-        generator = problem.generator()
         with (
             recording(self._model, problem.space.parameters(self._model)),
             closing(iter(problem.batches)) as batches,
         ):
-            first, count = next(batches), problem.batches.count
+            first = next(batches, None)
+            if first is None:
+                return None
+            generator = problem.draws(first)
             for recorded, target in self._record(first):
                 outputs = recorded.outputs
                 directions = problem.quantity.directions(outputs, target, generator)
                 ((forms, _, _),) = recorded.chunks(islice(directions, 1), 1)
                 labelled = outputs if first.target is None else first.target
                 examples = problem.batches.num_examples(labelled.shape[0])
-                return Sample(forms, problem.quantity.count(outputs, target), examples), count
+                return Sample(forms, problem.quantity.count(outputs, target), examples)
         raise DataError("expected at least one example in the first batch")
 
     def _record(self, batch: Batch) -> Iterator[tuple[Recorded, Tensor | None]]:
@@ -243,14 +315,12 @@ class Sweep:
             exist = self.problem.batches.positions(recorded.record.raw)
             yield replace(recorded, marks=marks_of(scored, exist)), target
 
-    def _replay(
-        self, make: Make, facts: Facts, kept: list[Chunk]
-    ) -> tuple[Facts, Sequence[Statistic]]:
-        statistics = make(facts)
+    def _replay(self, make: Make, totals: Totals, kept: list[Chunk]) -> Read:
+        statistics = make(self.facts) if self._parts else None
         for chunk in kept:
-            _update(statistics, chunk)
+            _update(statistics or (), chunk)
         self._kept = None
-        return facts, statistics
+        return statistics, totals
 
     def _chunks(
         self, recorded: Recorded, target: Tensor | None, generator: torch.Generator | None
@@ -283,60 +353,19 @@ def make_sweep(
     **options: Any,
 ) -> Sweep:
     """A sweep from what the builders take; see `FIM`."""
-    space = space_of(model, params)
-    batches = Batches(
-        loader,
-        device=space.device,
-        forward=forward,
-        target=target,
-        positions=positions,
-        progress=progress,
-    )
+    group = loader.group if isinstance(loader, Distributed) else None
+    with (group or ALONE).together("a build"):
+        model = unwrapped(model, group)
+        space = space_of(model, params)
+        batches = Batches(
+            loader,
+            device=space.device,
+            forward=forward,
+            target=target,
+            positions=positions,
+            progress=progress,
+        )
     return Sweep(Problem.of(model, space, batches, quantity, **options))
-
-
-class Totals:
-    """Counts and complaints of a pass, kept on the device and read once at its end."""
-
-    def __init__(self, quantity: Quantity, device: torch.device) -> None:
-        self.quantity = quantity
-        self._examples = 0
-        self._terms = torch.zeros((), dtype=torch.int64, device=device)
-        self._denominator = torch.zeros((), dtype=torch.float64, device=device)
-        self._flags: dict[str, Tensor] = {}
-        self._log_likelihood: Tensor | None = torch.zeros_like(self._denominator)
-
-    def add(self, outputs: Tensor, target: Tensor | None) -> None:
-        """Count a batch."""
-        for message, wrong in self.quantity.flags(outputs, target).items():
-            before = self._flags.get(message)
-            self._flags[message] = wrong if before is None else before | wrong
-        self._examples += outputs.shape[0]
-        self._terms += self.quantity.num_terms(outputs, target)
-        self._denominator += self.quantity.denominator(outputs, target)
-        if self._log_likelihood is not None:
-            added = self.quantity.log_likelihood(outputs, target)
-            self._log_likelihood = None if added is None else self._log_likelihood + added
-
-    def finish(self) -> dict[str, Any]:
-        """The fields of `Facts` that a pass finds.
-
-        Raises:
-            NonFiniteError, DataError: something was wrong on some batch.
-        """
-        if self._flags:
-            wrong = torch.stack([flag.reshape(()) for flag in self._flags.values()]).tolist()
-            messages = [message for message, bad in zip(self._flags, wrong, strict=True) if bad]
-            if messages:
-                finite = any("finite" in message for message in messages)
-                raise (NonFiniteError if finite else DataError)("; ".join(messages))
-        likelihood = math.nan if self._log_likelihood is None else float(self._log_likelihood)
-        return {
-            "num_examples": self._examples,
-            "num_terms": int(self._terms),
-            "denominator": self.quantity.total(float(self._denominator)),
-            "log_likelihood": likelihood if math.isfinite(likelihood) else None,
-        }
 
 
 def _update(statistics: Sequence[Statistic], chunk: Chunk) -> None:

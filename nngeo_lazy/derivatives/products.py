@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..collectives import digest
 from ..errors import DataError, UnsupportedLayerError
 from .engines import (
     MODES,
@@ -28,7 +29,13 @@ from .opaque import Map
 from .proofs import prove_hessian, prove_jacobian
 from .source import BatchFunction, Memory, Middle, Source
 
-__all__ = ["CACHE_BYTES", "GaussNewtonMap", "HessianMap", "JacobianMap", "TransposedMap"]
+__all__ = [
+    "CACHE_BYTES",
+    "GaussNewtonMap",
+    "HessianMap",
+    "JacobianMap",
+    "TransposedMap",
+]
 
 CACHE_BYTES = 2**31  # of kept graphs, with cache="auto"
 SMALL_GRAPH = {"cpu": 2**22}  # bytes of a batch's graph up to which columns pay beside others
@@ -246,15 +253,16 @@ class GaussNewtonMap(_JacobianSourceMap):
 
     def draw(self, n: int, w: Tensor, generator: torch.Generator | None) -> Tensor:
         """Rows (n, P) of N(0, the matrix): J^T S z for standard normal z."""
-        state = None if generator is None else generator.get_state()
+        group, device = self._source.group, w.device if generator is None else generator.device
+        seed = int(torch.randint(2**62, (), generator=generator, device=device))
+        seed = seed if generator is not None else group.same(seed)
 
-        def run(mode: str) -> Tensor:
-            if generator is not None and state is not None:  # the same draws in another mode
-                generator.set_state(state)
+        def run(mode: str) -> Tensor:  # the same draws in another mode
+            own = torch.Generator(device=device).manual_seed(seed)
             total = torch.zeros(n, len(self._source.space), dtype=w.dtype, device=w.device)
             inner, ones = _zero(total), _zero(total)
             for jacobian, metric in self._linearised(w, mode, False):
-                z = metric.sample(n, generator)
+                z = metric.sample(n, own)
 
                 def pulled(u: Tensor, jacobian: JacobianOf = jacobian) -> Tensor:
                     return _flat(jacobian.vjp(u))
@@ -268,7 +276,10 @@ class GaussNewtonMap(_JacobianSourceMap):
             drawn: Tensor = total / self._source.total**0.5
             return drawn
 
-        return self._try(run)
+        with group.together("draws", n, seed, digest(w)):
+            drawn = self._try(run)
+        group.sum_([drawn])
+        return drawn
 
 
 class HessianMap(_SourceMap):

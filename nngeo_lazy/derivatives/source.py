@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..collectives import Group
 from ..space import ParamSpace
 
 __all__ = ["BatchFunction", "Memory", "Middle", "Source"]
@@ -24,7 +25,7 @@ class Middle(Protocol):
 
     @property
     def sample(self) -> Callable[[int, torch.Generator | None], Tensor]:
-        """(n, generator) to draws (n, *values) from N(0, S S^T)."""
+        """(n, generator) to draws (n, *values) from N(0, S S^T); batches differ by themselves."""
 
 
 class BatchFunction(Protocol):
@@ -56,6 +57,10 @@ class Source(Protocol):
 
     @property
     def num_examples(self) -> int: ...
+
+    @property
+    def group(self) -> Group:
+        """The processes that share the batches; each goes through its own."""
 
     @property
     def held(self) -> bool:

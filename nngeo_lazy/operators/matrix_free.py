@@ -12,6 +12,7 @@ from torch import Tensor
 from ..derivatives.opaque import Map, apply_map
 from ..derivatives.products import GaussNewtonMap, HessianMap, JacobianMap, TransposedMap
 from ..derivatives.source import Memory, Source
+from ..derivatives.summed import SummedMap
 from ..errors import UnsupportedLayerError
 from .base import BaseLinearOperator, Krylov, flat_positions
 from .info import Info
@@ -64,7 +65,8 @@ class ImplicitLinearOperator(LazyLinearOperator):
         return self
 
     def _apply(self, v: Tensor) -> Tensor:
-        return _apply(self._map(), v, self.parameters)
+        group, own = self.source.group, self._map()
+        return _apply(own if group.size == 1 else SummedMap(own, group), v, self.parameters)
 
     def _at(self, parameters: Tensor) -> BaseLinearOperator:
         info = replace(self.info, quantity={}, log_likelihood=None)

@@ -9,11 +9,11 @@ from typing import ClassVar, cast
 from ..facts import Facts
 from ..operators import BaseLinearOperator, DenseLinearOperator, MatrixLinearOperator
 from ..quantities import MatrixKind
-from ..statistics import RowStack
 from ..sweep import Sweep
 from .implicit import Implicit
 from .recipes import Block, Recipe, info_of, moment_blocks, require_finite, whole
 from .representation import Streamed
+from .row_stack import RowStack
 
 __all__ = ["Dense"]
 

@@ -9,7 +9,7 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
-from ..errors import TooLargeError
+from ..errors import DataError, TooLargeError
 from ..facts import Cost, Facts, Sample
 from ..jacobian.forms import Form, Outer, Rows, Stored
 from ..jacobian.parts import Part
@@ -131,6 +131,14 @@ class Factored(Streamed):
         if sweep.problem.quantity.kind is MatrixKind.JACOBIAN:
             return factored_rows(sweep)
         return super().build(sweep)
+
+    def require_fit(self, facts: Facts) -> None:
+        """Refuse several processes: each would hold the forms of its own examples alone."""
+        if facts.group.size > 1:
+            raise DataError(
+                "'factored' keeps single examples, and is made in one process: with "
+                "ng.Distributed take 'implicit', which is the same matrix, or 'low_rank'"
+            )
 
     def recipe(self, facts: Facts, indices: Sequence[int]) -> Recipe:
         """The forms of all parts."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +24,8 @@ from ..operators.matrix_free import (
     JacobianLinearOperator,
 )
 from ..quantities import MatrixKind
-from ..sweep import Sweep, Totals
+from ..sweep import Sweep
+from ..totals import Totals
 from .network_source import NetworkSource
 from .representation import Representation
 
@@ -112,10 +113,20 @@ def _fields(sweep: Sweep, options: Implicit) -> dict[str, Any]:
     """Everything but the point, from one forward pass over the data."""
     problem = sweep.problem
     space, quantity = problem.space, problem.quantity
+    if problem.center and problem.group.size > 1:
+        raise DataError(
+            "center=True couples the examples of all processes in every product, which 'implicit' "
+            "does not do: take 'ekfac', 'diagonal', 'block_diagonal', 'dense' or 'low_rank'"
+        )
     network = Network(problem.model, space, problem.batches.forward)
     leaves = [p.detach().requires_grad_() for p in space.parameters(problem.model).values()]
     totals, num_rows, num_batches = Totals(quantity, space.device), 0, 0
-    with torch.inference_mode(False), network.scope(), torch.no_grad():
+    with (
+        problem.group.together("a pass over the data"),
+        torch.inference_mode(False),
+        network.scope(),
+        torch.no_grad(),
+    ):
         for batch in problem.batches:
             # a forward pass may call autograd itself
             with torch.enable_grad(), FixedWeights():
@@ -134,7 +145,8 @@ def _fields(sweep: Sweep, options: Implicit) -> dict[str, Any]:
             one_each = quantity.estimator == "empirical"
             num_rows += outputs.shape[0] if one_each else outputs.numel()
             num_batches += 1
-    facts = replace(sweep.facts, **totals.finish())
+        totals.require_sound()
+    facts = sweep.finish(totals)
     if problem.center and num_rows % facts.num_examples:
         raise DataError("center=True expects every batch to have outputs of one shape")
     random = quantity.estimator == "mc"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..collectives import Group, seed_of
 from ..data import Batch
 from ..errors import DataError
 from ..network import Network
@@ -40,17 +41,22 @@ class NetworkSource:
     chunk_size: int | None
     streams: bool = True
 
+    @property
+    def group(self) -> Group:
+        """The processes that share the batches."""
+        return self.sweep.problem.group
+
     def scope(self) -> AbstractContextManager[None]:
         """Inside, the functions of the batches may be evaluated and differentiated."""
         return self.network.scope()
 
     def batches(self, start: int = 0) -> Iterator[NetworkBatch]:
         """The batches, from the given one on; as many as in the build."""
-        count, generator = 0, self.sweep.problem.generator()
+        count = 0
         for batch in self.sweep.problem.batches:
             count += 1
             if count > start:
-                yield NetworkBatch(self, batch, generator)
+                yield NetworkBatch(self, batch)
         if count != self.num_batches:
             raise DataError(
                 f"expected the {self.num_batches} batches of the build on every pass, but the "
@@ -84,7 +90,6 @@ class NetworkBatch:
 
     source: NetworkSource
     batch: Batch
-    generator: torch.Generator | None
 
     def values(self, parameters: Sequence[Tensor]) -> Tensor:
         """What is differentiated: outputs, losses of examples, or the sum of the losses."""
@@ -92,10 +97,14 @@ class NetworkBatch:
         return self.source.sweep.problem.quantity.values(outputs, self._target(outputs))
 
     def metric(self, values: Tensor) -> Metric:
-        """The middle S S^T at these values."""
-        return self.source.sweep.problem.quantity.metric(
-            values, self._target(values), self.generator
-        )
+        """The middle S S^T at these values, whose draws depend on the batch and not on others."""
+        problem = self.source.sweep.problem
+        made = problem.quantity.metric(values, self._target(values), problem.draws(self.batch))
+
+        def sample(n: int, generator: torch.Generator | None) -> Tensor:
+            return made.sample(n, keyed(generator, self.batch.key))
+
+        return Metric(made.product, sample)
 
     def wide(self) -> NetworkBatch | None:
         """The same functions in float64; None on devices that have no float64."""
@@ -109,3 +118,11 @@ class NetworkBatch:
         if target is None or self.source.streams:
             return target
         return target.to(like) if target.is_floating_point() else target.to(like.device)
+
+
+def keyed(generator: torch.Generator | None, key: tuple[int, ...]) -> torch.Generator | None:
+    """A generator for one batch, from the seed of one for all of them."""
+    if generator is None:
+        return None
+    seed = seed_of(generator.initial_seed(), *key)
+    return torch.Generator(device=generator.device).manual_seed(seed)

@@ -9,6 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from ..collectives import Group, owners
 from ..errors import NonFiniteError
 from ..facts import Facts
 from ..jacobian.parts import Kind
@@ -23,7 +24,9 @@ from ..operators import (
     Origin,
     QuasiDiagonalLinearOperator,
 )
+from ..operators.factors import factor_eigh
 from ..statistics import (
+    MAX_FACTOR,
     BiasCross,
     KroneckerFactors,
     RowSum,
@@ -48,6 +51,7 @@ __all__ = [
     "moment_blocks",
     "quasi_diagonal_block",
     "require_finite",
+    "shared_bases",
     "together",
     "whole",
 ]
@@ -144,15 +148,41 @@ def quasi_diagonal_block(facts: Facts, k: int) -> Recipe:
     return [Block((k,), part.layout, operator)]
 
 
-def kronecker_block(facts: Facts, k: int, sharing: Sharing) -> Recipe:
+def kronecker_block(facts: Facts, k: int, sharing: Sharing, max_factor: int = MAX_FACTOR) -> Recipe:
     """A Kronecker block for one part, where it has such a form."""
     part = facts.parts[k]
     if part.kind is not Kind.OUTER:
         return (yield from diagonal_block(facts, k))
-    factors = KroneckerFactors(k, part, sharing)
+    factors = KroneckerFactors(k, part, sharing, max_factor)
     facts = yield [factors]
     operator = KroneckerLinearOperator(*factors.factors(facts))
     return [Block((k,), part.layout, operator, factors.positions)]
+
+
+def shared_bases(factors: list[list[Tensor]], group: Group) -> list[tuple[Tensor, Tensor]]:
+    """The eigenvectors of pairs of Kronecker factors, which are overwritten by them one by one.
+
+    Each dense factor is decomposed by one process of the group, and sent to all others.
+    """
+    places = [(pair, side) for pair in factors for side in (0, 1)]
+    owner = owners([_flops_of_eigh(pair[side]) for pair, side in places], group.size)
+    with group.together("eigendecompositions"):
+        for (pair, side), rank in zip(places, owner, strict=True):
+            if rank == group.rank or pair[side].dim() == 2:
+                basis = factor_eigh(pair[side])[1]
+                # bits depend on the order in memory, which must not depend on the owner
+                pair[side] = basis if group.size == 1 else basis.contiguous()
+            else:
+                pair[side] = pair[side].contiguous()
+    for rank in range(group.size):
+        own = [pair[side] for (pair, side), r in zip(places, owner, strict=True) if r == rank]
+        group.send([basis for basis in own if basis.dim() == 3], rank)
+    return [(left, right) for left, right in factors]
+
+
+def _flops_of_eigh(factor: Tensor) -> float:
+    """In proportion, for (G, n, n); nothing for a diagonal one."""
+    return float(factor.shape[0] * factor.shape[1] ** 3) if factor.dim() == 3 else 0.0
 
 
 def centered(squares: Tensor, mean: Tensor) -> Tensor:

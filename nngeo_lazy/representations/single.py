@@ -12,7 +12,7 @@ from torch import Tensor
 from ..arguments import check_fields
 from ..errors import DataError, SpaceMismatchError
 from ..facts import Facts
-from ..jacobian.parts import Kind, Part
+from ..jacobian.parts import Part
 from ..operators import (
     BaseLinearOperator,
     BlockDiagonalLinearOperator,
@@ -21,7 +21,7 @@ from ..operators import (
     KroneckerLinearOperator,
     LowRankLinearOperator,
 )
-from ..statistics import KroneckerFactors, RowStack, RowSum, Sharing, SquareSum, Statistic
+from ..statistics import MAX_FACTOR, KroneckerFactors, RowSum, Sharing, SquareSum, Statistic
 from .recipes import (
     Block,
     Recipe,
@@ -36,10 +36,12 @@ from .recipes import (
     moment_blocks,
     quasi_diagonal_block,
     require_finite,
+    shared_bases,
     together,
     whole,
 )
 from .representation import Streamed
+from .row_stack import RowStack
 
 __all__ = ["EKFAC", "KFAC", "BlockDiagonal", "Diagonal", "LowRank", "QuasiDiagonal"]
 
@@ -94,9 +96,10 @@ class KFAC(Streamed):
 
     Args:
         sharing: "expand" or "reduce".
+        max_factor: a factor of more rows is kept diagonal, such as the one of a vocabulary.
 
     Raises:
-        DataError: another sharing.
+        DataError: another sharing, a max_factor that is no positive integer.
 
     Example:
         >>> KFAC(sharing="reduce")
@@ -104,10 +107,15 @@ class KFAC(Streamed):
     """
 
     sharing: str = "expand"
+    max_factor: int = field(default=MAX_FACTOR, repr=False)
 
     def __post_init__(self) -> None:
         check_fields(self)
-        _require_sharing(self.sharing)
+        _require_factors(self.sharing, self.max_factor)
+
+    def described(self) -> str:
+        """With another limit of its factors only if it is not the default."""
+        return _with_limit(repr(self), self.max_factor)
 
     def require_fit(self, facts: Facts) -> None:
         """Refuse centering, which is no Kronecker product."""
@@ -120,7 +128,9 @@ class KFAC(Streamed):
     def recipe(self, facts: Facts, indices: Sequence[int]) -> Recipe:
         """Kronecker factors of each part."""
         return (
-            yield from together([kronecker_block(facts, k, Sharing(self.sharing)) for k in indices])
+            yield from together(
+                [kronecker_block(facts, k, Sharing(self.sharing), self.max_factor) for k in indices]
+            )
         )
 
 
@@ -133,6 +143,7 @@ class EKFAC(Streamed):
     Args:
         sharing: of the KFAC whose eigenbasis is taken, "expand" or "reduce".
         basis: a KFAC or EKFAC of the same parameters whose eigenbasis is taken instead; one pass.
+        max_factor: as in KFAC. A factor that is kept diagonal has the identity as its eigenbasis.
 
     Example:
         >>> import nngeo_lazy as ng
@@ -145,14 +156,19 @@ class EKFAC(Streamed):
 
     sharing: str = "expand"
     basis: BaseLinearOperator | None = field(default=None, repr=False, compare=False)
+    max_factor: int = field(default=MAX_FACTOR, repr=False)
 
     def __post_init__(self) -> None:
         check_fields(self)
-        _require_sharing(self.sharing)
+        _require_factors(self.sharing, self.max_factor)
         if self.basis is not None and not isinstance(self.basis, BlockDiagonalLinearOperator):
             raise DataError(
                 f"expected basis= to be a KFAC or an EKFAC Fisher, got {type(self.basis).__name__}"
             )
+
+    def described(self) -> str:
+        """With another limit of its factors only if it is not the default."""
+        return _with_limit(repr(self), self.max_factor)
 
     @property
     def passes(self) -> int:
@@ -169,7 +185,20 @@ class EKFAC(Streamed):
 
     def recipe(self, facts: Facts, indices: Sequence[int]) -> Recipe:
         """Kronecker factors, and in a second pass squared rows in their eigenbasis."""
-        return (yield from together([self._block(facts, k) for k in indices]))
+        if self.basis is not None:
+            recipes = [self._in(facts, k, self._bases(facts, facts.parts[k])) for k in indices]
+            return (yield from together(recipes))
+        sharing = Sharing(self.sharing)
+        factored = [kronecker_block(facts, k, sharing, self.max_factor) for k in indices]
+        blocks = yield from together(factored)
+        del factored
+        known, done = _decomposed(facts, blocks)
+        if not known:
+            return done
+        recipes = [self._in(facts, k, *each) for k, each in known.items()]
+        del known  # bases are large, and live on in one place only
+        more = yield from together(recipes)
+        return sorted([*done, *more], key=lambda block: block.indices)
 
     def outline(self, facts: Facts, indices: Sequence[int]) -> list[Sequence[Statistic]]:
         """The second pass in a basis of which only the sizes are known."""
@@ -186,16 +215,17 @@ class EKFAC(Streamed):
                 second.append(SquareSum(k, part, *unknown))
         return [first, second]
 
-    def _block(self, facts: Facts, k: int) -> Recipe:
+    def _in(
+        self,
+        facts: Facts,
+        k: int,
+        given: tuple[Tensor, Tensor] | None,
+        positions: int | None = None,
+    ) -> Recipe:
+        """The best diagonal in a given basis."""
         part = facts.parts[k]
-        given = None if self.basis is None else self._bases(facts, part)
-        if given is None and (self.basis is not None or part.kind is not Kind.OUTER):
-            return (yield from diagonal_block(facts, k))
-        positions = None
         if given is None:
-            (block,) = yield from kronecker_block(facts, k, Sharing(self.sharing))
-            require_finite(block.operator, block_name(facts, [k]))  # before it is decomposed
-            given, positions = block.operator.bases(), block.positions
+            return (yield from diagonal_block(facts, k))
         squares, sums = SquareSum(k, part, *given), RowSum(k, part)
         facts = yield [squares, sums] if facts.center else [squares]
         values = squares.diagonal(facts)
@@ -264,9 +294,38 @@ class LowRank(Streamed):
         return whole(facts, blocks[0])
 
 
-def _require_sharing(name: str) -> None:
-    if name not in list(Sharing):
+def _decomposed(
+    facts: Facts, blocks: list[Block]
+) -> tuple[dict[int, tuple[tuple[Tensor, Tensor], int | None]], list[Block]]:
+    """The eigenbases and positions of Kronecker blocks by part, and the blocks without any.
+
+    The list is emptied, so that each block's factors go when its bases are there.
+    """
+    found: list[tuple[Block, KroneckerLinearOperator]] = []
+    done: list[Block] = []
+    while blocks:
+        block = blocks.pop(0)
+        if isinstance(block.operator, KroneckerLinearOperator):
+            require_finite(block.operator, block_name(facts, block.indices))
+            found.append((block, block.operator))
+        else:
+            done.append(block)
+    kept = [(block.indices[0], block.positions) for block, _ in found]
+    factors = [[operator.left, operator.right] for _, operator in found]
+    del found, block
+    bases = shared_bases(factors, facts.group)
+    return {k: (own, n) for (k, n), own in zip(kept, bases, strict=True)}, done
+
+
+def _require_factors(sharing: str, max_factor: int) -> None:
+    if sharing not in list(Sharing):
         raise DataError(
-            f"expected sharing='expand' or 'reduce', got {name!r}; docs/conventions.md "
+            f"expected sharing='expand' or 'reduce', got {sharing!r}; docs/conventions.md "
             "explains them"
         )
+    if max_factor < 1:
+        raise DataError(f"expected max_factor to be a positive integer, got {max_factor!r}")
+
+
+def _with_limit(text: str, max_factor: int) -> str:
+    return text if max_factor == MAX_FACTOR else f"{text[:-1]}, max_factor={max_factor})"

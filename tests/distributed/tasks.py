@@ -1,0 +1,365 @@
+"""What the workers run: small problems, on shares of one list of batches."""
+
+import contextlib
+import os
+import time
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
+
+import nngeo_lazy as ng
+from nngeo_lazy.likelihoods import Categorical, Gaussian
+
+SIZES = (4, 4, 4, 4, 4, 3)  # examples of each batch: the last one is short
+
+
+def exact_net():
+    """Small whole numbers everywhere, so that every sum is exact in any order."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(torch.randint(-2, 3, p.shape, generator=generator))
+    return net
+
+
+def exact_data(sizes=SIZES):
+    generator = torch.Generator().manual_seed(6)
+
+    def whole(*shape):
+        return torch.randint(-3, 4, shape, generator=generator).to(torch.get_default_dtype())
+
+    return [(whole(n, 3), whole(n, 2)) for n in sizes]
+
+
+def smooth_net():
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 3)
+    )
+
+
+def smooth_data(sizes=SIZES):
+    torch.manual_seed(2)
+    return [(torch.randn(n, 1, 4, 4), torch.randint(3, (n,))) for n in sizes]
+
+
+def built(kind, representation, estimator, data=None, **options):
+    """A Fisher of the exact or the smooth problem; `data` is given, or shared out."""
+    model, batches = (
+        (exact_net(), exact_data()) if kind == "exact" else (smooth_net(), smooth_data())
+    )
+    likelihood = Gaussian() if kind == "exact" else Categorical()
+    batches = batches if data is None else data
+    return ng.FIM(
+        model, batches, representation, likelihood=likelihood, estimator=estimator, **options
+    )
+
+
+def facts_of(F):
+    return F.num_examples, F.num_terms, F.info.log_likelihood, repr(F), str(F.report())
+
+
+def fisher(kind, representation, estimator, options=None):
+    """The matrix of all data, and what is known of it."""
+    batches = exact_data() if kind == "exact" else smooth_data()
+    F = built(kind, representation, estimator, ng.Distributed(batches), **(options or {}))
+    return F.to_dense().detach(), facts_of(F), [t.clone() for t in F.representation()]
+
+
+def alone(kind, representation, estimator, options=None):
+    """The same in one process, without a group."""
+    F = built(kind, representation, estimator, **(options or {}))
+    return F.to_dense().detach(), facts_of(F), [t.clone() for t in F.representation()]
+
+
+def shared(counts, representation):
+    """Shares of given numbers of batches, passed as each process's own."""
+    rank = torch.distributed.get_rank()
+    sizes = [2 + k % 3 for k in range(sum(counts))]
+    start = sum(counts[:rank])
+    own = smooth_data(sizes)[start : start + counts[rank]]
+    data = ng.Distributed(Batches(own), own=True)
+    F = built("smooth", representation, "exact", data)
+    everything = built("smooth", representation, "exact", smooth_data(sizes))
+    return F.to_dense(), everything.to_dense(), facts_of(F)[:4], facts_of(everything)[:4]
+
+
+class Batches:
+    """A re-iterable that may be empty."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+class Stream(IterableDataset):
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+class BatchSamplerShard:
+    """What accelerate puts into a loader: every W-th batch."""
+
+    def __init__(self, count, batch_size, even_batches):
+        self.num_processes = torch.distributed.get_world_size()
+        self.process_index = torch.distributed.get_rank()
+        self.batch_size, self.even_batches, self.drop_last = batch_size, even_batches, False
+        self._batches = [
+            list(range(k, min(k + batch_size, count))) for k in range(0, count, batch_size)
+        ]
+
+    def __iter__(self):
+        return iter(self._batches[self.process_index :: self.num_processes])
+
+    def __len__(self):
+        return len(range(self.process_index, len(self._batches), self.num_processes))
+
+
+def all_of(data):
+    return TensorDataset(*(torch.cat(each) for each in zip(*data, strict=True)))
+
+
+def loaders(which):
+    """Every way to share out one data set."""
+    data = smooth_data((4, 4, 4, 4))
+    dataset = all_of(data)
+    if which == "loader":
+        loader = ng.Distributed(DataLoader(dataset, batch_size=4))
+    elif which == "items are batches":
+        loader = ng.Distributed(DataLoader(data, batch_size=None))
+    elif which == "sampler":
+        loader = ng.Distributed(DataLoader(dataset, 4, sampler=DistributedSampler(dataset)))
+    elif which == "sampler, dropping":
+        sampler = DistributedSampler(dataset, drop_last=True, shuffle=False)
+        loader = ng.Distributed(DataLoader(dataset, 4, sampler=sampler))
+    elif which == "accelerate":
+        shard = BatchSamplerShard(16, 4, even_batches=False)
+        loader = ng.Distributed(DataLoader(dataset, batch_sampler=shard))
+    elif which == "stream":
+        loader = ng.Distributed(DataLoader(Stream(data), batch_size=None), own=False)
+    else:
+        loader = ng.Distributed(Batches(data), own=False)
+    F = built("smooth", "kfac", "exact", loader)
+    return F.to_dense(), built("smooth", "kfac", "exact", data).to_dense(), F.num_examples
+
+
+def implicit(builder, cache):
+    """Products, columns, solves, spectra, estimates, draws and derivatives of a matrix-free one."""
+    found = {}
+    for name, data in (("shared", ng.Distributed(smooth_data())), ("alone", smooth_data())):
+        model = smooth_net()
+        representation = ng.representations.Implicit(cache=cache)
+        if builder == "hessian":
+            F = ng.Hessian(model, data, representation, loss=Categorical())
+        elif builder == "ggn":
+            F = ng.GGN(model, data, representation, loss=nn.CrossEntropyLoss())
+        else:
+            estimator, seed = ("mc", 3) if builder == "mc" else ("exact", None)
+            F = ng.FIM(model, data, representation, estimator=estimator, seed=seed)
+        torch.manual_seed(7)
+        v, V = F.space.randn(), F.space.randn(3)
+        w = F.space.values(model).detach().requires_grad_()
+        out = {"v": F @ v, "V": F @ V, "dense": F.to_dense(), "diagonal": F.diagonal()}
+        damped = F.damped(5.0)
+        solution = ng.solve(damped, v, method="minres", tol=1e-10)
+        out["solution"], out["iterations"] = solution.x, torch.tensor(float(solution.iterations))
+        out["eigenvalues"] = ng.eigsh(F, 2, seed=0).eigenvalues
+        out["trace"] = torch.as_tensor(ng.trace(F, probes=4, seed=0).value)
+        if builder != "hessian":
+            out["draw"] = F.sample(2, seed=5)
+        if builder in ("ggn", "hessian"):
+            value = v @ (F.at(w) @ v)
+            (first,) = torch.autograd.grad(value, w, create_graph=True)
+            (second,) = torch.autograd.grad(first @ v, w)
+            out["first"], out["second"] = first.detach(), second
+        found[name] = {key: value.detach() for key, value in out.items()}
+    return found
+
+
+def plans():
+    lines = {}
+    for name, data in (("shared", ng.Distributed(smooth_data())), ("alone", smooth_data())):
+        lines[name] = ng.plan(ng.FIM, smooth_net(), data, "ekfac", likelihood=Categorical())
+    plan = lines["shared"]
+    return str(plan), plan.bytes, plan.processes, plan.bytes_sent, plan.flops, lines["alone"].bytes
+
+
+def traffic(representation):
+    """How much a build and a local solve exchange."""
+    data = ng.Distributed(exact_data())
+    F = built("exact", representation, "exact", data)
+    after = vars(data.group.traffic).copy()
+    assert all((repr(F), str(F.report()), F.shape, F.space))
+    if representation != "implicit":
+        F.solve(F.space.zeros() + 1, damping=1.0)
+    return after, vars(data.group.traffic).copy()
+
+
+def influence():
+    model, train = smooth_net(), smooth_data()
+    test = smooth_data((3,))[0]
+    F = built("smooth", "ekfac", "exact")
+    options = {"loss": Categorical(), "damping": 0.1}
+    scores = {}
+    for method in ("gradient", "newton"):
+        shared = ng.influences(model, F, ng.Distributed(train), test, method=method, **options)
+        scores[method] = shared, ng.influences(model, F, train, test, method=method, **options)
+    return scores
+
+
+def ddp(plain):
+    net = smooth_net()
+    model = DistributedDataParallel(net)
+    data = smooth_data() if plain else ng.Distributed(smooth_data())
+    F = built_of(model, data)
+    return F.to_dense(), built_of(net, smooth_data()).to_dense(), F.space.names
+
+
+def built_of(model, data, **options):
+    return ng.FIM(
+        model, data, options.pop("representation", "kfac"), likelihood=Categorical(), **options
+    )
+
+
+# --- failures -------------------------------------------------------------------------------------
+
+
+class Failing:
+    """Batches that raise, or kill the process, at one batch of one pass of one rank."""
+
+    def __init__(self, batches, rank, error, at_pass):
+        self.batches, self.error, self.at_pass = batches, error, at_pass
+        self.mine = torch.distributed.get_rank() == rank
+        self.passes = 0
+
+    def __iter__(self):
+        self.passes += 1
+        for k, batch in enumerate(self.batches):
+            if self.mine and self.passes == self.at_pass and k == 1:
+                if self.error == "die":
+                    os._exit(3)
+                if self.error == "nan":
+                    yield (batch[0] * float("nan"), batch[1])
+                    continue
+                if self.error == "labels":
+                    yield (batch[0], batch[1] + 100)
+                    continue
+                raise {"value": ValueError, "interrupt": KeyboardInterrupt}[self.error]("broken")
+            yield batch
+
+
+def failing(rank, error, at_pass, representation="ekfac", estimator="empirical"):
+    rank_of = torch.distributed.get_rank()
+    data = Failing(smooth_data()[rank_of::2], rank, error, at_pass)
+    F = built("smooth", representation, estimator, ng.Distributed(data, own=True))
+    return F @ F.space.randn()
+
+
+def usable():
+    """Whether the group still works."""
+    F = built("exact", "kfac", "exact", ng.Distributed(exact_data()))
+    return F.num_examples
+
+
+def mismatch(what):
+    rank = torch.distributed.get_rank()
+    model, data = smooth_net(), smooth_data()
+    options = {}
+    if what == "values" and rank == 1:
+        with torch.no_grad():
+            model[0].weight += 1e-9
+    if what == "parameters" and rank == 1:
+        options["params"] = "0"
+    if what == "dtype" and rank == 1:
+        model = model.float()
+    if what == "representation":
+        options["representation"] = "kfac" if rank == 0 else "diagonal"
+    if what == "seed":
+        options.update(estimator="mc", seed=rank)
+    if what == "estimator":
+        options["estimator"] = "exact" if rank == 0 else "empirical"
+    if what == "order" and rank == 1:
+        data = data[::-1]
+    if what == "examples" and rank == 1:
+        data = data[:-1]
+    if what == "vector":
+        F = built_of(model, ng.Distributed(data), representation="implicit")
+        return F @ (F.space.zeros() + rank)
+    if what == "only rank 0" and rank > 0:
+        time.sleep(8)  # alive, but elsewhere
+        return None
+    return built_of(model, ng.Distributed(data), **options)
+
+
+def sharded_model(kind):
+    """A call on a model whose parameters lie in pieces on the ranks."""
+    model, data = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)), torch.ones(5, 4)
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    if kind == "tensor parallel":
+        parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    else:
+        fully_shard(model, mesh=mesh)
+    if kind == "optimizer":
+        return ng.optim.NaturalGradient(model, "kfac", "gaussian")
+    if kind == "full":
+        options = StateDictOptions(full_state_dict=True)
+        whole = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
+        whole.load_state_dict(get_model_state_dict(model, options=options))
+        if torch.distributed.get_rank() > 0:
+            return None
+        return ng.FIM(whole, data, likelihood="gaussian").num_examples
+    return ng.FIM(model, ng.Distributed([data, data]), likelihood="gaussian")
+
+
+def bad(what):
+    dataset = all_of(smooth_data((5, 4)))
+    model = smooth_net()
+    if what == "padding":
+        sampler = DistributedSampler(dataset)
+        data = ng.Distributed(DataLoader(dataset, 4, sampler=sampler))
+    elif what == "accelerate, padding":
+        shard = BatchSamplerShard(9, 2, even_batches=True)
+        data = ng.Distributed(DataLoader(dataset, batch_sampler=shard))
+    elif what == "stream":
+        data = ng.Distributed(DataLoader(Stream(smooth_data()), batch_size=None))
+    elif what == "custom":
+        data = ng.Distributed(Batches(smooth_data()))
+    elif what == "shuffle":
+        data = ng.Distributed(DataLoader(dataset, 4, shuffle=True))
+    elif what == "other group":
+        sampler = DistributedSampler(dataset, num_replicas=3, rank=0)
+        data = ng.Distributed(DataLoader(dataset, 3, sampler=sampler))
+    elif what == "empty":
+        data = ng.Distributed(Batches([]), own=True)
+    else:
+        data = ng.Distributed(smooth_data())
+    if what == "jacobian":
+        return ng.Jacobian(model, data)
+    if what == "ntk":
+        return ng.NTK(model, data)
+    if what == "center":
+        return built_of(model, data, representation="implicit", estimator="empirical", center=True)
+    representation = "factored" if what == "factored" else "kfac"
+    return built_of(model, data, representation=representation)
+
+
+def not_a_member():
+    group = torch.distributed.new_group([0])
+    with contextlib.suppress(ZeroDivisionError):
+        return ng.Distributed(smooth_data(), group=group).group.size
