@@ -66,12 +66,23 @@ def _is_damping(value: Any) -> bool:
 
 
 def _is_sequence(value: Any) -> bool:
-    held = isinstance(value, Sequence) or type(value).__module__ == "numpy"
-    return held and not isinstance(value, (str, bytes))
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
+def _is_numbers(value: Any) -> bool:
+    """A list, or an array of numpy."""
+    return _is_sequence(value) or (type(value).__module__ == "numpy" and value.ndim > 0)
+
+
+def _is_shapes(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(name, str) and isinstance(shape, Iterable) and all(map(_is_integer, shape))
+        for name, shape in value.items()
+    )
 
 
 def _is_function(value: Any) -> bool:
-    return callable(value) and not isinstance(value, nn.Module)
+    return callable(value) and not isinstance(value, type)
 
 
 def _is_names(value: Any) -> bool:
@@ -119,8 +130,10 @@ _KINDS: dict[str, _Kind] = {
     "Mapping": _Kind("a dict", lambda v: isinstance(v, Mapping), "{...}"),
     "Sequence": _Kind("a list", _is_sequence, "[...]"),
     "Sequence[float]": _Kind(
-        "a list of numbers", lambda v: _is_sequence(v) and all(map(_is_number, v)), "[1.0, 1.0]"
+        "a list of numbers", lambda v: _is_numbers(v) and all(map(_is_number, v)), "[1.0, 1.0]"
     ),
+    "Sequence[Any]": _Kind("a list of numbers", _is_numbers, "[1.0, 1.0]"),
+    "Mapping[str, Sequence[int]]": _Kind("a dict of shapes", _is_shapes, "{'weight': (2, 3)}"),
     "tuple[float, float]": _Kind(
         "two numbers",
         lambda v: isinstance(v, tuple) and len(v) == 2 and all(map(_is_number, v)),
@@ -265,7 +278,8 @@ def require_takes(name: str, function: Any, *given: str) -> None:
     if function is None:
         return
     try:
-        inspect.signature(function).bind(*given)
+        called = function.forward if isinstance(function, nn.Module) else function
+        inspect.signature(called).bind(*given)
     except TypeError as error:
         raise DataError(
             f"expected {name} to be a function of ({', '.join(given)}), but {error}: pass "

@@ -197,7 +197,13 @@ class Batches:
             return Batch(args, kwargs, _labels(raw, strict=self._forward is None), raw)
         target = self._target(raw)
         if target is not None:
-            target = _move(torch.as_tensor(target), self._device)
+            try:
+                target = _move(torch.as_tensor(target), self._device)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise DataError(
+                    "expected target= to return a tensor, numbers or None, got "
+                    f"{type(target).__name__}: pass target=lambda batch: batch[1]"
+                ) from error
         return Batch(args, kwargs, target, raw)
 
     def positions(self, raw: Any) -> Tensor | None:

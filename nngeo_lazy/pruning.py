@@ -120,6 +120,7 @@ def prune(
     Source: Hassibi and Stork (1993), Second order derivatives for network pruning: optimal brain
         surgeon, eq. 5, for many parameters at once.
     """
+    fraction = float(fraction)
     if not 0 <= fraction < 1:
         raise DataError(f"expected a fraction from 0 to below 1, got {fraction!r}")
     flat = _flat(F, w)

@@ -340,6 +340,7 @@ class Sweep:
         return recorded.chunks(quantity.directions(outputs, target, generator), count)
 
 
+@checked
 def make_sweep(
     quantity: Quantity,
     model: nn.Module,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import linalg
-from ..arguments import checked, described
+from ..arguments import checked, described, require_takes
 from ..errors import DataError, NotPositiveDefiniteError, UnsupportedLayerError, wrong_option
 from ..linalg import Estimate, Probes
 from ..linalg.estimates import MIN_STEPS, PROBES, QUADRATURES, STEPS
@@ -96,6 +96,7 @@ def trace(
     """
     _require_method(method, TRACES)
     given = Probes.of("trace", probes, seed=seed, **options)
+    require_takes("function", function, "eigenvalues")
     if function is not None:
         if method not in FUNCTIONS:
             raise ValueError(f"a function needs method 'slq', got {method!r}")

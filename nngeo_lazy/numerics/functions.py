@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import linalg
-from ..arguments import checked
+from ..arguments import checked, require_takes
 from ..errors import UnsupportedLayerError
 from ..operators.vectors import VectorLike, columns, flattened
 from ..operators.warn import warn_unless_converged
@@ -60,6 +60,7 @@ def matrix_function(
 
     Source: Higham (2008), Functions of matrices, section 13.2.
     """
+    require_takes("function", function, "eigenvalues")
     operator = require_symmetric_operator(A, "matrix_function")
     with torch.no_grad():
         b, restore = columns(operator, v)

@@ -22,7 +22,7 @@ from ..operators.convert import aslinearoperator
 from ..operators.damping import DampingLike, is_zero
 from ..operators.dense import MatrixLinearOperator
 from ..operators.primitives import Krylov
-from ..operators.vectors import VectorLike, columns, flattened, require_fitting
+from ..operators.vectors import VectorLike, columns, flattened, require_fitting, start_of
 from ..operators.warn import warn_unless_converged
 from .results import Solution
 
@@ -100,7 +100,7 @@ def solve(
         if preconditioner is not None:
             approximation = require_fitting(aslinearoperator(preconditioner), operator)
             close = approximation if undamped else approximation.damped(damping)
-        start = None if x0 is None else columns(damped, x0)[0]
+        start = None if x0 is None else start_of(damped, x0, columns(damped, b)[0])
         return _square(damped, b, method, Krylov(tol, max_iter, close, start))
 
 
@@ -168,7 +168,7 @@ def _least_squares(
         damping = float(damping)
     transposed = A._transpose_nonbatch()
     v = columns(transposed, b)[0]
-    start = None if x0 is None else columns(A, x0)[0]
+    start = None if x0 is None else start_of(A, x0, v)
     b_, back = flattened(v)
     found = lsmr(
         A._apply,

@@ -21,7 +21,7 @@ from .damping import Damping, DampingLike, is_zero, resolve_damping
 from .primitives import Krylov, flat_positions, seeded
 from .report import Report, make_report
 from .scipy import ScipyOperator
-from .vectors import VectorLike, columns, require_fitting, require_left, require_vector
+from .vectors import VectorLike, columns, require_fitting, require_left, require_vector, start_of
 
 __all__ = ["DENSE_LIMIT", "BaseLinearOperator", "Krylov", "flat_positions"]
 
@@ -154,7 +154,7 @@ class BaseLinearOperator(ContractLinearOperator):
             require_fitting(preconditioner, self)
         krylov = Krylov(tol, max_iter, preconditioner)
         if x0 is not None:
-            krylov = replace(krylov, x0=columns(self, x0)[0])
+            krylov = replace(krylov, x0=start_of(self, x0, v))
         operator: BaseLinearOperator = self
         if not is_zero(damping):
             resolved = resolve_damping(self, damping)
@@ -219,6 +219,8 @@ class BaseLinearOperator(ContractLinearOperator):
         if not isinstance(diag, Tensor):
             diag = torch.full((), float(diag), dtype=self.dtype, device=self.device)
         if diag.dim() > 1:
+            if diag.shape[-1] not in (1, self.shape[-1]):
+                require_vector(self, diag, vector=True)
             return super().add_diagonal(diag)
         value = diag.squeeze(-1) if diag.shape == (1,) else diag
         if value.dim() == 1:

@@ -22,6 +22,7 @@ __all__ = [
     "require_left",
     "require_tensor",
     "require_vector",
+    "start_of",
 ]
 
 VectorLike: TypeAlias = Tensor | Mapping[str, Tensor]
@@ -67,6 +68,21 @@ def require_tensor(operator: BaseLinearOperator, v: Any) -> None:
         f"expected a tensor of shape ({n},) or ({n}, k), a dict by parameter name or an operator, "
         f"got {described(v)}: {remedy}"
     )
+
+
+def start_of(operator: BaseLinearOperator, x0: VectorLike, v: Tensor) -> Tensor:
+    """Where an iteration for columns v starts, as columns.
+
+    Raises:
+        SpaceMismatchError: it does not fit the operator, or v.
+    """
+    start = columns(operator, x0)[0]
+    if start.shape[-1] not in (1, v.shape[-1]):
+        raise SpaceMismatchError(
+            f"expected x0 with {v.shape[-1]} columns, as the right-hand side has, got "
+            f"{start.shape[-1]}: pass one start for each"
+        )
+    return start
 
 
 def require_left(operator: BaseLinearOperator, left: Tensor, least: int = 1) -> None:

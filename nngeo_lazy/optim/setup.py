@@ -21,7 +21,7 @@ def resolved(
     representation: str | Representation | HessianFree,
 ) -> tuple[HessianFree | None, Streamed | None]:
     """Hessian-free options and a representation that is averaged, either or both."""
-    if representation == "kernel":
+    if isinstance(representation, str) and representation == "kernel":
         return None, Factored()
     if isinstance(representation, HessianFree):
         close = representation.preconditioner
