@@ -62,7 +62,8 @@ def _is_vectors(value: Any) -> bool:
 def _is_damping(value: Any) -> bool:
     if isinstance(value, Mapping):
         return all(_is_damping(v) and not isinstance(v, Mapping) for v in value.values())
-    return isinstance(value, Tensor) or _is_number(value)
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return isinstance(value, Tensor) or real  # what is below 0, or NaN, has an error of its own
 
 
 def _is_sequence(value: Any) -> bool:
@@ -118,11 +119,6 @@ _KINDS: dict[str, _Kind] = {
     "Probes": _Kind("a Probes object", _called("Probes"), "Probes(30)"),
     "HessianFree": _Kind("a HessianFree object", _called("HessianFree"), "HessianFree()"),
     "Function": _Kind("a function", _is_function, "torch.exp"),
-    "Damping": _Kind(
-        "a number, a function of the step or LevenbergMarquardt(...)",
-        lambda v: _is_number(v) or _is_function(v) or _called("LevenbergMarquardt")(v),
-        "1e-3",
-    ),
     "Callable": _Kind("a function", _is_function, "lambda ...: ..."),
     "Mapping[str, Tensor]": _Kind(
         "a dict of tensors by parameter name", _is_vectors, "F.space.unravel(...)"
@@ -256,6 +252,8 @@ def _require(parameter: _Parameter, value: Any) -> None:
         subject = (
             f"the model, {words}" if words == _KINDS["nn.Module"].words else f"{name} to be {words}"
         )
+        if subject.startswith("the model") and isinstance(value, types.GeneratorType):
+            remedy += "; pass the model itself, and select parameters with params="
         raise DataError(f"expected {subject}, got {described(value)}: {remedy}")
     low = _LOWEST.get(name)
     if low is not None and isinstance(value, numbers.Real) and value < low[0]:

@@ -90,6 +90,8 @@ class Group:
         return self  # a process group is a connection
 
     def __reduce__(self) -> tuple[Any, ...]:
+        if self._pg is None:
+            return Group, ()
         raise DataError("a process group cannot be pickled: save the operator with ng.save")
 
     # --- errors -----------------------------------------------------------------------------------

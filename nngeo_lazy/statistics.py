@@ -17,7 +17,7 @@ from torch import Tensor
 from .collectives import Group
 from .errors import DataError, TooLargeError
 from .facts import Cost, Facts, Sample
-from .jacobian.forms import Form, Outer, second_moment
+from .jacobian.forms import Absent, Form, Outer, second_moment
 from .jacobian.inputs import Inputs
 from .jacobian.parts import Kind, Part
 from .jacobian.positions import counted
@@ -305,7 +305,7 @@ class KroneckerFactors(Statistic):
         (form,) = forms
         if not isinstance(form, Outer):
             raise TypeError("Kronecker factors need an outer form")
-        if form.g.shape[3] == 0:  # a batch that does not use the layer
+        if isinstance(form, Absent):
             return
         outputs = form
         if self._reduce:

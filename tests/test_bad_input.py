@@ -251,7 +251,7 @@ def test_layers_whose_gradient_is_no_derivative():
         refused(UnsupportedLayerError, name, model=model, data=(tokens, Y))
 
 
-def test_batches_that_use_other_layers():
+def test_layers_that_the_size_of_a_batch_chooses():
     class M(nn.Module):
         def __init__(self):
             super().__init__()
@@ -261,7 +261,7 @@ def test_batches_that_use_other_layers():
             return self.a(x) if len(x) > 3 else self.b(x)
 
     data = [(X, Y), (X[:3], Y[:3])]
-    refused(UnsupportedLayerError, "in the same way", "linear", model=M(), data=data)
+    refused(StochasticModelError, "each example on its own", "left out", model=M(), data=data)
 
 
 # --- options --------------------------------------------------------------------------------------

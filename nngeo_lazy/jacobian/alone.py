@@ -15,7 +15,7 @@ from .general import cut, example_leaves
 from .passes import Pass
 from .proof import agree
 
-__all__ = ["Alone", "draws", "outputs_alone", "require_repeatable"]
+__all__ = ["Alone", "draws", "outputs_alone", "require_apart", "require_repeatable"]
 
 PROBED = 3  # examples that are passed on their own
 ROUNDING = 0.5  # a power of eps: within it, outputs are the same
@@ -40,11 +40,11 @@ def draws(device: torch.device) -> list[Tensor]:
     return states
 
 
-def outputs_alone(record: Pass, run: Run) -> tuple[Alone, Pass | None]:
-    """Pass a few examples of a batch again on their own, and the others in random order.
+def outputs_alone(record: Pass, run: Run, some: Tensor | None = None) -> tuple[Alone, Pass | None]:
+    """Pass some examples of a batch again on their own, a few if not given, and then the others.
 
     Returns:
-        What the outputs are like, and the pass of the few.
+        What the outputs are like, and the pass of some.
 
     Raises:
         StochasticModelError: the outputs differ: the model is random, or mixes examples.
@@ -53,7 +53,7 @@ def outputs_alone(record: Pass, run: Run) -> tuple[Alone, Pass | None]:
     if n == 1:
         require_repeatable(record, run)
         return Alone.SAME, None
-    few = torch.tensor([0, n // 2, n - 1] if n > PROBED else [0])
+    few = torch.tensor([0, n // 2, n - 1] if n > PROBED else [0]) if some is None else some
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     others = order[~torch.isin(order, few)]
     leaves = example_leaves(record.raw, n)
@@ -75,18 +75,35 @@ def outputs_alone(record: Pass, run: Run) -> tuple[Alone, Pass | None]:
     if agree(mine, within, ROUNDING):
         return Alone.SAME, found[0]
     require_repeatable(record, run)
+    if record.drawn:  # two passes may draw alike
+        raise _random()
     if agree(mine, within, DOUBTFUL):
         return Alone.DOUBTFUL, None
     raise mixed(len(few), n)
 
 
+def require_apart(record: Pass, run: Run) -> None:
+    """Raise where the outputs of random halves of a batch are not what they are within it.
+
+    Any two examples are apart in one of the halves with a probability of 15/16.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4 if record.n > 1 else 0):
+        order = torch.randperm(record.n, generator=generator)
+        outputs_alone(record, run, order[: record.n // 2])
+
+
 def require_repeatable(record: Pass, run: Run) -> None:
     """Raise where a second pass of the same batch differs."""
     if not agree(run(record.raw).outputs, record.outputs, ROUNDING):
-        raise StochasticModelError(
-            "expected one fixed function, but two forward passes of the same batch differ: "
-            "call model.eval(), and remove sampling from the forward pass"
-        )
+        raise _random()
+
+
+def _random() -> StochasticModelError:
+    return StochasticModelError(
+        "expected one fixed function, but two forward passes of the same batch differ: "
+        "call model.eval(), and remove sampling from the forward pass"
+    )
 
 
 def mixed(few: int, n: int) -> StochasticModelError:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import tree
 from ..errors import DataError, NonFiniteError, UnsupportedLayerError
 from ..space import ParamSpace
-from .alone import PROBED, Alone, draws, mixed, outputs_alone, require_repeatable
+from .alone import PROBED, Alone, draws, mixed, outputs_alone, require_apart, require_repeatable
 from .folds import Fold, candidates
 from .general import Forward, GeneralRows, cut, example_leaves
 from .grouping import make_parts
@@ -179,7 +179,7 @@ class Capture:
         elif not (record.signature.alike and plan.lively and plan.fits(record)):
             plan = replace(self._prove(record), cutter=plan.cutter)
             if self._meet(record, plan):
-                outputs_alone(record, self._record)
+                require_apart(record, self._record)
         return self._take(record, plan)
 
     def _take(self, record: Pass, plan: Plan) -> Plan:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..layout import Layout
 from ..space import ParamSpace
-from .forms import Form, Outer, Rows
+from .forms import Absent, Form, Rows
 from .inputs import DenseInputs
 from .parts import Kind, Part
 
@@ -112,10 +112,10 @@ def _meeting(theirs: Layout, mine: Layout, like: Tensor) -> tuple[Tensor, Tensor
     return inside.to(like.device), where[inside].to(like.device)
 
 
-def _empty(part: Part, shape: tuple[int, int], like: Tensor) -> Outer:
-    """An outer form without a position: zero, and no part of any mean over positions."""
+def _empty(part: Part, shape: tuple[int, int], like: Tensor) -> Absent:
+    """The outer form of a batch that does not use the layer."""
     (r, n), layout, roles = shape, part.layout, part.members[0].roles
-    g = like.new_zeros(r, n, layout.groups, 0, layout.rows)
+    g = like.new_zeros(r, n, layout.groups, 1, layout.rows)
     bias = "bias" in roles
-    x = like.new_zeros(n, layout.groups, 0, layout.width - bias)
-    return Outer(g, DenseInputs(x) if "weight" in roles else None, bias)
+    x = like.new_zeros(n, layout.groups, 1, layout.width - bias)
+    return Absent(g, DenseInputs(x) if "weight" in roles else None, bias)

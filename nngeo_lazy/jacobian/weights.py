@@ -141,4 +141,4 @@ def pull_back(weight: Weight, rows: Tensor, parameters: Sequence[Tensor]) -> lis
         retain_graph=True,
         allow_unused=True,
     )
-    return [None if g is None else g.flatten(1) for g in found]
+    return [None if g is None else g.reshape(len(g), -1) for g in found]

@@ -160,8 +160,10 @@ def _jacobian_of(
 ) -> FactoredJacobianLinearOperator:
     """The rows of a pass as an operator on the parameters of some parts."""
     starts, start = {}, 0
+    pieces = [piece.start for k in indices for piece in facts.parts[k].layout.pieces]
     for where in flat_layout(facts, indices).slices:
-        starts[where.start] = start
+        inside = [piece for piece in pieces if where.start <= piece < where.stop]
+        starts.update({piece: start + piece - where.start for piece in inside})
         start += where.stop - where.start
     layouts = [facts.parts[k].layout.shifted(starts) for k in indices]
     batches = [[_scaled(form, scale) for form in batch] for batch in stack.batches]
