@@ -189,7 +189,8 @@ def test_replicas_are_refused():
 
 def test_parameters_in_the_place_of_the_model():
     model, _, _ = problem()
-    with pytest.raises(
+    message = r"expected the model, .*got generator.*the model itself.*params="
+    with pytest.raises(DataError, match=message):
         DataError, match=r"expected the model, .*got generator.*the model itself.*params="
     ):
         NaturalGradient(model.parameters())
