@@ -235,7 +235,9 @@ def check_fields(instance: Any) -> None:
     """Raise DataError if a field of a dataclass does not fit its annotation."""
     kind: Any = type(instance)
     for parameter in _fields(kind):
-        _require(parameter, getattr(instance, parameter.name))
+        value = getattr(instance, parameter.name)
+        if not (isinstance(value, float) and math.isnan(value)):  # the ranges of its own refuse it
+            _require(parameter, value)
 
 
 @functools.cache
