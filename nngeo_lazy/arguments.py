@@ -62,7 +62,8 @@ def _is_vectors(value: Any) -> bool:
 def _is_damping(value: Any) -> bool:
     if isinstance(value, Mapping):
         return all(_is_damping(v) and not isinstance(v, Mapping) for v in value.values())
-    return isinstance(value, Tensor) or _is_number(value)
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return isinstance(value, Tensor) or real  # of NaN and negative ones it is said later
 
 
 def _is_sequence(value: Any) -> bool:
