@@ -230,7 +230,9 @@ def checked(function: Function) -> Function:
 def check_fields(instance: Any) -> None:
     """Raise DataError if a field of a dataclass does not fit its annotation."""
     for parameter in _fields(instance.__class__):
-        _require(parameter, getattr(instance, parameter.name))
+        value = getattr(instance, parameter.name)
+        if not (isinstance(value, float) and math.isnan(value)):  # the ranges of its own refuse it
+            _require(parameter, value)
 
 
 @functools.cache

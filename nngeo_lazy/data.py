@@ -269,11 +269,11 @@ class _ForwardError(DataError, RuntimeError):
 def _require_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Raise DataError if the model cannot be called with the inputs of a batch."""
     try:
-        inspect.signature(model.forward).bind(*args, **kwargs)
+        inspect.signature(getattr(model, "forward", model)).bind(*args, **kwargs)
     except TypeError as error:
         names = f"the keywords {sorted(map(str, kwargs))}" if kwargs else f"{len(args)} inputs"
         raise DataError(
-            f"expected batches that the model takes, but {type(model).__name__}.forward was given "
+            f"expected batches that the model takes, but {type(model).__name__} was given "
             f"{names}: {error}; pass forward=lambda model, batch: ..."
         ) from error
     except ValueError:  # a compiled one does not say what it takes

@@ -13,7 +13,7 @@ from typing import IO, Any, TypeVar
 import torch
 from torch import Tensor
 
-from .arguments import checked
+from .arguments import described
 from .disk import checksum, replacing
 from .errors import (
     DataError,
@@ -105,7 +105,6 @@ def register_saved(kind: Kind) -> Kind:
     return kind
 
 
-@checked
 def save(F: BaseLinearOperator, path: str | os.PathLike[str] | IO[bytes]) -> None:
     """Write an operator to a file of tensors and plain data (`F.state_dict()`).
 
@@ -126,6 +125,11 @@ def save(F: BaseLinearOperator, path: str | os.PathLike[str] | IO[bytes]) -> Non
             f"expected an operator to save, as FIM or aslinearoperator returns it, got "
             f"{type(F).__name__}: save a model with torch.save(model.state_dict(), path)"
         )
+    if not (isinstance(path, (str, os.PathLike)) or hasattr(path, "write")):
+        raise DataError(
+            f"expected a path, or a file opened for binary writing, got {described(path)}: pass "
+            "path='F.pt'"
+        )
     state = state_of(F)
     # a view would be written with all of the memory that it looks into
     state["tensors"] = {
@@ -142,7 +146,6 @@ def save(F: BaseLinearOperator, path: str | os.PathLike[str] | IO[bytes]) -> Non
         torch.save(state, file)
 
 
-@checked
 def load(
     path_or_state: str | os.PathLike[str] | IO[bytes] | Mapping[str, Any],
     *,

@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge
 from ..errors import DataError, NonFiniteError
 from ..facts import Facts
 from ..jacobian.capture import Recorded
+from ..jacobian.positions import marks_of
 from ..operators import BaseLinearOperator
 from ..representations import Streamed
 from .loop import Loop, Passed
@@ -79,6 +80,9 @@ class Curvature:
         target = self.scores.target(outputs, gradient)
         denominator = self.scores.denominator(outputs, target)
         terms = self.scores.num_terms(outputs, target)
+        known = self.scores.known
+        scored = None if known is None else known.scored(outputs, target)
+        recorded = replace(recorded, marks=marks_of(scored, _existing(recorded.record.raw)))
         _, forms = self._begin(recorded)
         self.reading.add(self.scores.known, passed, target)
         self._denominators.append(denominator)
@@ -206,3 +210,10 @@ def _observed(passed: Passed, scale: Tensor | float) -> list[Any]:
     passed.recorded = None
     passed.at_layers = {}
     return recorded.forms([scaled], [])
+
+
+def _existing(raw: Any) -> Tensor | None:
+    """Which positions exist, as an attention mask (N, T) among the model's keywords says."""
+    _, named = raw
+    mask = named.get("attention_mask")
+    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
