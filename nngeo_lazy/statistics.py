@@ -17,10 +17,11 @@ from torch import Tensor
 from .collectives import Group
 from .errors import DataError, TooLargeError
 from .facts import Cost, Facts, Sample
-from .jacobian.forms import Absent, Form, Outer, second_moment
+from .jacobian.forms import Form, Outer, second_moment
 from .jacobian.inputs import Inputs
 from .jacobian.parts import Kind, Part
 from .jacobian.positions import counted
+from .jacobian.union import Absent
 from .layout import Layout
 
 __all__ = [

@@ -22,7 +22,7 @@ from torch import Tensor
 from .inputs import DenseInputs, IndexInputs, Inputs, rotate
 from .moments import moment
 
-__all__ = ["Absent", "Form", "Outer", "Placed", "Rows", "Stored", "second_moment"]
+__all__ = ["Form", "Outer", "Placed", "Rows", "Stored", "second_moment"]
 
 TILE_BYTES = 2**23  # rows are made a tile of examples at a time, small enough to stay in cache
 
@@ -363,11 +363,6 @@ class Outer(Form):
         squared = summed.square_().sum(0).flatten(0, 1)  # (N T,o)
         out = g.new_zeros(inputs.width, o).index_add_(0, owner.flatten(), squared)
         return out.mT.unsqueeze(0)  # (1,o,V)
-
-
-@dataclass(frozen=True)
-class Absent(Outer):
-    """Zero, of a batch that does not use the layer: no position of any mean."""
 
 
 def _added(value: Tensor, into: Tensor | None) -> Tensor:

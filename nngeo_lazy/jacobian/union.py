@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from ..layout import Layout
 from ..space import ParamSpace
-from .forms import Absent, Form, Rows
+from .forms import Form, Outer, Rows
 from .inputs import DenseInputs
 from .parts import Kind, Part
 
-__all__ = ["form_of", "joined", "same"]
+__all__ = ["Absent", "form_of", "joined", "same"]
 
 NOTE = "batches use it in different ways"
+
+
+@dataclass(frozen=True)
+class Absent(Outer):
+    """Zero, of a batch that does not use the layer: no position of any mean."""
 
 
 def same(a: Part, b: Part) -> bool:

@@ -191,8 +191,6 @@ def test_parameters_in_the_place_of_the_model():
     model, _, _ = problem()
     message = r"expected the model, .*got generator.*the model itself.*params="
     with pytest.raises(DataError, match=message):
-        DataError, match=r"expected the model, .*got generator.*the model itself.*params="
-    ):
         NaturalGradient(model.parameters())
 
 
