@@ -96,7 +96,7 @@ def _called(name: str) -> Callable[[Any], bool]:
     return lambda value: any(base.__name__ == name for base in type(value).__mro__)
 
 
-_OPERATOR = "an operator, as FIM or aslinearoperator returns it"
+_OPERATOR = "an operator, as FIM returns it"
 _VECTOR = "a tensor"
 # what a word of an annotation means; an annotation with another word is not looked at here
 _KINDS: dict[str, _Kind] = {
@@ -143,7 +143,7 @@ _KINDS: dict[str, _Kind] = {
 }
 # the lowest value that an option of a name may have, and whether it may have it
 _LOWEST: dict[str, tuple[float, bool]] = {
-    **dict.fromkeys(("samples", "max_directions", "n", "num_samples", "k", "rank"), (1, True)),
+    **dict.fromkeys(("samples", "max_directions", "n", "num_samples"), (1, True)),
     **dict.fromkeys(("max_steps", "subspace", "block_size", "probes_at_once"), (1, True)),
     **dict.fromkeys(("max_iter", "max_matvecs", "tol", "rcond", "limit"), (0, True)),
 }
@@ -242,7 +242,7 @@ def _fields(kind: Any) -> tuple[_Parameter, ...]:
 
 def _require(parameter: _Parameter, value: Any) -> None:
     name, kinds = parameter.name, parameter.kinds
-    if value is parameter.default:
+    if value is parameter.default or (name == "damping" and _is_damping(value)):
         return
     if not any(kind.test(value) for kind in kinds):
         words = " or ".join(kind.words for kind in kinds)

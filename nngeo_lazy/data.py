@@ -239,8 +239,8 @@ class Batches:
                 _require_inputs(model, args, kwargs)
                 outputs = model(*args, **kwargs)
         except RuntimeError as error:
-            if type(error) is not RuntimeError:
-                raise
+            if type(error) is not RuntimeError or torch._C._functorch.maybe_current_level():
+                raise  # under a transform it may be about the derivative
             raise _ForwardError(
                 "expected batches that the model takes, but its forward pass raised "
                 f"{str(error).splitlines()[0]!r} for {_sizes(raw)}: check shapes and dtypes of the "

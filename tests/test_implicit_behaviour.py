@@ -703,7 +703,7 @@ def test_loaders():
 
     with pytest.raises(DataError, match="gave none the second time"):
         ng.FIM(net, Once(), "implicit") @ torch.ones(17)
-    with pytest.raises(DataError, match="expected the 3 batches of the build on every pass"):
+    with pytest.raises(DataError, match="expected the 3 batches of the first pass on every pass"):
         ng.FIM(net, Shrinking(), "implicit") @ torch.ones(17)
     shuffling = DataLoader(TensorDataset(x, y), shuffle=True)
     with pytest.raises(DataError, match="the loader shuffles: pass shuffle=False"):

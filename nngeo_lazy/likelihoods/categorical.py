@@ -61,20 +61,20 @@ class Categorical(Likelihood):
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.weight is not None:
+            weight = as_numbers("weight", self.weight).detach()
+            if weight.dim() != 1 or not bool(((weight >= 0) & weight.isfinite()).all()):
+                raise DataError(
+                    "expected a weight for each class (C,), nonnegative and finite, got "
+                    f"{self.weight}"
+                )
+            # Numbers, and not a tensor, so that two likelihoods compare, hash and print by value.
+            object.__setattr__(self, "weight", tuple(weight.tolist()))
         check_fields(self)
         if not 0 <= self.label_smoothing < 1:
             raise DataError(
                 f"expected a label_smoothing from 0 to below 1, got {self.label_smoothing!r}"
             )
-        if self.weight is None:
-            return
-        weight = as_numbers("weight", self.weight).detach()
-        if weight.dim() != 1 or not bool(((weight >= 0) & weight.isfinite()).all()):
-            raise DataError(
-                f"expected a weight for each class (C,), nonnegative and finite, got {self.weight}"
-            )
-        # Numbers, and not a tensor, so that two likelihoods compare, hash and print by value.
-        object.__setattr__(self, "weight", tuple(weight.tolist()))
 
     @property
     def masks(self) -> bool:
