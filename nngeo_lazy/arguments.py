@@ -145,8 +145,12 @@ _KINDS: dict[str, _Kind] = {
 _LOWEST: dict[str, tuple[float, bool]] = {
     **dict.fromkeys(("samples", "max_directions", "n", "num_samples"), (1, True)),
     **dict.fromkeys(("max_steps", "subspace", "block_size", "probes_at_once"), (1, True)),
-    **dict.fromkeys(("max_iter", "max_matvecs", "tol", "rcond", "limit"), (0, True)),
+    **dict.fromkeys(("max_iter", "rcond", "limit"), (0, True)),
 }
+
+
+# options whose numbers the functions check themselves, with what else must hold
+_OWN = frozenset({"probes", "steps", "max_matvecs", "tol"})
 
 
 class _Parameter(NamedTuple):
@@ -243,6 +247,10 @@ def _fields(kind: Any) -> tuple[_Parameter, ...]:
 def _require(parameter: _Parameter, value: Any) -> None:
     name, kinds = parameter.name, parameter.kinds
     if value is parameter.default or (name == "damping" and _is_damping(value)):
+        return
+    if isinstance(value, numbers.Real) and name in _OWN:
+        return
+    if isinstance(value, str) and name in _OWN - {"tol"}:
         return
     if not any(kind.test(value) for kind in kinds):
         words = " or ".join(kind.words for kind in kinds)

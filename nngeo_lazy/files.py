@@ -174,6 +174,8 @@ def load(
         >>> load(F.state_dict()).diagonal()
         tensor([1., 2.])
     """
+    if space is not None and not isinstance(space, ParamSpace):
+        raise DataError(f"expected space to be a ParamSpace, got {described(space)}: pass F.space")
     try:
         state = _read(path_or_state, map_location)
         _require_format(state)

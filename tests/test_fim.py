@@ -288,7 +288,7 @@ def test_large_batches_are_cut_into_pieces(net, sampled, monkeypatch):
     )
     F = case.build("dense")
     assert sizes[0] == min(sampled, len(case.net.examples))
-    assert max(sizes[1:]) == 3  # as many as are passed on their own, too
+    assert max(sizes[1:]) <= 3  # as many as are passed on their own, too
     close(F.to_dense(), case.expected())
     assert F.num_examples == len(case.net.examples)
     check_ekfac(case.build("ekfac"), case.expected())

@@ -230,8 +230,9 @@ def test_sample_space(digits, estimator):
         close_form = F.damped(d)
         assert close_form.in_sample_space == (20 * (9 if estimator == "exact" else 1) * 2 <= len(g))
         assert close_form.in_sample_space != close_form.iterates
-        found = ng.solve(F, g, damping=d)
+        found = ng.solve(F, g, damping=d, tol=1e-10 / d**0.5)
         assert found.method == "direct"
+        assert found.converged
         close(found.x, torch.linalg.solve(damped(dense, d), g), 1e-9 / d**0.5)
         close(close_form.logdet(), torch.logdet(damped(dense, d)), 1e-9)
     many = ng.FIM(net, (x[:100], y[:100]), "factored", **{**options, "estimator": "exact"})

@@ -15,7 +15,7 @@ from .general import cut, example_leaves
 from .passes import Pass
 from .proof import agree
 
-__all__ = ["Alone", "draws", "outputs_alone", "require_apart", "require_repeatable"]
+__all__ = ["Alone", "draws", "outputs_alone", "ragged", "require_apart", "require_repeatable"]
 
 PROBED = 3  # examples that are passed on their own
 ROUNDING = 0.5  # a power of eps: within it, outputs are the same
@@ -58,8 +58,8 @@ def outputs_alone(record: Pass, run: Run, some: Tensor | None = None) -> tuple[A
     others = order[~torch.isin(order, few)]
     leaves = example_leaves(record.raw, n)
     found: list[Pass] = []
-    ragged = _ragged(record.raw, leaves)
-    for index in [] if ragged else [few, others]:
+    is_ragged = ragged(record.raw, leaves)
+    for index in [] if is_ragged else [few, others]:
         try:
             alone = run(cut(record.raw, leaves, index))
         except Exception:  # noqa: BLE001 - whatever a foreign model raises
@@ -115,7 +115,7 @@ def mixed(few: int, n: int) -> StochasticModelError:
     )
 
 
-def _ragged(raw: Any, leaves: Sequence[int]) -> bool:
+def ragged(raw: Any, leaves: Sequence[int]) -> bool:
     """Whether some indices are not sorted by example: tokens of all bags, edges of a graph."""
     return any(
         isinstance(leaf, Tensor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,6 +14,8 @@ from ..derivatives.engines import MODES
 from ..errors import DataError, StochasticModelError
 from ..facts import Cost, Facts, Sample
 from ..fingerprints import refuse_shuffling
+from ..jacobian.alone import mixed, ragged
+from ..jacobian.general import cut, example_leaves
 from ..jacobian.proof import agree
 from ..jacobian.record import FixedWeights
 from ..network import Network
@@ -141,6 +144,8 @@ def _fields(sweep: Sweep, options: Implicit) -> dict[str, Any]:
                 if options.check and bool(outputs.isfinite().all()):
                     with torch.enable_grad():
                         _require_fixed(outputs, network(leaves, batch.raw))
+                        if quantity.estimator == "empirical":  # the gradients of single examples
+                            _require_apart(outputs, batch.raw, lambda raw: network(leaves, raw))
             del graph
             one_each = quantity.estimator == "empirical"
             num_rows += outputs.shape[0] if one_each else outputs.numel()
@@ -176,6 +181,21 @@ def _require_differentiable(outputs: Tensor) -> None:
             "the outputs do not depend on any selected parameter: select others with params=, "
             "and check that the forward pass does not run under no_grad or detach"
         )
+
+
+def _require_apart(outputs: Tensor, raw: Any, run: Callable[[Any], Tensor]) -> None:
+    """Raise if the outputs of a random half of a batch are not what they are within it."""
+    n = len(outputs)
+    leaves = example_leaves(raw, n)
+    if n == 1 or not leaves or ragged(raw, leaves):
+        return
+    half = torch.randperm(n, generator=torch.Generator().manual_seed(0))[: n // 2]
+    try:
+        alone = run(cut(raw, leaves, half)).detach()
+    except Exception:  # noqa: BLE001 - a batch that cannot be cut shows nothing
+        return
+    if alone.shape[0] == len(half) and not agree(alone, outputs[half.to(outputs.device)]):
+        raise mixed(len(half), n)
 
 
 def _require_fixed(first: Tensor, second: Tensor) -> None:

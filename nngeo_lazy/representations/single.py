@@ -272,9 +272,9 @@ class LowRank(Streamed):
     rank: int | None = None
 
     def __post_init__(self) -> None:
-        check_fields(self)
         if self.rank is not None and (not isinstance(self.rank, int) or self.rank < 1):
             raise DataError(f"expected rank to be a positive integer or None, got {self.rank!r}")
+        check_fields(self)
 
     def recipe(self, facts: Facts, indices: Sequence[int]) -> Recipe:
         """The rows of all parts."""
