@@ -217,6 +217,7 @@ class GaussNewtonMap(_JacobianSourceMap):
     """sum_n J_n^T S_n S_n^T J_n v / total; symmetric."""
 
     def pullback(self, k: int) -> Map:
+        """(g, *tensors) to the gradient of <g, value> in tensor k."""
         return _Along(self) if k == 0 else super().pullback(k)
 
     def _require_differentiable(self, w: Tensor) -> None:
@@ -286,6 +287,7 @@ class HessianMap(_SourceMap):
     """sum_n H_n v / total; symmetric."""
 
     def pullback(self, k: int) -> Map:
+        """(g, *tensors) to the gradient of <g, value> in tensor k."""
         return _Along(self) if k == 0 else super().pullback(k)
 
     def _prefers_double_vjp(self) -> bool:
@@ -314,6 +316,7 @@ class JacobianMap(_JacobianSourceMap):
     """J v (K, N C), less its mean over examples where it is centered."""
 
     def pullback(self, k: int) -> Map:
+        """(g, *tensors) to the gradient of <g, value> in tensor k."""
         if k == 0:
             return _Along(TransposedMap(self._source, self._memory))
         return super().pullback(k)
@@ -333,6 +336,7 @@ class TransposedMap(_JacobianSourceMap):
     """J^T u (K, P)."""
 
     def pullback(self, k: int) -> Map:
+        """(g, *tensors) to the gradient of <g, value> in tensor k."""
         if k == 0:
             return _Along(JacobianMap(self._source, self._memory))
         return super().pullback(k)

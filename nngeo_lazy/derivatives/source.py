@@ -45,7 +45,8 @@ class Source(Protocol):
     """A network with its data and a quantity: everything but the point."""
 
     @property
-    def space(self) -> ParamSpace: ...
+    def space(self) -> ParamSpace:
+        """The parameters."""
 
     @property
     def total(self) -> float:
@@ -56,7 +57,8 @@ class Source(Protocol):
         """Of the Jacobian: the number of all values."""
 
     @property
-    def num_examples(self) -> int: ...
+    def num_examples(self) -> int:
+        """N: of all batches."""
 
     @property
     def group(self) -> Group:
@@ -75,13 +77,16 @@ class Source(Protocol):
         """Whether the metric is drawn, so that it has no derivative."""
 
     @property
-    def mode(self) -> str: ...
+    def mode(self) -> str:
+        """The wanted way of differentiating: one of `MODES`, or "auto"."""
 
     @property
-    def cache(self) -> str | bool: ...
+    def cache(self) -> str | bool:
+        """Whether graphs are kept: True, False or "auto"."""
 
     @property
-    def chunk_size(self) -> int | None: ...
+    def chunk_size(self) -> int | None:
+        """How many columns go at once; None lets the products choose."""
 
     def scope(self) -> AbstractContextManager[None]:
         """In which batches are evaluated and differentiated."""

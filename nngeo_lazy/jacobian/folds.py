@@ -51,6 +51,7 @@ class Fold:
         return tensor  # what was folded is the whole axis then
 
     def fits(self, shape: torch.Size, n: int) -> bool:
+        """Whether a shape has room for n examples there."""
         size = shape[self.axis] if self.axis < len(shape) else 0
         return size == n if self.kind is Axis.WHOLE else size > 0 and size % n == 0
 

@@ -91,9 +91,11 @@ class Rows(Form):
     tile_bytes: int = TILE_BYTES
 
     def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """The rows themselves, (R, n, p), of a range of examples."""
         return self.compute(start, self.shape[1] if stop is None else min(stop, self.shape[1]))
 
     def sqsum(self) -> Tensor:
+        """Sum over r, n of the squared rows, (p,): the diagonal of the second moment."""
         return torch.stack([self.rows(a, b).square().sum((0, 1)) for a, b in self.tiles()]).sum(0)
 
 
@@ -106,6 +108,8 @@ class Placed(Rows):
 
     @classmethod
     def of(cls, inner: Form, index: Tensor, shape: tuple[int, int, int]) -> Placed:
+        """The form of a block of which only the coordinates at an index are not zero."""
+
         def compute(start: int, stop: int) -> Tensor:
             rows = inner.rows(start, stop)
             return rows.new_zeros(*rows.shape[:2], shape[2]).index_copy_(2, index, rows)
@@ -113,9 +117,11 @@ class Placed(Rows):
         return cls(compute, shape, inner.dtype, inner=inner, index=index)
 
     def total(self) -> Tensor:
+        """Sum over r, n of the rows, (p,)."""
         return self._placed(lambda inner: inner.total())
 
     def sqsum(self) -> Tensor:
+        """Sum over r, n of the squared rows, (p,): the diagonal of the second moment."""
         return self._placed(lambda inner: inner.sqsum())
 
     def _placed(self, sums: Callable[[Form], Tensor]) -> Tensor:
@@ -133,23 +139,29 @@ class Stored(Form):
 
     @property
     def shape(self) -> tuple[int, int, int]:  # type: ignore[override]
+        """(R, N, p)."""
         r, n, p = self.values.shape
         return r, n, p
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]
+        """Of the rows."""
         return self.values.dtype
 
     def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """The rows themselves, (R, n, p), of a range of examples."""
         return self.values[:, start:stop]
 
     def sqsum(self) -> Tensor:
+        """Sum over r, n of the squared rows, (p,): the diagonal of the second moment."""
         return torch.einsum("rnp,rnp->p", self.values, self.values)
 
     def jvp(self, vectors: Tensor) -> Tensor:
+        """Rows times columns: (p, k) -> (R, N, k)."""
         return self.values @ vectors
 
     def vjp(self, weights: Tensor) -> Tensor:
+        """Weighted sum of the rows: (R, N, k) -> (p, k)."""
         return self.values.flatten(0, 1).mT @ weights.flatten(0, 1)
 
 
@@ -173,6 +185,7 @@ class Outer(Form):
 
     @property
     def shape(self) -> tuple[int, int, int]:  # type: ignore[override]
+        """(R, N, p)."""
         r, n, groups, _, o = self.g.shape
         return r, n, groups * o * self.width
 
@@ -183,21 +196,26 @@ class Outer(Form):
 
     @property
     def width(self) -> int:
+        """How many inputs an output has, with the constant one of a bias."""
         return (0 if self.inputs is None else self.inputs.shape[3]) + int(self.bias)
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]
+        """Of the rows."""
         return self.g.dtype
 
     def examples(self, start: int, stop: int) -> Outer:
+        """The same of a range of examples."""
         inputs = None if self.inputs is None else self.inputs.examples(start, stop)
         marks = None if self.marks is None else self.marks[start:stop]
         return replace(self, g=self.g[:, start:stop], inputs=inputs, marks=marks)
 
     def direction(self, r: int) -> Outer:
+        """The same in one direction."""
         return replace(self, g=self.g[r : r + 1])
 
     def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """The rows themselves, (R, n, p), of a range of examples."""
         g = self.g[:, start:stop]
         parts = []
         if self.inputs is not None:
@@ -208,6 +226,7 @@ class Outer(Form):
         return joint.flatten(2)  # (R,n,G,o,w) -> (R,n,p)
 
     def total(self) -> Tensor:
+        """Sum over r, n of the rows, (p,)."""
         g = self.g.sum(0)  # (N,G,T,o)
         parts = [] if self.inputs is None else [self.inputs.against(g)]
         if self.bias:
@@ -215,6 +234,7 @@ class Outer(Form):
         return torch.cat(parts, -1).flatten()
 
     def projected(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """The sum of all rows, each piece (grid rows, width) of a layout times a (width,)."""
         g = self.g.sum(0)  # (N,G,T,o)
         out = []
         if self.inputs is not None:
@@ -225,6 +245,7 @@ class Outer(Form):
         return out
 
     def sqsum(self) -> Tensor:
+        """Sum over r, n of the squared rows, (p,): the diagonal of the second moment."""
         squares = self.squares()
         if squares is not None:
             return self.sqsum_from(squares)
@@ -319,6 +340,7 @@ class Outer(Form):
         return Outer(g, DenseInputs(mean * scale), self.bias, kept=(count > 0).unsqueeze(1))
 
     def jvp(self, vectors: Tensor) -> Tensor:
+        """Rows times columns: (p, k) -> (R, N, k)."""
         if self._prefers_rows(vectors.shape[1]):
             return super().jvp(vectors)
         groups, o = self.g.shape[2], self.g.shape[4]
@@ -332,6 +354,7 @@ class Outer(Form):
         return out
 
     def vjp(self, weights: Tensor) -> Tensor:
+        """Weighted sum of the rows: (R, N, k) -> (p, k)."""
         if self._prefers_rows(weights.shape[2]):
             return super().vjp(weights)
         o, k = self.g.shape[4], weights.shape[2]

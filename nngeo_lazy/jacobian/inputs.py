@@ -150,40 +150,50 @@ class DenseInputs(Inputs):
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
+        """(N, G, T, i)."""
         n, g, t, i = self.x.shape
         return n, g, t, i
 
     def dense(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """The dense tensor (n, G, T, i) of a range of examples."""
         return self.x[start:stop]
 
     def examples(self, start: int, stop: int) -> DenseInputs:
+        """The same of a range of examples."""
         return DenseInputs(self.x[start:stop])
 
     def to(self, dtype: torch.dtype) -> DenseInputs:
+        """The same in another dtype."""
         return DenseInputs(self.x.to(dtype))
 
     def times(self, matrix: Tensor) -> Tensor:
+        """x times a matrix for each group: (G, i, m) -> (N, G, T, m)."""
         n, groups, t, i = self.x.shape
         if groups == 1:  # one large product, where a batched one would be N small ones
             return (self.x.reshape(n * t, i) @ matrix[0]).view(n, 1, t, -1)
         return self.x @ matrix
 
     def against(self, g: Tensor) -> Tensor:
+        """Sum over n, t of g x^T: (N, G, T, o) -> (G, o, i)."""
         n, groups, t, i = self.x.shape
         if groups == 1:  # one large product
             return (g.reshape(n * t, -1).mT @ self.x.reshape(n * t, i)).unsqueeze(0)
         return (g.mT @ self.x).sum(0)
 
     def moment(self, bias: bool, into: Tensor | None = None) -> Tensor:
+        """Sum over n, t of x x^T: (G, w, w), or its diagonal (G, w) where that is all there is."""
         return moment(self.x, bias, into)
 
     def square_sum(self, bias: bool) -> Tensor:
+        """The diagonal of `moment`, (G, w)."""
         return (with_bias(self.x) if bias else self.x).square().sum((0, 2))
 
     def reduced(self) -> DenseInputs:
+        """The mean over positions, (N, G, 1, i): the input of KFAC-reduce."""
         return DenseInputs(self.x.mean(2, keepdim=True))
 
     def concatenate(self, others: list[Inputs]) -> Inputs:
+        """These and other uses of the same weight, along T."""
         return DenseInputs(torch.cat([self.x, *(other.dense() for other in others)], 2))
 
 
@@ -198,17 +208,21 @@ class IndexInputs(Inputs):
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
+        """(N, G, T, i)."""
         n, t = self.index.shape
         return n, 1, t, self.width
 
     def examples(self, start: int, stop: int) -> IndexInputs:
+        """The same of a range of examples."""
         mask = None if self.mask is None else self.mask[start:stop]
         return replace(self, index=self.index[start:stop], mask=mask)
 
     def to(self, dtype: torch.dtype) -> IndexInputs:
+        """The same in another dtype."""
         return replace(self, dtype=dtype)
 
     def outer(self, g: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """Sum over t of g x^T for a range of examples: (R, n, G, T, o) -> (R, n, G, o, i)."""
         r, n, _, t, o = g.shape
         where = self.index[start:stop].unsqueeze(-1).expand(r, n, t, o)
         weighted = g.squeeze(2) * self.weight[start:stop].unsqueeze(-1)
@@ -216,20 +230,25 @@ class IndexInputs(Inputs):
         return rows.mT.unsqueeze(2)
 
     def times(self, matrix: Tensor) -> Tensor:
+        """x times a matrix for each group: (G, i, m) -> (N, G, T, m)."""
         return (matrix[0][self.index] * self.weight.unsqueeze(-1)).unsqueeze(1)
 
     def against(self, g: Tensor) -> Tensor:
+        """Sum over n, t of g x^T: (N, G, T, o) -> (G, o, i)."""
         weighted = (g.squeeze(1) * self.weight.unsqueeze(-1)).flatten(0, 1)  # (N T,o)
         out = g.new_zeros(self.width, g.shape[-1]).index_add_(0, self.index.flatten(), weighted)
         return out.mT.unsqueeze(0)
 
     def masked(self, g: Tensor) -> Tensor:
+        """Output gradients (R, N, G, T, o), zero where x is zero by the layer's definition."""
         return g if self.mask is None else g * self.weight[:, None, :, None]
 
     def kept(self, mask: Tensor) -> IndexInputs:
+        """The same with zeros at the positions outside of a mask (N, T)."""
         return replace(self, mask=self.counted(mask))
 
     def counted(self, mask: Tensor) -> Tensor:
+        """The positions of a mask (N, T) that the input factor has."""
         return mask if self.mask is None else mask & self.mask.bool()
 
     @property
@@ -239,27 +258,32 @@ class IndexInputs(Inputs):
         return ones if self.mask is None else ones * self.mask
 
     def dense(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """The dense tensor (n, G, T, i) of a range of examples."""
         index = self.index[start:stop]
         x = torch.zeros(*index.shape, self.width, dtype=self.dtype, device=index.device)
         x.scatter_(-1, index.unsqueeze(-1), self.weight[start:stop].unsqueeze(-1))
         return x.unsqueeze(1)
 
     def moment(self, bias: bool, into: Tensor | None = None) -> Tensor:
+        """Sum over n, t of x x^T: (G, w, w), or its diagonal (G, w) where that is all there is."""
         weight = self.weight
         histogram = weight.new_zeros(1, self.width) if into is None else into
         histogram[0].index_add_(0, self.index.flatten(), weight.flatten())
         return histogram
 
     def square_sum(self, bias: bool) -> Tensor:
+        """The diagonal of `moment`, (G, w)."""
         return self.moment(bias)  # diagonal as it is
 
     def reduced(self) -> DenseInputs:
+        """The mean over positions, (N, G, 1, i): the input of KFAC-reduce."""
         n, t = self.index.shape
         mean = torch.zeros(n, self.width, dtype=self.dtype, device=self.index.device)
         mean.scatter_add_(1, self.index, self.weight / t)
         return DenseInputs(mean[:, None, None])
 
     def concatenate(self, others: list[Inputs]) -> Inputs:
+        """These and other uses of the same weight, along T."""
         same = [other for other in others if isinstance(other, IndexInputs)]
         if len(same) < len(others):
             return DenseInputs(self.dense()).concatenate(others)
@@ -268,9 +292,11 @@ class IndexInputs(Inputs):
         return IndexInputs(index, self.width, mask, self.dtype)
 
     def prepared(self, basis: Tensor | None, bias: bool) -> Inputs:
+        """x for many directions, in the coordinates of `basis` (G, w, w) where given."""
         return self if basis is None else super().prepared(basis, bias)
 
     def positions(self) -> Tensor | int:
+        """How many positions there are over all examples, N T."""
         return self.index.numel() if self.mask is None else self.mask.sum()
 
     def segments(self) -> tuple[Tensor, Tensor]:
@@ -299,18 +325,22 @@ class PatchInputs(Inputs):
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
+        """(N, G, T, i)."""
         g = self.geometry
         width = self.images.shape[1] // g.groups * g.volume
         positions = g.positions(self.images.shape[2:]) * self.uses
         return self.images.shape[0] // self.uses, g.groups, positions, width
 
     def examples(self, start: int, stop: int) -> PatchInputs:
+        """The same of a range of examples."""
         return replace(self, images=self.images[start * self.uses : stop * self.uses])
 
     def to(self, dtype: torch.dtype) -> PatchInputs:
+        """The same in another dtype."""
         return replace(self, images=self.images.to(dtype))
 
     def dense(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """The dense tensor (n, G, T, i) of a range of examples."""
         stop = self.shape[0] if stop is None else stop
         n, groups, _, width = self.shape
         u = unfold(self.images[start * self.uses : stop * self.uses], self.geometry)
@@ -320,6 +350,7 @@ class PatchInputs(Inputs):
         return u.permute(0, 2, 1, 4, 3).flatten(2, 3)
 
     def moment(self, bias: bool, into: Tensor | None = None) -> Tensor:
+        """Sum over n, t of x x^T: (G, w, w), or its diagonal (G, w) where that is all there is."""
         n, groups, t, width = self.shape
         size = width + bias
         live = live_taps(self.geometry, self.images.shape[2:])
@@ -335,11 +366,13 @@ class PatchInputs(Inputs):
         return full
 
     def reduced(self) -> DenseInputs:
+        """The mean over positions, (N, G, 1, i): the input of KFAC-reduce."""
         n, _, t, _ = self.shape
         parts = [self.dense(k, k + 1).sum(2, keepdim=True) for k in range(n)]
         return DenseInputs(torch.cat(parts) / t)
 
     def concatenate(self, others: list[Inputs]) -> Inputs:
+        """These and other uses of the same weight, along T."""
         return DenseInputs(self.dense()).concatenate(others)
 
     def _live_moment(self, live: list[int], bias: bool, into: Tensor | None) -> Tensor:

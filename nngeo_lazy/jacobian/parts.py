@@ -232,6 +232,7 @@ class Gradient:
 
     @property
     def directions(self) -> int:
+        """How many output directions there are."""
         return len(self.given)
 
     @property

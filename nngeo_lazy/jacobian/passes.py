@@ -75,10 +75,12 @@ class Pass:
 
     @property
     def n(self) -> int:
+        """N: the number of examples."""
         return self.outputs.shape[0]
 
     @property
     def keys(self) -> list[tuple[str, ...]]:
+        """What each call was, in order."""
         return [call.key for call in self.calls]
 
 
@@ -107,6 +109,7 @@ class Plan:
     cutter: Cutter | None = None
 
     def fits(self, record: Pass) -> bool:
+        """Whether a shape has room for n examples there."""
         if self.examples == 1 and record.n > 1:  # one example shows no example axis
             return False
         return record.keys == self.keys and all(
@@ -143,6 +146,7 @@ class Cutter:
         return max(1, -(-self._examples(raw) // self.size))
 
     def __call__(self, raw: Any, target: Tensor | None) -> Iterator[tuple[Any, Tensor | None]]:
+        """Pieces of a batch, with their targets."""
         n, count = self._examples(raw), self.pieces(raw)
         for k in range(count):
             where = slice(n * k // count, n * (k + 1) // count)

@@ -40,6 +40,7 @@ class Geometry:
 
     @property
     def volume(self) -> int:
+        """How many kernel taps there are."""
         return math.prod(self.kernel)
 
     def output(self, spatial: Sequence[int]) -> tuple[int, ...]:
@@ -52,6 +53,7 @@ class Geometry:
         )
 
     def positions(self, spatial: Sequence[int]) -> int:
+        """How many positions there are."""
         return math.prod(self.output(spatial))
 
 

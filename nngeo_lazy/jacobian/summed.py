@@ -31,22 +31,28 @@ class Summed(Form):
 
     @property
     def shape(self) -> tuple[int, int, int]:  # type: ignore[override]
+        """(R, N, p)."""
         return self.outers[0].shape
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]
+        """Of the rows."""
         return self.outers[0].dtype
 
     def examples(self, start: int, stop: int) -> Summed:
+        """The same of a range of examples."""
         return replace(self, outers=tuple(outer.examples(start, stop) for outer in self.outers))
 
     def direction(self, r: int) -> Summed:
+        """The same in one direction."""
         return replace(self, outers=tuple(outer.direction(r) for outer in self.outers))
 
     def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """The rows themselves, (R, n, p), of a range of examples."""
         return self._sum(lambda outer: outer.rows(start, stop).unsqueeze(-1)).squeeze(-1)
 
     def total(self) -> Tensor:
+        """Sum over r, n of the rows, (p,)."""
         return self._sum(lambda outer: outer.total().unsqueeze(-1)).squeeze(-1)
 
     def sqsum(self) -> Tensor:
@@ -60,6 +66,7 @@ class Summed(Form):
         return out
 
     def jvp(self, vectors: Tensor) -> Tensor:
+        """Rows times columns: (p, k) -> (R, N, k)."""
         parts = [
             outer.jvp(layout.gather(vectors))
             for outer, layout in zip(self.outers, self.layouts, strict=True)
@@ -67,6 +74,7 @@ class Summed(Form):
         return torch.stack(parts).sum(0)
 
     def vjp(self, weights: Tensor) -> Tensor:
+        """Weighted sum of the rows: (R, N, k) -> (p, k)."""
         return self._sum(lambda outer: outer.vjp(weights))
 
     def _sum(self, operation: Callable[[Outer], Tensor]) -> Tensor:

@@ -41,6 +41,7 @@ class Selection:
 
     @property
     def size(self) -> int:
+        """How many numbers it has."""
         return math.prod(self.shape)
 
     @property

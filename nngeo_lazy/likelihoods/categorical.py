@@ -78,14 +78,17 @@ class Categorical(Likelihood):
 
     @property
     def masks(self) -> bool:
+        """Whether the target can mask terms, so that it is read even where labels are drawn."""
         return True
 
     @property
     def reweighted(self) -> str:
+        """Why the loss is no likelihood, as in "class weights"; empty where it is one."""
         reasons = {"class weights": self.weight is not None, "label smoothing": self._smooth}
         return " and ".join(reason for reason, holds in reasons.items() if holds)
 
     def check(self, outputs: Tensor, target: Tensor | None) -> None:
+        """Raise DataError where outputs or target cannot be this likelihood's."""
         check_outputs(outputs)
         dim = self._class_dim(outputs, target)
         classes = outputs.shape[dim]
@@ -145,6 +148,7 @@ class Categorical(Likelihood):
         return wide(gradient).gather(dim, where).sum() / wrong.sum()
 
     def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """-log p(y | f) up to a constant, summed over positions: (N,). Differentiable."""
         logits, labels, mask = self._canonical(wide(outputs), target)
         log_p = logits.log_softmax(-1)
         losses = -log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
@@ -156,6 +160,7 @@ class Categorical(Likelihood):
         return (losses * mask).sum(1).to(outputs.dtype)
 
     def hessian_product(self, outputs: Tensor, target: Tensor | None, vectors: Tensor) -> Tensor:
+        """H_n v_n with H_n the Hessian of the loss in the outputs, shaped like vectors."""
         logits, labels, mask = self._canonical(outputs, target)
         dim = self._class_dim(outputs, target)
         v = self._positions(vectors, dim - outputs.dim(), vectors.dim() - outputs.dim())
@@ -167,10 +172,12 @@ class Categorical(Likelihood):
         return self._embed(product * self._kappa(labels, mask, target), outputs, target)
 
     def num_terms(self, outputs: Tensor, target: Tensor | None) -> Tensor:
+        """How many scalar labels are scored, a 0-d integer tensor."""
         _, _, mask = self._canonical(outputs, target)
         return mask.count_nonzero()
 
     def scored(self, outputs: Tensor, target: Tensor | None) -> Tensor | None:
+        """Which positions of the outputs are scored, a mask (N, *positions); None if all are."""
         if target is None and not self.shift:
             return None
         _, _, mask = self._canonical(outputs.detach(), target)
@@ -195,6 +202,7 @@ class Categorical(Likelihood):
         return mask * self._weight.to(mask)[labels]
 
     def flags(self, outputs: Tensor, target: Tensor | None) -> dict[str, Tensor]:
+        """What is wrong in a way that only the device knows: message -> 0-d bool tensor."""
         flags = {NOT_FINITE: ~outputs.detach().isfinite().all()}
         if target is not None:
             classes = outputs.shape[self._class_dim(outputs, target)]

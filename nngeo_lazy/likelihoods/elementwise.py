@@ -41,6 +41,7 @@ class Elementwise(Likelihood):
         return self._root(outputs, target).square()
 
     def check(self, outputs: Tensor, target: Tensor | None) -> None:
+        """Raise DataError where outputs or target cannot be this likelihood's."""
         check_outputs(outputs)
         if target is not None and target.shape != outputs.shape:
             raise DataError(
@@ -49,12 +50,15 @@ class Elementwise(Likelihood):
             )
 
     def hessian_product(self, outputs: Tensor, target: Tensor | None, vectors: Tensor) -> Tensor:
+        """H_n v_n with H_n the Hessian of the loss in the outputs, shaped like vectors."""
         return self._curvature(outputs, target) * vectors
 
     def num_terms(self, outputs: Tensor, target: Tensor | None) -> Tensor:
+        """How many scalar labels are scored, a 0-d integer tensor."""
         return torch.tensor(outputs.numel(), device=outputs.device)
 
     def flags(self, outputs: Tensor, target: Tensor | None) -> dict[str, Tensor]:
+        """What is wrong in a way that only the device knows: message -> 0-d bool tensor."""
         return {NOT_FINITE: ~outputs.detach().isfinite().all()}
 
     def _num_exact(self, outputs: Tensor, target: Tensor | None) -> int:
@@ -113,9 +117,11 @@ class Bernoulli(Elementwise):
 
     @property
     def reweighted(self) -> str:
+        """Why the loss is no likelihood, as in "class weights"; empty where it is one."""
         return "" if self.pos_weight is None else "pos_weight"
 
     def check(self, outputs: Tensor, target: Tensor | None) -> None:
+        """Raise DataError where outputs or target cannot be this likelihood's."""
         super().check(outputs, target)
         example = outputs.shape[1:]
         if self.pos_weight is not None and not broadcasts(self._weight.shape, example):
@@ -131,6 +137,7 @@ class Bernoulli(Elementwise):
         return (wide(gradient).abs() / most.clamp_min(1e-3)).max()
 
     def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """-log p(y | f) up to a constant, summed over positions: (N,). Differentiable."""
         each = F.binary_cross_entropy_with_logits(
             outputs,
             target.to(outputs),
@@ -140,6 +147,7 @@ class Bernoulli(Elementwise):
         return each.reshape(outputs.shape[0], -1).sum(1)
 
     def flags(self, outputs: Tensor, target: Tensor | None) -> dict[str, Tensor]:
+        """What is wrong in a way that only the device knows: message -> 0-d bool tensor."""
         flags = super().flags(outputs, target)
         if target is not None:
             flags["expected labels between 0 and 1, but some are outside"] = ~(
@@ -210,14 +218,17 @@ class Poisson(Elementwise):
         return torch.where(whole.all() & (c > 0), c, torch.full_like(c, float("nan")))
 
     def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """-log p(y | f) up to a constant, summed over positions: (N,). Differentiable."""
         each = outputs.exp() - target.to(outputs) * outputs
         return each.reshape(outputs.shape[0], -1).sum(1)
 
     def log_prob(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """log p(y | f) itself, normalised over y and summed over positions: (N,)."""
         factorials = torch.lgamma(target.to(outputs) + 1)
         return -self.loss(outputs, target) - factorials.reshape(outputs.shape[0], -1).sum(1)
 
     def flags(self, outputs: Tensor, target: Tensor | None) -> dict[str, Tensor]:
+        """What is wrong in a way that only the device knows: message -> 0-d bool tensor."""
         flags = super().flags(outputs, target)
         overflow = "expected log rates with a finite rate, but exp of some outputs overflows"
         flags[overflow] = (outputs.isfinite() & outputs.detach().exp().isinf()).any()

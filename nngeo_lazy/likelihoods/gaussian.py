@@ -67,6 +67,7 @@ class Gaussian(Elementwise):
         return f"Gaussian(variance={given.tolist() if isinstance(given, Tensor) else given!r})"
 
     def check(self, outputs: Tensor, target: Tensor | None) -> None:
+        """Raise DataError where outputs or target cannot be this likelihood's."""
         super().check(outputs, target)
         variance, example = torch.as_tensor(self.variance), outputs.shape[1:]
         if self._correlated(outputs):
@@ -85,6 +86,7 @@ class Gaussian(Elementwise):
             )
 
     def dispersion(self, outputs: Tensor, score: Tensor) -> Tensor | None:
+        """The mean squared residual in units of the labels' variance, 0-d."""
         work = wide(score)
         if self._correlated(outputs):
             residual = work @ torch.as_tensor(self.variance).to(work)
@@ -93,11 +95,13 @@ class Gaussian(Elementwise):
         return (work * residual).mean()
 
     def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """-log p(y | f) up to a constant, summed over positions: (N,). Differentiable."""
         residual = target - outputs
         each = residual * self.hessian_product(outputs, target, residual) / 2
         return each.reshape(outputs.shape[0], -1).sum(1)
 
     def log_prob(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """log p(y | f) itself, normalised over y and summed over positions: (N,)."""
         if self._correlated(outputs):
             positions = outputs[0].numel() // outputs.shape[-1]
             logdet = 2 * positions * self._root_of_precision.diagonal().log().sum().to(outputs)
@@ -107,6 +111,7 @@ class Gaussian(Elementwise):
         return constant - self.loss(outputs, target)
 
     def hessian_product(self, outputs: Tensor, target: Tensor | None, vectors: Tensor) -> Tensor:
+        """H_n v_n with H_n the Hessian of the loss in the outputs, shaped like vectors."""
         if not self._correlated(outputs):
             return super().hessian_product(outputs, target, vectors)
         work = wide(vectors)

@@ -71,9 +71,11 @@ class CallableLoss(Likelihood):
 
     @property
     def reweighted(self) -> str:
+        """Why the loss is no likelihood, as in "class weights"; empty where it is one."""
         return "a function in place of a density"
 
     def require_likelihood(self, estimator: str) -> None:
+        """Raise DataError where the estimator draws labels that this loss does not define."""
         if estimator in ("exact", "mc"):
             raise DataError(
                 f"the {estimator} Fisher is an expectation over the model's own labels, and a "
@@ -82,6 +84,7 @@ class CallableLoss(Likelihood):
             )
 
     def check(self, outputs: Tensor, target: Tensor | None) -> None:
+        """Raise DataError where outputs or target cannot be this likelihood's."""
         check_outputs(outputs)
         with torch.no_grad():
             losses = self._each(wide(outputs.detach()), target)
@@ -93,6 +96,7 @@ class CallableLoss(Likelihood):
             )
 
     def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """-log p(y | f) up to a constant, summed over positions: (N,). Differentiable."""
         return self._each(wide(outputs), target).to(outputs.dtype)
 
     def hessian_product(self, outputs: Tensor, target: Tensor | None, vectors: Tensor) -> Tensor:
@@ -102,9 +106,11 @@ class CallableLoss(Likelihood):
         return torch.stack([product(v) for v in flat]).view(vectors.shape).to(vectors.dtype)
 
     def num_terms(self, outputs: Tensor, target: Tensor | None) -> Tensor:
+        """How many scalar labels are scored, a 0-d integer tensor."""
         return torch.tensor(outputs.shape[0], device=outputs.device)
 
     def flags(self, outputs: Tensor, target: Tensor | None) -> dict[str, Tensor]:
+        """What is wrong in a way that only the device knows: message -> 0-d bool tensor."""
         outputs = outputs.detach()
         flags = {NOT_FINITE: ~outputs.isfinite().all()}
         if outputs.shape[0] > 1:
