@@ -14,9 +14,17 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils import checkpoint
 
-__all__ = ["Switch", "eager", "plain_attention_modules", "unfused_attention", "without_checkpoints"]
+__all__ = [
+    "Switch",
+    "eager",
+    "plain_attention_modules",
+    "unfused_attention",
+    "whole_transforms",
+    "without_checkpoints",
+]
 
 _lock = threading.RLock()
 
@@ -142,6 +150,34 @@ def _write_stance(stance: Any) -> None:
 
 # Compiled functions run as they were written.
 eager = Switch(_read_stance, _write_stance, _eager)
+
+
+# --- transforms of torch.func ---------------------------------------------------------------------
+
+
+class whole_transforms:  # noqa: N801 - a scope, as the functions of contextlib are
+    """A scope that ends the transforms of torch.func which an interrupt inside has left open.
+
+    torch opens a transform and enters the block that closes it in two lines. An interrupt between
+    them would leave the transform open for all that follows in the process.
+    """
+
+    def __enter__(self) -> None:
+        self._depth = torch._C._functorch.get_dynamic_layer_stack_depth()
+        self._level = forward_ad._current_level
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            return
+        if torch._C._functorch.get_dynamic_layer_stack_depth() > self._depth:
+            torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(self._depth)
+        while forward_ad._current_level > self._level:
+            forward_ad.exit_dual_level()
 
 
 # --- checkpointing --------------------------------------------------------------------------------

@@ -242,6 +242,7 @@ def test_interrupts_at_random_lines(name):
         same(before, snapshot(model))
         assert flags() == set_before
         assert not torch.overrides._get_current_function_mode_stack()
+        assert torch._C._functorch.get_dynamic_layer_stack_depth() == 0
         assert torch.is_grad_enabled()
     assert vars(torch.utils.checkpoint) == checkpoint
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..collectives import digest
 from ..errors import DataError, UnsupportedLayerError
+from ..switches import whole_transforms
 from .engines import (
     MODES,
     HessianOf,
@@ -89,7 +90,7 @@ class _SourceMap(Map):
         while True:
             mode = self._mode()
             try:
-                with self._source.scope():
+                with whole_transforms(), self._source.scope():
                     return run(mode)
             except NotDifferentiableError as error:
                 memory.forget()

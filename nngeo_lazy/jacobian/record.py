@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from .. import tree
 from ..errors import StochasticModelError, UnsupportedLayerError
-from ..switches import eager, plain_attention_modules
+from ..switches import eager, plain_attention_modules, whole_transforms
 from .layers import BATCH_STATISTICS
 from .meetings import uses_of
 from .registry import Known, find, whole_modules
@@ -426,7 +426,8 @@ def recording(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[No
 @contextmanager
 def plain_functions() -> Iterator[None]:
     """Inside, a model calls functions that can be seen and differentiated, and nothing fused."""
-    with torch.inference_mode(False), plain_attention_modules.used(), eager.used():
+    switched = plain_attention_modules.used()
+    with torch.inference_mode(False), whole_transforms(), switched, eager.used():
         yield
 
 

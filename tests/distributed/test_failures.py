@@ -1,6 +1,7 @@
 """What goes wrong in one process is named in all of them, and soon."""
 
 import ast
+import pickle
 from pathlib import Path
 
 import pytest
@@ -110,8 +111,11 @@ def test_the_remedy_for_sharded_parameters(pool):
 def test_no_process_group():
     with pytest.raises(DataError, match=r"torch\.distributed is not initialised: start the script"):
         ng.Distributed([])
+    shared = Group()
+    shared._pg = object()
     with pytest.raises(DataError, match="a process group cannot be pickled"):
-        Group().__reduce__()
+        shared.__reduce__()
+    assert pickle.loads(pickle.dumps(Group())).size == 1  # this process alone
 
 
 def test_a_process_outside_of_the_group(pool):
