@@ -43,6 +43,11 @@ def on_post_page(output: str, page: Any, **_: Any) -> str:
     return output.replace(SHIM, f"{depth}javascripts/iframe-worker.js")
 
 
+def on_post_template(output_content: str, **_: Any) -> str:
+    """The same for pages without a source, such as that of lost addresses."""
+    return output_content.replace(SHIM, "/javascripts/iframe-worker.js")
+
+
 class PlainDocstrings(griffe.Extension):
     """Docstrings as the package writes them, in the Markdown that the site reads."""
 
