@@ -209,7 +209,7 @@ class Group:
         return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
 
     def _there(self, tensor: Tensor) -> Tensor:
-        """A tensor where the backend can send it from."""
+        """A tensor if the backend can send it from."""
         return tensor.to(self._device) if self._device.type == "cuda" else tensor
 
 

@@ -180,7 +180,7 @@ class Batches:
 
     @property
     def count(self) -> int | None:
-        """How many batches there are, None where the loader does not say."""
+        """How many batches there are, None if the loader does not say."""
         return _length(self._loader)
 
     def num_examples(self, batch: int) -> int:
@@ -387,7 +387,7 @@ def _label(raw: Mapping[Any, Any]) -> str | None:
 
 
 def _labels(raw: Any, strict: bool) -> Tensor | None:
-    """The default target; not strict: None where the batch has none that can be read."""
+    """The default target; not strict: None if the batch has none that can be read."""
     found = None
     if isinstance(raw, Mapping):
         label = _label(raw)

@@ -57,7 +57,7 @@ def influences(
             and has all of them in the end. F and test are then the same in all processes.
         test: the examples whose losses are predicted.
         loss: as in `GGN`; its reduction is ignored.
-        damping: d, the weight decay of the training, where it had any.
+        damping: d, the weight decay of the training, if it had any.
         method: "gradient": g_i itself, the influence function; "newton": g_i from the curvature
             without example i, a Newton step on the loss without it. That is exact for a linear
             model with squared errors, and has C columns to solve for each example.

@@ -59,7 +59,7 @@ class Laplace:
         prior_precision: Lambda, positive: a number, a 0-d or (P,) tensor, or {selector: either}
             that names every parameter.
         prior_mean: mu_0, flat or by name; zero by default.
-        likelihood: of F; needed where F does not say, as after a sum. It must be F's own.
+        likelihood: of F; needed if F does not say, as after a sum. It must be F's own.
         forward: `(model, batch) -> outputs` in place of the default call, as for F.
 
     Raises:
@@ -305,7 +305,7 @@ class Laplace:
 
     @cached_property
     def _accurate(self) -> BaseLinearOperator:
-        """F in float64 where it is stored.
+        """F in float64 if it is stored.
 
         The evidence is a difference of large sums, and a weak prior is below single precision's
         rounding of F.
@@ -395,7 +395,7 @@ def _num_examples(F: Any) -> int:
 
 
 def _likelihood_of(F: BaseLinearOperator, given: str | Likelihood | None) -> Likelihood | None:
-    """The likelihood of F's build, or the given one where that is not known."""
+    """The likelihood of F's build, or the given one if that is not known."""
     text = F.info.quantity.get("loss")
     own = None if text is None else described(str(text))
     if given is not None:

@@ -244,7 +244,7 @@ class Sweep:
         return replace(self.facts, **known)
 
     def _pass(self, make: Make, keep: bool) -> Read | None:
-        """One pass over the data; None where its batches used parameters in unforeseen ways.
+        """One pass over the data; None if its batches used parameters in unforeseen ways.
 
         The first batch says which statistics there are. If a later one asks for others, the rest of
         the pass only looks at how the parameters are used.

@@ -56,7 +56,7 @@ class JacobianOf(ABC):
     """The Jacobian of a function of the parameters at one point, as products.
 
     Attributes:
-        values: of the function there, with the graph where it is differentiable.
+        values: of the function there, with the graph if it is differentiable.
     """
 
     values: Tensor
@@ -205,7 +205,7 @@ def _jvp(function: Callable[..., Any], parameters: Any, tangents: Sequence[Tenso
 def _grad(
     outputs: Any, inputs: Sequence[Tensor], weights: Any, create_graph: bool
 ) -> Sequence[Tensor | None]:
-    """Reverse mode, whose graph stays for the next product; None where nothing depends."""
+    """Reverse mode, whose graph stays for the next product; None if nothing depends."""
     several = outputs if isinstance(outputs, list) else [outputs]
     if not any(t.requires_grad for t in several):
         return [None] * len(inputs)

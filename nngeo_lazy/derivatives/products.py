@@ -85,7 +85,7 @@ class _SourceMap(Map):
     # --- modes -----------------------------------------------------------------------------------
 
     def _try(self, run: Callable[[str], T]) -> T:
-        """Run in the wanted mode; "auto" goes on to the next one where a function lacks it."""
+        """Run in the wanted mode; "auto" goes on to the next one if a function lacks it."""
         memory, wanted = self._memory, self._source.mode
         while True:
             mode = self._mode()
@@ -176,7 +176,7 @@ class _SourceMap(Map):
     # --- columns ---------------------------------------------------------------------------------
 
     def _each(self, function: Callable[[Tensor], Tensor], rows: Tensor, taped: bool) -> Tensor:
-        """A linear function of every row (K, ...): several at once where that is faster."""
+        """A linear function of every row (K, ...): several at once if that is faster."""
         k = rows.shape[0]
         if k == 1:
             return function(rows[0]).unsqueeze(0)
@@ -314,7 +314,7 @@ class HessianMap(_SourceMap):
 
 
 class JacobianMap(_JacobianSourceMap):
-    """J v (K, N C), less its mean over examples where it is centered."""
+    """J v (K, N C), less its mean over examples if it is centered."""
 
     def pullback(self, k: int) -> Map:
         """(g, *tensors) to the gradient of <g, value> in tensor k."""

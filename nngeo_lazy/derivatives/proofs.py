@@ -99,9 +99,9 @@ def _require_equal(
     parameters: Sequence[Tensor],
     again: Callable[[BatchFunction, Sequence[Tensor]], _Twice],
 ) -> None:
-    """Raise where two numbers that are one in exact arithmetic differ by more than rounding.
+    """Raise if two numbers that are one in exact arithmetic differ by more than rounding.
 
-    What is rounding vanishes in float64: where the two differ, they are computed `again` there.
+    What is rounding vanishes in float64: if the two differ, they are computed `again` there.
     """
     apart = given.apart
     if apart <= _tolerance(given.first.dtype):

@@ -290,7 +290,7 @@ def _unpadded_embedding(
 
 
 def without_padding(function: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
-    """The function, refused where reverse mode leaves out what forward mode differentiates."""
+    """The function, refused if reverse mode leaves out what forward mode differentiates."""
     return _within(lambda: _Composed({functional.embedding: _unpadded_embedding}), function)
 
 

@@ -38,7 +38,7 @@ class BatchFunction(Protocol):
         """The middle matrix at these values, which may be differentiable in them."""
 
     def wide(self) -> BatchFunction | None:
-        """The same function in float64; None where it has none."""
+        """The same function in float64; None if it has none."""
 
 
 class Source(Protocol):
@@ -95,7 +95,7 @@ class Source(Protocol):
         """The batches, from the given one on."""
 
     def diagonal(self, parameters: Tensor) -> Tensor | None:
-        """The diagonal (P,) at these parameters, from streamed rows; None where they cannot be."""
+        """The diagonal (P,) at these parameters, from streamed rows; None if they cannot be."""
 
     def moved(self, dtype: torch.dtype | None, device: Any) -> Source:
         """The same in another dtype or on another device."""
@@ -128,7 +128,7 @@ class Memory:
         return Memory, ()  # a pickle holds no graphs
 
     def kept(self, point: Tensor) -> list[tuple[Any, Any]]:
-        """The graphs of the first batches at this point; an empty list where there are none."""
+        """The graphs of the first batches at this point; an empty list if there are none."""
         key = (point.data_ptr(), point._version, point.dtype)
         if key != self._key:
             self.forget()

@@ -83,7 +83,7 @@ def outputs_alone(record: Pass, run: Run, some: Tensor | None = None) -> tuple[A
 
 
 def require_apart(record: Pass, run: Run) -> None:
-    """Raise where the outputs of random halves of a batch are not what they are within it.
+    """Raise if the outputs of random halves of a batch are not what they are within it.
 
     Any two examples are apart in one of the halves with a probability of 15/16.
     """
@@ -94,7 +94,7 @@ def require_apart(record: Pass, run: Run) -> None:
 
 
 def require_repeatable(record: Pass, run: Run) -> None:
-    """Raise where a second pass of the same batch differs."""
+    """Raise if a second pass of the same batch differs."""
     if not agree(run(record.raw).outputs, record.outputs, ROUNDING):
         raise _random()
 

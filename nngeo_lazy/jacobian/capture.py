@@ -63,9 +63,9 @@ class Capture:
         return self._parts
 
     def __call__(self, raw: Any, target: Tensor | None) -> Iterator[tuple[Recorded, Tensor | None]]:
-        """Record a batch with its target, in pieces where it is large, and plan what is new in it.
+        """Record a batch with its target, in pieces if it is large, and plan what is new in it.
 
-        The pieces are small enough to stay in fast memory. A batch is cut only where the self-check
+        The pieces are small enough to stay in fast memory. A batch is cut only if the self-check
         found that examples on their own give the outputs that they give in the batch.
         """
         if self._plan is None and not self._sampled_plan(raw):
@@ -102,7 +102,7 @@ class Capture:
     def observed(
         self, raw: Any, outputs: Tensor, recorder: Recorder, *, proved: bool = False
     ) -> Recorded | None:
-        """A pass that somebody else ran under a recorder, None where `prove` must see its batch.
+        """A pass that somebody else ran under a recorder, None if `prove` must see its batch.
 
         It does not hold the outputs' graph, but what lies below.
 

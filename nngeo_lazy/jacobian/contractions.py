@@ -27,7 +27,7 @@ Operands = tuple[str, list[Tensor], Tensor | None]  # equation, two tensors, an 
 def equation_of(
     function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Operands | None:
-    """A product as an equation without dots, or None where it is no such product."""
+    """A product as an equation without dots, or None if it is no such product."""
     made: Operands | None = CONTRACTIONS[function](args, kwargs)
     return made
 

@@ -71,7 +71,7 @@ def elementwise(
         args: of its call; what it changes in place as it was before.
         kwargs: of its call.
         slot: which argument the weight is.
-        weight: the same with size 1 where it is only repeated.
+        weight: the same with size 1 if it is only repeated.
         output: what the function returned.
     """
     kind, functional = ELEMENTWISE[function]
@@ -110,7 +110,7 @@ def elementwise(
 def _constant(
     kind: str, name: str, kwargs: Mapping[str, Any], slot: int, args: Sequence[Any]
 ) -> float | None:
-    """The derivative in the weight, where it is one number."""
+    """The derivative in the weight, if it is one number."""
     if kind != "sum":
         return None
     alpha = kwargs.get("alpha", args[2] if len(args) > 2 else 1)

@@ -171,7 +171,7 @@ class Outer(Form):
 
     Attributes:
         g: output gradients (R, N, G, T, o).
-        inputs: the input factor; None where the block is a bias alone (x is the column of ones).
+        inputs: the input factor; None if the block is a bias alone (x is the column of ones).
         bias: whether the homogeneous coordinate is appended to x.
         marks: what is known of the positions (N, T); None if all count (see `positions`).
         kept: the positions (N, T) that count in the input factor; None for all.
@@ -261,10 +261,10 @@ class Outer(Form):
         return torch.cat(parts, -1).flatten()
 
     def squares(self, into: Tensor | None = None) -> Tensor | None:
-        """Sum over r of g^2, (N, G, o), where the squared rows need no more of g; else None.
+        """Sum over r of g^2, (N, G, o), if the squared rows need no more of g; else None.
 
         With a single position the square of an outer product is the outer product of squares, so
-        that directions can be summed first: added to `into` where given.
+        that directions can be summed first: added to `into` if given.
         """
         if self.g.shape[3] > 1 or isinstance(self.inputs, IndexInputs):
             return None
@@ -294,7 +294,7 @@ class Outer(Form):
     def output_moment(self, diagonal: bool = False, into: Tensor | None = None) -> Tensor:
         """Sum over r, n, t of g g^T, (G, o, o), or its diagonal (G, o): KFAC's output factor.
 
-        Added to `into` where given.
+        Added to `into` if given.
         """
         if diagonal:
             return _added(self.g.square().sum((0, 1, 3)), into)

@@ -137,7 +137,7 @@ def _paired(g: Tensor, every: bool) -> Tensor:
 
 
 def _input_products(left: Outer, right: Outer, rows: range, cols: range) -> Tensor | None:
-    """x . x' (G, n, t, n', u), with the homogeneous coordinate; None where that is all."""
+    """x . x' (G, n, t, n', u), with the homogeneous coordinate; None if that is all."""
     x, y = left.inputs, right.inputs
     if x is None or y is None:
         return None
@@ -207,7 +207,7 @@ def _tile(
 
 
 def _add_product(x: Tensor, y: Tensor, out: Tensor, half: bool) -> None:
-    """x y^T; with half, where y is x, at least the lower triangle: 5/8 of it in two halvings."""
+    """x y^T; with half, if y is x, at least the lower triangle: 5/8 of it in two halvings."""
     if not half or len(x) < HALVED:
         out.addmm_(x, y.mT)
         return
@@ -218,7 +218,7 @@ def _add_product(x: Tensor, y: Tensor, out: Tensor, half: bool) -> None:
 
 
 def _ready(form: Outer) -> Outer:
-    """The same with dense inputs, where they fit, that have the homogeneous coordinate."""
+    """The same with dense inputs, if they fit, that have the homogeneous coordinate."""
     if form.inputs is None:
         return form
     inputs: Inputs = form.inputs.prepared(None, form.bias)

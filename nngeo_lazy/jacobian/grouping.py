@@ -80,7 +80,7 @@ def _direct(calls: Sequence[Call], uses: Sequence[tuple[int, str]]) -> bool:
 
 
 def _pairings(space: ParamSpace, calls: Sequence[Call], without: set[str]) -> dict[Pair, list[int]]:
-    """Calls by their (weight, bias); the two stand alone where they do not always go together."""
+    """Calls by their (weight, bias); the two stand alone if they do not always go together."""
     pairs: dict[Pair, list[int]] = {}
     for k, call in enumerate(calls):
         found: list[Segment | None] = []
@@ -110,7 +110,7 @@ def _make_part(
     bias: Segment | None,
     members: Sequence[int],
 ) -> Part | None:
-    """The part of a weight and its bias, None where it must be made from rows."""
+    """The part of a weight and its bias, None if it must be made from rows."""
     given = [(role, s) for role, s in (("weight", weight), ("bias", bias)) if s is not None]
     roles, segments = tuple(role for role, _ in given), [segment for _, segment in given]
     names = tuple(segment.name for segment in segments)

@@ -33,7 +33,7 @@ def with_bias(x: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, basis: Tensor) -> Tensor:
-    """(..., G, T, i), (G, i, w) -> (..., G, T, w); one large product where there is one group."""
+    """(..., G, T, i), (G, i, w) -> (..., G, T, w); one large product if there is one group."""
     if basis.shape[0] > 1 or x.stride(-1) != 1:
         return x @ basis
     return (x.reshape(-1, x.shape[-1]) @ basis[0]).view(*x.shape[:-1], -1)
@@ -64,9 +64,9 @@ class Inputs(ABC):
 
     @abstractmethod
     def moment(self, bias: bool, into: Tensor | None = None) -> Tensor:
-        """Sum over n, t of x x^T: (G, w, w), or its diagonal (G, w) where that is all there is.
+        """Sum over n, t of x x^T: (G, w, w), or its diagonal (G, w) if that is all there is.
 
-        Added to `into` where given.
+        Added to `into` if given.
         """
 
     @abstractmethod
@@ -129,13 +129,13 @@ class Inputs(ABC):
             yield start, min(start + step, n)
 
     def masked(self, g: Tensor) -> Tensor:
-        """Output gradients (R, N, G, T, o), zero where x is zero by the layer's definition."""
+        """Output gradients (R, N, G, T, o), zero if x is zero by the layer's definition."""
         return g
 
     def prepared(self, basis: Tensor | None, bias: bool) -> Inputs:
-        """x for many directions, in the coordinates of `basis` (G, w, w) where given.
+        """x for many directions, in the coordinates of `basis` (G, w, w) if given.
 
-        Dense and kept where that fits; otherwise made a range of examples at a time.
+        Dense and kept if that fits; otherwise made a range of examples at a time.
         """
         lazy = self if basis is None else RotatedInputs(self, basis, bias)
         size = torch.Size(lazy.shape).numel() * 4
@@ -169,7 +169,7 @@ class DenseInputs(Inputs):
     def times(self, matrix: Tensor) -> Tensor:
         """x times a matrix for each group: (G, i, m) -> (N, G, T, m)."""
         n, groups, t, i = self.x.shape
-        if groups == 1:  # one large product, where a batched one would be N small ones
+        if groups == 1:  # one large product, if a batched one would be N small ones
             return (self.x.reshape(n * t, i) @ matrix[0]).view(n, 1, t, -1)
         return self.x @ matrix
 
@@ -181,7 +181,7 @@ class DenseInputs(Inputs):
         return (g.mT @ self.x).sum(0)
 
     def moment(self, bias: bool, into: Tensor | None = None) -> Tensor:
-        """Sum over n, t of x x^T: (G, w, w), or its diagonal (G, w) where that is all there is."""
+        """Sum over n, t of x x^T: (G, w, w), or its diagonal (G, w) if that is all there is."""
         return moment(self.x, bias, into)
 
     def square_sum(self, bias: bool) -> Tensor:
@@ -240,7 +240,7 @@ class IndexInputs(Inputs):
         return out.mT.unsqueeze(0)
 
     def masked(self, g: Tensor) -> Tensor:
-        """Output gradients (R, N, G, T, o), zero where x is zero by the layer's definition."""
+        """Output gradients (R, N, G, T, o), zero if x is zero by the layer's definition."""
         return g if self.mask is None else g * self.weight[:, None, :, None]
 
     def kept(self, mask: Tensor) -> IndexInputs:
@@ -265,7 +265,7 @@ class IndexInputs(Inputs):
         return x.unsqueeze(1)
 
     def moment(self, bias: bool, into: Tensor | None = None) -> Tensor:
-        """Sum over n, t of x x^T: (G, w, w), or its diagonal (G, w) where that is all there is."""
+        """Sum over n, t of x x^T: (G, w, w), or its diagonal (G, w) if that is all there is."""
         weight = self.weight
         histogram = weight.new_zeros(1, self.width) if into is None else into
         histogram[0].index_add_(0, self.index.flatten(), weight.flatten())
@@ -292,7 +292,7 @@ class IndexInputs(Inputs):
         return IndexInputs(index, self.width, mask, self.dtype)
 
     def prepared(self, basis: Tensor | None, bias: bool) -> Inputs:
-        """x for many directions, in the coordinates of `basis` (G, w, w) where given."""
+        """x for many directions, in the coordinates of `basis` (G, w, w) if given."""
         return self if basis is None else super().prepared(basis, bias)
 
     def positions(self) -> Tensor | int:
@@ -350,7 +350,7 @@ class PatchInputs(Inputs):
         return u.permute(0, 2, 1, 4, 3).flatten(2, 3)
 
     def moment(self, bias: bool, into: Tensor | None = None) -> Tensor:
-        """Sum over n, t of x x^T: (G, w, w), or its diagonal (G, w) where that is all there is."""
+        """Sum over n, t of x x^T: (G, w, w), or its diagonal (G, w) if that is all there is."""
         n, groups, t, width = self.shape
         size = width + bias
         live = live_taps(self.geometry, self.images.shape[2:])

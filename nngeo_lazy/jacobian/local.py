@@ -1,7 +1,7 @@
 """Rows of a function's weights from that function alone.
 
 A function that meets data with weights, and of which nothing else is known, is run again by itself:
-its vjp for each example, under `vmap`, or in a loop where `vmap` cannot follow. Nothing else of the
+its vjp for each example, under `vmap`, or in a loop if `vmap` cannot follow. Nothing else of the
 model is run.
 """
 
@@ -37,7 +37,7 @@ def local(
         args: of the call.
         kwargs: of the call.
         slots: which leaves of the arguments are weights.
-        result: which of the tensors that it returns is meant, None where it returns one.
+        result: which of the tensors that it returns is meant, None if it returns one.
         output: that tensor.
     """
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))

@@ -90,7 +90,7 @@ class Part:
     def inputs(
         self, calls: Sequence[Call], folds: Sequence[Fold | None], n: int
     ) -> list[Inputs | None]:
-        """The input factor of each member call, None where it has none."""
+        """The input factor of each member call, None if it has none."""
         factors: list[Inputs | None] = []
         for member in self.members:
             call, fold = calls[member.call], folds[member.call]
@@ -213,7 +213,7 @@ class Gradient:
 
     Attributes:
         call, fold: of the output.
-        given: as they arrived, None where a direction brought none.
+        given: as they arrived, None if a direction brought none.
         examples: how many there are.
         dtype: in which they are wanted.
     """
@@ -319,7 +319,7 @@ def _weight_rows(call: Call, role: str, fold: Fold, x: Inputs | None, g: Gradien
 def _check(
     call: Call, what: str, found: Sequence[int] | None, expected: Sequence[int | str]
 ) -> None:
-    """Raise where a form's tensor does not have the shape that it should."""
+    """Raise if a form's tensor does not have the shape that it should."""
     fits = (
         found is not None
         and len(found) == len(expected)
@@ -352,7 +352,7 @@ def _summed(outers: Sequence[Outer], layouts: Sequence[Layout]) -> Summed:
 
 
 def segment_of(call: Call, role: str) -> Segment | None:
-    """The entries that a call receives in one role, where its form can be theirs."""
+    """The entries that a call receives in one role, if its form can be theirs."""
     weight = call.weights[role]
     part = weight.selection
     if part is None or call.use.local is not None:

@@ -96,7 +96,7 @@ class Plan:
         examples: of the pass that it was proved on.
         constants: which constants were taken for data.
         lively: whether every call had a gradient there: a zero proves nothing.
-        cutter: cuts batches into pieces, where examples alone are as within the batch.
+        cutter: cuts batches into pieces, if examples alone are as within the batch.
     """
 
     keys: list[tuple[str, ...]]
@@ -181,7 +181,7 @@ class Recorded:
     def chunks(
         self, directions: Iterator[Tensor], count: int, *, root: GradientEdge | None = None
     ) -> Iterator[tuple[list[Form | None], bool, bool]]:
-        """For each chunk of directions: every part's form (None where unused), first, last.
+        """For each chunk of directions: every part's form (None if unused), first, last.
 
         Args:
             directions: cotangents shaped like the outputs.
@@ -216,10 +216,10 @@ class Recorded:
     def forms(
         self, collected: Sequence[Sequence[Tensor | None]], directions: Sequence[Tensor]
     ) -> list[Form | None]:
-        """Every part's form, None where no batch uses it.
+        """Every part's form, None if no batch uses it.
 
         Args:
-            collected: for each direction the gradients at the `edges`, None where they are zero.
+            collected: for each direction the gradients at the `edges`, None if they are zero.
             directions: what they are the gradients of; read for parts on the general way alone.
         """
         calls, folds, n = self.record.calls, self.plan.folds, self.record.n
@@ -285,7 +285,7 @@ def _names(calls: Sequence[Call]) -> set[str]:
 def gradients_at(
     outputs: Tensor | GradientEdge, inputs: Sequence[Any], cotangent: Tensor, retain: bool = True
 ) -> Sequence[Tensor | None]:
-    """The gradients of <outputs, cotangent> at tensors or edges, None where they are zero."""
+    """The gradients of <outputs, cotangent> at tensors or edges, None if they are zero."""
     if not inputs:
         return ()
     roots: Any = (outputs,)

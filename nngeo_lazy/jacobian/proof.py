@@ -2,7 +2,7 @@
 
 The self-check takes a random cotangent, and the same times a random number for each example. The
 gradient at a layer's output must be multiplied by its own example's number at every position, which
-finds the example axis (also where positions are folded into it) and proves it for every example;
+finds the example axis (also if positions are folded into it) and proves it for every example;
 and the rows made from it must add up to what autograd gives for the parameters. What disagrees is
 demoted to the general way and reported. Comparing whole gradients is not enough: it cannot see
 which example a row belongs to.
@@ -54,7 +54,7 @@ def scales_of(outputs: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def probe_folds(calls: Sequence[Call], probe: Probe) -> list[Fold | None]:
-    """The example axis of each call, or None where no axis confines gradients."""
+    """The example axis of each call, or None if no axis confines gradients."""
     n = len(probe.scales)
     folds: list[Fold | None] = []
     for k, call in enumerate(calls):
@@ -105,7 +105,7 @@ class Probed:
     space: ParamSpace
 
     def disagreement(self, part: Part, n: int) -> str:
-        """Why a part's rows, of n examples, are not autograd's; empty where they are."""
+        """Why a part's rows, of n examples, are not autograd's; empty if they are."""
         alone = any(self.calls[k].use.local is not None for k in part.calls)
         try:
             apart = self._apart(part, n)
@@ -124,7 +124,7 @@ class Probed:
     def _apart(self, part: Part, n: int) -> float:
         """By how much the rows fail to add up to autograd's gradients, along random vectors.
 
-        Relative to those gradients; 0 where the difference is rounding.
+        Relative to those gradients; 0 if the difference is rounding.
         """
         given = self.probe.cotangent
         dtype = torch.promote_types(given.dtype, torch.float32)

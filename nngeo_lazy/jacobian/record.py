@@ -298,7 +298,7 @@ class Recorder(TorchFunctionMode):
     def _composite(
         self, known: Known, call: Mapping[str, Any], names: set[str], run: Callable[[], Any]
     ) -> Any:
-        """Run a composite, or the function itself where the composite says why it cannot."""
+        """Run a composite, or the function itself if the composite says why it cannot."""
         rest = set(names)
 
         def record(use: Use, output: Tensor) -> None:
@@ -432,7 +432,7 @@ def plain_functions() -> Iterator[None]:
 
 
 def refuse_training_mode(model: nn.Module) -> None:
-    """Raise where a module is random or uses batch statistics, before any forward pass."""
+    """Raise if a module is random or uses batch statistics, before any forward pass."""
     for name, module in model.named_modules():
         label = f"{name or 'the model'} ({type(module).__name__})"
         if isinstance(module, _DropoutNd) and module.training and module.p > 0:

@@ -92,7 +92,7 @@ def register_layer(
             itself as "module"; what its forward calls is not recorded.
         form: `(call, output) -> Use | str`, with `call` the arguments by name and `output` the
             tensor that the call returned.
-        signature: the names of the function's arguments, separated by spaces, where Python cannot
+        signature: the names of the function's arguments, separated by spaces, if Python cannot
             tell them (most of torch's own functions).
 
     Returns:

@@ -25,7 +25,7 @@ class _Reach(NamedTuple):
 
 _SIZES = "_saved_self_sym_sizes"
 
-# To these, an example is like any other only where they act along another axis than theirs.
+# To these, an example is like any other only if they act along another axis than theirs.
 _ALONG = {
     "SelectBackward0": _Reach(_SIZES, "_saved_dim"),
     "SliceBackward0": _Reach(_SIZES, "_saved_dim"),

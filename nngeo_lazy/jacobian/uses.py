@@ -63,10 +63,10 @@ class Use:
         inputs: x as (N, T, *features) -> the input factor (N, groups, T', inputs), as a tensor or
             as lazy `Inputs`.
         rows: (x, g) -> rows by role, each (R, N, n), of the "weight" and the "bias".
-        view: (R, *output) -> (R, *leading, *features), where the gradients at the output are not
+        view: (R, *output) -> (R, *leading, *features), if the gradients at the output are not
             in that order as they come.
         local: rows of a function of which nothing is known but itself, in the place of `rows`.
-        slots: the weights of such a function by role, where they are more than one.
+        slots: the weights of such a function by role, if they are more than one.
     """
 
     weight: Tensor | None
@@ -101,7 +101,7 @@ class Use:
         return self.x.dtype if given is None else given.dtype
 
     def mismatch(self) -> str:
-        """How the grid does not fit the parameters; empty where it does."""
+        """How the grid does not fit the parameters; empty if it does."""
         if self.grid is None:
             return ""
         count = self.grid.groups * self.grid.outputs

@@ -86,7 +86,7 @@ class Weight:
     Attributes:
         tensor: with its graph; held, so that its identity is not given to another tensor.
         names: the selected parameters that it depends on.
-        selection: which entries it is, where it only selects those of one parameter.
+        selection: which entries it is, if it only selects those of one parameter.
     """
 
     tensor: Tensor
@@ -132,7 +132,7 @@ def derived(output: Tensor, function: str, sources: Sequence[Weight]) -> Weight:
 
 
 def pull_back(weight: Weight, rows: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
-    """Rows (k, *shape) of a derived weight as rows (k, p) of each parameter, None where zero."""
+    """Rows (k, *shape) of a derived weight as rows (k, p) of each parameter, None if zero."""
     tensor = weight.tensor
     found = torch.autograd.grad(
         tensor,

@@ -2,7 +2,7 @@
 
 The outputs of N examples are a tensor (N, ...). A *direction* is a cotangent shaped like it whose
 n-th row is a column of S_n, with S_n S_n^T the Hessian of example n's loss in its outputs: the
-Fisher information of the outputs where the loss is a likelihood's. The loss of an example sums
+Fisher information of the outputs if the loss is a likelihood's. The loss of an example sums
 over its positions. Exact roots have as few columns as possible.
 """
 

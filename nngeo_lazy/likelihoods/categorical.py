@@ -78,17 +78,17 @@ class Categorical(Likelihood):
 
     @property
     def masks(self) -> bool:
-        """Whether the target can mask terms, so that it is read even where labels are drawn."""
+        """Whether the target can mask terms, so that it is read even if labels are drawn."""
         return True
 
     @property
     def reweighted(self) -> str:
-        """Why the loss is no likelihood, as in "class weights"; empty where it is one."""
+        """Why the loss is no likelihood, as in "class weights"; empty if it is one."""
         reasons = {"class weights": self.weight is not None, "label smoothing": self._smooth}
         return " and ".join(reason for reason, holds in reasons.items() if holds)
 
     def check(self, outputs: Tensor, target: Tensor | None) -> None:
-        """Raise DataError where outputs or target cannot be this likelihood's."""
+        """Raise DataError if outputs or target cannot be this likelihood's."""
         check_outputs(outputs)
         dim = self._class_dim(outputs, target)
         classes = outputs.shape[dim]
@@ -165,7 +165,7 @@ class Categorical(Likelihood):
         dim = self._class_dim(outputs, target)
         v = self._positions(vectors, dim - outputs.dim(), vectors.dim() - outputs.dim())
         p = logits.softmax(-1)
-        # H 1 = 0: measured from the likeliest class, v loses no digits where p is nearly one.
+        # H 1 = 0: measured from the likeliest class, v loses no digits if p is nearly one.
         top = p.argmax(-1, keepdim=True).expand(*v.shape[:-1], 1)
         product = p * (v - v.gather(-1, top))
         product = product - p * product.sum(-1, keepdim=True)
@@ -190,7 +190,7 @@ class Categorical(Likelihood):
         return F.pad(grid, (0, 0, 0, self.shift)) != 0
 
     def label_weights(self, outputs: Tensor, target: Tensor | None) -> Tensor:
-        """The weight of each position's label, zero where it is masked: (N, T).
+        """The weight of each position's label, zero if it is masked: (N, T).
 
         Their sum is what `cross_entropy(reduction="mean")` divides by.
         """
@@ -276,7 +276,7 @@ class Categorical(Likelihood):
         return torch.tensor(self.weight, dtype=torch.float64)
 
     def _kappa(self, labels: Tensor, mask: Tensor, target: Tensor | None) -> Tensor:
-        """The mass of each position's target, zero where it is masked: (N, T, 1)."""
+        """The mass of each position's target, zero if it is masked: (N, T, 1)."""
         if self.weight is None:  # smoothing moves mass between classes, and keeps its sum
             return mask.unsqueeze(-1)
         if target is None:
@@ -345,7 +345,7 @@ class Categorical(Likelihood):
         return logits, labels.clamp(0, logits.shape[-1] - 1), mask.to(logits.dtype)
 
     def _embed(self, canonical: Tensor, outputs: Tensor, target: Tensor | None) -> Tensor:
-        """(*lead, N, T, C) back to (*lead, *outputs.shape), zero where the shift leaves out."""
+        """(*lead, N, T, C) back to (*lead, *outputs.shape), zero if the shift leaves out."""
         dim = self._class_dim(outputs, target)
         lead = canonical.dim() - 3
         shape = list(outputs.shape)

@@ -41,7 +41,7 @@ class Elementwise(Likelihood):
         return self._root(outputs, target).square()
 
     def check(self, outputs: Tensor, target: Tensor | None) -> None:
-        """Raise DataError where outputs or target cannot be this likelihood's."""
+        """Raise DataError if outputs or target cannot be this likelihood's."""
         check_outputs(outputs)
         if target is not None and target.shape != outputs.shape:
             raise DataError(
@@ -117,11 +117,11 @@ class Bernoulli(Elementwise):
 
     @property
     def reweighted(self) -> str:
-        """Why the loss is no likelihood, as in "class weights"; empty where it is one."""
+        """Why the loss is no likelihood, as in "class weights"; empty if it is one."""
         return "" if self.pos_weight is None else "pos_weight"
 
     def check(self, outputs: Tensor, target: Tensor | None) -> None:
-        """Raise DataError where outputs or target cannot be this likelihood's."""
+        """Raise DataError if outputs or target cannot be this likelihood's."""
         super().check(outputs, target)
         example = outputs.shape[1:]
         if self.pos_weight is not None and not broadcasts(self._weight.shape, example):

@@ -67,7 +67,7 @@ class Gaussian(Elementwise):
         return f"Gaussian(variance={given.tolist() if isinstance(given, Tensor) else given!r})"
 
     def check(self, outputs: Tensor, target: Tensor | None) -> None:
-        """Raise DataError where outputs or target cannot be this likelihood's."""
+        """Raise DataError if outputs or target cannot be this likelihood's."""
         super().check(outputs, target)
         variance, example = torch.as_tensor(self.variance), outputs.shape[1:]
         if self._correlated(outputs):

@@ -43,16 +43,16 @@ class Likelihood(ABC):
 
     @property
     def masks(self) -> bool:
-        """Whether the target can mask terms, so that it is read even where labels are drawn."""
+        """Whether the target can mask terms, so that it is read even if labels are drawn."""
         return False
 
     @property
     def reweighted(self) -> str:
-        """Why the loss is no likelihood, as in "class weights"; empty where it is one."""
+        """Why the loss is no likelihood, as in "class weights"; empty if it is one."""
         return ""
 
     def require_likelihood(self, estimator: str) -> None:
-        """Raise DataError where the estimator draws labels that this loss does not define.
+        """Raise DataError if the estimator draws labels that this loss does not define.
 
         Args:
             estimator: "exact", "mc" or "empirical"; the last needs observed labels alone.
@@ -66,12 +66,12 @@ class Likelihood(ABC):
 
     @abstractmethod
     def check(self, outputs: Tensor, target: Tensor | None) -> None:
-        """Raise DataError where outputs or target cannot be this likelihood's."""
+        """Raise DataError if outputs or target cannot be this likelihood's."""
 
     def target_of(self, outputs: Tensor, gradient: Tensor) -> Tensor | None:
         """The labels and masks that a gradient of the loss in the outputs shows.
 
-        None where all that is read of a target cannot be seen, or nothing is read.
+        None if all that is read of a target cannot be seen, or nothing is read.
 
         Args:
             outputs: (N, ...).
@@ -213,7 +213,7 @@ class Likelihood(ABC):
             generator: of the draws, on the outputs' device.
 
         Raises:
-            DataError: an unknown estimator; no target where it is needed, by "empirical" or by
+            DataError: an unknown estimator; no target if it is needed, by "empirical" or by
                 weights.
         """
         check_estimator(estimator)
@@ -240,7 +240,7 @@ class Likelihood(ABC):
 
 
 def check_estimator(estimator: str) -> None:
-    """Raise DataError where the estimator is not one of `ESTIMATORS`."""
+    """Raise DataError if the estimator is not one of `ESTIMATORS`."""
     if estimator not in ESTIMATORS:
         raise DataError(
             f"unknown estimator {estimator!r}: expected one of {list(ESTIMATORS)}; "
@@ -249,7 +249,7 @@ def check_estimator(estimator: str) -> None:
 
 
 def check_outputs(outputs: Tensor) -> None:
-    """Raise DataError where these can be no model's outputs."""
+    """Raise DataError if these can be no model's outputs."""
     if outputs.dim() < 1 or not outputs.is_floating_point():
         raise DataError(
             "expected floating-point outputs (N, ...) with the examples in dimension 0, got "

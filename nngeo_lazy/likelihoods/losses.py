@@ -46,7 +46,7 @@ class CallableLoss(Likelihood):
     Args:
         function: `(outputs (N, ...), target) -> losses (N,)`, summed over positions; the loss of
             an example depends on that example alone. It is called with outputs that are at least
-            float32, and with target None where batches have none.
+            float32, and with target None if batches have none.
 
     Example:
         >>> loss = CallableLoss(lambda f, y: (f - y).cosh().log().sum(1))
@@ -71,11 +71,11 @@ class CallableLoss(Likelihood):
 
     @property
     def reweighted(self) -> str:
-        """Why the loss is no likelihood, as in "class weights"; empty where it is one."""
+        """Why the loss is no likelihood, as in "class weights"; empty if it is one."""
         return "a function in place of a density"
 
     def require_likelihood(self, estimator: str) -> None:
-        """Raise DataError where the estimator draws labels that this loss does not define."""
+        """Raise DataError if the estimator draws labels that this loss does not define."""
         if estimator in ("exact", "mc"):
             raise DataError(
                 f"the {estimator} Fisher is an expectation over the model's own labels, and a "
@@ -84,7 +84,7 @@ class CallableLoss(Likelihood):
             )
 
     def check(self, outputs: Tensor, target: Tensor | None) -> None:
-        """Raise DataError where outputs or target cannot be this likelihood's."""
+        """Raise DataError if outputs or target cannot be this likelihood's."""
         check_outputs(outputs)
         with torch.no_grad():
             losses = self._each(wide(outputs.detach()), target)
@@ -201,7 +201,7 @@ class CallableLoss(Likelihood):
 
         Raises:
             NotPositiveDefiniteError: an eigenvalue is negative beyond rounding.
-            NonFiniteError: the Hessian is not finite where the outputs are.
+            NonFiniteError: the Hessian is not finite though the outputs are.
         """
         n, size = outputs.shape[0], math.prod(outputs.shape[1:])
         product = self._product(outputs, target)
@@ -214,7 +214,7 @@ class CallableLoss(Likelihood):
         hessians.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)  # outputs that are not are flagged
         convex = torch.ones_like(finite)
         # Entries cancel: their errors are of the size of their terms, which may be of order one
-        # even where all entries are small.
+        # even if all entries are small.
         rounding = 10 * math.sqrt(size) * torch.finfo(outputs.dtype).eps
         for tile in hessians.split(max(1, TILE_BYTES // max(8 * size * size, 1))):
             values, vectors = torch.linalg.eigh(tile.double())
@@ -227,7 +227,7 @@ class CallableLoss(Likelihood):
         if not is_finite:
             raise NonFiniteError(
                 "expected a loss with a finite Hessian in the outputs, but on some batch it is NaN "
-                "or infinite where the outputs are finite: check the loss there (a root or a norm "
+                "or infinite though the outputs are finite: check the loss there (a root or a norm "
                 "at zero?)"
             )
         if not is_convex:
@@ -383,7 +383,7 @@ def _of_module(
 def _parts(module: nn.Module, outputs: Tensor, target: Tensor | None) -> tuple[Likelihood, Count]:
     """The loss of each example, and how its module counts losses.
 
-    In closed form where it is known; types are compared exactly, since a subclass may compute
+    In closed form if it is known; types are compared exactly, since a subclass may compute
     something else.
     """
     kind = type(module)

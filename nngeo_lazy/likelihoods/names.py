@@ -30,10 +30,10 @@ NAMES: dict[str, Callable[[], Likelihood]] = {
 def resolve(
     likelihood: str | Likelihood | None, outputs: Tensor, target: Tensor | None
 ) -> Likelihood:
-    """A likelihood from itself, its name, or None where the first batch proves it categorical.
+    """A likelihood from itself, its name, or None if the first batch proves it categorical.
 
     Raises:
-        DataError: an unknown name, or None where nothing is proved.
+        DataError: an unknown name, or None if nothing is proved.
     """
     if isinstance(likelihood, Likelihood):
         return likelihood
@@ -58,7 +58,7 @@ def resolve(
 
 
 def described(text: str) -> Likelihood | None:
-    """The likelihood that prints as a text; None where the text is that of another loss.
+    """The likelihood that prints as a text; None if the text is that of another loss.
 
     >>> described("Categorical(shift=1)").shift
     1

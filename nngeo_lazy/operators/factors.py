@@ -25,7 +25,7 @@ def check_factors(left: Tensor, right: Tensor, what: str) -> None:
         square = factor.dim() == 3 and factor.shape[1] == factor.shape[2]
         if not square and factor.dim() != 2:
             raise ValueError(
-                f"expected the {side} {what} as (G, n, n), or (G, n) where it is diagonal, got "
+                f"expected the {side} {what} as (G, n, n), or (G, n) if it is diagonal, got "
                 f"{tuple(factor.shape)}"
             )
     if left.shape[0] != right.shape[0]:

@@ -130,7 +130,7 @@ class LowRankLinearOperator(LazyLinearOperator):
             return self.root
         if not bool((self._shift > 0).all()):
             raise NotPositiveDefiniteError(
-                "low rank plus diagonal has a closed form where the diagonal is constant or "
+                "low rank plus diagonal has a closed form if the diagonal is constant or "
                 "positive, but this one has entries that are zero or negative: add damping= to all "
                 "parameters"
             )
@@ -242,7 +242,7 @@ class LowRankLinearOperator(LazyLinearOperator):
         pivots = r.detach().diagonal().abs()
         if self.rank > len(q) or bool((pivots <= len(q) * eps(r) * pivots.max()).any()):
             raise UnsupportedLayerError(
-                f"power({p:g}) is not differentiable where the columns of the root depend on each "
+                f"power({p:g}) is not differentiable if the columns of the root depend on each "
                 "other: detach() it, or differentiate through solve"
             )
         shift = self._shift.pow(p) if self.diag is not None else self._shift

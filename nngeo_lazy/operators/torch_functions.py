@@ -30,7 +30,7 @@ class Slogdet(NamedTuple):
 def _slogdet(A: Any) -> Slogdet:
     try:
         values, _ = A._symeig()
-    except UnsupportedLayerError:  # a logdet is defined where no eigenvalue is negative
+    except UnsupportedLayerError:  # a logdet is defined if no eigenvalue is negative
         found = A.logdet()
         return Slogdet((found > -torch.inf).to(found), found)
     return Slogdet(values.sign().prod(-1), values.abs().log().sum(-1))

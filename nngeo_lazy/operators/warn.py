@@ -59,7 +59,7 @@ def warn_unless_resolved(what: str, found: Eigenpairs | Triplets) -> None:
     else:
         reason = (
             f"stopped after {found.matvecs} products, short of its tolerance: raise max_matvecs=, "
-            "subspace= or tol=, or take float64 where rounding is the limit"
+            "subspace= or tol=, or take float64 if rounding is the limit"
         )
     message = f"{what} {reason} (largest residual {worst:.2g}, largest value {size:.2g})"
     warn(ConvergenceWarning(message, worst / size if size else worst, found.matvecs))

@@ -57,7 +57,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         super().__init__(groups, defaults)
         self._free, self._stored = resolved(options.representation)
         if self._free is not None or isinstance(self._stored, Factored):
-            # the curvature of one batch is singular where the gradients of others are not zero
+            # the curvature of one batch is singular if the gradients of others are not zero
             self._options = replace(options, momentum=0.0)
         kinds = [] if self._free is None else ["HessianFree"]
         stored = [] if self._stored is None else [self._stored.described()]
@@ -408,7 +408,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         return self._exact
 
     def _flat(self, vectors: Vectors) -> Tensor:
-        """(P,), zero where there is nothing."""
+        """(P,), zero if there is nothing."""
         zeros = {
             n: torch.zeros_like(p, dtype=self._dtype)
             for n, p in self._parameters.items()

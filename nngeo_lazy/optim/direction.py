@@ -102,7 +102,7 @@ class Direction:
             scale: what they are divided by.
 
         Returns:
-            1, or 0 where a gradient is not finite, which leaves all averages as they are and the
+            1, or 0 if a gradient is not finite, which leaves all averages as they are and the
             step at zero.
         """
         x, y, m, known = self._x, self._y, self._m, self.coordinates.known

@@ -24,7 +24,7 @@ class Watcher(Protocol):
         """A pass with autograd on starts."""
 
     def end(self, result: Any) -> None:
-        """It ended; with None where it raised."""
+        """It ended; with None if it raised."""
 
 
 class Hooks:
@@ -163,7 +163,7 @@ class _Hook:
 
 class _Before(_Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], *kwargs: dict[str, Any]) -> None:
-        # without kwargs where the hook was removed while torch went through them
+        # without kwargs if the hook was removed while torch went through them
         if not torch.compiler.is_compiling() and self._hooks is not None and kwargs:
             self._hooks.before(module, args, *kwargs)
 

@@ -82,7 +82,7 @@ class Passed:
     Attributes:
         outputs: (N, ...), detached.
         mark: shared with the other watchers of the pass.
-        replay: how to run it again, where that may be needed.
+        replay: how to run it again, if that may be needed.
         gradient: of the loop's loss at the outputs.
         recorded: its layers, while the loop's own gradients at them are collected.
         at_layers: those gradients, by the index of the recorded edge.
@@ -124,7 +124,7 @@ class Loop:
     Attributes:
         space: the parameters that have a form; all of them until the first recorded pass.
         plain: the others, and why.
-        independent: the parameters that the outputs do not depend on; known where passes are kept
+        independent: the parameters that the outputs do not depend on; known if passes are kept
             to be run again.
         scorer: what recorded passes are for.
         recording: whether the layers of the next passes are to be recorded.
@@ -190,7 +190,7 @@ class Loop:
         self._running = _Running(stack, recorder, (args, kwargs), replay)
 
     def end(self, result: Any) -> None:
-        """It ended, with None where it raised: wait for the gradient at its outputs."""
+        """It ended, with None if it raised: wait for the gradient at its outputs."""
         if self._running is None:
             return
         (stack, recorder, raw, replay), self._running = self._running, None

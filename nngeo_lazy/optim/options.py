@@ -24,10 +24,10 @@ class LevenbergMarquardt:
     .. math:: \rho = \frac{\ell(w + \delta) - \ell(w)}{g^T \delta + \tfrac12 \delta^T F \delta}
 
     with delta the whole step, F the exact curvature of the step's batches and g their gradient: 1
-    where the model is exact. Every `every` steps the damping is multiplied by `decay` ** `every`
-    where rho is above `high`, and divided by it where rho is below `low`. Such a step takes one
+    if the model is exact. Every `every` steps the damping is multiplied by `decay` ** `every`
+    if rho is above `high`, and divided by it if rho is below `low`. Such a step takes one
     more evaluation of the closure, and a product with F. The ratio is one of the step's own batch:
-    where that is small, it says little about the loss of all data.
+    if that is small, it says little about the loss of all data.
 
     Args:
         initial: the damping to start with.

@@ -145,7 +145,7 @@ class Running:
 
 @dataclass
 class Forms:
-    """Statistics of a step, and its forms where they are needed twice."""
+    """Statistics of a step, and its forms if they are needed twice."""
 
     statistics: list[Statistic]
     keep: bool

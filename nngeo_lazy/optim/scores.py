@@ -28,7 +28,7 @@ MAX_DIRECTIONS = 1000  # of one example, in an exact curvature
 class Scores:
     """The output directions of a loop's passes.
 
-    Labels and masks are read off the gradient of the loop's loss at the outputs, where the
+    Labels and masks are read off the gradient of the loop's loss at the outputs, if the
     likelihood reads any.
 
     Args:
@@ -112,7 +112,7 @@ class Scores:
         return quantity
 
     def num_terms(self, outputs: Tensor, target: Tensor | None) -> Tensor | int | None:
-        """How many labels a pass scores; None where the likelihood is not known."""
+        """How many labels a pass scores; None if the likelihood is not known."""
         return None if self._known is None else self._known.num_terms(outputs, target)
 
     def denominator(self, outputs: Tensor, target: Tensor | None) -> Tensor | int:

@@ -51,7 +51,7 @@ class Dampings:
 
     @property
     def uniform(self) -> float | None:
-        """The one that all have; None where they differ."""
+        """The one that all have; None if they differ."""
         values = set(self.by_name.values())
         return values.pop() if len(values) == 1 else None
 
@@ -63,7 +63,7 @@ class Dampings:
         return value
 
     def vector(self, space: ParamSpace, dtype: torch.dtype) -> Tensor:
-        """0-d where all have one, else (P,)."""
+        """0-d if all have one, else (P,)."""
         like: dict[str, Any] = {"dtype": dtype, "device": space.device}
         if self.uniform is not None:
             return torch.full((), self.uniform, **like)

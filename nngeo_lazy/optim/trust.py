@@ -88,7 +88,7 @@ class Trust:
             lr: outside of the bound.
 
         Returns:
-            0-d; 0 where the change is not finite.
+            0-d; 0 if the change is not finite.
         """
         wanted = 2 * self.radius * self._dispersion * lr**2
         tiny = torch.finfo(changed.dtype).tiny ** 0.5

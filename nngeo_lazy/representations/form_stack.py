@@ -113,7 +113,7 @@ class Factored(Streamed):
     """The exact matrix J^T S S^T J / N, with the inputs x and output gradients g of J stored.
 
     Products are matrix products, without autograd and without the data. Damped systems are solved
-    in the space of samples, by the Gram matrix of the rows of S^T J, where those are at most half
+    in the space of samples, by the Gram matrix of the rows of S^T J, if those are at most half
     as many as parameters. Memory (inputs + directions times outputs) of every layer, example and
     position.
 

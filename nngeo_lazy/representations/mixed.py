@@ -86,7 +86,7 @@ class Mixed(Streamed):
         return list(passes)
 
     def _parts(self, facts: Facts, indices: Sequence[int]) -> Iterator[tuple[Streamed, list[int]]]:
-        """Each representation with its parts, where it has any."""
+        """Each representation with its parts, if it has any."""
         for representation, names in self._groups(facts.space):
             inside = []
             for k in indices:

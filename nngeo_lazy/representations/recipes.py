@@ -131,7 +131,7 @@ def diagonal_block(facts: Facts, k: int) -> Recipe:
 
 
 def quasi_diagonal_block(facts: Facts, k: int) -> Recipe:
-    """A quasi-diagonal block for one part, where it has a weight and a bias."""
+    """A quasi-diagonal block for one part, if it has a weight and a bias."""
     part = facts.parts[k]
     if part.kind is not Kind.OUTER or len(part.names) < 2:
         return (yield from diagonal_block(facts, k))
@@ -149,7 +149,7 @@ def quasi_diagonal_block(facts: Facts, k: int) -> Recipe:
 
 
 def kronecker_block(facts: Facts, k: int, sharing: Sharing, max_factor: int = MAX_FACTOR) -> Recipe:
-    """A Kronecker block for one part, where it has such a form."""
+    """A Kronecker block for one part, if it has such a form."""
     part = facts.parts[k]
     if part.kind is not Kind.OUTER:
         return (yield from diagonal_block(facts, k))
@@ -264,7 +264,7 @@ def require_finite(statistic: Tensor | BaseLinearOperator, layer: str) -> None:
     """Raise NonFiniteError if a statistic overflowed."""
     tensors = [statistic] if isinstance(statistic, Tensor) else statistic.representation()
     if isinstance(statistic, KroneckerLinearOperator):
-        # sums of x x^T: where an entry overflows, so does one of the diagonal (Cauchy-Schwarz)
+        # sums of x x^T: if an entry overflows, so does one of the diagonal (Cauchy-Schwarz)
         tensors = [t.diagonal(dim1=-2, dim2=-1) if t.dim() == 3 else t for t in tensors]
     if not all(bool(all_finite(t)) for t in tensors):
         raise NonFiniteError(

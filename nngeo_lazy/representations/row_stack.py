@@ -27,7 +27,7 @@ class RowStack(Statistic):
         super().__init__(*indices)
         self._parts = parts
         self._size = sum(part.layout.size for part in parts)
-        self._rank = rank  # of what will be made of the rows, where it is given
+        self._rank = rank  # of what will be made of the rows, if it is given
         self._batch: list[Tensor] = []  # chunks of directions (r, N, p) of the current batch
         self._rows: list[Tensor] = []  # (N, R, p) of each batch
         self._bytes = 0
