@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import io
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from types import NoneType
@@ -271,6 +272,7 @@ def _info_state(info: Info) -> dict[str, Any]:
         "num_terms": info.num_terms,
         "log_likelihood": info.log_likelihood,
         "quantity": dict(info.quantity),
+        "truncated": info.truncated,
         "origins": {
             name: [o.layer, o.form, o.note, o.positions] for name, o in info.origins.items()
         },
@@ -378,6 +380,7 @@ _PLAIN: dict[str, tuple[type, ...]] = {
     "num_examples": (int,),
     "num_terms": (int,),
     "log_likelihood": (float,),
+    "truncated": (bool,),
 }
 
 
@@ -419,7 +422,13 @@ def _info(state: Mapping[str, Any], dtype: torch.dtype, device: torch.device) ->
         origins,
         dict(state["quantity"]),
         state.get("log_likelihood"),  # not written before 0.6
+        state.get("truncated", _truncated(state["quantity"])),
     )
+
+
+def _truncated(quantity: Mapping[str, Any]) -> bool:
+    """The same of a file before 0.8, which says it in words alone."""
+    return re.search(r"LowRank\(rank=\d", str(quantity.get("representation"))) is not None
 
 
 def _other_space(own: ParamSpace | None, wanted: ParamSpace) -> str:
@@ -429,12 +438,8 @@ def _other_space(own: ParamSpace | None, wanted: ParamSpace) -> str:
     there = dict(zip(map(canonical_name, wanted.names), wanted.shapes, strict=True))
     missing = [name for name in there if name not in here]
     extra = [name for name in here if name not in there]
-    shapes = [f"{n} {tuple(here[n])}, not {tuple(there[n])}" for n in here if n in there]
-    differing = [
-        s
-        for s, n in zip(shapes, (n for n in here if n in there), strict=True)
-        if here[n] != there[n]
-    ]
+    both = [name for name in here if name in there and here[name] != there[name]]
+    differing = [f"{name} {tuple(here[name])}, not {tuple(there[name])}" for name in both]
     return (
         "the file is over other parameters than expected: "
         f"missing {missing}; extra {extra}; of another shape {differing}"
