@@ -33,7 +33,8 @@ def exact_curvature(
     for head in heads:
         own = [passed for passed in passes if passed.head == head]
         G, total = _of_head(model, space, own, scores.heads[head])
-        G = (total / examples_of(passes)) * G if scores.several else G
+        if scores.several and total != examples_of(passes):
+            G = G.mul(torch.tensor(total / examples_of(passes), dtype=G.dtype, device=G.device))
         found = G if found is None else found + G
     if found is None:
         raise DataError("expected at least one pass")
