@@ -263,12 +263,8 @@ def _other_space(own: ParamSpace | None, wanted: ParamSpace) -> str:
     there = dict(zip(map(canonical_name, wanted.names), wanted.shapes, strict=True))
     missing = [name for name in there if name not in here]
     extra = [name for name in here if name not in there]
-    shapes = [f"{n} {tuple(here[n])}, not {tuple(there[n])}" for n in here if n in there]
-    differing = [
-        s
-        for s, n in zip(shapes, (n for n in here if n in there), strict=True)
-        if here[n] != there[n]
-    ]
+    both = [name for name in here if name in there and here[name] != there[name]]
+    differing = [f"{name} {tuple(here[name])}, not {tuple(there[name])}" for name in both]
     return (
         "the file is over other parameters than expected: "
         f"missing {missing}; extra {extra}; of another shape {differing}"

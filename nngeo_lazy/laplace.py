@@ -27,6 +27,7 @@ from .errors import (
     wrong_option,
 )
 from .likelihoods import Likelihood, described, resolve
+from .likelihoods.losses import PER_EXAMPLE
 from .network import Network
 from .operators import BaseLinearOperator
 from .operators.damping import DampingLike, resolve_damping
@@ -384,8 +385,8 @@ def _num_examples(F: Any) -> int:
             "expected a Fisher or Gauss-Newton matrix that knows its parameters and how many "
             f"examples it is a mean over, as FIM returns it, got {type(F).__name__}"
         )
-    reduction = str(F.info.quantity.get("reduction", ""))
-    if reduction and "'examples'" not in reduction and F.num_terms != F.num_examples:
+    reduction = F.info.quantity.get("reduction", PER_EXAMPLE)
+    if reduction != PER_EXAMPLE and F.num_terms != F.num_examples:
         raise DataError(
             f"expected a matrix whose sum over examples is num_examples * F, but its loss is "
             f"reduced otherwise ({reduction}): build it with a likelihood, as in "

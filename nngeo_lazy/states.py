@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from types import NoneType
 from typing import Any, TypeVar
@@ -158,6 +159,7 @@ def _info_state(info: Info) -> dict[str, Any]:
         "num_terms": info.num_terms,
         "log_likelihood": info.log_likelihood,
         "quantity": dict(info.quantity),
+        "truncated": info.truncated,
         "origins": {
             name: [o.layer, o.form, o.note, o.positions] for name, o in info.origins.items()
         },
@@ -244,6 +246,7 @@ _PLAIN: dict[str, tuple[type, ...]] = {
     "num_examples": (int,),
     "num_terms": (int,),
     "log_likelihood": (float,),
+    "truncated": (bool,),
 }
 
 
@@ -285,4 +288,10 @@ def _info(state: Mapping[str, Any], dtype: torch.dtype, device: torch.device) ->
         origins,
         dict(state["quantity"]),
         state.get("log_likelihood"),  # not written before 0.6
+        state.get("truncated", _truncated(state["quantity"])),
     )
+
+
+def _truncated(quantity: Mapping[str, Any]) -> bool:
+    """The same of a file before 0.8, which says it in words alone."""
+    return re.search(r"LowRank\(rank=\d", str(quantity.get("representation"))) is not None
