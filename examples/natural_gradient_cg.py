@@ -61,53 +61,29 @@ def loss_after(step: Tensor) -> float:
     return loss
 
 
-def kfac() -> tuple[Tensor, int]:
-    return ng.FIM(model, batch, "kfac").solve(g, damping=DAMPING), 0
-
-
-def ekfac() -> tuple[Tensor, int]:
-    return ng.FIM(model, batch, "ekfac").solve(g, damping=DAMPING), 0
-
-
-def plain_cg() -> tuple[Tensor, int]:
-    found = ng.solve(F, g, damping=DAMPING, tol=1e-5)
+def cg(preconditioner: object = None) -> tuple[Tensor, int]:
+    found = ng.solve(F, g, damping=DAMPING, tol=1e-5, preconditioner=preconditioner)
     return found.x, found.iterations
 
 
-def preconditioned_cg() -> tuple[Tensor, int]:
-    K = ng.FIM(model, batch, "kfac")
-    found = ng.solve(F, g, damping=DAMPING, tol=1e-5, preconditioner=K)
-    return found.x, found.iterations
-
-
-def nystrom_cg() -> tuple[Tensor, int]:
-    K = ng.nystrom(F, 100, seed=0)
-    found = ng.solve(F, g, damping=DAMPING, tol=1e-5, preconditioner=K)
-    return found.x, found.iterations
-
-
-def sample_space() -> tuple[Tensor, int]:
-    J = ng.FIM(model, batch, "factored")  # rows: 9 directions for each of 256 examples
-    return J.solve(g, damping=DAMPING), 0
+def closed_form(representation: str) -> tuple[Tensor, int]:
+    return ng.FIM(model, batch, representation).solve(g, damping=DAMPING), 0
 
 
 def scipy_cg() -> tuple[Tensor, int]:
-    A, count = F.damped(DAMPING).to_scipy(), [0]
-
-    def each(_: object) -> None:
-        count[0] += 1
-
-    solution, _ = scipy.sparse.linalg.cg(A, g.numpy(), rtol=1e-5, callback=each)
-    return torch.from_numpy(solution), count[0]
+    steps: list[object] = []
+    A = F.damped(DAMPING).to_scipy()
+    solution, _ = scipy.sparse.linalg.cg(A, g.numpy(), rtol=1e-5, callback=steps.append)
+    return torch.from_numpy(solution), len(steps)
 
 
 WAYS: dict[str, Callable[[], tuple[Tensor, int]]] = {
-    "KFAC": kfac,
-    "EKFAC": ekfac,
-    "CG": plain_cg,
-    "CG, KFAC preconditioner": preconditioned_cg,
-    "CG, Nystrom preconditioner": nystrom_cg,
-    "sample space": sample_space,
+    "KFAC": lambda: closed_form("kfac"),
+    "EKFAC": lambda: closed_form("ekfac"),
+    "CG": cg,
+    "CG, KFAC preconditioner": lambda: cg(ng.FIM(model, batch, "kfac")),
+    "CG, Nystrom preconditioner": lambda: cg(ng.nystrom(F, 100, seed=0)),
+    "sample space": lambda: closed_form("factored"),  # rows: 9 directions for each example
     "scipy's CG": scipy_cg,
 }
 

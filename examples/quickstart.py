@@ -7,9 +7,6 @@ table, and draws the matrices side by side. Runs in well under a minute on two c
 import time
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.colors import LogNorm
@@ -26,32 +23,25 @@ DAMPING = 1e-3
 
 # --- a trained network and a loader ---------------------------------------------------------------
 
-digits = load_digits()
-images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16  # (1797, 1, 8, 8)
-labels = torch.tensor(digits.target)
+images, labels = map(torch.from_numpy, load_digits(return_X_y=True))
+images = images.float().view(-1, 1, 8, 8) / 16
 order = torch.randperm(len(images))
 train, test = order[:1500], order[1500:]
 loader = DataLoader(TensorDataset(images[train], labels[train]), batch_size=250)
 
 model = nn.Sequential(
-    nn.Conv2d(1, 6, 3, padding=1),  # (N, 6, 8, 8)
-    nn.ReLU(),
-    nn.Conv2d(6, 12, 3, stride=2, padding=1),  # (N, 12, 4, 4)
-    nn.ReLU(),
-    nn.MaxPool2d(2),  # (N, 12, 2, 2)
-    nn.Flatten(),
-    nn.Linear(48, 10),
-)
+    nn.Conv2d(1, 6, 3, padding=1), nn.ReLU(),  # (N, 6, 8, 8)
+    nn.Conv2d(6, 12, 3, stride=2, padding=1), nn.ReLU(), nn.MaxPool2d(2),  # (N, 12, 2, 2)
+    nn.Flatten(), nn.Linear(48, 10),
+)  # fmt: skip
 optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
 for _ in range(15):
     for x, y in DataLoader(loader.dataset, batch_size=50, shuffle=True):
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
-with torch.no_grad():
-    accuracy = (model(images[test]).argmax(1) == labels[test]).float().mean()
-print(f"A CNN of {sum(p.numel() for p in model.parameters())} parameters on digits, ", end="")
-print(f"{accuracy:.1%} of {len(test)} test images right\n")
+accuracy = (model(images[test]).argmax(1) == labels[test]).float().mean()
+print(f"A small CNN on digits: {accuracy:.1%} of {len(test)} test images right\n")
 
 # --- a second task moves the weights: what elastic weight consolidation has to measure ------------
 
@@ -73,22 +63,15 @@ model.zero_grad()
 F.cross_entropy(model(images[train]), labels[train]).backward()
 grad = space.grad(model)
 matrices = {}
-print(
-    "                     build      bytes  error   trace      solve  elastic weight consolidation"
-)
-print(
-    "representation     seconds            to dense         residual  (w - w_a)^T F (w - w_a) / 2"
-)
+print(f"{'':18} {'seconds':>7} {'bytes':>10} {'error':>8} {'trace':>7} {'residual':>10}  penalty")
 for name in NAMES:
     start = time.perf_counter()
     fisher = ng.FIM(model, loader, name, likelihood="categorical")
     seconds = time.perf_counter() - start
     matrices[name] = fisher.to_dense()
-    error = torch.linalg.norm(matrices[name] - matrices["dense"]) / torch.linalg.norm(
-        matrices["dense"]
-    )
+    error = (matrices[name] - matrices["dense"]).norm() / matrices["dense"].norm()
     step = fisher.solve(grad, damping=DAMPING)
-    residual = torch.linalg.norm(matrices[name] @ step + DAMPING * step - grad) / grad.norm()
+    residual = (matrices[name] @ step + DAMPING * step - grad).norm() / grad.norm()
     size = sum(t.numel() * t.element_size() for t in fisher.representation())
     penalty = fisher.vTMv(w - w_a) / 2
     print(f"{name:18s} {seconds:7.2f} {size:10,d} {error:8.3f} {fisher.trace():7.3f} ", end="")
@@ -113,6 +96,4 @@ for axis, name in zip(axes, NAMES, strict=True):
     axis.set_xlabel("layer")
 axes[0].set_ylabel("layer")
 figure.colorbar(picture, ax=axes, shrink=0.8, label="absolute value")
-path = Path(__file__).with_name("quickstart.png")
-figure.savefig(path, dpi=110)
-print(f"\nThe matrices side by side: {path.name}")
+figure.savefig(Path(__file__).with_name("quickstart.png"), dpi=110)
