@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -14,7 +14,7 @@ from ..errors import DataError
 from ..quantities import LossLike
 from ..representations import Implicit, Representation
 
-__all__ = ["Damping", "HessianFree", "LevenbergMarquardt", "Options", "Schedule"]
+__all__ = ["Damping", "HessianFree", "LevenbergMarquardt", "Losses", "Options", "Schedule"]
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,7 @@ class HessianFree:
 
 
 Damping: TypeAlias = float | Callable[[int], float] | LevenbergMarquardt
+Losses: TypeAlias = LossLike | Mapping[str, LossLike | None] | Sequence[LossLike | None] | None
 METHODS = ("exact", "factored")
 
 
@@ -164,7 +165,7 @@ class Options:
     """
 
     representation: str | Representation | Implicit | HessianFree
-    likelihood: LossLike | None
+    likelihood: Losses
     schedule: Schedule
     momentum: float
     radius: float | None
