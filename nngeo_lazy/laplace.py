@@ -14,7 +14,7 @@ import torch
 from scipy import optimize
 from torch import Tensor, nn
 
-from .arguments import checked
+from .arguments import NonNegativeInt, PositiveInt, checked
 from .builders import Jacobian
 from .data import Batches
 from .errors import (
@@ -123,7 +123,7 @@ class Laplace:
         return cast(BaseLinearOperator, (1 / self.num_examples) * inverse)
 
     @checked
-    def sample(self, n: int, *, seed: int | None = None) -> Tensor:
+    def sample(self, n: PositiveInt, *, seed: int | None = None) -> Tensor:
         """Parameters (n, P) from the posterior; `la.space.unravel` names them.
 
         Args:
@@ -151,7 +151,12 @@ class Laplace:
 
     @checked
     def predictive(
-        self, x: Any, method: str = "probit", *, samples: int = 1000, seed: int | None = None
+        self,
+        x: Any,
+        method: str = "probit",
+        *,
+        samples: PositiveInt = 1000,
+        seed: int | None = None,
     ) -> Tensor | Prediction:
         r"""What the posterior predicts for the labels of new inputs, the mean over its parameters.
 
@@ -223,7 +228,7 @@ class Laplace:
         structure: str = "scalar",
         *,
         bounds: tuple[float, float] = (1e-6, 1e6),
-        max_iter: int = 200,
+        max_iter: NonNegativeInt = 200,
     ) -> Laplace:
         """The same posterior with the prior precision that maximises the evidence.
 
@@ -278,19 +283,15 @@ class Laplace:
                     f"the evidence with a {structure} prior precision needs the exact "
                     "log-determinant of F, of which this representation knows an estimate only "
                     f"({estimate}): a scalar or one for each layer is closed for 'kfac' and the "
-                    "other stored representations, a diagonal for those but 'kfac' "
-                    "and 'ekfac'"
+                    "other stored representations, a diagonal for those but 'kfac' and 'ekfac'"
                 ) from None
         if not found.success:
-            warnings.warn(
-                ConvergenceWarning(
-                    f"the search for a prior precision ended early ({found.message}): its gradient "
-                    f"is still {float(np.abs(found.jac).max()):.2g}; raise max_iter",
-                    float(np.abs(found.jac).max()),
-                    int(found.nit),
-                ),
-                stacklevel=2,
+            slope = float(np.abs(found.jac).max())
+            words = (
+                f"the search for a prior precision ended early ({found.message}): its gradient is "
+                f"still {slope:.2g}; raise max_iter"
             )
+            warnings.warn(ConvergenceWarning(words, slope, int(found.nit)), stacklevel=2)
         best = torch.tensor(found.x, dtype=torch.float64, device=F.device).exp()
         return self.with_prior(_prior(best, structure, groups))
 

@@ -21,6 +21,7 @@ from .operators.info import Info, Origin
 from .operators.kronecker import EigenKroneckerLinearOperator, KroneckerLinearOperator
 from .operators.low_rank import LowRankLinearOperator
 from .operators.quasi_diagonal import QuasiDiagonalLinearOperator
+from .operators.stored import opened
 
 __all__ = ["merge", "pool", "register_pooled"]
 
@@ -283,7 +284,7 @@ def _blocks(
         raise SpaceMismatchError("expected block-diagonal operators over the same blocks")
     blocks: list[BaseLinearOperator] = []
     for k, (name, layout, _) in enumerate(ops[0].parts):
-        members = [op.members[k] for op in ops]
+        members = [opened(op.members[k]) for op in ops]
         if len({type(member) for member in members}) > 1:
             raise DataError(f"block {name!r}: expected one representation in all operators")
         positions: Sequence[float | None] = weights
