@@ -52,11 +52,12 @@ class Prediction:
         mean, shape = self.mean, (n, *self.mean.shape)
         z = torch.randn(shape, generator=generator, dtype=mean.dtype, device=mean.device)
         if self.kind == "diagonal":
-            return self.mean + self.covariance.clamp_min(0).sqrt() * z
+            return mean + self.covariance.clamp_min(0).sqrt() * z
         values, vectors = torch.linalg.eigh(self.covariance)
         root = vectors * values.clamp_min(0).sqrt().unsqueeze(-2)  # below 0 by rounding only
         if self.kind == "joint":
-            return mean + (z.flatten(1) @ root.mT).view_as(z)
+            apart: Tensor = (z.flatten(1) @ root.mT).view_as(z)
+            return mean + apart
         return self.mean + torch.einsum("ncd,knd->knc", root, z)
 
 

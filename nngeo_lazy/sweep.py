@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .arguments import checked
+from .arguments import PositiveInt, checked
 from .collectives import ALONE, Group, digest, seed_of, unwrapped
 from .data import Batch, Batches
 from .distributed import Distributed
@@ -74,7 +74,7 @@ class Problem:
         quantity: Quantity,
         *,
         seed: int | None = None,
-        max_directions: int = 1000,
+        max_directions: PositiveInt = 1000,
         center: bool = False,
         replayed: bool = False,
     ) -> Problem:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import DataError, NotPositiveDefiniteError, SpaceMismatchError
 from ..likelihoods import Likelihood, described, resolve
+from ..likelihoods.losses import PER_EXAMPLE
 from ..operators import BaseLinearOperator
 from ..operators.damping import DampingLike, resolve_damping
 from ..operators.vectors import VectorLike
@@ -26,8 +27,8 @@ def num_examples_of(F: Any) -> int:
             "expected a Fisher or Gauss-Newton matrix that knows its parameters and how many "
             f"examples it is a mean over, as FIM returns it, got {type(F).__name__}"
         )
-    reduction = str(F.info.quantity.get("reduction", ""))
-    if reduction and "'examples'" not in reduction and F.num_terms != F.num_examples:
+    reduction = F.info.quantity.get("reduction", PER_EXAMPLE)
+    if reduction != PER_EXAMPLE and F.num_terms != F.num_examples:
         raise DataError(
             f"expected a matrix whose sum over examples is num_examples * F, but its loss is "
             f"reduced otherwise ({reduction}): build it with a likelihood, as in "

@@ -101,19 +101,15 @@ def maximised(
                 f"the evidence with a {structure} prior precision needs the exact "
                 "log-determinant of F, of which this representation knows an estimate only "
                 f"({estimate}): a scalar or one for each layer is closed for 'kfac' and the "
-                "other stored representations, a diagonal for those but 'kfac' "
-                "and 'ekfac'"
+                "other stored representations, a diagonal for those but 'kfac' and 'ekfac'"
             ) from None
     if not found.success:
-        warnings.warn(
-            ConvergenceWarning(
-                f"the search for a prior precision ended early ({found.message}): its gradient "
-                f"is still {float(np.abs(found.jac).max()):.2g}; raise max_iter",
-                float(np.abs(found.jac).max()),
-                int(found.nit),
-            ),
-            stacklevel=4,
+        slope = float(np.abs(found.jac).max())
+        words = (
+            f"the search for a prior precision ended early ({found.message}): its gradient is "
+            f"still {slope:.2g}; raise max_iter"
         )
+        warnings.warn(ConvergenceWarning(words, slope, int(found.nit)), stacklevel=4)
     prior, multiple = read(torch.tensor(found.x, dtype=torch.float64, device=device))
     return prior, float(multiple)
 

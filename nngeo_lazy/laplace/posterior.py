@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..arguments import checked
+from ..arguments import NonNegativeInt, PositiveInt, checked
 from ..data import Batches
 from ..errors import DataError, wrong_option
 from ..likelihoods import Likelihood
@@ -129,7 +129,7 @@ class Laplace:
         return cast(BaseLinearOperator, (1 / self._terms()) * inverse)
 
     @checked
-    def sample(self, n: int, *, seed: int | None = None) -> Tensor:
+    def sample(self, n: PositiveInt, *, seed: int | None = None) -> Tensor:
         """Parameters (n, P) from the posterior; `la.space.unravel` names them.
 
         Args:
@@ -166,7 +166,12 @@ class Laplace:
 
     @checked
     def functional(
-        self, x: Any, *, covariance: str = "full", joint: bool = False, max_directions: int = MOST
+        self,
+        x: Any,
+        *,
+        covariance: str = "full",
+        joint: bool = False,
+        max_directions: PositiveInt = MOST,
     ) -> Prediction:
         r"""The posterior of the linearised network's outputs, N(f(x), J(x) Sigma J(x)^T).
 
@@ -198,11 +203,11 @@ class Laplace:
         x: Any,
         method: str = "probit",
         *,
-        samples: int = 1000,
+        samples: PositiveInt = 1000,
         seed: int | None = None,
         covariance: str | None = None,
         joint: bool = False,
-        max_directions: int = MOST,
+        max_directions: PositiveInt = MOST,
     ) -> Tensor | Prediction:
         r"""What the posterior predicts for the labels of new inputs, the mean over its parameters.
 
@@ -291,7 +296,7 @@ class Laplace:
         *,
         noise: bool = False,
         bounds: tuple[float, float] = (1e-6, 1e6),
-        max_iter: int = 200,
+        max_iter: NonNegativeInt = 200,
     ) -> Laplace:
         """The same posterior with the prior precision that maximises the evidence.
 
