@@ -17,7 +17,7 @@ from .data import Batch, Batches
 from .distributed import Distributed
 from .errors import DataError, NonFiniteError, TooLargeError
 from .facts import Facts, Sample
-from .jacobian.capture import Capture, Recorded
+from .jacobian.capture import Capture, PartsChangedError, Recorded
 from .jacobian.forms import Form, Outer
 from .jacobian.parts import Part
 from .jacobian.positions import marks_of
@@ -266,9 +266,12 @@ class Sweep:
                     if stale:
                         continue
                     totals.add(recorded.outputs, target)
-                    for chunk in self._chunks(recorded, target, generator):
-                        _update(statistics, chunk)
-                        kept = _keep(kept, chunk)
+                    try:
+                        for chunk in self._chunks(recorded, target, generator):
+                            _update(statistics, chunk)
+                            kept = _keep(kept, chunk)
+                    except PartsChangedError:
+                        self._parts, stale = self._capture.parts, True
         if stale:
             if self._finished:
                 raise DataError(
@@ -318,7 +321,10 @@ class Sweep:
             for recorded, target in self._record(first):
                 outputs = recorded.outputs
                 directions = problem.quantity.directions(outputs, target, generator)
-                ((forms, _, _),) = recorded.chunks(islice(directions, 1), 1)
+                try:
+                    ((forms, _, _),) = recorded.chunks(islice(directions, 1), 1)
+                except PartsChangedError:  # the plan knows it now
+                    return self.sampled()
                 labelled = outputs if first.target is None else first.target
                 examples = problem.batches.num_examples(labelled.shape[0])
                 return Sample(forms, problem.quantity.count(outputs, target), examples)
