@@ -44,12 +44,20 @@ class Capture:
         forward: (model, raw batch) -> outputs, whose dimension 0 is the examples.
         through: whether parameters are followed through what the model makes of them, for which the
             graph of a pass must be whole when its forms are used.
+        held: whether the forms of all outputs of a piece are held at once: pieces are then smaller.
     """
 
     def __init__(
-        self, model: nn.Module, space: ParamSpace, forward: Forward, *, through: bool = True
+        self,
+        model: nn.Module,
+        space: ParamSpace,
+        forward: Forward,
+        *,
+        through: bool = True,
+        held: bool = False,
     ) -> None:
         self._through = through
+        self._held = held
         self._model = model
         self._space = space
         self._forward = forward
@@ -256,7 +264,9 @@ class Capture:
         if alone is Alone.DOUBTFUL and self._meet(record, plan):
             raise mixed(1, record.n)
         if alone is not Alone.UNKNOWN and record.n > 1:
-            return replace(plan, cutter=Cutter.of(record.raw, record.n, plan.bytes(record)))
+            times = record.outputs[0].numel() if self._held else None
+            cutter = Cutter.of(record.raw, record.n, plan.bytes(record), times)
+            return replace(plan, cutter=cutter)
         return plan
 
     def _meet(self, record: Pass, plan: Plan) -> bool:

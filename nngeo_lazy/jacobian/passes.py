@@ -29,6 +29,7 @@ GENERAL_KEPT_BYTES = 2**28  # of its tiles, which all parts share
 PIECE_BYTES = {"cpu": 2**24}  # layer outputs of a piece of a batch: small memory is fast memory
 PIECE_BYTES_ELSEWHERE = 2**30
 PIECE_EXAMPLES = 16  # but no fewer: small products are slow
+HELD_BYTES = 2**26  # of a piece's gradients in all directions, if they are held at once
 
 
 @dataclass(frozen=True)
@@ -132,13 +133,18 @@ class Cutter:
     size: int
 
     @classmethod
-    def of(cls, raw: Any, n: int, total: int) -> Cutter | None:
-        """For batches like this one of n examples, whose layer outputs take `total` bytes."""
+    def of(cls, raw: Any, n: int, total: int, times: int | None = None) -> Cutter | None:
+        """For batches like this one of n examples, whose layer outputs take `total` bytes.
+
+        So many times that is held at once, if it is given.
+        """
         leaves = example_leaves(raw, n)
         if not leaves:
             return None
         kind = list(tree.leaves(raw))[leaves[0]].device.type
         limit = PIECE_BYTES.get(kind, PIECE_BYTES_ELSEWHERE)
+        if times is not None:
+            return cls(leaves, max(1, HELD_BYTES * n // max(1, times * total)))
         return cls(leaves, max(PIECE_EXAMPLES, limit * n // max(1, total)))
 
     def pieces(self, raw: Any) -> int:
