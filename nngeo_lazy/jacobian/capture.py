@@ -178,8 +178,7 @@ class Capture:
             plan = self._replan(record)
         elif not (record.signature.alike and plan.lively and plan.fits(record)):
             plan = replace(self._prove(record), cutter=plan.cutter)
-            if self._meet(record, plan):
-                require_apart(record, self._record)
+            self._require_apart(record, plan)
         return self._take(record, plan)
 
     def _take(self, record: Pass, plan: Plan) -> Plan:
@@ -223,18 +222,22 @@ class Capture:
         plan = None if few is None or not alike else self._prove(few)
         if plan is None or not plan.lively or not plan.fits(record):
             plan = self._prove(record)
-        if alone is Alone.DOUBTFUL and self._meet(record, plan):
-            raise mixed(1, record.n)
+        if not record.signature.alike or alone is Alone.DOUBTFUL:
+            self._require_apart(record, plan, alone)
         if alone is not Alone.UNKNOWN and record.n > 1:
             return replace(plan, cutter=Cutter.of(record.raw, record.n, plan.bytes(record)))
         return plan
 
-    def _meet(self, record: Pass, plan: Plan) -> bool:
-        """Whether a layer's output, cut into examples as it can be, reaches others' outputs."""
-        return any(
+    def _require_apart(self, record: Pass, plan: Plan, alone: Alone = Alone.SAME) -> None:
+        """Look closer if a layer's output, cut into examples as it can be, reaches others'."""
+        meet = any(
             fold is None and any(candidates(call.shape[: call.use.leading], record.n))
             for call, fold in zip(record.calls, plan.folds, strict=True)
         )
+        if meet and alone is Alone.DOUBTFUL:
+            raise mixed(1, record.n)
+        if meet and alone is Alone.SAME:
+            require_apart(record, self._record)
 
     def _prove(self, record: Pass) -> Plan:
         """The self-check (see `proof`) on a recorded pass."""
