@@ -25,7 +25,7 @@ from .. import tree
 from ..errors import StochasticModelError, UnsupportedLayerError
 from ..switches import eager, plain_attention_modules, whole_transforms
 from .layers import BATCH_STATISTICS
-from .meetings import uses_of
+from .meetings import Meeting
 from .registry import Known, find, whole_modules
 from .uses import Use
 from .weights import Weight, derived
@@ -270,7 +270,8 @@ class Recorder(TorchFunctionMode):
                 self.formless.update(dict.fromkeys(names, use))
                 return output
             reason = use
-        for one in uses_of(func, before, kwargs, meant, self._weight_of, self._cut):
+        meeting = Meeting(func, before, kwargs, meant, self._weight_of, self._cut)
+        for one in meeting.uses():
             if isinstance(one, str):
                 reason = one
                 break

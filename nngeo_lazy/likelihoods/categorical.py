@@ -203,7 +203,7 @@ class Categorical(Likelihood):
 
     def flags(self, outputs: Tensor, target: Tensor | None) -> dict[str, Tensor]:
         """What is wrong in a way that only the device knows: message -> 0-d bool tensor."""
-        flags = {NOT_FINITE: ~outputs.detach().isfinite().all()}
+        flags: dict[str, Tensor] = {NOT_FINITE: ~outputs.detach().isfinite().all()}
         if target is not None:
             classes = outputs.shape[self._class_dim(outputs, target)]
             valid = ((target >= 0) & (target < classes)) | (target == self.ignore_index)

@@ -17,6 +17,7 @@ __all__ = [
     "NOT_FINITE",
     "Estimator",
     "Likelihood",
+    "NonFinite",
     "broadcasts",
     "check_estimator",
     "check_outputs",
@@ -27,7 +28,15 @@ __all__ = [
 
 Estimator: TypeAlias = Literal["exact", "mc", "empirical"]
 ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
-NOT_FINITE = (
+
+
+class NonFinite(str):
+    """A flag's message that is raised as a NonFiniteError; any other is raised as a DataError."""
+
+    __slots__ = ()
+
+
+NOT_FINITE = NonFinite(
     "expected finite outputs, but the model gives NaN or infinity on some batch: check the inputs, "
     "and the training that led to these parameters"
 )

@@ -178,9 +178,9 @@ def _fields(sweep: Sweep, options: Implicit) -> dict[str, Any]:
         cache=options.cache,
         chunk_size=options.chunk_size,
     )
-    described = {**facts.described, "representation": options.described()}
-    info = Info(space, facts.num_examples, facts.num_terms, {}, described, facts.log_likelihood)
-    return {"source": source, "info": info}
+    counts = facts.num_examples, facts.num_terms
+    info = Info(space, *counts, quantity=facts.described, log_likelihood=facts.log_likelihood)
+    return {"source": source, "info": options.sign(info)}
 
 
 def _require_differentiable(outputs: Tensor) -> None:

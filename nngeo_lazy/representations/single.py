@@ -276,6 +276,11 @@ class LowRank(Streamed):
             raise DataError(f"expected rank to be a positive integer or None, got {self.rank!r}")
         check_fields(self)
 
+    @property
+    def truncates(self) -> bool:
+        """If it has a rank."""
+        return self.rank is not None
+
     def recipe(self, facts: Facts, indices: Sequence[int]) -> Recipe:
         """The rows of all parts."""
         parts = [facts.parts[k] for k in indices]
