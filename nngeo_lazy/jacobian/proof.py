@@ -1,11 +1,11 @@
 """The proof of forms, on the examples of a pass.
 
 The self-check takes a random cotangent, and the same times a random number for each example. The
-gradient at a layer's output must be multiplied by its own example's number at every position, which
-finds the example axis (also if positions are folded into it) and proves it for every example;
-and the rows made from it must add up to what autograd gives for the parameters. What disagrees is
-demoted to the general way and reported. Comparing whole gradients is not enough: it cannot see
-which example a row belongs to.
+gradient at a layer's output must be multiplied by its own example's number at every position. This
+finds the example axis, also if positions are folded into it, and proves it for every example. The
+rows made from it must add up to what autograd gives for the parameters. What disagrees is demoted
+to the general way and reported. Comparing whole gradients is not enough: it cannot see which
+example a row belongs to.
 """
 
 from __future__ import annotations

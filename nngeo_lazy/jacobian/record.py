@@ -115,8 +115,9 @@ class Recorder(TorchFunctionMode):
     """Records where data meet weights: the calls that have a form, and why others have none.
 
     A tensor is a *weight* if it is a selected parameter, or made of some by functions that receive
-    no data; a *constant* if it is a buffer, or made of constants; all else is data. A constant with
-    as many entries in front as there are examples is taken for data: it will meet them one by one.
+    no data. It is a *constant* if it is a buffer, or made of constants. All else is data. A
+    constant with as many entries in front as there are examples is taken for data: it will meet
+    them one by one.
 
     Args:
         model: the network.
