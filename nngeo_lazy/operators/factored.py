@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from ..jacobian.forms import Form, Outer
-from ..jacobian.grams import add_products, mirror, row_products, row_squares
-from ..jacobian.union import met, over
+from ..jacobian.grams import add_products, met, mirror, over, row_products, row_squares
 from ..layout import Layout, assemble
 from .base import BaseLinearOperator, Krylov
 from .composite import add_diagonal_lazily
