@@ -6,6 +6,7 @@ their number nor the number of examples in the loader.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -195,7 +196,8 @@ class Capture:
     def _replan(self, record: Pass) -> Plan:
         """The plan of a pass that does something new."""
         which = "first" if self._plan is None else "a later"
-        if not bool(record.outputs.isfinite().all()):
+        # A class that is ruled out has -infinity: what may have it says the quantity.
+        if not bool((record.outputs < math.inf).all()):
             raise NonFiniteError(
                 f"expected finite outputs, but the model gives NaN or infinity on {which} batch: "
                 "check the inputs, and the training that led to these parameters"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -141,7 +143,7 @@ def _fields(sweep: Sweep, options: Implicit) -> dict[str, Any]:
                 network.refuse_strays(graph)
                 _require_differentiable(graph)
                 quantity.values(outputs, batch.target)  # whether it has the labels that it needs
-                if options.check and bool(outputs.isfinite().all()):
+                if options.check and bool((outputs < math.inf).all()):
                     with torch.enable_grad():
                         _require_fixed(outputs, network(leaves, batch.raw))
                         if quantity.estimator == "empirical":  # the gradients of single examples
