@@ -118,7 +118,8 @@ class Capture:
         plan = self._plan
         if plan is None or not plan.fits(record):
             plan = next((p for p in self._plans.values() if p.fits(record)), None)
-        if plan is None or not (proved or (record.signature.alike and plan.lively)):
+        believed = plan is not None and record.signature.alike and plan.lively and not plan.ragged
+        if plan is None or not (proved or believed):
             return None
         return Recorded(record, plan, self._parameters, self.parts)
 
@@ -177,7 +178,7 @@ class Capture:
         plan = self._plans.get(record.signature.nodes)
         if plan is None:
             plan = self._replan(record)
-        elif not (record.signature.alike and plan.lively and plan.fits(record)):
+        elif plan.ragged or not (record.signature.alike and plan.lively and plan.fits(record)):
             plan = replace(self._prove(record), cutter=plan.cutter)
             if self._meet(record, plan):
                 require_apart(record, self._record)
@@ -252,7 +253,7 @@ class Capture:
         if n > 1:
             times = scales.view(-1, *[1] * (outputs.dim() - 1))
             scaled = gradients_at(outputs, edges, cotangent * times)
-        probe = Probe(cotangent, scales, at_calls, scaled)
+        probe = Probe(cotangent, scales, at_calls, scaled, record.signature.precision)
         dense = [g.to_dense() if g is not None and g.is_sparse else g for g in found]
         gradients = dict(zip(self._parameters, dense, strict=True))
         if self._plan is None and all(g is None for g in found):

@@ -163,6 +163,8 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         weights: list[Weight] = []
         data = self._sort(args, weights) | self._sort(tuple(kwargs.values()), weights)
+        if data and func is torch.Tensor.__getitem__ and _one_by_number(args[1]):
+            data = self._sort(args[:1], [])  # the number is a fact of the pass: an expert's, say
         if not weights:
             if func is F.batch_norm and not self._training:
                 self._refuse_statistics(func, args, kwargs, data)
@@ -337,6 +339,18 @@ class Recorder(TorchFunctionMode):
                 empty = torch.empty(0, *shape, device="meta")
                 shape = use.view(empty).shape[1:]
             self.calls.append(Call(function, weights, use, edge, output.shape, shape, note))
+
+
+def _one_by_number(index: Any) -> bool:
+    """Whether an index holds numbers and slices alone, some numbers as tensors without dimension."""
+    entries = index if isinstance(index, tuple) else (index,)
+    return all(
+        entry is None
+        or entry is ...
+        or isinstance(entry, (int, slice))
+        or (isinstance(entry, Tensor) and not entry.dim() and entry.dtype == torch.int64)
+        for entry in entries
+    )
 
 
 def _edge(output: Tensor) -> GradientEdge:
