@@ -265,6 +265,10 @@ def _names(op: Any) -> list[str]:
     return parameters[: len(op._args)]
 
 
+def _as_list(numbers: Any) -> Any:
+    return list(numbers) if isinstance(numbers, tuple) else numbers
+
+
 def _info_state(info: Info) -> dict[str, Any]:
     state: dict[str, Any] = {
         "num_examples": info.num_examples,
@@ -272,7 +276,8 @@ def _info_state(info: Info) -> dict[str, Any]:
         "log_likelihood": info.log_likelihood,
         "quantity": dict(info.quantity),
         "origins": {
-            name: [o.layer, o.form, o.note, o.positions] for name, o in info.origins.items()
+            name: [o.layer, o.form, o.note, _as_list(o.positions)]
+            for name, o in info.origins.items()
         },
     }
     if info.space is not None:
@@ -390,7 +395,8 @@ def _require_plain(state: Mapping[str, Any]) -> None:
     for layer, form, note, positions in state["origins"].values():
         if not (all(isinstance(t, str) for t in (layer, form, note))):
             wrong.append("origins")
-        if not isinstance(positions, (int, float, NoneType)):
+        several = positions if isinstance(positions, list) else [positions]
+        if not all(isinstance(each, (int, float, NoneType)) for each in several):
             wrong.append("positions")
     if wrong:
         raise DataError(
@@ -411,7 +417,10 @@ def _info(state: Mapping[str, Any], dtype: torch.dtype, device: torch.device) ->
                 for name, (_, owner) in state["space"].items()
             },
         )
-    origins = {name: Origin(*values) for name, values in state["origins"].items()}
+    origins = {
+        name: Origin(layer, form, note, tuple(many) if isinstance(many, list) else many)
+        for name, (layer, form, note, many) in state["origins"].items()
+    }
     return Info(
         space,
         state["num_examples"],

@@ -91,7 +91,9 @@ class Ragged(Fold):
         taken = flat.index_select(offset, self.index.clamp_min(0).flatten())
         taken = taken.unflatten(offset, self.index.shape)
         behind = taken.dim() - offset - 2
-        return taken.masked_fill(~self.exist.view(*self.index.shape, *(1,) * behind), 0)
+        exist = self.exist.view(*self.index.shape, *(1,) * behind)
+        owned: Tensor = taken.masked_fill(~exist, 0)
+        return owned
 
     def owned(self, example: int) -> Tensor:
         """The positions of one example."""

@@ -19,7 +19,7 @@ from ..switches import unfused_attention
 from .folds import Axis, Fold, Ragged
 from .uses import Use
 
-__all__ = ["local"]
+__all__ = ["local", "results_apart"]
 
 
 def local(
@@ -51,6 +51,13 @@ def local(
         local=call.rows,
         slots={str(k): weight for k, weight in slots.items()},
     )
+
+
+def results_apart(output: Any) -> Any:
+    """Several results, of which one may be made of another, each with a gradient of its own."""
+    if type(output) in (tuple, list) and all(isinstance(t, Tensor) for t in output):
+        return type(output)(t.clone() if t.grad_fn is not None else t for t in output)
+    return output
 
 
 class _Call:

@@ -87,8 +87,9 @@ def _ragged(call: Call, k: int, probe: Probe) -> Ragged | None:
     size = ours.norm(dim=1)
     precision = max(probe.rounding, _precision(scales, [plain]))
     alive = size > 16 * precision * size.max()
-    if not bool(alive.any()):
-        return None
+    if not bool(alive.any()):  # no gradient, or one that is not finite
+        none = torch.zeros(len(size), dtype=torch.int64, device=size.device)
+        return None if bool(size.any()) else Ragged.of(none, n, sizes)
     ratio = (ours * theirs).sum(1) / size.square().clamp_min(torch.finfo(dtype).tiny)
     numbers, order = scales.to(dtype).sort()
     middles = (numbers[1:] + numbers[:-1]) / 2
@@ -192,7 +193,9 @@ class Probed:
             for k, name in enumerate(part.names)
         ]
         precision = _precision(given, [self.probe.at_calls[k] for k in at_calls])
-        precision = max(precision, self.probe.rounding, *(_eps(self.calls[k].use.x.dtype) for k in at_calls))
+        precision = max(
+            precision, self.probe.rounding, *(_eps(self.calls[k].use.x.dtype) for k in at_calls)
+        )
         apart = [(a - b).norm() for a, b in zip(mine, expected, strict=True)]
         bounds = [precision**0.5 * b.norm() for b in expected]
         if all(bool(a <= bound) for a, bound in zip(apart, bounds, strict=True)):

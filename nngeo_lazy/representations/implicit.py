@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -19,7 +18,7 @@ from ..fingerprints import refuse_shuffling
 from ..jacobian.alone import mixed, ragged
 from ..jacobian.general import cut, example_leaves
 from ..jacobian.proof import agree
-from ..jacobian.record import FixedWeights
+from ..jacobian.scopes import FixedWeights
 from ..network import Network
 from ..operators import BaseLinearOperator, Info
 from ..operators.matrix_free import (
