@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from numbers import Real
 from typing import Any, TypeAlias, TypeVar
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .arguments import described, require_sequence
 from .errors import DataError, SpaceMismatchError
+from .likelihoods.losses import PER_EXAMPLE
 from .operators.base import BaseLinearOperator
 from .operators.block_diagonal import BlockDiagonalLinearOperator
 from .operators.dense import DenseLinearOperator
@@ -20,6 +21,7 @@ from .operators.info import Info, Origin
 from .operators.kronecker import EigenKroneckerLinearOperator, KroneckerLinearOperator
 from .operators.low_rank import LowRankLinearOperator
 from .operators.quasi_diagonal import QuasiDiagonalLinearOperator
+from .operators.stored import opened
 
 __all__ = ["merge", "pool", "register_pooled"]
 
@@ -58,7 +60,8 @@ def merge(
     require_sequence("operators", ops)
     ops = list(ops)
     _require_alike(ops)
-    _require_linear(ops[0].info.quantity)
+    for op in ops:
+        _require_linear(op.info)
     counts = _counts(ops, weights)
     total = sum(counts)
     pooled = pool(ops, [c / total for c in counts], counts)
@@ -102,14 +105,14 @@ def _require_alike(ops: Sequence[BaseLinearOperator]) -> None:
             )
 
 
-def _require_linear(quantity: Mapping[str, object]) -> None:
+def _require_linear(info: Info) -> None:
     """Refuse what is no sum over examples."""
-    if quantity.get("center"):
+    if info.quantity.get("center"):
         raise DataError(
             "centered matrices are not linear in the data (each subtracts a mean of its own): "
             "build the pooled one from all of it"
         )
-    if "LowRank(rank=" in str(quantity.get("representation", "")).replace("rank=None", ""):
+    if info.truncated:
         raise DataError(
             "best approximations of a rank are not linear in the data: merge LowRank() operators, "
             "which keep all rows, or average the matrices with F.lerp(G, w)"
@@ -119,8 +122,7 @@ def _require_linear(quantity: Mapping[str, object]) -> None:
 def _counts(ops: Sequence[BaseLinearOperator], weights: Sequence[float] | None) -> list[float]:
     if weights is None:
         known = [op.num_examples for op in ops]
-        reduction = str(ops[0].info.quantity.get("reduction", "examples"))
-        if "examples" not in reduction or not all(known):
+        if ops[0].info.quantity.get("reduction", PER_EXAMPLE) != PER_EXAMPLE or not all(known):
             raise DataError(
                 "merge weights operators by their numbers of examples, which these are no means "
                 "over: pass weights="
@@ -152,7 +154,7 @@ def register_pooled(kind: Kind, rule: Pool | None = None) -> Kind:
 
     .. math:: t = \sum_k w_k t_k
 
-    is the rule for each of its tensors t if none is given: it is right if the matrix is linear in
+    is the rule for each of its tensors t if none is given. It is right if the matrix is linear in
     its tensors, and these are means over the data. Also a decorator of the class.
 
     Args:
@@ -282,7 +284,7 @@ def _blocks(
         raise SpaceMismatchError("expected block-diagonal operators over the same blocks")
     blocks: list[BaseLinearOperator] = []
     for k, (name, layout, _) in enumerate(ops[0].parts):
-        members = [op.members[k] for op in ops]
+        members = [opened(op.members[k]) for op in ops]
         if len({type(member) for member in members}) > 1:
             raise DataError(f"block {name!r}: expected one representation in all operators")
         positions: Sequence[float | None] = weights

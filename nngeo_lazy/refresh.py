@@ -17,6 +17,7 @@ from .operators import (
     EigenKroneckerLinearOperator,
     KroneckerLinearOperator,
 )
+from .quantities import GaussNewton
 from .representations import EKFAC, Mixed
 
 __all__ = ["update_diag"]
@@ -45,7 +46,7 @@ def update_diag(
 
     Source: George et al. (2018), section 4.1.
     """
-    of_loss = F.info.quantity.get("matrix") == "GaussNewton"
+    of_loss = F.info.quantity.get("matrix") == GaussNewton.__name__
     if of_loss and "loss" not in options:
         raise DataError("F is a Gauss-Newton matrix: pass its loss= to update_diag, as to GGN")
     builder = GGN if "loss" in options else FIM

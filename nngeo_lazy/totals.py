@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .errors import DataError, NonFiniteError
+from .likelihoods.likelihood import NonFinite
 from .quantities import Quantity
 
 __all__ = ["Counts", "Totals"]
@@ -53,7 +54,7 @@ class Totals:
         wrong = torch.stack([flag.reshape(()) for flag in self._flags.values()]).tolist()
         messages = [message for message, bad in zip(self._flags, wrong, strict=True) if bad]
         if messages:
-            finite = any("finite" in message for message in messages)
+            finite = any(isinstance(message, NonFinite) for message in messages)
             raise (NonFiniteError if finite else DataError)("; ".join(messages))
 
     def counts(self) -> Counts:

@@ -135,6 +135,16 @@ def test_outputs_that_are_not_finite(where):
     X[0, 0] = 0.5
 
 
+def test_the_kind_of_an_error_is_not_read_from_its_words():
+    class Odd(ng.likelihoods.Gaussian):
+        def flags(self, outputs, target):
+            return {"expected finitely many digits": torch.tensor(True)}
+
+    with pytest.raises(DataError, match="finitely many digits") as caught:
+        ng.FIM(net(), X, likelihood=Odd())
+    assert not isinstance(caught.value, NonFiniteError)
+
+
 def test_parameters_that_are_not_finite():
     model = net()
     model[0].weight.data[0, 0] = float("nan")

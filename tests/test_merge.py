@@ -137,6 +137,23 @@ def cosh(outputs, target):
     return (outputs - target).cosh().log().sum(1)
 
 
+@pytest.mark.parametrize("rank", [None, 4])
+def test_a_file_says_whether_its_matrix_was_truncated(data, rank):
+    """Files of earlier releases say so in words alone."""
+    model, x, y = data
+    state = ng.FIM(model, (x, y), Mixed("kfac", {"4": LowRank(rank)})).state_dict()
+    old = {**state, "operator": {**state["operator"], "info": dict(state["operator"]["info"])}}
+    assert old["operator"]["info"].pop("truncated") is (rank is not None)
+    old.pop("checksum", None)
+    for each in (state, old):
+        pair = [ng.load(each), ng.load(each)]
+        if rank is None:
+            assert ng.merge(pair).num_examples == 22
+            continue
+        with pytest.raises(DataError, match="not linear in the data"):
+            ng.merge(pair)
+
+
 def test_callables_are_the_same_by_name(data):
     model, x, _ = data
     halves = [ng.GGN(model, (x[s], x[s, 0, 0]), "diagonal", loss=cosh) for s in SHARDS]

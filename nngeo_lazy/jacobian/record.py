@@ -22,7 +22,7 @@ from ..errors import StochasticModelError
 from .layers import BATCH_STATISTICS
 from .local import results_apart
 from .lookups import Lookup, by_number, chosen, grouped, lookup_of, table
-from .meetings import uses_of
+from .meetings import Meeting
 from .registry import Known, find
 from .scopes import in_build, refuse_renormalisation
 from .uses import Use
@@ -76,8 +76,9 @@ class Recorder(TorchFunctionMode):
     """Records where data meet weights: the calls that have a form, and why others have none.
 
     A tensor is a *weight* if it is a selected parameter, or made of some by functions that receive
-    no data; a *constant* if it is a buffer, or made of constants; all else is data. A constant with
-    as many entries in front as there are examples is taken for data: it will meet them one by one.
+    no data. It is a *constant* if it is a buffer, or made of constants. All else is data. A
+    constant with as many entries in front as there are examples is taken for data: it will meet
+    them one by one.
 
     Args:
         model: the network.
@@ -245,17 +246,11 @@ class Recorder(TorchFunctionMode):
                 self.formless.update(dict.fromkeys(names, use))
                 return output
             reason = use
-        if self._looked_up(func, before, kwargs, meant, names):
+        meeting = Meeting(func, before, kwargs, meant, self._weight_of, self._cut)
+        if self._looked_up(meeting, names):
             return output
-        apart = grouped(func, before, kwargs, meant, self._pick)
-        self._uses(
-            name,
-            names,
-            reason,
-            known,
-            [(use, meant) for use in apart]
-            or uses_of(func, before, kwargs, meant, self._weight_of, self._cut),
-        )
+        apart = [(use, meant) for use in grouped(func, before, kwargs, meant, self._pick)]
+        self._uses(name, names, reason, known, apart or meeting.uses())
         return output
 
     def _uses(
@@ -279,16 +274,9 @@ class Recorder(TorchFunctionMode):
 
     # --- rows of a weight that the data choose ----------------------------------------------------
 
-    def _looked_up(
-        self,
-        func: Callable[..., Any],
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        output: Any,
-        names: set[str],
-    ) -> bool:
+    def _looked_up(self, meeting: Meeting, names: set[str]) -> bool:
         """Whether a call reads rows of a weight: a table's, or matrices that await a product."""
-        found = lookup_of(func, args, kwargs)
+        found, output = lookup_of(*meeting[:3]), meeting.output
         if found is None or self._weight_of(found[0]) is None or not isinstance(output, Tensor):
             return False
         (weight, ids), name = found, "lookup"
@@ -299,8 +287,7 @@ class Recorder(TorchFunctionMode):
             return False
 
         def itself() -> None:
-            made = uses_of(func, args, kwargs, output, self._weight_of, self._cut)
-            self._uses(name, names, f"{name} has no form", None, made)
+            self._uses(name, names, f"{name} has no form", None, meeting.uses())
 
         self._lookups[id(output)] = Lookup(weight, ids, output, names, itself)
         return True

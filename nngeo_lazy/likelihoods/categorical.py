@@ -206,7 +206,9 @@ class Categorical(Likelihood):
         """What is wrong in a way that only the device knows: message -> 0-d bool tensor."""
         values = outputs.detach()
         likeliest = values.amax(self._class_dim(outputs, target))
-        flags = {NOT_FINITE: ~(likeliest.isfinite().all() & (values < math.inf).all())}
+        flags: dict[str, Tensor] = {
+            NOT_FINITE: ~(likeliest.isfinite().all() & (values < math.inf).all())
+        }
         if target is not None:
             classes = outputs.shape[self._class_dim(outputs, target)]
             valid = ((target >= 0) & (target < classes)) | (target == self.ignore_index)

@@ -18,6 +18,7 @@ from ..errors import DataError
 from .likelihood import (
     NOT_FINITE,
     Likelihood,
+    NonFinite,
     broadcasts,
     check_outputs,
     labels_needed,
@@ -230,7 +231,9 @@ class Poisson(Elementwise):
     def flags(self, outputs: Tensor, target: Tensor | None) -> dict[str, Tensor]:
         """What is wrong in a way that only the device knows: message -> 0-d bool tensor."""
         flags = super().flags(outputs, target)
-        overflow = "expected log rates with a finite rate, but exp of some outputs overflows"
+        overflow = NonFinite(
+            "expected log rates with a finite rate, but exp of some outputs overflows"
+        )
         flags[overflow] = (outputs.isfinite() & outputs.detach().exp().isinf()).any()
         if target is not None:
             flags["expected labels from 0 up, but some are negative, NaN or inf"] = ~(

@@ -17,6 +17,7 @@ __all__ = [
     "NOT_FINITE",
     "Estimator",
     "Likelihood",
+    "NonFinite",
     "broadcasts",
     "check_estimator",
     "check_outputs",
@@ -27,7 +28,15 @@ __all__ = [
 
 Estimator: TypeAlias = Literal["exact", "mc", "empirical"]
 ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
-NOT_FINITE = (
+
+
+class NonFinite(str):
+    """A flag's message that is raised as a NonFiniteError; any other is raised as a DataError."""
+
+    __slots__ = ()
+
+
+NOT_FINITE = NonFinite(
     "expected finite outputs, but the model gives NaN or infinity on some batch: check the inputs, "
     "and the training that led to these parameters"
 )
@@ -36,9 +45,9 @@ NOT_FINITE = (
 class Likelihood(ABC):
     """p(y | f) of an example's outputs f, independent over positions and examples.
 
-    A *reweighted* one is a loss that is no likelihood (class weights, label smoothing): "exact" and
-    "mc" directions are then roots of its Hessian at the target, which a Gauss-Newton matrix takes
-    and a Fisher refuses (`require_likelihood`).
+    A *reweighted* one is a loss that is no likelihood (class weights, label smoothing). Its "exact"
+    and "mc" directions are roots of its Hessian at the target. A Gauss-Newton matrix takes them,
+    and a Fisher refuses them (`require_likelihood`).
     """
 
     @property

@@ -112,7 +112,7 @@ class CallableLoss(Likelihood):
     def flags(self, outputs: Tensor, target: Tensor | None) -> dict[str, Tensor]:
         """What is wrong in a way that only the device knows: message -> 0-d bool tensor."""
         outputs = outputs.detach()
-        flags = {NOT_FINITE: ~outputs.isfinite().all()}
+        flags: dict[str, Tensor] = {NOT_FINITE: ~outputs.isfinite().all()}
         if outputs.shape[0] > 1:
             flags[
                 "expected the loss of an example to depend on that example alone, but in a batch "
@@ -297,6 +297,10 @@ class Reduction:
                 "reduction='sum'"
             )
         return denominators
+
+
+# how a matrix says that it is a mean over examples
+PER_EXAMPLE = repr(Reduction("examples"))
 
 
 def resolve_loss(loss: Any, outputs: Tensor, target: Tensor | None) -> tuple[Likelihood, Reduction]:

@@ -49,6 +49,8 @@ class Info:
         quantity: which build made it: matrix, likelihood, estimator, seed, representation; empty
             for what was altered since (damped, inverted, scaled, added).
         log_likelihood: of all observed labels at the parameters of the build, if there were any.
+        truncated: whether the build kept the best approximation of a rank, which is not linear in
+            the data.
     """
 
     space: ParamSpace | None = None
@@ -57,6 +59,7 @@ class Info:
     origins: Mapping[str, Origin] = field(default_factory=dict)
     quantity: Mapping[str, str | int | None] = field(default_factory=dict)
     log_likelihood: float | None = None
+    truncated: bool = False
 
     def restrict(self, names: Iterable[str]) -> Info:
         """The same for some of the parameters."""

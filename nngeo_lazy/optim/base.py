@@ -21,9 +21,11 @@ from .curvature import Curvature
 from .direction import Direction
 from .exact import exact_curvature, mean_eigenvalue
 from .framing import Framing
+from .heads import Heads
 from .loop import Loop
-from .measure import Loss, Reading, Touched, changed
+from .measure import Loss, Reading, Seen, Touched, changed
 from .options import Options
+from .passed import examples_of
 from .replay import float_math
 from .saving import checked_state, common_module, restored
 from .scores import Scores
@@ -77,7 +79,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         self._dtype = torch.promote_types(self._space.dtype, torch.float32)
         self._skipped = self._skipped.to(self._space.device)
         self._inverted: int | None = None  # the step of the last decomposition
-        self._loop = Loop(self._model, self._space, options.outputs)
+        heads = Heads.of(options.likelihood, options.outputs)
+        self._loop = Loop(self._model, self._space, heads)
         self._touched = Touched(self._parameters)
         self._curvature: Curvature | None = None
         if self._stored is not None:
@@ -318,14 +321,16 @@ class CurvatureOptimizer(torch.optim.Optimizer):
     def _read(self) -> None:
         """What this step's passes tell of the loss, of which no curvature is kept."""
         self._require_passes()
-        self._reading, denominators = Reading(), []
+        self._reading, parts = Reading(), []
         for passed in self._loop.passes:
             if passed.gradient is not None:
-                target = self._scores.target(passed.outputs, passed.gradient, exact=True)
-                self._reading.add(self._scores.known, passed, target)
-                denominators.append(self._scores.denominator(passed.outputs, target))
-        total = self._scores.total(float(sum(denominators)))
-        self._loss.take(self._reading.close(total), self._touched.ratio())
+                scores = self._scores.of(passed)
+                target = scores.target(passed.outputs, passed.gradient, exact=True)
+                self._reading.seen.append(Seen(passed, scores.known, target))
+                parts.append((passed.head, float(scores.denominator(passed.outputs, target))))
+        totals = self._scores.totals(parts)
+        total = float(self._examples) if self._scores.several else totals[0]
+        self._loss.take(self._reading.close(total, totals), self._touched.ratio())
 
     def _report_skipped(self, reason: str) -> None:
         """Warn of steps that were left out since the last report."""
@@ -396,7 +401,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
     @property
     def _examples(self) -> int:
         """Of this step's passes."""
-        return sum(passed.outputs.shape[0] for passed in self._loop.passes)
+        return examples_of(self._loop.passes)
 
     def _exact_curvature(self) -> BaseLinearOperator:
         self._require_passes()

@@ -16,9 +16,10 @@ from ..jacobian.capture import Recorded
 from ..jacobian.positions import marks_of
 from ..operators import BaseLinearOperator
 from ..representations import Streamed
-from .loop import Loop, Passed
-from .measure import Reading, Units
+from .loop import Loop
+from .measure import Reading, Seen, Units
 from .options import Options, Schedule
+from .passed import Passed, Run, examples_of
 from .running import Forms, Running
 from .scores import Scores
 
@@ -50,7 +51,7 @@ class Curvature:
         drawn = int(torch.randint(2**62, ())) if options.seed is None else options.seed
         self._generator = torch.Generator(device=loop.space.device).manual_seed(drawn)
         self._begun: tuple[Facts, Forms] | None = None
-        self._denominators: list[Tensor | int] = []
+        self._denominators: list[tuple[int, Tensor | int]] = []  # with the number of the head
         self._terms: list[Tensor | int | None] = []
         self._bad = False
         self._inverse_unit: Tensor | None = None  # averaged as the curvature is
@@ -77,20 +78,22 @@ class Curvature:
         if gradient is None or not bool(gradient.isfinite().all()):  # a refresh may wait for it
             self._bad = True
             return
-        target = self.scores.target(outputs, gradient)
-        denominator = self.scores.denominator(outputs, target)
-        terms = self.scores.num_terms(outputs, target)
-        known = self.scores.known
-        scored = None if known is None else known.scored(outputs, target)
+        scores = self.scores.of(passed)
+        target = scores.target(outputs, gradient)
+        denominator = scores.denominator(outputs, target)
+        terms = scores.num_terms(outputs, target)
+        known = scores.known
+        alone = len(self.scores.heads) == 1 or not self.empirical
+        scored = None if known is None or not alone else known.scored(outputs, target)
         recorded = replace(recorded, marks=marks_of(scored, _existing(recorded.record.raw)))
         _, forms = self._begin(recorded)
-        self.reading.add(self.scores.known, passed, target)
-        self._denominators.append(denominator)
+        self.reading.seen.append(Seen(passed, known, target))
+        self._denominators.append((passed.head, denominator))
         self._terms.append(terms)
         if self.empirical:
-            passed.recorded = recorded  # the gradients at the layers are still to come
+            passed.run.recorded = recorded  # the gradients at the layers are still to come
             return
-        quantity = self.scores.quantity(outputs, target)
+        quantity = scores.quantity(outputs, target)
         directions = quantity.directions(outputs, target, self._generator)
         count = quantity.count(outputs, target)
         for chunk in recorded.chunks(directions, count, root=root):
@@ -100,8 +103,9 @@ class Curvature:
         """Another loss of the same outputs: it must not score what the first one masked."""
         if self.empirical or passed.gradient is None or self._begun is None:
             return
-        first = self.scores.num_terms(passed.outputs, self._target(passed, -gradient))
-        both = self.scores.num_terms(passed.outputs, self._target(passed))
+        scores = self.scores.of(passed)
+        first = scores.num_terms(passed.outputs, self._target(passed, -gradient))
+        both = scores.num_terms(passed.outputs, self._target(passed))
         if first is not None and both is not None and int(both) > int(first):
             raise DataError(
                 "expected one loss for all outputs of a forward pass, but a second backward pass "
@@ -111,7 +115,8 @@ class Curvature:
 
     def _target(self, passed: Passed, more: Tensor | float = 0.0) -> Tensor | None:
         total = passed.gradient
-        return None if total is None else self.scores.target(passed.outputs, total + more)
+        scores = self.scores.of(passed)
+        return None if total is None else scores.target(passed.outputs, total + more)
 
     def finish(self, ratio: Tensor | None) -> Units:
         """Take the step's statistics into the average.
@@ -122,7 +127,7 @@ class Curvature:
         Raises:
             NonFiniteError: a pass, or a statistic, was not finite; the average is what it was.
         """
-        examples = sum(p.outputs.shape[0] for p in self._loop.passes)
+        examples = examples_of(self._loop.passes)
         begun, denominators, terms, bad = self._begun, self._denominators, self._terms, self._bad
         reading = self.reading
         self.drop()
@@ -136,17 +141,18 @@ class Curvature:
         self.reading = reading
         facts, forms = begun
         known = [int(each) for each in terms if each is not None]
-        total = self.scores.total(float(sum(denominators)))
+        totals = self.scores.totals([(head, float(part)) for head, part in denominators])
+        total = float(examples) if self.scores.several else totals[0]
         denominator = total
-        found = reading.close(total)
+        found = reading.close(total, totals)
         scale, unit = found.scale, found.curvature
         if self.empirical:
             times = self._own(total, scale, ratio)
-            first = float(denominators[0]) or 1.0  # near the size of an example's own gradient
-            for passed in self._loop.passes:
-                forms.update(_observed(passed, first * times), True, True)
+            first = float(denominators[0][1]) or 1.0  # near the size of an example's own gradient
+            for run in {id(passed.run): passed.run for passed in self._loop.passes}.values():
+                forms.update(_observed(run, first * times), True, True)
             denominator = first**2 / total
-            if reading.likelihood is None and ratio is not None:
+            if not reading.known and ratio is not None:
                 unit = unit / ratio.square()
         counted = replace(
             facts,
@@ -163,7 +169,7 @@ class Curvature:
     def _own(self, total: float, scale: Tensor, ratio: Tensor | None) -> Tensor | float:
         """What the loop's gradients are multiplied by, to be those of a mean over examples."""
         labels = self.reading.terms
-        if self.reading.likelihood is not None and labels is not None:
+        if self.reading.known and labels is not None:
             return labels / (scale * total)
         return 1.0 if ratio is None else ratio
 
@@ -200,15 +206,14 @@ class Curvature:
         self.scores.estimator = state["estimator"]
 
 
-def _observed(passed: Passed, scale: Tensor | float) -> list[Any]:
+def _observed(run: Run, scale: Tensor | float) -> list[Any]:
     """The forms of the loop's own gradients, times a number."""
-    recorded = passed.recorded
+    recorded = run.recorded
     if recorded is None:
         raise RuntimeError("a pass without layers")
-    found = [passed.at_layers.get(k) for k in range(len(recorded.edges))]
+    found = [run.at_layers.get(k) for k in range(len(recorded.edges))]
     scaled = [None if g is None else g.to(recorded.dtype) * scale for g in found]
-    passed.recorded = None
-    passed.at_layers = {}
+    run.recorded, run.at_layers = None, {}
     return recorded.forms([scaled], [])
 
 

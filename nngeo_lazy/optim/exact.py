@@ -13,8 +13,8 @@ from ..operators import BaseLinearOperator
 from ..representations import Implicit
 from ..space import ParamSpace
 from ..sweep import Problem, Sweep
-from .loop import Passed
-from .scores import Scores
+from .passed import Passed, examples_of
+from .scores import HeadScores, Scores
 
 __all__ = ["exact_curvature", "mean_eigenvalue", "quadratic_step"]
 
@@ -25,27 +25,45 @@ def exact_curvature(
     """The Gauss-Newton matrix of the loop's loss on its passes, which are run again for it.
 
     A model in training mode is the function that it was in each pass, with its random numbers and
-    the statistics of its batch; of half precision it is differentiated in float32.
+    the statistics of its batch. One of half precision is differentiated in float32. Of several
+    heads it is the sum of theirs, a mean over examples.
     """
-    batches, quantity = [], None
+    heads = sorted({passed.head for passed in passes})
+    found: BaseLinearOperator | None = None
+    for head in heads:
+        own = [passed for passed in passes if passed.head == head]
+        G, total = _of_head(model, space, own, scores.heads[head])
+        if scores.several and total != examples_of(passes):
+            G = G.mul(torch.tensor(total / examples_of(passes), dtype=G.dtype, device=G.device))
+        found = G if found is None else found + G
+    if found is None:
+        raise DataError("expected at least one pass")
+    return found
+
+
+def _of_head(
+    model: nn.Module, space: ParamSpace, passes: Sequence[Passed], scores: HeadScores
+) -> tuple[BaseLinearOperator, float]:
+    """The Gauss-Newton matrix of one head, and what its loss is a mean over."""
+    batches, parts = [], 0.0
     for passed in passes:
-        if passed.replay is None or passed.gradient is None:
+        if passed.run.replay is None or passed.gradient is None:
             raise DataError("expected passes that can be run again")
         target = scores.target(passed.outputs, passed.gradient, exact=True)
         quantity = scores.quantity(passed.outputs, target, exact=True)
-        batches.append({"replay": passed.replay, "target": target})
-    if quantity is None:
-        raise DataError("expected at least one pass")
+        parts += float(scores.denominator(passed.outputs, target))
+        batches.append({"replay": passed.run.replay, "target": target})
+    head = passes[0].head
     loader = Batches(
         batches,
         device=space.device,
-        forward=lambda model, batch: batch["replay"](model),
+        forward=lambda model, batch: batch["replay"](model)[head],
         target=lambda batch: batch["target"],
     )
     problem = Problem.of(model, space, loader, quantity, replayed=True)
     G = Implicit(check=False).build(Sweep(problem))
     wide = torch.promote_types(space.dtype, torch.float32)
-    return G if G.dtype == wide else G.to(wide)
+    return G if G.dtype == wide else G.to(wide), scores.total(parts)
 
 
 def mean_eigenvalue(F: BaseLinearOperator, seed: int, rank: int) -> float:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from ..data import outputs_of
 from ..errors import DataError, LikelihoodWarning, SpaceMismatchError, UnsupportedLayerError
 from ..jacobian.capture import Capture, Recorded
 from ..jacobian.parts import Kind, Part
@@ -22,18 +21,18 @@ from ..jacobian.registry import whole_modules
 from ..jacobian.scopes import in_build, plain_functions, recording
 from ..operators.warn import warn
 from ..space import ParamSpace
+from .heads import Heads, joint
 from .hooks import Hooks
+from .passed import Mark, Passed, Run
 from .replay import Replay, float_math
 
-__all__ = ["Loop", "Passed", "Scorer"]
+__all__ = ["Loop", "Scorer"]
 
-Outputs = Callable[[Any], Tensor]
 _DERIVED = (
     "the loss seems to use derivatives of the network's outputs (create_graph=True), which the "
     "curvature leaves out: if they are most of the loss, let the model's forward pass make and "
     "return them, and take representation='implicit'"
 )
-_MARK = "nngeo_lazy.optim"  # where a graph keeps the mark of its pass
 
 
 class Scorer(Protocol):
@@ -53,54 +52,6 @@ class Scorer(Protocol):
         """Forget what has arrived since the last step."""
 
 
-@dataclass
-class Mark:
-    """What all watchers of one forward pass share: whether one of them differentiates it now."""
-
-    scoring: bool = False
-
-    @classmethod
-    def of(cls, outputs: Tensor) -> Mark:
-        """The mark of the pass that made these outputs; it lives and dies with their graph."""
-        held: Any = get_gradient_edge(outputs).node.metadata
-        mark: Mark = held.setdefault(_MARK, cls())
-        return mark
-
-    @contextmanager
-    def scored(self) -> Iterator[None]:
-        """Inside, backward passes from the outputs are nobody's loss."""
-        before, self.scoring = self.scoring, True
-        try:
-            yield
-        finally:
-            self.scoring = before
-
-
-@dataclass
-class Passed:
-    """A forward pass of the loop, and what its backward pass brought.
-
-    Attributes:
-        outputs: (N, ...), detached.
-        mark: shared with the other watchers of the pass.
-        replay: how to run it again, if that may be needed.
-        gradient: of the loop's loss at the outputs.
-        recorded: its layers, while the loop's own gradients at them are collected.
-        at_layers: those gradients, by the index of the recorded edge.
-        counts: whether the backward pass that runs is the loop's.
-        derived: whether a derivative of the outputs was made that can itself be differentiated.
-    """
-
-    outputs: Tensor
-    mark: Mark
-    replay: Replay | None = None
-    gradient: Tensor | None = None
-    recorded: Recorded | None = None
-    at_layers: dict[int, Tensor] = field(default_factory=dict)
-    counts: bool = False
-    derived: bool = False
-
-
 class _Running(NamedTuple):
     """What is open during a forward pass."""
 
@@ -114,13 +65,13 @@ class Loop:
     """The passes of a model between two steps.
 
     Layers are recorded in the loop's own forward pass. Their forms are proved before the first one,
-    in evaluation mode and on a few examples, since batch statistics and dropout make rows of single
-    examples meaningless; what has no form is left out of the space.
+    in evaluation mode and on a few examples: batch statistics and dropout make rows of single
+    examples meaningless. What has no form is left out of the space.
 
     Args:
         model: the network.
         space: the parameters whose curvature is wanted.
-        outputs: picks the outputs from what the model returns.
+        heads: pick the outputs from what the model returns.
 
     Attributes:
         space: the parameters that have a form; all of them until the first recorded pass.
@@ -135,7 +86,7 @@ class Loop:
         seen: how many there were, differentiated or not.
     """
 
-    def __init__(self, model: nn.Module, space: ParamSpace, outputs: Outputs | None) -> None:
+    def __init__(self, model: nn.Module, space: ParamSpace, heads: Heads) -> None:
         self.model, self.space = model, space
         self.plain: dict[str, str] = {}
         self._scorer: weakref.ref[Scorer] | None = None
@@ -143,7 +94,7 @@ class Loop:
         self.recording = self.replaying = self.sorting = self._warned = False
         self.passes: list[Passed] = []
         self.seen = 0
-        self._outputs = _default_outputs if outputs is None else outputs
+        self._heads = heads
         self._parameters = space.parameters(model)
         self._capture: Capture | None = None
         self._running: _Running | None = None
@@ -166,7 +117,7 @@ class Loop:
     def forget(self) -> None:
         """Drop the passes whose loss was differentiated; others may still be."""
         for passed in self.passes:
-            passed.recorded, passed.counts = None, False
+            passed.run.recorded, passed.run.counts = None, False
         self.passes, self.seen = [], 0
         if self.scorer is not None:
             self.scorer.drop()
@@ -179,7 +130,7 @@ class Loop:
             self.forget()  # model.zero_grad()
         replay = None
         if self.replaying:
-            replay = Replay.of(args, kwargs, self.space, self._outputs, self.hooks)
+            replay = Replay.of(args, kwargs, self.space, self._heads, self.hooks)
         recorder = None
         stack = ExitStack()
         if self.recording and self.scorer is not None:
@@ -199,28 +150,33 @@ class Loop:
         if result is None:
             return
         try:
-            outputs = self._outputs(result)
+            heads = self._heads(result)
         except DataError:
             if self.model.training:
                 raise
             return  # what a model returns in evaluation mode may be of another kind
-        if not outputs.requires_grad:
+        live = [k for k, outputs in enumerate(heads) if outputs.requires_grad]
+        if not live:
             return
         self.seen += 1
-        recorded = None if recorder is None else self._recorded(raw, outputs, recorder)
+        recorded = None if recorder is None else self._recorded(raw, joint(heads), recorder)
+        run = Run(Mark.of([heads[k] for k in live]), replay)
         if self.sorting and self.independent is None:
-            self.independent = self._without_influence(outputs)
-        self._wait(outputs, Passed(outputs.detach(), Mark.of(outputs), replay), recorded)
+            self.independent = self._without_influence(joint(heads), run.mark)
+        for k in live:
+            self._wait(heads[k], Passed(heads[k].detach(), run, k), recorded)
 
-    def _without_influence(self, outputs: Tensor) -> set[str]:
+    def _without_influence(self, outputs: Tensor, mark: Mark) -> set[str]:
         """The parameters that the outputs do not depend on: heads of other losses."""
         cotangent = torch.zeros_like(outputs)
-        with Mark.of(outputs).scored():
+        with mark.scored():
             found = gradients_at(outputs, list(self._parameters.values()), cotangent)
         return {name for name, g in zip(self._parameters, found, strict=True) if g is None}
 
     def _wait(self, outputs: Tensor, passed: Passed, recorded: Recorded | None) -> None:
         """Hooks hold what lies below them, and nothing that holds them: graphs end as ever."""
+        if recorded is not None:
+            recorded = replace(recorded, record=replace(recorded.record, outputs=passed.outputs))
         arrival = _Arrival(weakref.ref(self), passed, recorded, outputs._version, outputs.output_nr)
         edge = _uncast(outputs)
         if edge is None:
@@ -232,16 +188,17 @@ class Loop:
     def arrived(self, arrival: _Arrival, gradient: Tensor | None) -> None:
         """The gradient at the outputs of a pass arrived; None of a compiled model's own loss."""
         passed, recorded = arrival.passed, arrival.recorded
-        if passed.mark.scoring:
+        run = passed.run
+        if run.mark.scoring:
             return
         if not self._reaches_parameters():
-            passed.derived |= torch.is_grad_enabled()  # with create_graph=True
+            run.derived |= torch.is_grad_enabled()  # with create_graph=True
             return
-        if passed.derived and not self._warned:
+        if run.derived and not self._warned:
             self._warned = True
             warn(LikelihoodWarning(_DERIVED))
         if gradient is None:
-            passed.counts = True
+            run.counts = True
             self.passes.append(passed)
             return
         if passed.outputs._version != arrival.version:
@@ -251,20 +208,21 @@ class Loop:
             )
         before, gradient = passed.gradient, gradient.detach()
         again = before is not None
-        passed.counts = True
+        run.counts = True
         passed.gradient = gradient if before is None else before + gradient
         if not again:
             self.passes.append(passed)
         if self.scorer is None or (recorded is None and not again):
             return
         root = GradientEdge(torch._C._current_autograd_node(), arrival.output)
-        with torch.enable_grad(), float_math(gradient.device), passed.mark.scored():
+        with torch.enable_grad(), float_math(gradient.device), run.mark.scored():
             if recorded is not None:
                 arrival.recorded = None
+                collecting = run.recorded is not None
                 self.scorer.arrived(passed, recorded, root)
-                if self.scorer.empirical:  # the layers below have not been reached yet
+                if self.scorer.empirical and not collecting:  # layers below are still to be reached
                     for k, edge in enumerate(recorded.edges):
-                        edge.node.register_prehook(_AtLayer(passed, k, edge.output_nr))
+                        edge.node.register_prehook(_AtLayer(run, k, edge.output_nr))
             else:
                 self.scorer.arrived_again(passed, gradient)
 
@@ -288,7 +246,7 @@ class Loop:
         """A plan for the parameters that have a form."""
         while True:
             # the loop's own backward pass frees what leads from weights to parameters
-            forward = _Forward(self._outputs)
+            forward = _Forward(self._heads)
             capture = Capture(self.model, self.space, forward, through=False)
             parts = self._prove(capture, raw)
             out = [part for part in parts if part.kind in (Kind.GENERAL, Kind.UNUSED)]
@@ -357,20 +315,16 @@ class Loop:
 class _Forward:
     """The outputs of a model for what a loop called it with."""
 
-    outputs: Outputs
+    heads: Heads
 
     def __call__(self, model: nn.Module, raw: Any) -> Tensor:
         args, kwargs = raw
-        return self.outputs(model(*args, **kwargs))
+        return joint(self.heads(model(*args, **kwargs)))
 
 
 def _in_functorch() -> bool:
     """Whether a transform of torch.func runs."""
     return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def _default_outputs(result: Any) -> Tensor:
-    return outputs_of(result, "pass outputs=lambda result: ..., which picks them")
 
 
 @dataclass
@@ -416,16 +370,16 @@ def _uncast(outputs: Tensor) -> GradientEdge | None:
 class _AtLayer:
     """A hook at one output of a node of the graph."""
 
-    passed: Passed
+    run: Run
     edge: int
     output: int
 
     def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
-        gradient, passed = gradients[self.output], self.passed
-        if gradient is None or not passed.counts or passed.mark.scoring:
+        gradient, run = gradients[self.output], self.run
+        if gradient is None or not run.counts or run.mark.scoring:
             return
-        before = passed.at_layers.get(self.edge)
-        passed.at_layers[self.edge] = gradient if before is None else before + gradient
+        before = run.at_layers.get(self.edge)
+        run.at_layers[self.edge] = gradient if before is None else before + gradient
 
 
 @contextmanager

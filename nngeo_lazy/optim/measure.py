@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..likelihoods import Categorical, Likelihood
 from ..likelihoods.likelihood import wide
-from .loop import Passed
+from .passed import Passed, examples_of
 
 __all__ = ["Reading", "Touched", "changed"]
 
@@ -71,63 +71,92 @@ class Loss:
         return {k: v.clone() if isinstance(v, Tensor) else v for k, v in vars(self).items()}
 
 
+class Seen(NamedTuple):
+    """A pass of one head, its likelihood if it is known, and what shows of its target."""
+
+    passed: Passed
+    likelihood: Likelihood | None
+    target: Tensor | None
+
+
 @dataclass
 class Reading:
     """The passes of one refresh.
 
     Attributes:
-        likelihood: of the outputs; None if it is not known.
-        passes: with what the gradient shows of their targets.
+        seen: each head's.
         terms: how many labels there are: for categorical ones those that are scored, else examples.
         square: of one example's own gradient at the outputs, on average.
     """
 
-    likelihood: Likelihood | None = None
-    passes: list[tuple[Passed, Tensor | None]] = field(default_factory=list)
+    seen: list[Seen] = field(default_factory=list)
     terms: Tensor | None = None
     square: Tensor | None = None
 
-    def add(self, likelihood: Likelihood | None, passed: Passed, target: Tensor | None) -> None:
-        """Take a pass."""
-        self.likelihood = likelihood
-        self.passes.append((passed, target))
+    @property
+    def known(self) -> bool:
+        """Whether all likelihoods are."""
+        return all(each.likelihood is not None for each in self.seen)
 
     @property
     def examples(self) -> int:
         """Of all passes."""
-        return sum(passed.outputs.shape[0] for passed, _ in self.passes)
+        return examples_of([each.passed for each in self.seen])
+
+    @property
+    def runs(self) -> list[list[Seen]]:
+        """The heads of each forward pass."""
+        found: dict[int, list[Seen]] = {}
+        for each in self.seen:
+            found.setdefault(id(each.passed.run), []).append(each)
+        return list(found.values())
 
     @property
     def repeatable(self) -> bool:
         """Whether the passes can be run again."""
-        replays = [passed.replay for passed, _ in self.passes]
+        replays = [each.passed.run.replay for each in self.seen]
         return bool(replays) and all(each is not None and each.fresh for each in replays)
 
-    def close(self, total: float) -> Units:
+    def close(self, total: float, totals: Mapping[int, float]) -> Units:
         """What the step needs, once all losses have been differentiated.
 
+        The loop's loss is taken as C times the sum over heads of each one's own mean. C is read off
+        the heads whose gradients show it, and is 1 if there are none.
+
         Args:
-            total: what the loss's sum over labels is divided by, if its scale cannot be seen.
+            total: what the curvature's sums over labels are divided by.
+            totals: what each head's loss is a mean over.
         """
-        found = [self._read(passed, target) for passed, target in self.passes]
+        found = [self._read(each) for each in self.seen]
         terms = torch.stack([each.terms for each in found])
         self.terms = terms.sum().clamp_min(1.0)
         square = torch.stack([each.square for each in found]).sum() * self.examples
         self.square = square.clamp_min(torch.finfo(square.dtype).tiny ** 0.5)
-        if self.likelihood is None:
+        if not self.known:
             return Units(self.square.sqrt(), 1 / self.square, None)
+        of_heads = terms.new_tensor([totals[each.passed.head] for each in self.seen])
         scales = torch.stack([each.scale for each in found])
         weights = terms * (scales.isfinite() & (scales > 0))
-        mean = (scales.nan_to_num() * weights).sum() / weights.sum()
-        each = torch.where(mean > 0, mean, torch.full_like(mean, 1 / total))  # NaN is not
-        residuals = [one.residual for one in found if one.residual is not None]
+        common = (scales.nan_to_num() * of_heads * weights).sum() / weights.sum()
+        common = torch.where(common > 0, common, torch.ones_like(common))  # NaN is not
+        each = common / of_heads
+        if len(totals) == 1:
+            mean = each[0]
+        else:  # a head whose gradient shows its own share of the loss has that
+            each = torch.where(weights > 0, scales.nan_to_num(), each)
+            mean = (each * terms).sum() / self.terms
+        dispersions = [
+            torch.ones_like(mean) if one.residual is None else one.residual / scale.square()
+            for one, scale in zip(found, each, strict=True)
+        ]
         dispersion = None
-        if residuals:
-            dispersion = torch.stack(residuals).sum() / self.examples / each.square()
-        return Units(each * self.terms, total / self.terms, dispersion)
+        if any(one.residual is not None for one in found):
+            dispersion = (torch.stack(dispersions) * terms).sum() / self.terms
+        return Units(mean * self.terms, total / self.terms, dispersion)
 
-    def _read(self, passed: Passed, target: Tensor | None) -> _Read:
-        outputs, gradient, likelihood = passed.outputs, passed.gradient, self.likelihood
+    def _read(self, seen: Seen) -> _Read:
+        passed, likelihood, target = seen
+        outputs, gradient = passed.outputs, passed.gradient
         if gradient is None:
             raise RuntimeError("a pass without a gradient")
         terms = wide(outputs).new_tensor(float(outputs.shape[0]))
@@ -136,13 +165,13 @@ class Reading:
         square, scale = wide(gradient).square().sum(), torch.full_like(terms, float("nan"))
         if likelihood is None:
             return _Read(terms, square, scale, None)
-        seen = likelihood.scale_of(outputs, gradient)
+        found = likelihood.scale_of(outputs, gradient)
         residual = likelihood.dispersion(outputs, gradient)
         return _Read(
             terms,
             square,
-            scale if seen is None else seen.to(terms),
-            None if residual is None else residual.to(terms) * outputs.shape[0],
+            scale if found is None else found.to(terms),
+            None if residual is None else residual.to(terms),
         )
 
 
@@ -160,36 +189,41 @@ def changed(reading: Reading, model: nn.Module) -> Tensor:
     """2 KL, per label, of the predictions of a refresh and those of the model as it is now.
 
     To second order in the change; exactly the sum of both directions' KL for likelihoods whose
-    outputs are natural parameters. If the likelihood is not known, the squared change of the
+    outputs are natural parameters. If a likelihood is not known, the squared change of the
     outputs along the loss's gradients, in units of their mean square.
 
     Returns:
         0-d.
     """
-    total: list[Tensor] = []
     if reading.terms is None or reading.square is None:
         raise RuntimeError("passes that were not read")
-    for passed, target in reading.passes:
-        if passed.replay is None or passed.gradient is None:
+    total = torch.zeros_like(reading.terms)
+    for heads in reading.runs:
+        replay, along = heads[0].passed.run.replay, None
+        if replay is None:
             raise RuntimeError("a pass that cannot be run again")
-        before = passed.outputs
         buffers = [(b, b.detach().clone()) for b in model.buffers()]
         try:
-            after = passed.replay(model).detach()
+            found = replay(model)
         finally:
             for buffer, kept in buffers:
                 buffer.copy_(kept)
-        same = before == after  # also if both are infinite
-        change = torch.where(same, 0.0, wide(after) - wide(before)).flatten(1)
-        if reading.likelihood is None:
-            own = wide(passed.gradient).flatten(1) * reading.examples
-            total.append((own * change).sum(1).square().sum())
-        else:
-            labels = torch.zeros_like(before) if target is None else target
-            a, b = (_score(reading.likelihood, f, labels) for f in (before, after))
-            total.append(((b - a).flatten(1) * change).sum())
-    found = torch.stack(total).sum() / reading.terms
-    return found / reading.square if reading.likelihood is None else found
+        for passed, likelihood, target in heads:
+            before, after = passed.outputs, found[passed.head].detach()
+            same = before == after  # also if both are infinite
+            change = torch.where(same, 0.0, wide(after) - wide(before)).flatten(1)
+            if likelihood is not None and reading.known:
+                labels = torch.zeros_like(before) if target is None else target
+                a, b = (_score(likelihood, f, labels) for f in (before, after))
+                total += ((b - a).flatten(1) * change).sum()
+            elif passed.gradient is not None:
+                own = wide(passed.gradient).flatten(1) * reading.examples
+                own = (own * change).sum(1)
+                along = own if along is None else along + own
+        if along is not None:
+            total += along.square().sum()
+    total = total / reading.terms
+    return total if reading.known else total / reading.square
 
 
 def _score(likelihood: Likelihood, outputs: Tensor, labels: Tensor) -> Tensor:

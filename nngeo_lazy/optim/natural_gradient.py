@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from ..arguments import checked
 from ..errors import DataError
-from ..quantities import LossLike
 from ..representations import Representation
 from .base import CurvatureOptimizer
 from .direction import Direction
 from .exact import mean_eigenvalue, quadratic_step
-from .options import Damping, HessianFree, LevenbergMarquardt, Options, Schedule
+from .options import Damping, HessianFree, LevenbergMarquardt, Losses, Options, Schedule
 from .replay import RandomState
 from .solving import Dampings, Vectors
 
@@ -36,17 +35,17 @@ class NaturalGradient(CurvatureOptimizer):
     ever. `docs/optimizers.md` has all formulas.
 
     The loop stays ordinary: `loss = loss_fn(model(x), y)`, `loss.backward()`, `optimizer.step()`.
-    Forward passes are watched. On every `update_every`-th step their layers are recorded, and the
-    curvature's statistics come from their backward pass: "empirical" from the loop's own, "mc" from
-    one more of labels that the model draws. They are averaged over steps (`operator`), and every
+    Forward passes are watched. On every `update_every`-th step their layers are recorded. The
+    curvature's statistics come from a backward pass: for "empirical" the loop's own, for "mc" one
+    more, of labels that the model draws. They are averaged over steps (`operator`), and every
     `invert_every`-th step decomposed. A step in between waits for nothing that is on the device.
 
     F is scaled as by `FIM`, a mean over examples of a loss that sums over positions; a torch.nn
-    loss module as likelihood keeps its own reduction. However the loop scales its loss (a sum, a
-    mean over tokens, a `GradScaler`) is read off the gradient at the outputs, except of Gaussian
-    losses: "gaussian" stands for the mean over examples of half the squared error.
-    Accumulated gradients count as the mean over all examples since the last step. Labels are not
-    seen: masks of a categorical likelihood are read off the gradient.
+    loss module as likelihood keeps its own reduction. The scale of the loop's loss (a sum, a mean
+    over tokens, a `GradScaler`) is read off the gradient at the outputs, except of Gaussian losses.
+    "gaussian" stands for the mean over examples of half the squared error. Accumulated gradients
+    count as the mean over all examples since the last step. Labels are not seen: masks of a
+    categorical likelihood are read off the gradient.
 
     Batch normalisation and dropout may train: batch statistics count as constants, and layers'
     forms are proved in evaluation mode, once. What has no Kronecker form takes its diagonal; what
@@ -64,7 +63,8 @@ class NaturalGradient(CurvatureOptimizer):
         likelihood: "categorical", "bernoulli", "gaussian", "poisson", an object from
             `nngeo_lazy.likelihoods`, or a torch.nn loss module. None recognises softmax and
             logistic cross-entropies by their first gradient, and takes the loop's own gradients
-            ("empirical", with a `LikelihoodWarning`) for any other loss.
+            ("empirical", with a `LikelihoodWarning`) for any other loss. A dict by name, or a
+            sequence by position, gives one to each of several heads that the model returns.
         lr: eta. None: eta and the share of the last step minimise the exact quadratic model of the
             step's batch, without a radius; the groups' lr is then a factor, 1 to begin with.
         momentum: of the running average of gradients, but not for "kernel" and "implicit", whose
@@ -90,7 +90,7 @@ class NaturalGradient(CurvatureOptimizer):
         second_moments: whether second moments of gradients in the curvature's eigenvectors, as in
             Adam, take the place of its eigenvalues (for representations with eigenvectors).
         outputs: picks the outputs (N, ...) from what the model returns; by default it itself, or
-            its `.logits`.
+            its `.logits`. With several heads, what holds them.
 
     Raises:
         DataError: an option that does not fit; in `step`, no backward pass, or one of a loss that
@@ -125,7 +125,7 @@ class NaturalGradient(CurvatureOptimizer):
         self,
         model: nn.Module,
         representation: str | Representation | HessianFree = "kfac",
-        likelihood: LossLike | None = None,
+        likelihood: Losses = None,
         *,
         lr: float | None = 1.0,
         momentum: float = 0.9,

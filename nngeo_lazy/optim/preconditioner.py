@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from ..arguments import checked
 from ..errors import DataError
-from ..quantities import LossLike
 from ..representations import Representation
 from .base import CurvatureOptimizer
 from .direction import Direction
-from .options import Damping, HessianFree, LevenbergMarquardt, Options, Schedule
+from .options import Damping, HessianFree, LevenbergMarquardt, Losses, Options, Schedule
 from .solving import Vectors
 
 __all__ = ["Preconditioner"]
@@ -58,7 +57,7 @@ class Preconditioner(CurvatureOptimizer):
         self,
         model: nn.Module,
         representation: str | Representation | HessianFree = "kfac",
-        likelihood: LossLike | None = None,
+        likelihood: Losses = None,
         *,
         momentum: float = 0.0,
         radius: float | None = 0.01,

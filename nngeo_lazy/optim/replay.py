@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import DataError
 from ..space import ParamSpace
+from .heads import Heads
 from .hooks import Hooks
 
 __all__ = ["RandomState", "Replay", "float_math"]
@@ -63,7 +64,7 @@ class Replay:
     parameter: str
     dtype: torch.dtype
     autocast: torch.dtype | None
-    outputs: Callable[[Any], Tensor]
+    heads: Heads
     hooks: Hooks
 
     @classmethod
@@ -72,7 +73,7 @@ class Replay:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         space: ParamSpace,
-        outputs: Callable[[Any], Tensor],
+        heads: Heads,
         hooks: Hooks,
     ) -> Replay:
         """The pass that is about to run, of a model with parameters like those of a space."""
@@ -81,7 +82,7 @@ class Replay:
         random = RandomState.now(space.device)
         versions = tuple(x._version for x in _tensors(args, kwargs))
         return cls(
-            args, kwargs, random, versions, space.names[0], space.dtype, autocast, outputs, hooks
+            args, kwargs, random, versions, space.names[0], space.dtype, autocast, heads, hooks
         )
 
     @property
@@ -89,8 +90,8 @@ class Replay:
         """Whether the inputs are what they were."""
         return self.versions == tuple(x._version for x in _tensors(self.args, self.kwargs))
 
-    def __call__(self, model: nn.Module) -> Tensor:
-        """The outputs, of the model with whatever parameters it has now, in their dtype."""
+    def __call__(self, model: nn.Module) -> list[Tensor]:
+        """Each head's outputs, of the model with whatever parameters it has now, in their dtype."""
         if not self.fresh:
             raise DataError(
                 "expected the inputs of each forward pass to stay as they are until the step, "
@@ -102,7 +103,7 @@ class Replay:
         autocast = torch.autocast(self.random.device.type, dtype=self.autocast, enabled=enabled)
         with self.hooks.paused(), self.random.forked(), autocast:
             self.random.restore()
-            return self.outputs(model(*args, **kwargs))
+            return self.heads(model(*args, **kwargs))
 
     def _cast(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
         path, _, name = self.parameter.rpartition(".")

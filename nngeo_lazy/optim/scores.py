@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from torch import Tensor, nn
 
 from ..errors import DataError, LikelihoodWarning, TooLargeError
@@ -18,15 +20,17 @@ from ..likelihoods.losses import CallableLoss, Reduction
 from ..likelihoods.names import NAMES
 from ..operators.warn import warn
 from ..quantities import Fisher, GaussNewton, LossLike, Quantity
+from .options import Losses
+from .passed import Passed
 from .recognise import placed, recognised
 
-__all__ = ["Scores"]
+__all__ = ["HeadScores", "Scores"]
 
 MAX_DIRECTIONS = 1000  # of one example, in an exact curvature
 
 
-class Scores:
-    """The output directions of a loop's passes.
+class HeadScores:
+    """The output directions of one head in a loop's passes.
 
     Labels and masks are read off the gradient of the loop's loss at the outputs, if the
     likelihood reads any.
@@ -182,6 +186,63 @@ class Scores:
                     "estimator='empirical'"
                 )
             )
+
+
+class Scores:
+    """The output directions of a loop's passes, for each of the heads that have a loss.
+
+    Args:
+        given: what `HeadScores` takes, or a mapping or a sequence with one for each head.
+        estimator: "exact", "mc" or "empirical".
+
+    Attributes:
+        heads: of each.
+        several: whether the heads are named.
+    """
+
+    def __init__(self, given: Losses, estimator: str) -> None:
+        self.several = isinstance(given, (Mapping, Sequence)) and not isinstance(given, str)
+        each = [given]
+        if self.several:
+            each = list(given.values() if isinstance(given, Mapping) else given)  # type: ignore
+            if not each:
+                raise DataError("expected a likelihood for each head, got none: likelihood=None")
+            if estimator != "empirical" and any(one is None for one in each):
+                raise DataError(
+                    f"expected a likelihood for each of several heads, got {given!r}: name all of "
+                    f"them (one of {sorted(NAMES)}, an object, or a torch.nn loss module), or take "
+                    "estimator='empirical'"
+                )
+        self.heads = [HeadScores(one, estimator) for one in each]  # type: ignore[arg-type]
+
+    def of(self, passed: Passed) -> HeadScores:
+        """Those of a pass's head."""
+        return self.heads[passed.head]
+
+    @property
+    def estimator(self) -> str:
+        """Which output gradients are taken."""
+        return self.heads[0].estimator
+
+    @estimator.setter
+    def estimator(self, estimator: str) -> None:
+        for head in self.heads:
+            head.estimator = estimator
+
+    def described(self) -> dict[str, str | int | None]:
+        """The quantity in plain words."""
+        each = [head.described() for head in self.heads]
+        if len(each) == 1:
+            return each[0]
+        losses = ", ".join(str(one["loss"]) for one in each)
+        return {"matrix": "Fisher", "loss": losses, "estimator": self.estimator}
+
+    def totals(self, parts: Sequence[tuple[int, float]]) -> dict[int, float]:
+        """What each head's loss is a mean over, from (head, a pass's part of it)."""
+        sums = {head: 0.0 for head, _ in parts}
+        for head, part in parts:
+            sums[head] += part
+        return {head: self.heads[head].total(found) for head, found in sums.items()}
 
 
 def _unknown(outputs: Tensor) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, cast
 
 from ..facts import Facts
@@ -50,6 +50,4 @@ class Dense(Streamed):
     def _hessian(self, sweep: Sweep) -> BaseLinearOperator:
         H = Implicit().build(sweep)
         matrix = H.to_dense()
-        described = {**H.info.quantity, "representation": self.described()}
-        info = replace(H.info, quantity=described)
-        return DenseLinearOperator((matrix + matrix.mT) / 2, info=info)
+        return DenseLinearOperator((matrix + matrix.mT) / 2, info=self.sign(H.info))

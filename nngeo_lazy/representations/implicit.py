@@ -47,8 +47,8 @@ class Implicit(Representation):
     """The exact matrix as products: each passes over the data and differentiates the network.
 
     The operator holds the loader, a copy of the selected parameters and of all buffers. Memory P,
-    and the graph of one batch; with a cache the graphs of all, so that a product costs a forward-
-    mode and a reverse-mode pass, without a forward pass.
+    and the graph of one batch. With a cache it holds the graphs of all, so that a product costs a
+    forward- mode and a reverse-mode pass, without a forward pass.
 
     Args:
         mode: "double_vjp" (reverse mode alone, which every architecture has),
@@ -171,9 +171,9 @@ def _fields(sweep: Sweep, options: Implicit) -> dict[str, Any]:
         cache=options.cache,
         chunk_size=options.chunk_size,
     )
-    described = {**facts.described, "representation": options.described()}
-    info = Info(space, facts.num_examples, facts.num_terms, {}, described, facts.log_likelihood)
-    return {"source": source, "info": info}
+    counts = facts.num_examples, facts.num_terms
+    info = Info(space, *counts, quantity=facts.described, log_likelihood=facts.log_likelihood)
+    return {"source": source, "info": options.sign(info)}
 
 
 def _require_differentiable(outputs: Tensor) -> None:

@@ -68,6 +68,11 @@ class Mixed(Streamed):
         for each in self.members:
             each.require_fit(facts)
 
+    @property
+    def truncates(self) -> bool:
+        """Whether a member does."""
+        return any(each.truncates for each in self.members)
+
     def recipe(self, facts: Facts, indices: Sequence[int]) -> Recipe:
         """The recipes of all members, side by side."""
         recipes = [each.recipe(facts, inside) for each, inside in self._parts(facts, indices)]

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from ..facts import Cost, Facts, Sample
 from ..operators import BaseLinearOperator
+from ..operators.info import Info
 from ..quantities import MatrixKind
 from ..statistics import Statistic
 from ..sweep import Make, Sweep
@@ -40,6 +41,16 @@ class Representation(ABC):
     def described(self) -> str:
         """In words: statistics of two representations with the same ones can be pooled."""
         return repr(self)
+
+    @property
+    def truncates(self) -> bool:
+        """Whether it keeps the best approximation of a rank, which is not linear in the data."""
+        return False
+
+    def sign(self, info: Info) -> Info:
+        """The same, of a matrix in this representation."""
+        quantity = {**info.quantity, "representation": self.described()}
+        return replace(info, quantity=quantity, truncated=self.truncates)
 
 
 class Streamed(Representation):
@@ -98,8 +109,7 @@ class Streamed(Representation):
                 operator = self.finish(facts, done.value)
                 break
             facts, _ = sweep.run(_always(wanted))
-        quantity = {**operator.info.quantity, "representation": self.described()}
-        known: BaseLinearOperator = operator._with_info(replace(operator.info, quantity=quantity))
+        known: BaseLinearOperator = operator._with_info(self.sign(operator.info))
         return known
 
 

@@ -167,7 +167,7 @@ def test_soft_labels_are_recognised(name):
     y = torch.randint(7, (40,))
     optimizer = NaturalGradient(model, seed=0)
     losses = train(optimizer, model, x, y, 40, SOFT[name])
-    assert optimizer._scores.known == Categorical(class_dim=1)
+    assert optimizer._scores.heads[0].known == Categorical(class_dim=1)
     assert optimizer._scores.estimator == "mc"
     assert losses[-1] < 0.9 * losses[0]
 
@@ -177,7 +177,7 @@ def test_a_logistic_loss_is_recognised():
     y = (x[:, :3] > 0).double()
     optimizer = NaturalGradient(model, seed=0)
     losses = train(optimizer, model, x, y, 40, functional.binary_cross_entropy_with_logits)
-    assert optimizer._scores.known == Bernoulli()
+    assert optimizer._scores.heads[0].known == Bernoulli()
     assert losses[-1] < 0.3 * losses[0]
 
 
