@@ -159,7 +159,9 @@ class Probed:
             if not alone:
                 raise
             reason = str(error).split("\n")[0]
-            return f"{part.function} cannot be run for one example alone ({reason})"
+            notes = [self.calls[k].note for k in part.calls if self.calls[k].note]
+            why = "; ".join([*dict.fromkeys(notes), reason])
+            return f"{part.function} cannot be run for one example alone ({why})"
         if apart == 0:
             return ""
         return (
