@@ -68,6 +68,13 @@ class Implicit(Representation):
     Raises:
         DataError: an unknown mode or cache, a chunk_size below one.
 
+    Example:
+        >>> import torch, nngeo_lazy as ng
+        >>> model, x = torch.nn.Linear(3, 2), torch.randn(8, 3)
+        >>> F = ng.FIM(model, x, Implicit(cache=False), likelihood="gaussian")
+        >>> (F @ F.space.randn()).shape
+        torch.Size([8])
+
     Source:
         Pearlmutter (1994), Fast exact multiplication by the Hessian; Schraudolph (2002), Fast
         curvature matrix-vector products for second-order gradient descent.
