@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .errors import DataError
 from .likelihoods import Likelihood, check_estimator, resolve, resolve_loss
+from .likelihoods.likelihood import NOT_FINITE
 from .likelihoods.losses import CallableLoss, Reduction
 
 __all__ = [
@@ -62,11 +63,13 @@ class Quantity(ABC):
         kind: which matrix is made from it.
         estimator: "exact", "mc" or "empirical".
         fewer: how a user gets fewer directions, as the end of an error.
+        held: whether all directions of a piece of a batch are held at once.
     """
 
     kind: ClassVar[MatrixKind] = MatrixKind.GAUSS_NEWTON
     estimator: str = "exact"
     fewer: str = "take estimator='mc' (one for each sample)"
+    held: bool = False
 
     @abstractmethod
     def fit(self, outputs: Tensor, target: Tensor | None) -> None:
@@ -299,6 +302,9 @@ class Outputs(Quantity):
     kind = MatrixKind.JACOBIAN
     fewer = "pass loss= (one row for each example)"
 
+    def __init__(self, *, held: bool = False) -> None:
+        self.held = held
+
     def fit(self, outputs: Tensor, target: Tensor | None) -> None:
         """Any outputs fit."""
         return
@@ -316,6 +322,10 @@ class Outputs(Quantity):
             unit = outputs.new_zeros(outputs.shape[0], count)
             unit[:, j] = 1
             yield unit.view(outputs.shape)
+
+    def flags(self, outputs: Tensor, target: Tensor | None) -> dict[str, Tensor]:
+        """Outputs that are NaN or infinite; one that is ruled out by -infinity is a constant."""
+        return {NOT_FINITE: ~(outputs.detach() < math.inf).all()}
 
     def described(self) -> dict[str, str | int | None]:
         """The matrix alone."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .arguments import checked, described
+from .arguments import PositiveInt, checked, described, named
 from .errors import DataError, SpaceMismatchError
 
 __all__ = ["Lineage", "ParamSpace", "canonical_name"]
@@ -53,6 +53,7 @@ class Lineage:
         )
 
 
+@named("a ParamSpace", "F.space")
 class ParamSpace:
     """Names and shapes of parameters, in the order of the flat vector.
 
@@ -65,6 +66,9 @@ class ParamSpace:
         dtype: of the vectors that `zeros`, `randn` and `eye` make.
         device: likewise.
         lineages: where each parameter sits in its model; selectors by module need it.
+
+    Raises:
+        DataError: shapes is no dict of shapes by name.
 
     Example:
         >>> space = ParamSpace({"fc.weight": (2, 3), "fc.bias": (2,)})
@@ -190,6 +194,10 @@ class ParamSpace:
                 f"no parameter {name!r} in this space, which has {list(self.names)}"
             ) from None
 
+    def holding(self, position: int) -> str:
+        """The parameter that a position of the flat vector belongs to."""
+        return next(n for n, where in self.slices.items() if where.start <= position < where.stop)
+
     @checked
     def owner(self, name: str) -> str:
         """The path of the module that owns a parameter; a raw parameter owns itself."""
@@ -279,7 +287,7 @@ class ParamSpace:
         return torch.zeros(len(self), dtype=self.dtype, device=self.device)
 
     @checked
-    def randn(self, n: int | None = None) -> Tensor:
+    def randn(self, n: PositiveInt | None = None) -> Tensor:
         """A standard normal vector (P,), or n of them as columns (P, n)."""
         shape = (len(self),) if n is None else (len(self), n)
         return torch.randn(shape, dtype=self.dtype, device=self.device)

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from ..arguments import check_fields
+from ..arguments import NonNegativeInt, check_fields
 from ..errors import DataError
 from ..quantities import LossLike
 from ..representations import Implicit, Representation
@@ -40,6 +40,11 @@ class LevenbergMarquardt:
 
     Raises:
         DataError: bounds that are not in order, or a decay outside of (0, 1].
+
+    Example:
+        >>> damping = LevenbergMarquardt(initial=1.0, every=1)
+        >>> damping.adjusted(1.0, ratio=1.0)  # the model is exact: less damping
+        0.95
 
     Source:
         Martens and Grosse (2015), Optimizing Neural Networks with Kronecker-factored Approximate
@@ -94,13 +99,21 @@ class HessianFree:
     Raises:
         DataError: a number out of its range.
 
+    Example:
+        >>> import torch, nngeo_lazy as ng
+        >>> model = torch.nn.Linear(3, 2)
+        >>> free = HessianFree(preconditioner="diagonal", max_iter=20)
+        >>> optimizer = ng.optim.NaturalGradient(model, free, "gaussian")
+        >>> model(torch.randn(8, 3)).square().sum(1).mean().div(2).backward()
+        >>> optimizer.step()
+
     Source:
         Martens (2010), Deep learning via Hessian-free optimization.
     """
 
     preconditioner: str | Representation | None = None
     tol: float = 1e-2
-    max_iter: int = 50
+    max_iter: NonNegativeInt = 50
     decay: float = 0.95
 
     def __post_init__(self) -> None:
@@ -109,8 +122,8 @@ class HessianFree:
             raise DataError(f"expected tol > 0, max_iter >= 1 and a decay in [0, 1], got {self}")
 
 
-Damping: TypeAlias = "float | Callable[[int], float] | LevenbergMarquardt"
-Losses: TypeAlias = "LossLike | Mapping[str, LossLike | None] | Sequence[LossLike | None] | None"
+Damping: TypeAlias = float | Callable[[int], float] | LevenbergMarquardt
+Losses: TypeAlias = LossLike | Mapping[str, LossLike | None] | Sequence[LossLike | None] | None
 METHODS = ("exact", "factored")
 
 
