@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from ..collectives import within_replicas
 from ..errors import DataError, LikelihoodWarning, SpaceMismatchError, UnsupportedLayerError
 from ..jacobian.capture import Capture, Recorded
 from ..jacobian.parts import Kind, Part
@@ -71,6 +72,7 @@ class Loop:
         model: the network.
         space: the parameters whose curvature is wanted.
         heads: pick the outputs from what the model returns.
+        alone: whether no other process trains the same model.
 
     Attributes:
         space: the parameters that have a form; all of them until the first recorded pass.
@@ -85,7 +87,9 @@ class Loop:
         seen: how many there were, differentiated or not.
     """
 
-    def __init__(self, model: nn.Module, space: ParamSpace, heads: Heads) -> None:
+    def __init__(
+        self, model: nn.Module, space: ParamSpace, heads: Heads, alone: bool = True
+    ) -> None:
         self.model, self.space = model, space
         self.plain: dict[str, str] = {}
         self._scorer: weakref.ref[Scorer] | None = None
@@ -93,7 +97,7 @@ class Loop:
         self.recording = self.replaying = self.sorting = self._warned = False
         self.passes: list[Passed] = []
         self.seen = 0
-        self._heads = heads
+        self._heads, self._alone = heads, alone
         self._parameters = space.parameters(model)
         self._capture: Capture | None = None
         self._running: _Running | None = None
@@ -133,6 +137,12 @@ class Loop:
         recorder = None
         stack = ExitStack()
         if self.recording and self.scorer is not None:
+            if self._alone and within_replicas(self.model):
+                raise DataError(
+                    "expected a model in one process, but DistributedDataParallel calls the one "
+                    "that the optimizer was made with, and its replicas would drift apart: make "
+                    "the optimizer with the wrapper"
+                )
             if self._capture is None:
                 self._capture = self._first_plan((args, kwargs))
             recorder = self._capture.recorder((args, kwargs), training=True)
