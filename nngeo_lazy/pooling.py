@@ -21,6 +21,7 @@ from .operators.info import Info, Origin
 from .operators.kronecker import EigenKroneckerLinearOperator, KroneckerLinearOperator
 from .operators.low_rank import LowRankLinearOperator
 from .operators.quasi_diagonal import QuasiDiagonalLinearOperator
+from .operators.stored import opened
 
 __all__ = ["merge", "pool", "register_pooled"]
 
@@ -153,7 +154,7 @@ def register_pooled(kind: Kind, rule: Pool | None = None) -> Kind:
 
     .. math:: t = \sum_k w_k t_k
 
-    is the rule for each of its tensors t if none is given: it is right if the matrix is linear in
+    is the rule for each of its tensors t if none is given. It is right if the matrix is linear in
     its tensors, and these are means over the data. Also a decorator of the class.
 
     Args:
@@ -283,7 +284,7 @@ def _blocks(
         raise SpaceMismatchError("expected block-diagonal operators over the same blocks")
     blocks: list[BaseLinearOperator] = []
     for k, (name, layout, _) in enumerate(ops[0].parts):
-        members = [op.members[k] for op in ops]
+        members = [opened(op.members[k]) for op in ops]
         if len({type(member) for member in members}) > 1:
             raise DataError(f"block {name!r}: expected one representation in all operators")
         positions: Sequence[float | None] = weights

@@ -1,9 +1,8 @@
 """The input factor of an `Outer` form: dense vectors, indices, or patches of an image.
 
-Each holds x[n, g, t, i] (example, group, position, input) without necessarily storing it, and
-answers the three questions that the forms ask: the dense tensor, its second moment, and its
-coordinates in another basis. A homogeneous coordinate (the bias) is appended by the caller's
-`bias` flag.
+Each stands for x[n, g, t, i] (example, group, position, input), and need not store it. It answers
+the three questions that the forms ask: the dense tensor, its second moment, and its coordinates in
+another basis. A homogeneous coordinate (the bias) is appended by the caller's `bias` flag.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Strided patches of images, and the second moment of patches from correlations.
 
-The second moment of the patches of a stride-1 convolution depends on a pair of kernel taps (a, b)
-only through their offset b - a, up to thin strips at the border: 13 correlations replace the 81
-blocks of a 3x3 kernel's moment, and no patch is ever stored.
+Patches of a stride-1 convolution have a second moment for each pair of kernel taps (a, b). It
+depends only on their offset b - a, up to thin strips at the border. So 13 correlations replace the
+81 blocks of a 3x3 kernel's moment, and no patch is ever stored.
 """
 
 from __future__ import annotations

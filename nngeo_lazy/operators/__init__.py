@@ -48,6 +48,7 @@ from .quasi_diagonal import QuasiDiagonalLinearOperator
 from .report import Report, Row
 from .scipy import ScipyOperator
 from .stack import StackLinearOperator
+from .stored import StoredLinearOperator
 from .views import (
     BroadcastLinearOperator,
     ForeignLinearOperator,
@@ -87,6 +88,7 @@ __all__ = [
     "ScaledLinearOperator",
     "ScipyOperator",
     "StackLinearOperator",
+    "StoredLinearOperator",
     "SumLinearOperator",
     "TransposedLinearOperator",
     "aslinearoperator",

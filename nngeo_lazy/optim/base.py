@@ -28,7 +28,7 @@ from .measure import Loss, Reading, Touched, changed, read
 from .options import Options
 from .passed import examples_of
 from .replay import float_math
-from .saving import checked_state, common_module, restored
+from .saving import checked_state, restored
 from .scores import Scores
 from .setup import (
     agree,
@@ -120,8 +120,9 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         Raises:
             DataError: there was no step yet.
         """
-        held = None if self._curvature is None else self._curvature.operator
-        F = self._exact if self._free is not None else held
+        F = self._exact
+        if self._free is None:
+            F = None if self._curvature is None else self._curvature.operator
         if F is None:
             raise DataError(
                 "expected a step before the curvature is asked for: there is none before the first "
@@ -316,7 +317,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         if not self._refreshing or self._curvature is None:
             return
         with self._group.together("a step", self._steps):
-            self._require_passes()
+            self._loop.require_passes()
         reason = ""
         try:
             ratio = self._touched.ratio(self._group)
@@ -333,7 +334,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
     def _read(self) -> None:
         """What this step's passes tell of the loss, of which no curvature is kept."""
         with self._group.together("a step", self._steps):
-            self._require_passes()
+            self._loop.require_passes()
         like = torch.zeros((), dtype=self._dtype, device=self._space.device)
         reading, found = read(self._loop.passes, self._scores, self._group, like)
         self._loss.take(found, self._touched.ratio(self._group))
@@ -352,25 +353,6 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             message = f"{what}: lower lr, raise damping, or clip gradients"
             warn(NonFiniteWarning(message, skipped - self._warned))
             self._warned = skipped
-
-    def _require_passes(self) -> None:
-        if self._loop.passes:
-            return
-        if self._loop.seen:
-            raise DataError(
-                "expected a loss that is made from the outputs of the model's last forward pass, "
-                "but none of them got a gradient: call loss.backward() on it (not detached), make "
-                "the loss from what the model itself returns, and let outputs= pick a tensor of it "
-                "rather than make one"
-            )
-        touched = [name for name, p in self._parameters.items() if p.grad is not None]
-        called = common_module(touched)
-        part = f" ({called!r} has all gradients: if the loop calls it, pass it)" if called else ""
-        raise DataError(
-            "expected a forward pass of the model with autograd on since the last step, but saw "
-            f"none{part}: call the model that the optimizer was made with (the compiled one, if it "
-            "is compiled) as model(x), not a part of it and not model.forward(x)"
-        )
 
     def _frame(self) -> Direction:
         """The direction, in the frame of the present curvature and damping."""
@@ -411,7 +393,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         return sum(n for (n,) in self._group.numbers([examples_of(self._loop.passes)], "a step"))
 
     def _exact_curvature(self) -> BaseLinearOperator:
-        self._require_passes()
+        self._loop.require_passes()
         if self._exact is None:
             with torch.enable_grad():
                 self._exact = exact_curvature(
@@ -437,8 +419,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         """The part of a step that stays, once it was made with this learning rate."""
         if self._reading is None or direction.trust is None:
             raise RuntimeError("a step that is not measured")
-        found = changed(self._reading, self._model, self._group)
-        return direction.trust.calibrate(found.to(self._dtype), lr)
+        found = changed(self._reading, self._model, self._group).to(self._dtype)
+        return direction.trust.calibrate(found, lr)
 
     def _end_step(self) -> None:
         self._steps += 1

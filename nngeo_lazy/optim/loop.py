@@ -25,6 +25,7 @@ from .heads import Heads, joint
 from .hooks import Hooks
 from .passed import Mark, Passed, Run
 from .replay import Replay, float_math
+from .saving import common_module
 
 __all__ = ["Loop", "Scorer"]
 
@@ -65,8 +66,8 @@ class Loop:
     """The passes of a model between two steps.
 
     Layers are recorded in the loop's own forward pass. Their forms are proved before the first one,
-    in evaluation mode and on a few examples, since batch statistics and dropout make rows of single
-    examples meaningless; what has no form is left out of the space.
+    in evaluation mode and on a few examples: batch statistics and dropout make rows of single
+    examples meaningless. What has no form is left out of the space.
 
     Args:
         model: the network.
@@ -305,6 +306,26 @@ class Loop:
             recording(self.model, parameters),
         ):
             return capture.prove(raw)
+
+    def require_passes(self) -> None:
+        """Refuse a step without a forward pass that its gradients came from."""
+        if self.passes:
+            return
+        if self.seen:
+            raise DataError(
+                "expected a loss that is made from the outputs of the model's last forward pass, "
+                "but none of them got a gradient: call loss.backward() on it (not detached), make "
+                "the loss from what the model itself returns, and let outputs= pick a tensor of it "
+                "rather than make one"
+            )
+        touched = [name for name, p in self._parameters.items() if p.grad is not None]
+        called = common_module(touched)
+        part = f" ({called!r} has all gradients: if the loop calls it, pass it)" if called else ""
+        raise DataError(
+            "expected a forward pass of the model with autograd on since the last step, but saw "
+            f"none{part}: call the model that the optimizer was made with (the compiled one, if it "
+            "is compiled) as model(x), not a part of it and not model.forward(x)"
+        )
 
     def require_same_parameters(self) -> None:
         """Refuse a model whose parameters are not those that are watched any more."""

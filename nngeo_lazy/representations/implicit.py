@@ -46,8 +46,8 @@ class Implicit(Representation):
     """The exact matrix as products: each passes over the data and differentiates the network.
 
     The operator holds the loader, a copy of the selected parameters and of all buffers. Memory P,
-    and the graph of one batch; with a cache the graphs of all, so that a product costs a forward-
-    mode and a reverse-mode pass, without a forward pass.
+    and the graph of one batch. With a cache it holds the graphs of all, so that a product costs a
+    forward- mode and a reverse-mode pass, without a forward pass.
 
     Args:
         mode: "double_vjp" (reverse mode alone, which every architecture has),
