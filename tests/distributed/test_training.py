@@ -87,6 +87,12 @@ def test_a_preconditioner_of_replicas(pool):
         assert losses[-1] < 0.5 * losses[0]
 
 
+def test_compiled_modules_inside_of_the_wrapper(pool):
+    found = pool.run(training.compiled, 2)
+    equal([own[0] for own in found])
+    assert not torch.equal(found[0][0], training.weights(training.net(torch.float32)))
+
+
 def test_a_gradient_that_is_not_finite_on_one_rank_moves_nobody(pool):
     for moved, skipped in pool.run(training.wrong, 2, "not finite"):
         assert moved == [True, False, True]

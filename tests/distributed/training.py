@@ -165,6 +165,15 @@ def preconditioned():
     return weights(inner), losses
 
 
+def compiled():
+    """The module is compiled, and then wrapped."""
+    inner = net(torch.float32)
+    model = DistributedDataParallel(torch.compile(inner, backend="eager"))
+    optimizer = NaturalGradient(model, seed=0, warmup=3)
+    train(model, optimizer, [(x.float(), y) for x, y in data(8)], share)
+    return weights(inner), optimizer.state_dict()["curvature"]["parameters"]
+
+
 def wrong(what):
     rank = dist.get_rank()
     inner = net()
