@@ -40,9 +40,20 @@ def update_diag(
         loader: the data.
         **options: as in `FIM`, or with loss= as in `GGN`.
 
+    Returns:
+        A Fisher (P x P), the mean over the fresh data, with the bases of F.
+
     Raises:
         SpaceMismatchError: F is over other parameters.
         DataError: F is a Gauss-Newton matrix, and no loss= is given, or a block is of another kind.
+
+    Example:
+        >>> import torch, nngeo_lazy as ng
+        >>> model, x = torch.nn.Linear(3, 2), torch.randn(8, 3)
+        >>> F = ng.FIM(model, x, "ekfac", likelihood="gaussian")
+        >>> fresh = ng.update_diag(F, model, torch.randn(8, 3), likelihood="gaussian")
+        >>> F.members[0].same_basis(fresh.members[0])
+        True
 
     Source: George et al. (2018), section 4.1.
     """

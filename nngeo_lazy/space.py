@@ -67,6 +67,9 @@ class ParamSpace:
         device: likewise.
         lineages: where each parameter sits in its model; selectors by module need it.
 
+    Raises:
+        DataError: shapes is no dict of shapes by name.
+
     Example:
         >>> space = ParamSpace({"fc.weight": (2, 3), "fc.bias": (2,)})
         >>> len(space), space.slices["fc.bias"]

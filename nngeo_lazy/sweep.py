@@ -330,6 +330,12 @@ class Sweep:
                 return Sample(forms, problem.quantity.count(outputs, target), examples)
         raise DataError("expected at least one example in the first batch")
 
+    def prove(self, batch: Batch) -> None:
+        """Raise StochasticModelError if the model is random, or mixes the examples of a batch."""
+        with recording(self._model, self.problem.space.parameters(self._model)):
+            for _ in self._capture(batch.raw, None):
+                pass
+
     def _record(self, batch: Batch) -> Iterator[tuple[Recorded, Tensor | None]]:
         for recorded, target in self._capture(batch.raw, batch.target):
             if not self._looked:

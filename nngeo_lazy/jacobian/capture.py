@@ -198,8 +198,7 @@ class Capture:
     def _proved(self, record: Pass) -> Plan:
         """A plan that is proved on a pass like others before."""
         plan = replace(self._prove(record), cutter=self._plans[record.signature.nodes].cutter)
-        if self._meet(record, plan):
-            require_apart(record, self._record)
+        self._require_apart(record, plan)
         return self._take(record, plan)
 
     def _reproved(self, record: Pass) -> Plan:
@@ -261,20 +260,24 @@ class Capture:
         plan = None if few is None or not alike else self._prove(few)
         if plan is None or not plan.fits(record):
             plan = self._prove(record)
-        if alone is Alone.DOUBTFUL and self._meet(record, plan):
-            raise mixed(1, record.n)
+        if not record.signature.alike or alone is Alone.DOUBTFUL:
+            self._require_apart(record, plan, alone)
         if alone is not Alone.UNKNOWN and record.n > 1:
             times = record.outputs[0].numel() if self._held else None
             cutter = Cutter.of(record.raw, record.n, plan.bytes(record), times)
             return replace(plan, cutter=cutter)
         return plan
 
-    def _meet(self, record: Pass, plan: Plan) -> bool:
-        """Whether a layer's output, cut into examples as it can be, reaches others' outputs."""
-        return any(
+    def _require_apart(self, record: Pass, plan: Plan, alone: Alone = Alone.SAME) -> None:
+        """Look closer if a layer's output, cut into examples as it can be, reaches others'."""
+        meet = any(
             fold is None and any(candidates(call.shape[: call.use.leading], record.n))
             for call, fold in zip(record.calls, plan.folds, strict=True)
         )
+        if meet and alone is Alone.DOUBTFUL:
+            raise mixed(1, record.n)
+        if meet and alone is Alone.SAME:
+            require_apart(record, self._record)
 
     def _prove(self, record: Pass) -> Plan:
         """The self-check (see `proof`) on a recorded pass."""

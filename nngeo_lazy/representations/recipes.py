@@ -66,6 +66,13 @@ class Block:
         layout: where its coordinates lie in the flat vector.
         operator: the block.
         positions: how many positions of all examples share the part; None if they are not counted.
+
+    Example:
+        >>> import torch
+        >>> from nngeo_lazy.operators import DiagonalLinearOperator
+        >>> block = Block((0,), Layout.flat([slice(0, 2)]), DiagonalLinearOperator(torch.ones(2)))
+        >>> block.layout.size
+        2
     """
 
     indices: tuple[int, ...]
