@@ -79,11 +79,10 @@ def _kept_dense(F: BaseLinearOperator) -> tuple[str, ...]:
     names: list[str] = []
     for name, layout, block in F.parts:
         if isinstance(block, DenseLinearOperator):
-            starts = {piece.start for piece in layout.pieces}
-            names += [n for n in F.space.names if F.space.slices[n].start in starts]
+            names += [F.space.holding(piece.start) for piece in layout.pieces]
         elif not isinstance(block, _REFRESHED):
             raise DataError(
                 f"expected blocks of a KFAC or EKFAC, diagonal or dense ones, got {block._kind()} "
                 f"for {name!r}: build the matrix anew"
             )
-    return tuple(names)
+    return tuple(dict.fromkeys(names))

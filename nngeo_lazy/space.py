@@ -194,6 +194,10 @@ class ParamSpace:
                 f"no parameter {name!r} in this space, which has {list(self.names)}"
             ) from None
 
+    def holding(self, position: int) -> str:
+        """The parameter that a position of the flat vector belongs to."""
+        return next(n for n, where in self.slices.items() if where.start <= position < where.stop)
+
     @checked
     def owner(self, name: str) -> str:
         """The path of the module that owns a parameter; a raw parameter owns itself."""
