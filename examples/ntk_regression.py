@@ -2,9 +2,9 @@
 
     python examples/ntk_regression.py [--save FOLDER]
 
-Progression of diabetes from ten measurements. The process has the sum of a network's tangent kernel
-and an RBF kernel, fitted by its marginal likelihood. The trained network has intervals from its
-residuals on a fifth of the patients, which it has not seen. Needs the extras `gp` and `examples`.
+Progression of diabetes. The process has the sum of a network's tangent kernel and an RBF kernel,
+fitted by its marginal likelihood. The trained network has intervals from its residuals on a fifth
+of the patients, which it has not seen. Needs the extras `gp` and `examples`.
 """
 
 import argparse
@@ -26,12 +26,11 @@ HALVES = Normal(0.0, 1.0).icdf((1 + LEVELS) / 2)  # of the intervals, in standar
 
 
 def data(seed):
-    """Standardised by the training patients: inputs and targets of both parts."""
+    """Inputs and targets of 300 patients and of all others, standardised by the former."""
     x, y = map(torch.from_numpy, load_diabetes(return_X_y=True))
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     train, test = order.tensor_split([300])
-    x = (x - x[train].mean(0)) / x[train].std(0)
-    y = (y - y[train].mean()) / y[train].std()
+    x, y = ((v - v[train].mean(0)) / v[train].std(0) for v in (x, y))
     return x[train], y[train], x[test], y[test]
 
 
@@ -59,8 +58,9 @@ def with_process(x, y, x_test):
         optimizer.zero_grad()
         (-marginal(model(x), y)).backward()
         optimizer.step()
-    found = model.eval().likelihood(model(x_test))
-    return found.mean.detach(), found.variance.detach().sqrt()
+    with torch.no_grad():
+        found = model.eval().likelihood(model(x_test))
+    return found.mean, found.variance.sqrt()
 
 
 def with_network(x, y, x_test):
