@@ -247,8 +247,8 @@ def test_bags_of_embeddings(mode, kind):
         def forward(self, t, o=None, w=None):
             return self.head(self.bag(t, o, w))
 
-    total = 0
-    for t, v in zip(tokens.split(lengths), w.split(lengths), strict=True):
+    total, hessian, labels = 0, 0, torch.randint(3, (6,))
+    for t, v, y in zip(tokens.split(lengths), w.split(lengths), labels, strict=True):
         v = v * (t != 0) if kind == "padding" else v
 
         def f(weight, a, b, t=t, v=v):
@@ -259,10 +259,23 @@ def test_bags_of_embeddings(mode, kind):
         held = tuple(p.detach() for p in (bag.weight, head.weight, head.bias))
         J = torch.cat([j.flatten(1) for j in torch.func.jacrev(f, (0, 1, 2))(*held)], 1)
         total = total + J.mT @ J / 6
-    F_ = ng.FIM(Model(), [batch], "dense", likelihood=Gaussian(1.0))
+
+        def loss(flat, f=f, y=y):
+            parts = zip(flat.split([28, 12, 3]), held, strict=True)
+            return F.cross_entropy(f(*(part.view_as(p) for part, p in parts)), y)
+
+        flat = torch.cat([p.flatten() for p in held])
+        hessian = hessian + torch.func.jacrev(torch.func.jacrev(loss))(flat) / 6
     if padding is not None:
         total[:4], total[:, :4] = 0, 0
+        hessian[:4], hessian[:, :4] = 0, 0
+    F_ = ng.FIM(Model(), [batch], "dense", likelihood=Gaussian(1.0))
     close(F_.to_dense(), total)
+    for options in ({}, {"mode": "forward_over_reverse"}):
+        implicit = ng.representations.Implicit(**options)
+        close(ng.FIM(Model(), [batch], implicit, likelihood=Gaussian(1.0)).to_dense(), total)
+    H = ng.Hessian(Model(), [batch], loss="categorical", target=lambda batch: labels)
+    close(H.to_dense(), hessian)
     assert forms(F_)["bag.weight"] == "embedding_bag: outer"
 
 
