@@ -218,6 +218,49 @@ def test_kronecker_factors_of_an_einsum():
     close(block.left, 5 * torch.eye(3).expand(2, 3, 3))
 
 
+class Hadamard(torch.autograd.Function):
+    """A product that is written by hand, as adapters do for the sake of memory."""
+
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        return a * b
+
+    @staticmethod
+    def backward(ctx, g):
+        a, b = ctx.saved_tensors
+        return g * b, (g * a).sum(0) if g.dim() > b.dim() else g * a
+
+
+class ByHand(nn.Module):
+    def __init__(self, of_data):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(3, 4))
+        self.scale, self.of_data = nn.Parameter(torch.randn(4)), of_data
+
+    def forward(self, x):
+        if self.of_data:
+            x = Hadamard.apply(x, self.scale)
+        weight = Hadamard.apply(self.a, self.b)
+        return F.linear(x * self.scale, weight.reshape(3, 4))
+
+
+@pytest.mark.parametrize("of_data", [False, True])
+def test_weights_that_a_function_of_the_users_own_makes(of_data):
+    model, x = ByHand(of_data), torch.randn(6, 4)
+    total = 0
+    for one in x.split(1):
+        out = model(one).flatten()
+        rows = [torch.autograd.grad(f, list(model.parameters()), retain_graph=True) for f in out]
+        J = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+        total = total + J.mT @ J / 6
+    F_ = ng.FIM(model, [(x,)], "dense", likelihood=Gaussian(1.0))
+    close(F_.to_dense(), total)
+    found = forms(F_)
+    assert found["a"] == found["b"] == "linear: rows"
+    assert found["scale"] == (GENERAL if of_data else "mul: rows")
+
+
 @pytest.mark.parametrize("mode", ["sum", "mean"])
 @pytest.mark.parametrize("kind", ["two", "offsets", "weights", "padding"])
 def test_bags_of_embeddings(mode, kind):
@@ -260,7 +303,7 @@ def test_bags_of_embeddings(mode, kind):
         J = torch.cat([j.flatten(1) for j in torch.func.jacrev(f, (0, 1, 2))(*held)], 1)
         total = total + J.mT @ J / 6
 
-        def loss(flat, f=f, y=y):
+        def loss(flat, f=f, y=y, held=held):
             parts = zip(flat.split([28, 12, 3]), held, strict=True)
             return F.cross_entropy(f(*(part.view_as(p) for part, p in parts)), y)
 
