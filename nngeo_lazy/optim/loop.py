@@ -260,8 +260,9 @@ class Loop:
                 self.plain.update(dict.fromkeys(part.names, note))
             kept = [name for name in self.space.names if name not in self.plain]
             if not kept:
+                drawn = "" if through else "estimator='mc' or "
                 raise UnsupportedLayerError(
-                    f"found no form for any of the parameters {list(self.space.names)}: take "
+                    f"found no form for any of the parameters {list(self.space.names)}: take {drawn}"
                     "representation='implicit', or tell how their layers are differentiated with "
                     "ng.register_layer"
                 )
