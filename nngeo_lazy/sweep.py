@@ -21,7 +21,7 @@ from .jacobian.capture import Capture, PartsChangedError, Recorded
 from .jacobian.forms import Form, Outer
 from .jacobian.parts import Part
 from .jacobian.positions import marks_of
-from .jacobian.record import recording, refuse_training_mode
+from .jacobian.scopes import recording, refuse_training_mode
 from .quantities import Quantity
 from .rowwise import Piece
 from .selectors import Selector, space_of
@@ -329,6 +329,12 @@ class Sweep:
                 examples = problem.batches.num_examples(labelled.shape[0])
                 return Sample(forms, problem.quantity.count(outputs, target), examples)
         raise DataError("expected at least one example in the first batch")
+
+    def prove(self, batch: Batch) -> None:
+        """Raise StochasticModelError if the model is random, or mixes the examples of a batch."""
+        with recording(self._model, self.problem.space.parameters(self._model)):
+            for _ in self._capture(batch.raw, None):
+                pass
 
     def _record(self, batch: Batch) -> Iterator[tuple[Recorded, Tensor | None]]:
         for recorded, target in self._capture(batch.raw, batch.target):

@@ -16,8 +16,9 @@ from ..errors import DataError, LikelihoodWarning, SpaceMismatchError, Unsupport
 from ..jacobian.capture import Capture, Recorded
 from ..jacobian.parts import Kind, Part
 from ..jacobian.passes import gradients_at
-from ..jacobian.record import Recorder, in_build, plain_functions, recording
+from ..jacobian.record import Recorder
 from ..jacobian.registry import whole_modules
+from ..jacobian.scopes import in_build, plain_functions, recording
 from ..operators.warn import warn
 from ..space import ParamSpace
 from .heads import Heads, joint
@@ -64,8 +65,8 @@ class Loop:
     """The passes of a model between two steps.
 
     Layers are recorded in the loop's own forward pass. Their forms are proved before the first one,
-    in evaluation mode and on a few examples, since batch statistics and dropout make rows of single
-    examples meaningless; what has no form is left out of the space.
+    in evaluation mode and on a few examples: batch statistics and dropout make rows of single
+    examples meaningless. What has no form is left out of the space.
 
     Args:
         model: the network.
