@@ -87,7 +87,8 @@ def main():
 
     chosen = words[best.indices[0, :1]]  # one sentence, word by word
     scores = ng.influences(model, fisher, (chosen, chosen), queries, per="token")[0, 0]
-    said = [f"{word} {score:.2g}" for word, score in zip(helpful[0].split(), scores.tolist(), strict=True)]
+    each = zip(helpful[0].split(), scores.tolist(), strict=True)
+    said = [f"{word} {score:.2g}" for word, score in each]
     print("word by word (what predicts the next): " + ", ".join(said))
 
 
