@@ -167,7 +167,8 @@ class BlockDiagonalLinearOperator(BaseLinearOperator):
         blocks = []
         for name, layout, block in self.parts:
             with _named(name):
-                blocks.append(block._damp(Damping(damping.on(layout)), method))
+                own = replace(damping, value=damping.on(layout), constants=())
+                blocks.append(block._damp(own, method))
         return self._of(blocks)
 
     def _scale(self, c: float | Tensor) -> BaseLinearOperator:
