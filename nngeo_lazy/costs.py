@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .collectives import owners
 from .errors import DataError
 from .facts import Cost, Sample
 from .representations import Representation
@@ -47,7 +48,8 @@ class BuildCost(Table[CostRow]):
         directions: backward passes for each batch, in each pass that reads the data.
         batches: how many batches there are, None if the loader does not say.
         flops: of all statistics, for each example; forward and backward passes come on top.
-        bytes: what the operator will take, in each process.
+        bytes: what the operator will take, in each process; if its blocks are shared out, in the
+            one that has most.
         processes: how many share the data.
         bytes_sent: of the sums and eigenvectors that each process exchanges, in the whole build.
     """
@@ -60,20 +62,25 @@ class BuildCost(Table[CostRow]):
         batches: int | None,
         processes: int = 1,
         bytes_sent: int = 0,
+        bytes_held: int | None = None,
     ) -> None:
         self.passes, self.directions, self.batches = passes, directions, batches
         self.processes, self.bytes_sent = processes, bytes_sent
         self.flops = sum(row.flops for row in rows)
-        self.bytes = sum(row.bytes for row in rows)
+        everything = sum(row.bytes for row in rows)
+        self.bytes = everything if bytes_held is None else bytes_held
         data = "the data" if batches is None else f"{batches} batch{'es' * (batches != 1)}"
         foot = [
             f"{passes} pass{'es' * (passes != 1)} over {data}, "
             f"{directions} backward for each batch",
-            f"{self.flops:,} flops for each example, {self.bytes:,} bytes",
+            f"{self.flops:,} flops for each example, {everything:,} bytes",
         ]
         if processes > 1:
+            held = (
+                "all of the bytes" if bytes_held is None else f"at most {self.bytes:,} of the bytes"
+            )
             foot.append(
-                f"{processes} processes, each with its share of the examples and all of the bytes, "
+                f"{processes} processes, each with its share of the examples and {held}, "
                 f"which exchange {bytes_sent:,} bytes"
             )
         super().__init__(rows, foot)
@@ -122,4 +129,14 @@ def _cost(representation: Representation, sweep: Sweep, sample: Sample) -> Build
     bases = sum(cost.numbers for costs in passes[:-1] for cost in costs)  # factors become bases
     sent = (sums + bases) * itemsize if size > 1 else 0
     batches = sweep.problem.batches.count
-    return BuildCost(ordered, len(passes), sample.directions, batches, size, sent)
+    held = _most(ordered, size) if representation.shares_blocks else None
+    return BuildCost(ordered, len(passes), sample.directions, batches, size, sent, held)
+
+
+def _most(rows: Sequence[CostRow], size: int) -> int:
+    """The bytes of the process that holds most, if each block is on one."""
+    blocks = [row.bytes for row in rows if row.bytes]
+    loads = [0] * size
+    for block, owner in zip(blocks, owners([float(b) for b in blocks], size), strict=True):
+        loads[owner] += block
+    return max(loads)

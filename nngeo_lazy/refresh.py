@@ -17,6 +17,7 @@ from .operators import (
     EigenKroneckerLinearOperator,
     KroneckerLinearOperator,
 )
+from .operators.stored import outlined
 from .quantities import GaussNewton
 from .representations import EKFAC, Mixed
 
@@ -67,10 +68,11 @@ def _kept_dense(F: BaseLinearOperator) -> tuple[str, ...]:
         return ()
     names: list[str] = []
     for name, layout, block in F.parts:
-        if isinstance(block, DenseLinearOperator):
+        known = outlined(block)
+        if isinstance(known, DenseLinearOperator):
             starts = {piece.start for piece in layout.pieces}
             names += [n for n in F.space.names if F.space.slices[n].start in starts]
-        elif not isinstance(block, _REFRESHED):
+        elif not isinstance(known, _REFRESHED):
             raise DataError(
                 f"expected blocks of a KFAC or EKFAC, diagonal or dense ones, got {block._kind()} "
                 f"for {name!r}: build the matrix anew"
