@@ -1,8 +1,8 @@
 """Lazy linear operators for the geometry of neural networks.
 
-Fisher information matrices, Gauss-Newton matrices, Hessians and Jacobians of any PyTorch network as
-`linear_operator.LinearOperator`s, regardless of their approximation: swap "diagonal" for "kfac" or
-"implicit" and the code stays the same.
+It gives Fisher matrices, Gauss-Newton matrices, Hessians and Jacobians of any PyTorch network as
+`linear_operator.LinearOperator`s. Whatever approximates them, the interface is the same: swap
+"diagonal" for "kfac" or "implicit", and the code stays as it is.
 """
 
 from . import errors, likelihoods, optim, representations

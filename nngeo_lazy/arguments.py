@@ -1,19 +1,28 @@
 """Checks of arguments: each says what was expected, what came, and what to do.
 
-What a public function takes stands in its annotations; `checked` compares. A parameter of one name
-means the same everywhere in the package, so that its range stands in one table here.
+What a public function takes stands in its annotations, which `checked` reads as types.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import math
 import numbers
-import os
+import sys
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from typing import Any, NamedTuple, TypeVar
+from typing import (
+    Annotated,
+    Any,
+    NamedTuple,
+    TypeAlias,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+)
 
 import torch
 from torch import Tensor, nn
@@ -21,20 +30,30 @@ from torch import Tensor, nn
 from .errors import DataError
 
 __all__ = [
+    "RULES",
+    "NonNegative",
+    "NonNegativeInt",
+    "PositiveInt",
+    "Rule",
     "as_numbers",
     "check_fields",
     "checked",
     "described",
+    "named",
     "require_options",
     "require_sequence",
     "require_takes",
 ]
 
+Kind = TypeVar("Kind", bound=type)
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-class _Kind(NamedTuple):
-    """What may stand in an argument: the words for it, a test, and an example."""
+class Rule(NamedTuple):
+    """What may stand in an argument: the words for it, a test, and an example.
+
+    Each type in `RULES` has one. `Annotated[T, Rule(...)]` has its own in place of that of T.
+    """
 
     words: str
     test: Callable[[Any], bool]
@@ -53,26 +72,18 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_vectors(value: Any) -> bool:
-    """{name: tensor}, with names of parameters."""
     return isinstance(value, Mapping) and all(
         isinstance(name, str) and isinstance(v, Tensor) for name, v in value.items()
     )
 
 
-def _is_damping(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return all(_is_damping(v) and not isinstance(v, Mapping) for v in value.values())
-    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return isinstance(value, Tensor) or real  # what is below 0, or NaN, has an error of its own
-
-
-def _is_sequence(value: Any) -> bool:
+def _is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 
 def _is_numbers(value: Any) -> bool:
     """A list, or an array of numpy."""
-    return _is_sequence(value) or (type(value).__module__ == "numpy" and value.ndim > 0)
+    return _is_list(value) or (type(value).__module__ == "numpy" and value.ndim > 0)
 
 
 def _is_shapes(value: Any) -> bool:
@@ -82,122 +93,131 @@ def _is_shapes(value: Any) -> bool:
     )
 
 
-def _is_function(value: Any) -> bool:
-    return callable(value) and not isinstance(value, type)
-
-
 def _is_names(value: Any) -> bool:
-    names = isinstance(value, Iterable) and isinstance(value, (Sequence, Set, Mapping))
-    return names and not isinstance(value, (str, bytes)) and all(isinstance(v, str) for v in value)
+    names = isinstance(value, (Sequence, Set, Mapping)) and not isinstance(value, (str, bytes))
+    return names and all(isinstance(v, str) for v in value)
 
 
-def _called(name: str) -> Callable[[Any], bool]:
-    """Whether a value is of a class, which this leaf cannot import."""
-    return lambda value: any(base.__name__ == name for base in type(value).__mro__)
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and all(map(_is_number, value))
 
 
-_OPERATOR = "an operator, as FIM returns it"
-_VECTOR = "a tensor"
-# what a word of an annotation means; an annotation with another word is not looked at here
-_KINDS: dict[str, _Kind] = {
-    "None": _Kind("None", lambda v: v is None, "None"),
-    "int": _Kind("an integer", _is_integer, "1"),
-    "float": _Kind("a number", _is_number, "0.1"),
-    "bool": _Kind("True or False", lambda v: isinstance(v, bool), "True"),
-    "str": _Kind("a string", lambda v: isinstance(v, str), "'...'"),
-    "Tensor": _Kind(_VECTOR, lambda v: isinstance(v, Tensor), "torch.as_tensor(...)"),
-    "nn.Module": _Kind("a torch.nn.Module", lambda v: isinstance(v, nn.Module), "model"),
-    "torch.dtype": _Kind("a torch.dtype", lambda v: isinstance(v, torch.dtype), "torch.float64"),
-    "VectorLike": _Kind(
-        "a tensor or a dict of tensors by parameter name",
-        lambda v: isinstance(v, Tensor) or _is_vectors(v),
-        "torch.as_tensor(...)",
+def _instance(kind: type, words: str, example: str) -> Rule:
+    return Rule(words, lambda value: isinstance(value, kind), example)
+
+
+_MODULE = _instance(nn.Module, "a torch.nn.Module", "model")
+_TENSOR = _instance(Tensor, "a tensor", "torch.as_tensor(...)")
+# What a part of an annotation means. If a part is not here, the argument is not looked at.
+RULES: dict[Any, Rule] = {
+    types.NoneType: _instance(types.NoneType, "None", "None"),
+    int: Rule("an integer", _is_integer, "1"),
+    float: Rule("a number", _is_number, "0.1"),
+    bool: _instance(bool, "True or False", "True"),
+    str: _instance(str, "a string", "'...'"),
+    Tensor: _TENSOR,
+    nn.Module: _MODULE,
+    torch.dtype: _instance(torch.dtype, "a torch.dtype", "torch.float64"),
+    Callable: Rule(
+        "a function", lambda v: callable(v) and not isinstance(v, type), "lambda ...: ..."
     ),
-    "DampingLike": _Kind("a number, a tensor, or a dict of these by selector", _is_damping, "1e-3"),
-    "BaseLinearOperator": _Kind(_OPERATOR, _called("BaseLinearOperator"), "FIM(...)"),
-    "ParamSpace": _Kind("a ParamSpace", _called("ParamSpace"), "F.space"),
-    "Probes": _Kind("a Probes object", _called("Probes"), "Probes(30)"),
-    "HessianFree": _Kind("a HessianFree object", _called("HessianFree"), "HessianFree()"),
-    "Function": _Kind("a function", _is_function, "torch.exp"),
-    "Callable": _Kind("a function", _is_function, "lambda ...: ..."),
-    "Mapping[str, Tensor]": _Kind(
+    Mapping: _instance(Mapping, "a dict", "{...}"),
+    Mapping[str, Tensor]: Rule(
         "a dict of tensors by parameter name", _is_vectors, "F.space.unravel(...)"
     ),
-    "Mapping": _Kind("a dict", lambda v: isinstance(v, Mapping), "{...}"),
-    "Sequence": _Kind("a list", _is_sequence, "[...]"),
-    "Sequence[float]": _Kind(
+    Mapping[str, Sequence[int]]: Rule("a dict of shapes", _is_shapes, "{'weight': (2, 3)}"),
+    Sequence: Rule("a list", _is_list, "[...]"),
+    Sequence[Any]: Rule("a list of numbers", _is_numbers, "[1.0, 1.0]"),
+    Sequence[float]: Rule(
         "a list of numbers", lambda v: _is_numbers(v) and all(map(_is_number, v)), "[1.0, 1.0]"
     ),
-    "Sequence[Any]": _Kind("a list of numbers", _is_numbers, "[1.0, 1.0]"),
-    "Mapping[str, Sequence[int]]": _Kind("a dict of shapes", _is_shapes, "{'weight': (2, 3)}"),
-    "tuple[float, float]": _Kind(
-        "two numbers",
-        lambda v: isinstance(v, tuple) and len(v) == 2 and all(map(_is_number, v)),
-        "(1e-6, 1e6)",
-    ),
-    "Iterable[str]": _Kind("a list of names", _is_names, "['...']"),
-    "os.PathLike[str]": _Kind("a path", lambda v: isinstance(v, os.PathLike), "'F.pt'"),
-    "IO[bytes]": _Kind(
-        "an open binary file", lambda v: hasattr(v, "write") and hasattr(v, "read"), "'F.pt'"
-    ),
+    tuple[float, float]: Rule("two numbers", _is_pair, "(1e-6, 1e6)"),
+    Iterable[str]: Rule("a list of names", _is_names, "['...']"),
 }
-# the lowest value that an option of a name may have, and whether it may have it
-_LOWEST: dict[str, tuple[float, bool]] = {
-    **dict.fromkeys(("samples", "max_directions", "n", "num_samples"), (1, True)),
-    **dict.fromkeys(("max_steps", "subspace", "block_size", "probes_at_once"), (1, True)),
-    **dict.fromkeys(("max_iter", "rcond", "limit"), (0, True)),
-}
+PositiveInt: TypeAlias = Annotated[
+    int, Rule("an integer from 1 on", lambda v: _is_integer(v) and v >= 1, "1")
+]
+NonNegativeInt: TypeAlias = Annotated[
+    int, Rule("an integer from 0 on", lambda v: _is_integer(v) and v >= 0, "1")
+]
+NonNegative: TypeAlias = Annotated[
+    float, Rule("a number from 0 on", lambda v: _is_number(v) and v >= 0, "0.1")
+]
 
 
-# options whose numbers the functions check themselves, with what else must hold
-_OWN = frozenset({"probes", "steps", "max_matvecs", "tol"})
+def named(words: str, example: str) -> Callable[[Kind], Kind]:
+    """A class whose instances are arguments, with the words for them in messages."""
+
+    def known(kind: Kind) -> Kind:
+        RULES[kind] = _instance(kind, words, example)
+        return kind
+
+    return known
+
+
+def _rules(hint: Any) -> tuple[Rule, ...]:
+    """What an annotation allows; () if it has a part that is not known here."""
+    kind = get_origin(hint)
+    if kind in (Union, types.UnionType):
+        found = [_rules(part) for part in get_args(hint)]
+        return tuple(rule for each in found for rule in each) if all(found) else ()
+    if kind is Annotated:
+        return tuple(note for note in hint.__metadata__ if isinstance(note, Rule))
+    rule = RULES.get(hint, RULES.get(kind))
+    return () if rule is None else (rule,)
 
 
 class _Parameter(NamedTuple):
-    """A parameter: its place, its kinds, and what else is known."""
+    """A parameter: its place, its rules, and the order of all, if that may be wrong."""
 
     place: int
     name: str
-    kinds: tuple[_Kind, ...]
+    rules: tuple[Rule, ...]
     default: Any
     order: str
 
-
-def _parts(annotation: str) -> list[str]:
-    """The parts of a union, outside of brackets."""
-    found, depth, last = [""], 0, annotation.strip("'\"")
-    for letter in last:
-        depth += (letter == "[") - (letter == "]")
-        if letter == "|" and depth == 0:
-            found.append("")
-        else:
-            found[-1] += letter
-    return [part.strip() for part in found]
-
-
-def _kinds(annotation: Any) -> tuple[_Kind, ...]:
-    """What an annotation allows; () if it has a part that is not known here."""
-    if not isinstance(annotation, str):
-        return ()
-    found = [_KINDS.get(part, _KINDS.get(part.split("[")[0])) for part in _parts(annotation)]
-    return tuple(kind for kind in found if kind is not None) if all(found) else ()
+    def require(self, value: Any) -> None:
+        """Raise DataError if a value breaks all rules."""
+        if value is self.default or any(rule.test(value) for rule in self.rules):
+            return
+        example = self.rules[0].example
+        if type(value).__module__ == "numpy" and _TENSOR in self.rules:
+            example = _TENSOR.example
+        elif self.order:
+            example = ""
+        remedy = f"pass {self.name}={example}" if example else f"the order is {self.order}"
+        subject = f"{self.name} to be {' or '.join(rule.words for rule in self.rules)}"
+        if self.rules == (_MODULE,):
+            subject = f"the model, {_MODULE.words}"
+            if isinstance(value, types.GeneratorType):
+                remedy += "; pass the model itself, and select parameters with params="
+        raise DataError(f"expected {subject}, got {described(value)}: {remedy}")
 
 
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    """The annotations of a function or of a class and its bases, as types."""
+    hints = {}
+    for owner in reversed(inspect.getmro(function) if isinstance(function, type) else [function]):
+        names = vars(sys.modules[owner.__module__])
+        for name, text in inspect.get_annotations(owner).items():
+            with contextlib.suppress(NameError):  # only for type checkers: it is not looked at
+                hints[name] = eval(text, names) if isinstance(text, str) else text
+    return hints
+
+
+@functools.cache
 def _parameters(function: Callable[..., Any]) -> tuple[_Parameter, ...]:
-    given = list(inspect.signature(function).parameters.values())
-    ahead = [p.name for p in given if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"]
-    ahead = [name for name in ahead if name != "cls"]
-    return tuple(
-        _Parameter(
-            index if p.kind is p.POSITIONAL_OR_KEYWORD else -1,
-            p.name,
-            kinds,
-            p.default,
-            f"({', '.join(ahead)})" if p.name in ahead and len(ahead) > 1 else "",
-        )
-        for index, p in enumerate(given)
-        if (kinds := _kinds(p.annotation))
-    )
+    """The parameters that have rules, read at the first call, when all names are defined."""
+    given, hints = inspect.signature(function).parameters, _hints(function)
+    plain = [n for n, p in given.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    ahead = [n for n in plain if n not in ("self", "cls")]
+    order = f"({', '.join(ahead)})" if len(ahead) > 1 else ""
+    found = []
+    for n, p in given.items():
+        if p.kind is not p.VAR_KEYWORD and (rules := _rules(hints.get(n))):
+            place = plain.index(n) if n in plain else -1
+            found.append(_Parameter(place, n, rules, p.default, order if n in ahead else ""))
+    return tuple(found)
 
 
 def checked(function: Function) -> Function:
@@ -205,7 +225,7 @@ def checked(function: Function) -> Function:
 
     Example:
         >>> @checked
-        ... def repeat(text: "str", n: "int" = 1) -> "str":
+        ... def repeat(text: "str", n: "PositiveInt" = 1) -> "str":
         ...     return n * text
         >>> repeat("a", n=2)
         'aa'
@@ -213,15 +233,15 @@ def checked(function: Function) -> Function:
         Traceback (most recent call last):
         nngeo_lazy.errors.DataError: expected text to be a string, got 2: the order is (text, n)
     """
-    parameters, require = _parameters(function), _require
+    parameters = _parameters
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        for parameter in parameters:
-            index, name = parameter[:2]
-            if 0 <= index < len(args):
-                require(parameter, args[index])
+        for parameter in parameters(function):
+            place, name = parameter[:2]
+            if 0 <= place < len(args):
+                parameter.require(args[place])
             elif name in kwargs:
-                require(parameter, kwargs[name])
+                parameter.require(kwargs[name])
         return function(*args, **kwargs)
 
     # of the function's own module, where those who look for doctests look for it
@@ -233,41 +253,11 @@ def checked(function: Function) -> Function:
 
 def check_fields(instance: Any) -> None:
     """Raise DataError if a field of a dataclass does not fit its annotation."""
-    for parameter in _fields(instance.__class__):
+    kind: Callable[..., Any] = type(instance)
+    for parameter in _parameters(kind):
         value = getattr(instance, parameter.name)
         if not (isinstance(value, float) and math.isnan(value)):  # the ranges of its own refuse it
-            _require(parameter, value)
-
-
-@functools.cache
-def _fields(kind: Any) -> tuple[_Parameter, ...]:
-    return _parameters(kind)
-
-
-def _require(parameter: _Parameter, value: Any) -> None:
-    name, kinds = parameter.name, parameter.kinds
-    if value is parameter.default or (name == "damping" and _is_damping(value)):
-        return
-    if isinstance(value, numbers.Real) and name in _OWN:
-        return
-    if isinstance(value, str) and name in _OWN - {"tol"}:
-        return
-    if not any(kind.test(value) for kind in kinds):
-        words = " or ".join(kind.words for kind in kinds)
-        remedy = f"pass {name}={kinds[0].example}"
-        if type(value).__module__ == "numpy" and any(kind.words == _VECTOR for kind in kinds):
-            remedy = f"pass {name}=torch.as_tensor(...)"
-        elif parameter.order:
-            remedy = f"the order is {parameter.order}"
-        subject = (
-            f"the model, {words}" if words == _KINDS["nn.Module"].words else f"{name} to be {words}"
-        )
-        if subject.startswith("the model") and isinstance(value, types.GeneratorType):
-            remedy += "; pass the model itself, and select parameters with params="
-        raise DataError(f"expected {subject}, got {described(value)}: {remedy}")
-    low = _LOWEST.get(name)
-    if low is not None and isinstance(value, numbers.Real) and value < low[0]:
-        raise DataError(f"expected {name} >= {low[0]}, got {value!r}: pass {name}={max(low[0], 1)}")
+            parameter.require(value)
 
 
 def require_options(given: Mapping[str, Any], function: Callable[..., Any]) -> None:

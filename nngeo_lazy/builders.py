@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .arguments import checked
+from .arguments import PositiveInt, checked
 from .costs import BuildCost, cost_of
 from .distributed import refuse_processes
 from .errors import DataError
@@ -42,14 +42,14 @@ def FIM(
     *,
     likelihood: LikelihoodLike | None = None,
     estimator: Estimator = "exact",
-    samples: int = 1,
+    samples: PositiveInt = 1,
     seed: int | None = None,
     params: Selector | None = None,
     forward: Callable[[nn.Module, Any], Tensor] | None = None,
     target: Callable[[Any], Tensor] | None = None,
     positions: Callable[[Any], Tensor | None] | None = None,
     center: bool = False,
-    max_directions: int = 1000,
+    max_directions: PositiveInt = 1000,
     progress: bool = False,
 ) -> BaseLinearOperator:
     r"""The Fisher information matrix of a network, as a lazy linear operator.
@@ -131,13 +131,13 @@ def GGN(
     *,
     loss: LossLike,
     estimator: Estimator = "exact",
-    samples: int = 1,
+    samples: PositiveInt = 1,
     seed: int | None = None,
     params: Selector | None = None,
     forward: Callable[[nn.Module, Any], Tensor] | None = None,
     target: Callable[[Any], Tensor] | None = None,
     positions: Callable[[Any], Tensor | None] | None = None,
-    max_directions: int = 1000,
+    max_directions: PositiveInt = 1000,
     progress: bool = False,
 ) -> BaseLinearOperator:
     r"""The generalised Gauss-Newton matrix of a loss that is convex in the outputs.
@@ -272,7 +272,7 @@ def Jacobian(
     params: Selector | None = None,
     forward: Callable[[nn.Module, Any], Tensor] | None = None,
     target: Callable[[Any], Tensor] | None = None,
-    max_directions: int = 1000,
+    max_directions: PositiveInt = 1000,
     progress: bool = False,
 ) -> BaseLinearOperator:
     r"""The Jacobian of the outputs in the parameters, (N C) x P, example slowest.
@@ -367,7 +367,7 @@ def _fisher(
     *,
     likelihood: str | Likelihood | None = None,
     estimator: str = "exact",
-    samples: int = 1,
+    samples: PositiveInt = 1,
     center: bool = False,
     **data: Any,
 ) -> Prepared:
@@ -389,7 +389,7 @@ def _gauss_newton(
     *,
     loss: LossLike,
     estimator: str = "exact",
-    samples: int = 1,
+    samples: PositiveInt = 1,
     **data: Any,
 ) -> Prepared:
     wanted = resolve_representation(representation)

@@ -159,9 +159,9 @@ class _WrappedKernel(Kernel):  # type: ignore[misc]
 def wrap(kernel: Kernel) -> Kernel:
     """A kernel whose matrices are operators of this package, whatever it is made of.
 
-    GPyTorch solves systems of more than 800 rows by conjugate gradients to a loose tolerance.
-    A wrapped kernel (also a sum, a product or a multiple) is solved in closed form if its parts
-    are held or made from forms, and otherwise to a true relative residual.
+    GPyTorch solves systems of more than 800 rows by conjugate gradients to a loose tolerance. A
+    wrapped kernel is solved in closed form if its parts are held or made from forms, and otherwise
+    to a true relative residual. So is a sum, a product or a multiple.
 
     Args:
         kernel: any GPyTorch kernel; its hyperparameters are trained as before.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from .arguments import checked
+from .arguments import PositiveInt, checked
 from .data import Batches
 from .distributed import refuse_processes
 from .errors import DataError, TooLargeError, wrong_option
@@ -39,7 +39,7 @@ def NTK(
     method: str = "auto",
     params: Selector | None = None,
     forward: Callable[[nn.Module, Any], Tensor] | None = None,
-    max_directions: int = 1000,
+    max_directions: PositiveInt = 1000,
     progress: bool = False,
 ) -> BaseLinearOperator:
     r"""The neural tangent kernel of a network of finite width, J(x1) J(x2)^T, as a lazy operator.

@@ -52,8 +52,8 @@ class Piece:
 class Layout:
     """A block's coordinates (group, row, column), row-major, and its pieces' flat positions.
 
-    A weight (out, in) with its bias is the grid (1, out, in + 1) whose last column is the bias; a
-    grouped convolution has several groups; a weight stored (in, out) is a transposed piece.
+    A weight (out, in) with its bias is the grid (1, out, in + 1) whose last column is the bias. A
+    grouped convolution has several groups. A weight stored (in, out) is a transposed piece.
     Parameters that merely follow each other are pieces of a grid with a single row.
 
     The block's vector has length p = groups * rows * width. The map from flat to block coordinates

@@ -155,7 +155,7 @@ def register_pooled(kind: Kind, rule: Pool | None = None) -> Kind:
 
     .. math:: t = \sum_k w_k t_k
 
-    is the rule for each of its tensors t if none is given: it is right if the matrix is linear in
+    is the rule for each of its tensors t if none is given. It is right if the matrix is linear in
     its tensors, and these are means over the data. Also a decorator of the class.
 
     Args:

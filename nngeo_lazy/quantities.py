@@ -62,11 +62,13 @@ class Quantity(ABC):
         kind: which matrix is made from it.
         estimator: "exact", "mc" or "empirical".
         fewer: how a user gets fewer directions, as the end of an error.
+        held: whether all directions of a piece of a batch are held at once.
     """
 
     kind: ClassVar[MatrixKind] = MatrixKind.GAUSS_NEWTON
     estimator: str = "exact"
     fewer: str = "take estimator='mc' (one for each sample)"
+    held: bool = False
 
     @abstractmethod
     def fit(self, outputs: Tensor, target: Tensor | None) -> None:
@@ -298,6 +300,9 @@ class Outputs(Quantity):
 
     kind = MatrixKind.JACOBIAN
     fewer = "pass loss= (one row for each example)"
+
+    def __init__(self, *, held: bool = False) -> None:
+        self.held = held
 
     def fit(self, outputs: Tensor, target: Tensor | None) -> None:
         """Any outputs fit."""

@@ -17,7 +17,7 @@ from .space import Lineage, ParamSpace, canonical_name
 __all__ = ["Selector", "select", "space_of"]
 
 Selector: TypeAlias = (
-    "str | nn.Module | type[nn.Module] | Callable[[str, Tensor], bool] | Sequence[Selector]"
+    str | nn.Module | type[nn.Module] | Callable[[str, Tensor], bool] | Sequence["Selector"]
 )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .arguments import checked, described
+from .arguments import PositiveInt, checked, described, named
 from .errors import DataError, SpaceMismatchError
 
 __all__ = ["Lineage", "ParamSpace", "canonical_name"]
@@ -53,6 +53,7 @@ class Lineage:
         )
 
 
+@named("a ParamSpace", "F.space")
 class ParamSpace:
     """Names and shapes of parameters, in the order of the flat vector.
 
@@ -279,7 +280,7 @@ class ParamSpace:
         return torch.zeros(len(self), dtype=self.dtype, device=self.device)
 
     @checked
-    def randn(self, n: int | None = None) -> Tensor:
+    def randn(self, n: PositiveInt | None = None) -> Tensor:
         """A standard normal vector (P,), or n of them as columns (P, n)."""
         shape = (len(self),) if n is None else (len(self), n)
         return torch.randn(shape, dtype=self.dtype, device=self.device)

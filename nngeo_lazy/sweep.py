@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -11,18 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .arguments import checked
+from .arguments import PositiveInt, checked
 from .collectives import ALONE, Group, digest, seed_of, unwrapped
 from .data import Batch, Batches
 from .distributed import Distributed
 from .errors import DataError, NonFiniteError, TooLargeError
 from .facts import Facts, Sample
-from .jacobian.capture import Capture, Recorded
+from .jacobian.capture import Capture, PartsChangedError, Recorded
 from .jacobian.forms import Form, Outer
 from .jacobian.parts import Part
 from .jacobian.positions import marks_of
 from .jacobian.record import recording, refuse_training_mode
 from .quantities import Quantity
+from .rowwise import Piece
 from .selectors import Selector, space_of
 from .skeleton import refuse_strays, skeleton
 from .space import ParamSpace
@@ -73,7 +74,7 @@ class Problem:
         quantity: Quantity,
         *,
         seed: int | None = None,
-        max_directions: int = 1000,
+        max_directions: PositiveInt = 1000,
         center: bool = False,
         replayed: bool = False,
     ) -> Problem:
@@ -162,7 +163,8 @@ class Sweep:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self._model = skeleton(problem.model)
-        self._capture = Capture(self._model, problem.space, problem.batches.forward)
+        held = problem.quantity.held
+        self._capture = Capture(self._model, problem.space, problem.batches.forward, held=held)
         self._looked = False  # at what the outputs depend on
         self._finished = False  # a pass
         self._parts: Sequence[Part] = ()
@@ -264,9 +266,12 @@ class Sweep:
                     if stale:
                         continue
                     totals.add(recorded.outputs, target)
-                    for chunk in self._chunks(recorded, target, generator):
-                        _update(statistics, chunk)
-                        kept = _keep(kept, chunk)
+                    try:
+                        for chunk in self._chunks(recorded, target, generator):
+                            _update(statistics, chunk)
+                            kept = _keep(kept, chunk)
+                    except PartsChangedError:
+                        self._parts, stale = self._capture.parts, True
         if stale:
             if self._finished:
                 raise DataError(
@@ -278,6 +283,25 @@ class Sweep:
         self._finished = True
         self._kept = None if kept is None else (totals, kept)
         return statistics, totals
+
+    def pieces(self) -> Generator[Piece, None, None]:
+        """One pass over the data for those who use rows as they pass by: exhaust or close it.
+
+        Raises:
+            NonFiniteError, DataError: something was wrong on a batch, after its last piece.
+            TooLargeError: more directions than `max_directions`.
+        """
+        problem = self.problem
+        with recording(self._model, problem.space.parameters(self._model)):
+            for number, batch in enumerate(problem.batches):
+                totals = Totals(problem.quantity, problem.space.device)
+                generator = problem.draws(batch)
+                for recorded, target in self._record(batch):
+                    totals.add(recorded.outputs, target)
+                    count = self._count(recorded.outputs, target)
+                    rows = problem.quantity.directions(recorded.outputs, target, generator)
+                    yield Piece(number, self._parts, recorded, count, rows)
+                totals.require_sound()
 
     def sampled(self) -> Sample | None:
         """The forms of one direction of the first batch; None if this process has no batch.
@@ -297,11 +321,20 @@ class Sweep:
             for recorded, target in self._record(first):
                 outputs = recorded.outputs
                 directions = problem.quantity.directions(outputs, target, generator)
-                ((forms, _, _),) = recorded.chunks(islice(directions, 1), 1)
+                try:
+                    ((forms, _, _),) = recorded.chunks(islice(directions, 1), 1)
+                except PartsChangedError:  # the plan knows it now
+                    return self.sampled()
                 labelled = outputs if first.target is None else first.target
                 examples = problem.batches.num_examples(labelled.shape[0])
                 return Sample(forms, problem.quantity.count(outputs, target), examples)
         raise DataError("expected at least one example in the first batch")
+
+    def prove(self, batch: Batch) -> None:
+        """Raise StochasticModelError if the model is random, or mixes the examples of a batch."""
+        with recording(self._model, self.problem.space.parameters(self._model)):
+            for _ in self._capture(batch.raw, None):
+                pass
 
     def _record(self, batch: Batch) -> Iterator[tuple[Recorded, Tensor | None]]:
         for recorded, target in self._capture(batch.raw, batch.target):
@@ -325,8 +358,12 @@ class Sweep:
     def _chunks(
         self, recorded: Recorded, target: Tensor | None, generator: torch.Generator | None
     ) -> Iterator[Chunk]:
-        outputs, quantity = recorded.outputs, self.problem.quantity
-        most = self.problem.max_directions
+        outputs, count = recorded.outputs, self._count(recorded.outputs, target)
+        return recorded.chunks(self.problem.quantity.directions(outputs, target, generator), count)
+
+    def _count(self, outputs: Tensor, target: Tensor | None) -> int:
+        """How many directions a piece has, if they are not too many."""
+        quantity, most = self.problem.quantity, self.problem.max_directions
         count = quantity.count(outputs, target)
         if quantity.estimator == "exact" and count > most:
             known = self.problem.batches.count
@@ -337,7 +374,7 @@ class Sweep:
                 f"max_directions={most}: {quantity.fewer}, or raise "
                 "max_directions (ng.plan says what it costs)"
             )
-        return recorded.chunks(quantity.directions(outputs, target, generator), count)
+        return count
 
 
 @checked

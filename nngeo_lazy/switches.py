@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -84,12 +83,7 @@ class _Use:
     def __enter__(self) -> None:
         self._switch._enter(id(self))
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._switch._exit(id(self))
 
     def __del__(self) -> None:  # an interrupt came between __enter__ and its block
@@ -166,12 +160,7 @@ class whole_transforms:  # noqa: N801 - a scope, as the functions of contextlib 
         self._depth = torch._C._functorch.get_dynamic_layer_stack_depth()
         self._level = forward_ad._current_level
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             return
         if torch._C._functorch.get_dynamic_layer_stack_depth() > self._depth:

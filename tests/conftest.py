@@ -13,6 +13,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 LINES = (Path(__file__).parent / "slow.txt").read_text(encoding="utf-8").splitlines()
 SLOW = {line for line in LINES if not line.startswith("#")}
+SLOW_ROOMS = tuple(line for line in SLOW if line.endswith("/"))  # all tests below them
 STRIDE = 16  # of a slow test with more parameters than that, the fast half has every sixteenth
 
 
@@ -21,7 +22,9 @@ def pytest_collection_modifyitems(items):
     listed = defaultdict(list)
     for item in items:
         name = item.nodeid.split("[")[0]
-        if name in SLOW:
+        if name.startswith(SLOW_ROOMS):
+            item.add_marker(pytest.mark.slow)
+        elif name in SLOW:
             listed[name].append(item)
     for each in listed.values():
         for k, item in enumerate(each):

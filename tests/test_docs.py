@@ -143,6 +143,35 @@ def test_pages_are_easy_to_read(path):
     assert ease >= 50, f"a reading ease of {ease:.0f}"
 
 
+SOURCES = sorted((ROOT / "nngeo_lazy").rglob("*.py"))
+
+
+def docstrings_of(path):
+    """Prose of all docstrings of a module, without their examples."""
+    kinds = ast.Module | ast.ClassDef | ast.FunctionDef
+    nodes = [node for node in ast.walk(ast.parse(text_of(path))) if isinstance(node, kinds)]
+    found = [ast.get_docstring(node) or "" for node in nodes]
+    return [re.sub(r"^Examples?:\n(?:[ ].*\n?|\n)*", "", text, flags=re.M) for text in found]
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if any(docstrings_of(p))], ids=name_of)
+def test_docstrings_are_easy_to_read(path):
+    """Fewer than 20 words in a sentence of a module, and at most 30 in any."""
+    sentences = [s for text in docstrings_of(path) for s in words.prose(text)]
+    lengths = {s: len(words.WORD.findall(s)) for s in sentences}
+    assert sum(lengths.values()) < 20 * len(lengths)
+    assert not [s for s, length in lengths.items() if length > 30]
+
+
+def test_the_prose_of_docstrings_has_no_examples(tmp_path):
+    body = "Sum.\n\n    Example:\n        >>> add(1)\n        2\n\n    Source: Gauss (1809).\n    "
+    (tmp_path / "a.py").write_text(f'"""Numbers."""\ndef add(x):\n    """{body}"""\n')
+    assert [words.prose(text) for text in docstrings_of(tmp_path / "a.py")] == [
+        ["Numbers."],
+        ["Sum.", "Source: Gauss (1809)."],
+    ]
+
+
 def test_the_measure_of_words():
     easy = "The cat sat. It was a big cat.\n\n```python\nx = 1\n```\n\n| a | b |\n|---|---|\n"
     assert words.prose(easy) == ["The cat sat.", "It was a big cat."]

@@ -1,8 +1,8 @@
 """Layers with other derivatives than torch gives them: cheaper ones, and ones of higher order.
 
 *Frozen* layers have a backward pass that is differentiable in the output gradient alone. J v is the
-derivative of u -> J^T u in u (see `engines`), and torch's rules for it also make the gradients in
-the input and the weight, which nothing here asks for: two to three times the work.
+derivative of u -> J^T u in u (see `engines`). Torch's rules for it also make the gradients in the
+input and the weight, which nothing here asks for. That is two to three times the work.
 """
 
 from __future__ import annotations

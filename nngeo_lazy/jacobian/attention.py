@@ -24,7 +24,7 @@ def attention(call: Mapping[str, Any], record: Record) -> Any:
     """Project, attend with torch's own function between identities, project.
 
     Masks, added keys and dropout stay torch's. The packed weight is used by one projection in
-    self-attention, by two or three in cross-attention: each is a use of all its rows, with zero
+    self-attention, by two or three in cross-attention. Each is a use of all its rows, with zero
     gradients at those of the others.
     """
     query, key, value = call["query"], call["key"], call["value"]

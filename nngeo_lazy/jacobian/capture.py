@@ -26,9 +26,13 @@ from .proof import Probe, Probed, probe_folds, scales_of
 from .record import Recorder
 from .union import joined
 
-__all__ = ["Capture", "Recorded"]
+__all__ = ["Capture", "PartsChangedError", "Recorded"]
 
 SAMPLED = 16  # examples of the first batch that the plan is made from
+
+
+class PartsChangedError(Exception):
+    """A batch shows that parts of the parameters have other forms than was thought: start anew."""
 
 
 class Capture:
@@ -40,12 +44,20 @@ class Capture:
         forward: (model, raw batch) -> outputs, whose dimension 0 is the examples.
         through: whether parameters are followed through what the model makes of them, for which the
             graph of a pass must be whole when its forms are used.
+        held: whether the forms of all outputs of a piece are held at once: pieces are then smaller.
     """
 
     def __init__(
-        self, model: nn.Module, space: ParamSpace, forward: Forward, *, through: bool = True
+        self,
+        model: nn.Module,
+        space: ParamSpace,
+        forward: Forward,
+        *,
+        through: bool = True,
+        held: bool = False,
     ) -> None:
         self._through = through
+        self._held = held
         self._model = model
         self._space = space
         self._forward = forward
@@ -73,14 +85,17 @@ class Capture:
             plan = self._planned(record)
             self._cutter = plan.cutter
             if plan.cutter is None or plan.cutter.pieces(raw) == 1:
-                yield Recorded(record, plan, self._parameters, self.parts), target
+                yield self._recorded(record, plan), target
                 return
             del record
         cutter = self._cutter
         for piece, labels in [(raw, target)] if cutter is None else cutter(raw, target):
             record = self._record(piece)
             plan = self._planned(record)
-            yield Recorded(record, plan, self._parameters, self.parts), labels
+            yield self._recorded(record, plan), labels
+
+    def _recorded(self, record: Pass, plan: Plan) -> Recorded:
+        return Recorded(record, plan, self._parameters, self.parts, self._reproved)
 
     def prove(self, raw: Any) -> list[Part]:
         """The parts, from a batch that is looked at for nothing else.
@@ -117,7 +132,7 @@ class Capture:
         plan = self._plan
         if plan is None or not plan.fits(record):
             plan = next((p for p in self._plans.values() if p.fits(record)), None)
-        if plan is None or not (proved or (record.signature.alike and plan.lively)):
+        if plan is None or not (proved or (record.signature.alike and not plan.silent)):
             return None
         return Recorded(record, plan, self._parameters, self.parts)
 
@@ -176,14 +191,36 @@ class Capture:
         plan = self._plans.get(record.signature.nodes)
         if plan is None:
             plan = self._replan(record)
-        elif not (record.signature.alike and plan.lively and plan.fits(record)):
-            plan = replace(self._prove(record), cutter=plan.cutter)
-            if self._meet(record, plan):
-                require_apart(record, self._record)
+        elif not (record.signature.alike and plan.fits(record)):
+            return self._proved(record)
         return self._take(record, plan)
+
+    def _proved(self, record: Pass) -> Plan:
+        """A plan that is proved on a pass like others before."""
+        plan = replace(self._prove(record), cutter=self._plans[record.signature.nodes].cutter)
+        self._require_apart(record, plan)
+        return self._take(record, plan)
+
+    def _reproved(self, record: Pass) -> Plan:
+        """The same, if parts of it may have been made already.
+
+        Raises:
+            PartsChangedError: its parts are not those that were known.
+        """
+        before, plan = self.parts, self._proved(record)
+        demoted = {part.names: part for part in plan.parts if part.kind is Kind.GENERAL}
+        self._parts = [
+            demoted.get(p.names, p) if p.kind is Kind.ROWS else p for p in self.parts
+        ]  # so that the report says why
+        if self._parts != before:
+            raise PartsChangedError
+        self._parts = before
+        return plan
 
     def _take(self, record: Pass, plan: Plan) -> Plan:
         """Keep a plan, and the parts that it shares with those before."""
+        if plan.parts == self._parts:
+            plan = replace(plan, parts=self._parts)
         self._plan = self._plans[record.signature.nodes] = plan
         if self._parts is None:
             self._parts = plan.parts
@@ -221,20 +258,26 @@ class Capture:
             record = self._record(record.raw, few.examples)
         alike = record.signature.alike
         plan = None if few is None or not alike else self._prove(few)
-        if plan is None or not plan.lively or not plan.fits(record):
+        if plan is None or not plan.fits(record):
             plan = self._prove(record)
-        if alone is Alone.DOUBTFUL and self._meet(record, plan):
-            raise mixed(1, record.n)
+        if not record.signature.alike or alone is Alone.DOUBTFUL:
+            self._require_apart(record, plan, alone)
         if alone is not Alone.UNKNOWN and record.n > 1:
-            return replace(plan, cutter=Cutter.of(record.raw, record.n, plan.bytes(record)))
+            times = record.outputs[0].numel() if self._held else None
+            cutter = Cutter.of(record.raw, record.n, plan.bytes(record), times)
+            return replace(plan, cutter=cutter)
         return plan
 
-    def _meet(self, record: Pass, plan: Plan) -> bool:
-        """Whether a layer's output, cut into examples as it can be, reaches others' outputs."""
-        return any(
+    def _require_apart(self, record: Pass, plan: Plan, alone: Alone = Alone.SAME) -> None:
+        """Look closer if a layer's output, cut into examples as it can be, reaches others'."""
+        meet = any(
             fold is None and any(candidates(call.shape[: call.use.leading], record.n))
             for call, fold in zip(record.calls, plan.folds, strict=True)
         )
+        if meet and alone is Alone.DOUBTFUL:
+            raise mixed(1, record.n)
+        if meet and alone is Alone.SAME:
+            require_apart(record, self._record)
 
     def _prove(self, record: Pass) -> Plan:
         """The self-check (see `proof`) on a recorded pass."""
@@ -263,7 +306,7 @@ class Capture:
             without = {name: self._parameters[name] for name in names}
             general = GeneralRows(self._model, without, self._forward)
             general.probe(record.raw, outputs, cotangent, sorted({0, n // 2, n - 1}))
-        return Plan(record.keys, parts, folds, general, n, record.examples, probe.lively)
+        return Plan(record.keys, parts, folds, general, n, record.examples, probe.silent)
 
     def _demote(
         self,

@@ -2,7 +2,7 @@
 
 Every `einsum`, `matmul`, `bmm`, `baddbmm`, `tensordot` of data with a weight is written as one
 equation. A letter of the weight is an *input* (summed with the data's), an *output* (the data lack
-it), or a *group* (data, weight and output have it): one expert, or one head, is a group. So is the
+it), or a *group* (data, weight and output have it). One expert, or one head, is a group. So is the
 first output letter of a weight of three or more dimensions.
 """
 

@@ -1,8 +1,8 @@
 """Per-example gradients of any parameters of any model: the way that always works.
 
-Three ways, the first that reproduces autograd's gradients on probed examples is kept: `vmap` of the
-gradient over examples; one forward for each example; a masked backward of the whole batch for each
-example, which needs no batch that can be cut.
+Of three ways, the first that reproduces autograd's gradients on probed examples is kept. They are
+`vmap` of the gradient over examples, one forward for each example, and a masked backward of the
+whole batch for each example. The last one needs no batch that can be cut.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """The input factor of an `Outer` form: dense vectors, indices, or patches of an image.
 
-Each holds x[n, g, t, i] (example, group, position, input) without necessarily storing it, and
-answers the three questions that the forms ask: the dense tensor, its second moment, and its
-coordinates in another basis. A homogeneous coordinate (the bias) is appended by the caller's
-`bias` flag.
+Each stands for x[n, g, t, i] (example, group, position, input), and need not store it. It answers
+the three questions that the forms ask: the dense tensor, its second moment, and its coordinates in
+another basis. A homogeneous coordinate (the bias) is appended by the caller's `bias` flag.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from .patches import Geometry, live_taps, patch_moment, unfold
 __all__ = ["DenseInputs", "IndexInputs", "Inputs", "PatchInputs", "rotate"]
 
 TILE_NUMBERS = 2**22  # inputs that are not stored are made a tile of examples at a time
-FEW_POSITIONS = 8  # of a width: with fewer, one product of all patches is cheapest
 CACHED_BYTES = 2**27  # a layer's dense inputs are kept for all directions up to this size
 
 
@@ -351,15 +349,13 @@ class PatchInputs(Inputs):
 
     def moment(self, bias: bool, into: Tensor | None = None) -> Tensor:
         """Sum over n, t of x x^T: (G, w, w), or its diagonal (G, w) if that is all there is."""
-        n, groups, t, width = self.shape
+        _, groups, _, width = self.shape
         size = width + bias
         live = live_taps(self.geometry, self.images.shape[2:])
         if len(live) < self.geometry.volume:
             return self._live_moment(live, bias, into)
-        if n * t <= width // FEW_POSITIONS:
-            return moment(self.dense().contiguous(), bias, into)
         full = self.images.new_zeros(groups, size, size) if into is None else into
-        full[:, :width, :width] += patch_moment(self.images, self.geometry)
+        patch_moment(self.images, self.geometry, full[:, :width, :width])
         if bias:
             count = self.images.shape[0] * self.geometry.positions(self.images.shape[2:])
             add_border(full, self._total(), count, beta=1)

@@ -5,7 +5,7 @@ One function for each layer; convolutions and attention have modules of their ow
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -170,28 +170,23 @@ def group_norm(call: Mapping[str, Any], output: Tensor) -> Use | str:
 @layer(F.batch_norm, "input running_mean running_var weight bias training momentum eps")
 def batch_norm(call: Mapping[str, Any], output: Tensor) -> Use | str:
     """Statistics, running or the batch's, are constants of the form."""
-    own = call.get("training", False)  # given with them, running statistics would be updated
-    normal = F.batch_norm(
-        call["input"].detach(),
-        None if own else call["running_mean"],
-        None if own else call["running_var"],
-        training=own,
-        eps=call.get("eps", 1e-5),
-    )
-    return _channelwise(call, normal)
+    return _channelwise(call, _normalised(call, F.batch_norm, call.get("training", False)))
 
 
 @layer(F.instance_norm, "input running_mean running_var weight bias use_input_stats momentum eps")
 def instance_norm(call: Mapping[str, Any], output: Tensor) -> Use | str:
-    own = call.get("use_input_stats", True)  # given with them, running statistics would be updated
-    normal = F.instance_norm(
-        call["input"].detach(),
-        None if own else call["running_mean"],
-        None if own else call["running_var"],
-        use_input_stats=own,
-        eps=call.get("eps", 1e-5),
-    )
-    return _channelwise(call, normal)
+    return _channelwise(call, _normalised(call, F.instance_norm, call.get("use_input_stats", True)))
+
+
+def _normalised(call: Mapping[str, Any], norm: Callable[..., Tensor], own: bool) -> Tensor:
+    """The input, normalised by statistics of its own or by running ones.
+
+    Given with its own, running ones would be updated.
+    """
+    running = (None, None) if own else (call["running_mean"], call["running_var"])
+    eps = call.get("eps", 1e-5)
+    normal: Tensor = norm(call["input"].detach(), *running, None, None, own, eps=eps)
+    return normal
 
 
 @layer(F.prelu, "input weight")

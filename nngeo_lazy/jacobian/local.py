@@ -1,8 +1,8 @@
 """Rows of a function's weights from that function alone.
 
-A function that meets data with weights, and of which nothing else is known, is run again by itself:
-its vjp for each example, under `vmap`, or in a loop if `vmap` cannot follow. Nothing else of the
-model is run.
+A function that meets data with weights, and of which nothing else is known, is run again by itself.
+Its vjp is taken for each example, under `vmap`, or in a loop if `vmap` cannot follow. Nothing else
+of the model is run.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -14,22 +14,15 @@ from .local import local
 from .uses import Use
 from .weights import Weight
 
-__all__ = ["uses_of"]
+__all__ = ["Meeting"]
 
 Found = tuple[Use, Tensor]
 
 
-def uses_of(
-    function: Callable[..., Any],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    output: Any,
-    weight_of: Callable[[Any], Weight | None],
-    cut: Callable[[Weight], Tensor],
-) -> Iterator[Found | str]:
-    """Each use with the output that it is a use at, or the reason why there is none.
+class Meeting(NamedTuple):
+    """A call in which data meet weights.
 
-    Args:
+    Attributes:
         function: what was called.
         args: of the call, as they were before it.
         kwargs: of the call.
@@ -37,83 +30,64 @@ def uses_of(
         weight_of: tells weights from data.
         cut: a weight without the dimensions along which it is only repeated.
     """
-    if function in ELEMENTWISE and isinstance(output, Tensor):
-        yield from _in_turn(function, args, kwargs, output, weight_of, cut)
-        return
-    if function in TOGETHER and args and isinstance(args[0], (list, tuple)):
-        for slot, tensor in enumerate(args[0]):
-            if (weight := weight_of(tensor)) is not None:
-                use = put_together(function, args, kwargs, slot, cut(weight), output)
-                yield use if isinstance(use, str) else (use, output)
-        return
-    if function in CONTRACTIONS and isinstance(output, Tensor):
-        made = list(_product(function, args, kwargs, output, weight_of, cut))
-        if made:
+
+    function: Callable[..., Any]
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    output: Any
+    weight_of: Callable[[Any], Weight | None]
+    cut: Callable[[Weight], Tensor]
+
+    def uses(self) -> Iterator[Found | str]:
+        """Each use with the output that it is a use at, or the reason why there is none."""
+        function, args, one = self.function, self.args, isinstance(self.output, Tensor)
+        if function in ELEMENTWISE and one:
+            yield from self._in_turn(elementwise, args)
+            if not any(self.weight_of(value) is not None for value in args):
+                yield f"{getattr(function, '__name__', function)} with a weight as a keyword"
+        elif function in TOGETHER and args and isinstance(args[0], (list, tuple)):
+            yield from self._in_turn(put_together, args[0])
+        elif function in CONTRACTIONS and one and (made := self._product()):
             yield from made
+        else:
+            yield from self._itself()
+
+    def _in_turn(self, use_of: Callable[..., Use | str], values: Any) -> Iterator[Found | str]:
+        for slot, value in enumerate(values):
+            if (weight := self.weight_of(value)) is not None:
+                cut = self.cut(weight)
+                use = use_of(self.function, self.args, self.kwargs, slot, cut, self.output)
+                yield use if isinstance(use, str) else (use, self.output)
+
+    def _product(self) -> list[Found]:
+        made = equation_of(self.function, self.args, self.kwargs)
+        if made is None:
+            return []
+        (equation, operands, bias), output = made, self.output
+        mine = [k for k, t in enumerate(operands) if self.weight_of(t) is not None]
+        added = self.weight_of(bias)
+        if len(mine) > 1 or (not mine and added is None):
+            return []
+        uses = [contraction(equation, operands, slot, operands[slot], output) for slot in mine]
+        if bias is not None and added is not None:
+            first = next(f for f, (kind, _) in ELEMENTWISE.items() if kind == "sum")
+            uses.append(elementwise(first, (output, bias), {}, 1, self.cut(added), output))
+        found = [(use, output) for use in uses if isinstance(use, Use)]
+        return found if len(found) == len(uses) else []
+
+    def _itself(self) -> Iterator[Found | str]:
+        function, output = self.function, self.output
+        name = getattr(function, "__name__", str(function))
+        if name.startswith("__i") or name == "__setitem__" or name.strip("_") + "_" == name:
+            yield f"{name} changes data in place with a weight"
             return
-    yield from _itself(function, args, kwargs, output, weight_of)
-
-
-def _in_turn(
-    function: Callable[..., Any],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    output: Tensor,
-    weight_of: Callable[[Any], Weight | None],
-    cut: Callable[[Weight], Tensor],
-) -> Iterator[Found | str]:
-    found = False
-    for slot, value in enumerate(args):
-        if (weight := weight_of(value)) is not None:
-            found = True
-            use = elementwise(function, args, kwargs, slot, cut(weight), output)
-            yield use if isinstance(use, str) else (use, output)
-    if not found:
-        yield f"{getattr(function, '__name__', function)} with a weight as a keyword"
-
-
-def _product(
-    function: Callable[..., Any],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    output: Tensor,
-    weight_of: Callable[[Any], Weight | None],
-    cut: Callable[[Weight], Tensor],
-) -> Iterator[Found]:
-    made = equation_of(function, args, kwargs)
-    if made is None:
-        return
-    equation, operands, bias = made
-    mine = [k for k, t in enumerate(operands) if weight_of(t) is not None]
-    added = weight_of(bias)
-    if len(mine) > 1 or (not mine and added is None):
-        return
-    uses = [contraction(equation, operands, slot, operands[slot], output) for slot in mine]
-    if bias is not None and added is not None:
-        first = next(f for f, (kind, _) in ELEMENTWISE.items() if kind == "sum")
-        uses.append(elementwise(first, (output, bias), {}, 1, cut(added), output))
-    if not any(isinstance(use, str) for use in uses):
-        yield from ((use, output) for use in uses if isinstance(use, Use))
-
-
-def _itself(
-    function: Callable[..., Any],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    output: Any,
-    weight_of: Callable[[Any], Weight | None],
-) -> Iterator[Found | str]:
-    name = getattr(function, "__name__", str(function))
-    if name.startswith("__i") or name == "__setitem__" or name.strip("_") + "_" == name:
-        yield f"{name} changes data in place with a weight"
-        return
-    leaves, _ = pytree.tree_flatten((tuple(args), dict(kwargs)))
-    slots = {k: leaf for k, leaf in enumerate(leaves) if weight_of(leaf) is not None}
-    if not slots:
-        yield f"{name} has no form"
-        return
-    results = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
-    many = not isinstance(output, Tensor)
-    for k, tensor in enumerate(results):
-        if tensor.grad_fn is not None:
-            yield local(function, args, kwargs, slots, k if many else None, tensor), tensor
+        leaves, _ = pytree.tree_flatten((tuple(self.args), dict(self.kwargs)))
+        slots = {k: leaf for k, leaf in enumerate(leaves) if self.weight_of(leaf) is not None}
+        if not slots:
+            yield f"{name} has no form"
+            return
+        many = not isinstance(output, Tensor)
+        for k, tensor in enumerate(t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)):
+            if tensor.grad_fn is not None:
+                use = local(function, self.args, self.kwargs, slots, k if many else None, tensor)
+                yield use, tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-__all__ = ["add_border", "moment"]
+__all__ = ["add_border", "add_products", "moment"]
 
 SPLIT_WIDTH = 256  # below it a product is too small to be worth halving
 SUMMED_BYTES = 2**24  # products for each example are stored up to this size, then summed
@@ -19,17 +19,27 @@ def moment(x: Tensor, bias: bool = False, into: Tensor | None = None) -> Tensor:
     second = full[:, :width, :width]
     if groups == 1 and (t == 1 or x.stride(-1) == 1):
         _add_symmetric(x.reshape(n * t, width), second[0], beta)
+    elif groups == 1 and t < width:  # channels-first data: one product, of a copy
+        add_products(x.permute(1, 3, 0, 2).reshape(1, width, n * t), second, beta)
     elif n * groups * width * width * x.element_size() <= SUMMED_BYTES:
         total = (x.mT @ x).sum(0)  # (N,G,i,T)(N,G,T,i)
         second.copy_(total) if into is None else second.add_(total)
     elif groups > 1:
         joined = x.transpose(0, 1).reshape(groups, n * t, width)
         second.baddbmm_(joined.mT, joined, beta=beta)
-    else:  # channels-first data: a product for each example beats copying to (N T, i)
+    else:  # with many positions, a product for each example beats copying
         second[0].addbmm_(x[:, 0].mT, x[:, 0], beta=beta)
     if bias:
         add_border(full, x.sum((0, 2)), n * t, beta)
     return full
+
+
+def add_products(x: Tensor, out: Tensor, beta: int = 1) -> None:
+    """Add x x^T of each group to `out`, (G, w, w), or overwrite it: x is (G, w, M)."""
+    if len(x) == 1:
+        _add_symmetric(x[0].mT, out[0], beta)
+    else:
+        out.baddbmm_(x, x.mT, beta=beta)
 
 
 def add_border(full: Tensor, total: Tensor, count: int, beta: int) -> None:

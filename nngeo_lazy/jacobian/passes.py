@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -29,6 +29,7 @@ GENERAL_KEPT_BYTES = 2**28  # of its tiles, which all parts share
 PIECE_BYTES = {"cpu": 2**24}  # layer outputs of a piece of a batch: small memory is fast memory
 PIECE_BYTES_ELSEWHERE = 2**30
 PIECE_EXAMPLES = 16  # but no fewer: small products are slow
+HELD_BYTES = 2**26  # of a piece's gradients in all directions, if they are held at once
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Plan:
         general: rows of all parameters without a form together.
         examples: of the pass that it was proved on.
         constants: which constants were taken for data.
-        lively: whether every call had a gradient there: a zero proves nothing.
+        silent: calls whose gradient was zero there, which proves nothing.
         cutter: cuts batches into pieces, if examples alone are as within the batch.
     """
 
@@ -105,7 +106,7 @@ class Plan:
     general: GeneralRows | None
     examples: int
     constants: list[bool]
-    lively: bool = True
+    silent: frozenset[int] = frozenset()
     cutter: Cutter | None = None
 
     def fits(self, record: Pass) -> bool:
@@ -132,13 +133,18 @@ class Cutter:
     size: int
 
     @classmethod
-    def of(cls, raw: Any, n: int, total: int) -> Cutter | None:
-        """For batches like this one of n examples, whose layer outputs take `total` bytes."""
+    def of(cls, raw: Any, n: int, total: int, times: int | None = None) -> Cutter | None:
+        """For batches like this one of n examples, whose layer outputs take `total` bytes.
+
+        So many times that is held at once, if it is given.
+        """
         leaves = example_leaves(raw, n)
         if not leaves:
             return None
         kind = list(tree.leaves(raw))[leaves[0]].device.type
         limit = PIECE_BYTES.get(kind, PIECE_BYTES_ELSEWHERE)
+        if times is not None:
+            return cls(leaves, max(1, HELD_BYTES * n // max(1, times * total)))
         return cls(leaves, max(PIECE_EXAMPLES, limit * n // max(1, total)))
 
     def pieces(self, raw: Any) -> int:
@@ -165,6 +171,7 @@ class Recorded:
     plan: Plan
     parameters: Mapping[str, Tensor]
     parts: Sequence[Part]  # of all batches so far: those that the forms are of
+    prove: Callable[[Pass], Plan] | None = None  # if a call speaks that was silent in the proof
     marks: Tensor | None = None  # of the positions (N, S) that are scored, see `positions`
     _inputs: dict[int, list[Inputs | None]] = field(default_factory=dict)
 
@@ -189,20 +196,37 @@ class Recorded:
             root: where backward passes start, in the place of recorded outputs that have no graph;
                 the graph is then somebody else's, and stays. Otherwise the last one frees it.
         """
-        edges = self.edges
         one = sum(self.record.calls[k].shape.numel() for k in self._used) * self.dtype.itemsize
         step = max(1, CHUNK_BYTES // max(1, one))
         general = self.plan.general
         masked = general is not None and general.way is Way.MASKED
         start = self.record.outputs if root is None else root
-        done = 0
+        recorded, done = self, 0
         while chunk := [d.to(self.record.outputs.dtype) for d in islice(directions, step)]:
             collected = []
             for direction in chunk:
                 done += 1
-                keep = root is not None or masked or done < count
-                collected.append(gradients_at(start, edges, direction, keep))
-            yield self.forms(collected, chunk), done == len(chunk), done == count
+                keep = root is not None or masked or done < count or bool(self.plan.silent)
+                collected.append(gradients_at(start, recorded.edges, direction, keep))
+            believed = recorded._believed(collected)
+            if believed._used != recorded._used:
+                collected = [gradients_at(start, believed.edges, d) for d in chunk]
+            recorded = believed
+            yield recorded.forms(collected, chunk), done == len(chunk), done == count
+
+    def _believed(self, collected: Sequence[Sequence[Tensor | None]]) -> Recorded:
+        """The same, proved on this pass if a call has a gradient that had none in the proof."""
+        if self.prove is None or not self.plan.silent:
+            return self
+        speaking = [
+            g.any()
+            for each in collected
+            for k, g in zip(self._used, each, strict=True)
+            if k in self.plan.silent and g is not None
+        ]
+        if not speaking or not bool(torch.stack(speaking).any()):
+            return self
+        return replace(self, plan=self.prove(self.record), _inputs={})
 
     @property
     def edges(self) -> list[GradientEdge]:

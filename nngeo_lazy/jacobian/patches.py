@@ -1,8 +1,9 @@
 """Strided patches of images, and the second moment of patches from correlations.
 
-The second moment of the patches of a stride-1 convolution depends on a pair of kernel taps (a, b)
-only through their offset b - a, up to thin strips at the border: 13 correlations replace the 81
-blocks of a 3x3 kernel's moment, and no patch is ever stored.
+Patches of a stride-1 convolution have a second moment for each pair of kernel taps (a, b). It
+depends only on their offset b - a, up to thin strips at the border. So 13 correlations replace the
+81 blocks of a 3x3 kernel's moment, and no patch is ever stored. With fewer positions than inputs,
+or few channels, one product of all patches is cheaper.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from .moments import moment
+from .moments import add_products
 
-__all__ = ["Geometry", "live_taps", "patch_moment", "unfold"]
+__all__ = ["Geometry", "columns", "live_taps", "patch_moment", "unfold"]
+
+FEW_CHANNELS = 8  # of a group: with fewer, correlations are thin
+TILE_NUMBERS = 2**22  # patches are made for so many examples at a time
 
 Box = tuple[tuple[int, int], ...]  # a half-open range for each spatial dimension
 
@@ -112,14 +116,38 @@ def live_taps(geometry: Geometry, spatial: Sequence[int]) -> list[int]:
     return [k for k, live in enumerate(taps) if live]
 
 
-def patch_moment(images: Tensor, geometry: Geometry) -> Tensor:
-    """Sum over examples and positions of patch patch^T, (G, i, i) with i = C/G * kernel volume."""
-    channels = images.shape[1] // geometry.groups
-    # Below this size one product of all patches is cheaper than many thin ones.
-    if set(geometry.stride) == {1} and geometry.volume > 1 and channels >= 8:
-        return _moment_by_correlation(images, geometry)
-    u: Tensor = unfold(images, geometry).unflatten(1, (geometry.groups, -1))  # (N,G,i,T)
-    return moment(u.mT)
+def columns(images: Tensor, geometry: Geometry) -> Tensor:
+    """All patches with the positions of all examples side by side: (N, C, *spatial) -> (G, w, N T).
+
+    The taps of a flipped kernel come in the order of the kernel's own.
+    """
+    nd = len(geometry.kernel)
+    pad = [p for pair in reversed(geometry.padding) for p in pair]
+    view = F.pad(images, pad) if any(pad) else images
+    for axis, (k, s, d) in enumerate(
+        zip(geometry.kernel, geometry.stride, geometry.dilation, strict=True)
+    ):
+        view = view.unfold(2 + axis, d * (k - 1) + 1, s)[..., ::d]  # (N, C, *out, *kernel)
+    if geometry.flipped:
+        view = view.flip(tuple(range(2 + nd, 2 + 2 * nd)))
+    view = view.permute(1, *range(2 + nd, 2 + 2 * nd), 0, *range(2, 2 + nd))
+    width = images.shape[1] // geometry.groups * geometry.volume
+    return view.reshape(geometry.groups, width, -1)
+
+
+def patch_moment(images: Tensor, geometry: Geometry, into: Tensor | None = None) -> Tensor:
+    """Sum over examples and positions of patch patch^T, (G, w, w), or added to `into`."""
+    n, channels = images.shape[0], images.shape[1] // geometry.groups
+    width = channels * geometry.volume
+    out = images.new_zeros(geometry.groups, width, width) if into is None else into
+    positions = geometry.positions(images.shape[2:])
+    slides = set(geometry.stride) == {1} and geometry.volume > 1 and channels >= FEW_CHANNELS
+    if slides and n * positions > width:
+        return out.add_(_moment_by_correlation(images, geometry))
+    step = max(1, TILE_NUMBERS // (images.shape[1] * geometry.volume * positions))
+    for start in range(0, n, step):
+        add_products(columns(images[start : start + step], geometry), out)
+    return out
 
 
 def _moment_by_correlation(images: Tensor, geometry: Geometry) -> Tensor:
@@ -128,34 +156,37 @@ def _moment_by_correlation(images: Tensor, geometry: Geometry) -> Tensor:
     y = images.reshape(n, groups, c // groups, *spatial).movedim(0, 2)  # (G, C/G, N, *spatial)
     taps = list(itertools.product(*(range(k) for k in geometry.kernel)))
     taps = taps[::-1] if geometry.flipped else taps
-    out = y.new_zeros(groups, c // groups, len(taps), c // groups, len(taps))
+    out = y.new_zeros(groups, len(taps), c // groups, len(taps), c // groups)
     windows = [_window(tap, geometry, spatial) for tap in taps]
     pairs: dict[tuple[int, ...], list[tuple[int, int]]] = {}
     for (i, a), (j, b) in itertools.product(enumerate(taps), repeat=2):
         pairs.setdefault(tuple(t - s for s, t in zip(a, b, strict=True)), []).append((i, j))
+    # With zeros behind each row, a shift is a step in memory: what it moves beyond an edge is zero.
+    reach = [d * (k - 1) for k, d in zip(geometry.kernel, geometry.dilation, strict=True)]
+    padded = F.pad(y, [p for size in reversed(reach) for p in (0, size)])
+    steps, flat = padded.stride()[3:], padded.flatten(2)
+    every = tuple((0, size) for size in spatial)
     for offset, members in pairs.items():
         if offset < (0,) * len(offset):
             continue  # the transpose of the opposite offset
         shift = tuple(o * d for o, d in zip(offset, geometry.dilation, strict=True))
-        # Where both taps of a pair touch data, and the smallest box that holds all of these.
-        boxes = [_meet(windows[i], _shifted(windows[j], shift)) for i, j in members]
-        filled = [box for box in boxes if not _empty(box)]
-        if not filled:
+        hull = _meet(every, _shifted(every, shift))
+        if _empty(hull):
             continue
-        hull = tuple(
-            (min(lo for lo, _ in ranges), max(hi for _, hi in ranges))
-            for ranges in zip(*filled, strict=True)
-        )
-        full = _correlate(y, hull, shift)
-        for (i, j), box in zip(members, boxes, strict=True):
+        step = sum(s * size for s, size in zip(shift, steps, strict=True))
+        full = flat[..., : flat.shape[-1] - step] @ flat[..., step:].mT
+        strips: dict[Box, Tensor] = {}
+        for i, j in members:
+            box = _meet(windows[i], _shifted(windows[j], shift))
             if _empty(box):
                 continue
-            block = full
+            block = out[:, i, :, j].copy_(full)
             for strip in _difference(hull, box):
-                block = block - _correlate(y, strip, shift)
-            out[:, :, i, :, j] = block
-            out[:, :, j, :, i] = block.mT
-    return out.reshape(groups, c // groups * len(taps), c // groups * len(taps))
+                if strip not in strips:
+                    strips[strip] = _correlate(y, strip, shift)
+                block -= strips[strip]
+            out[:, j, :, i] = block.mT
+    return out.permute(0, 2, 1, 4, 3).reshape(groups, c // groups * len(taps), -1)
 
 
 def _window(tap: tuple[int, ...], geometry: Geometry, spatial: Sequence[int]) -> Box:

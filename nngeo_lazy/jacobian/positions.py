@@ -1,7 +1,7 @@
 """Which positions of a batch count in Kronecker factors.
 
 How far a batch is padded must not change its curvature. A position counts if it exists and is
-scored by the loss, or if a gradient arrives there: what comes before a scored token counts through
+scored by the loss, or if a gradient arrives there. What comes before a scored token counts through
 attention, and padding behind it does not.
 """
 

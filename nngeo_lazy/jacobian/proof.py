@@ -1,11 +1,11 @@
 """The proof of forms, on the examples of a pass.
 
 The self-check takes a random cotangent, and the same times a random number for each example. The
-gradient at a layer's output must be multiplied by its own example's number at every position, which
-finds the example axis (also if positions are folded into it) and proves it for every example;
-and the rows made from it must add up to what autograd gives for the parameters. What disagrees is
-demoted to the general way and reported. Comparing whole gradients is not enough: it cannot see
-which example a row belongs to.
+gradient at a layer's output must be multiplied by its own example's number at every position. This
+finds the example axis, also if positions are folded into it, and proves it for every example. The
+rows made from it must add up to what autograd gives for the parameters. What disagrees is demoted
+to the general way and reported. Comparing whole gradients is not enough: it cannot see which
+example a row belongs to.
 """
 
 from __future__ import annotations
@@ -36,10 +36,18 @@ class Probe:
     scaled: Sequence[Tensor | None]
 
     @property
-    def lively(self) -> bool:
-        """Whether no gradient that exists is zero."""
-        found = [g.any() for g in self.at_calls if g is not None]
-        return not found or bool(torch.stack(found).all())
+    def silent(self) -> frozenset[int]:
+        """The calls whose gradient is zero: it proves nothing about them."""
+        return silent(self.at_calls)
+
+
+def silent(gradients: Sequence[Tensor | None]) -> frozenset[int]:
+    """Which gradients exist and are zero."""
+    found = [(k, g.any()) for k, g in enumerate(gradients) if g is not None]
+    if not found:
+        return frozenset()
+    lively = torch.stack([any_ for _, any_ in found]).tolist()
+    return frozenset(k for (k, _), some in zip(found, lively, strict=True) if not some)
 
 
 def scales_of(outputs: Tensor, generator: torch.Generator) -> Tensor:

@@ -25,7 +25,7 @@ from .. import tree
 from ..errors import StochasticModelError, UnsupportedLayerError
 from ..switches import eager, plain_attention_modules, whole_transforms
 from .layers import BATCH_STATISTICS
-from .meetings import uses_of
+from .meetings import Meeting
 from .registry import Known, find, whole_modules
 from .uses import Use
 from .weights import Weight, derived
@@ -115,8 +115,9 @@ class Recorder(TorchFunctionMode):
     """Records where data meet weights: the calls that have a form, and why others have none.
 
     A tensor is a *weight* if it is a selected parameter, or made of some by functions that receive
-    no data; a *constant* if it is a buffer, or made of constants; all else is data. A constant with
-    as many entries in front as there are examples is taken for data: it will meet them one by one.
+    no data. It is a *constant* if it is a buffer, or made of constants. All else is data. A
+    constant with as many entries in front as there are examples is taken for data: it will meet
+    them one by one.
 
     Args:
         model: the network.
@@ -270,7 +271,8 @@ class Recorder(TorchFunctionMode):
                 self.formless.update(dict.fromkeys(names, use))
                 return output
             reason = use
-        for one in uses_of(func, before, kwargs, meant, self._weight_of, self._cut):
+        meeting = Meeting(func, before, kwargs, meant, self._weight_of, self._cut)
+        for one in meeting.uses():
             if isinstance(one, str):
                 reason = one
                 break

@@ -74,11 +74,11 @@ def register_layer(
     which is right but slow, and has no Kronecker factors. A form is one function. It receives the
     call's arguments by name and its output, and returns a `Use`:
 
-    - A layer that multiplies by a weight has, with output gradients g and inputs x at the positions
-      t that share the weight, the Jacobian J_n = sum_t g[n,t] x[n,t]^T, of shape (outputs, inputs),
-      and sum_t g[n,t] for its bias. Its `Use` has a `grid` of (groups, outputs, inputs), says how
-      the output gradients become (R, N, groups, T, outputs) (`gradients`), and how the inputs
-      become (N, groups, T, inputs) (`inputs`). All representations follow.
+    - A layer that multiplies by a weight has the Jacobian J_n = sum_t g[n,t] x[n,t]^T, of shape
+      (outputs, inputs). Here g are output gradients and x inputs at the positions t that share the
+      weight. Its bias has sum_t g[n,t]. Its `Use` has a `grid` of (groups, outputs, inputs).
+      `gradients` says how the output gradients become (R, N, groups, T, outputs), and `inputs` how
+      the inputs become (N, groups, T, inputs). All representations follow.
     - Any other layer gives the rows themselves, J_n[r] of shape (R, N, number of parameters), from
       its inputs and the output gradients of R directions (`rows`). It has no Kronecker factors.
 

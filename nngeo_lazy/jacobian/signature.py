@@ -7,10 +7,12 @@ positions from data, or reaches across the example axis, does not: such a pass i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 __all__ = ["Signature", "signature_of"]
@@ -19,7 +21,7 @@ __all__ = ["Signature", "signature_of"]
 class _Reach(NamedTuple):
     """Attributes of a node: the sizes of what it was given, and the dimensions that it joins."""
 
-    sizes: str
+    sizes: str | None  # None: those of its result
     dims: str | None  # None: all of them
 
 
@@ -35,6 +37,7 @@ _ALONG = {
     "SumBackward1": _Reach(_SIZES, "_saved_dim"),
     "MeanBackward0": _Reach(_SIZES, None),
     "MeanBackward1": _Reach(_SIZES, "_saved_dim"),
+    "RollBackward0": _Reach(None, "_saved_dims"),
 }
 
 # Which example meets which is told by the shapes: entry by entry, or as a layer has it.
@@ -50,7 +53,7 @@ MaxPool3DWithIndices Maximum Mean Min Minimum MiopenBatchNorm Mish MkldnnConvolu
 MkldnnMaxPool2D MkldnnRnnLayer Mm Mul Mv NativeBatchNorm NativeGroupNorm NativeLayerNorm Neg
 Norm Permute PixelShuffle PixelUnshuffle Polar Pow Prelu PreluKernel Prod Real Reciprocal
 ReflectionPad1D ReflectionPad2D Relu Relu6 Repeat ReplicationPad1D ReplicationPad2D ReshapeAlias
-Round Rsqrt Rsub ScaledDotProductAttentionMath ScaledDotProductCudnnAttention
+Round Rsqrt Rsub SafeSoftmax ScaledDotProductAttentionMath ScaledDotProductCudnnAttention
 ScaledDotProductEfficientAttention ScaledDotProductFlashAttention
 ScaledDotProductFlashAttentionForCpu Selu Sgn Sigmoid Sign Silu Sin Sinc Sinh SlowConv2D Softmax
 Softplus Softshrink Sqrt Squeeze Stack Std StdMean Sub Sum T Tan Tanh ThnnFusedGruCell
@@ -110,17 +113,41 @@ def signature_of(outputs: Tensor, parameters: Mapping[str, Tensor]) -> Signature
 
 def _alike(node: Any, name: str, n: int) -> bool:
     """Whether a node does the same to each of n examples."""
+    function = name.partition("Backward")[0]
     reach = _ALONG.get(name)
     if reach is None:
-        return name.partition("Backward")[0] in _ALIKE
-    sizes = getattr(node, reach.sizes)
+        special = _SPECIAL.get(function)
+        return function in _ALIKE if special is None else special(node)
+    sizes = node._input_metadata[0].shape if reach.sizes is None else getattr(node, reach.sizes)
     if n == 1 or not sizes:
         return True
     given = range(len(sizes)) if reach.dims is None else getattr(node, reach.dims)
-    dims = [_signed(dim) % len(sizes) for dim in ([given] if isinstance(given, int) else given)]
+    given = [given] if isinstance(given, int) else given or range(len(sizes))
+    dims = [_signed(dim) % len(sizes) for dim in given]
     if sizes[0] % n == 0:  # the examples, most likely; other sizes may be multiples by chance
         return 0 not in dims
     return all(sizes[dim] % n != 0 for dim in dims)
+
+
+def _slabs(node: Any) -> bool:
+    """Whether a strided view takes all numbers that it was given, one example after the other."""
+    (below, at), *_ = node.next_functions
+    (first, *others), (step, *steps) = node._saved_size or (1,), node._saved_stride or (1,)
+    one = math.prod(others)
+    if below is None or math.prod(below._input_metadata[at].shape) != first * one:
+        return False
+    reach = sum((size - 1) * stride for size, stride in zip(others, steps, strict=True))
+    return not node._saved_storage_offset and step == one and reach < one
+
+
+def _looked_up(node: Any) -> bool:
+    """Whether a parameter is read at given places, as an embedding does."""
+    below = node.next_functions[0][0]
+    indices = [index for index in node._saved_indices if index is not None]
+    return hasattr(below, "variable") and all(index.dtype != torch.bool for index in indices)
+
+
+_SPECIAL = {"AsStrided": _slabs, "Index": _looked_up}
 
 
 def _signed(dim: int) -> int:

@@ -1,7 +1,7 @@
 """What one call of a layer says about its parameters' Jacobian, and which functions can say it.
 
 A *layer* maps a call's arguments and output to a `Use`, or to the reason (a string) why this call
-has no form, so that its parameters take the general way. A *composite* runs in place of a function
+has no form. Its parameters then take the general way. A *composite* runs in place of a function
 that is several layers at once, and records each of them. Both are registered by *function*, which
 also covers subclasses, functional code and keyword calls.
 """
@@ -47,11 +47,11 @@ class Use:
     """One call of a layer: how its per-example Jacobian is read off inputs and output gradients.
 
     A layer that multiplies by a weight has J_n = sum_t g[n,t] x[n,t]^T, with `grid`, `gradients`
-    and `inputs`; the bias adds a last column, sum_t g[n,t]. Any other layer gives `rows`.
+    and `inputs`. The bias adds a last column, sum_t g[n,t]. Any other layer gives `rows`.
 
-    Shapes: R output directions, N examples, T positions that share the parameters. The example
-    axis is one of the output's `leading` dimensions; it is found by a check, and moved to the
-    front, before the functions below are called; the other leading dimensions are flattened into T.
+    Shapes: R output directions, N examples, T positions that share the parameters. The example axis
+    is one of the output's `leading` dimensions. It is found by a check, and moved to the front
+    before the functions below are called. The other leading dimensions are flattened into T.
 
     Attributes:
         weight, bias: the parameters that the call received, or None.

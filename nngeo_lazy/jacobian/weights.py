@@ -1,10 +1,9 @@
 """Derived weights: what a model makes of its parameters before it meets data.
 
-Two kinds of tensors flow through a forward pass: *data*, which depend on the batch, and *derived
-weights*, which depend on parameters and constants alone, such as a chunk of a fused projection, a
-table read at fixed indices, or a weight that is normalised. A derived weight that only selects
-entries of one parameter knows which (`Selection`). Autograd takes rows of any other one back to its
-parameters.
+Two kinds of tensors flow through a forward pass. *Data* depend on the batch. *Derived weights*
+depend on parameters and constants alone: a chunk of a fused projection, a table read at fixed
+indices, or a weight that is normalised. A derived weight that only selects entries of one parameter
+knows which (`Selection`). Autograd takes rows of any other one back to its parameters.
 """
 
 from __future__ import annotations

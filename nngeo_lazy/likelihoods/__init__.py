@@ -1,8 +1,8 @@
 """The quantity axis: likelihoods, as output directions and loss-Hessian products.
 
 The outputs of N examples are a tensor (N, ...). A *direction* is a cotangent shaped like it whose
-n-th row is a column of S_n, with S_n S_n^T the Hessian of example n's loss in its outputs: the
-Fisher information of the outputs if the loss is a likelihood's. The loss of an example sums
+n-th row is a column of S_n. S_n S_n^T is the Hessian of example n's loss in its outputs. If the
+loss is a likelihood's, it is the Fisher information of the outputs. The loss of an example sums
 over its positions. Exact roots have as few columns as possible.
 """
 

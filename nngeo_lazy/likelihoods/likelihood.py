@@ -45,9 +45,9 @@ NOT_FINITE = NonFinite(
 class Likelihood(ABC):
     """p(y | f) of an example's outputs f, independent over positions and examples.
 
-    A *reweighted* one is a loss that is no likelihood (class weights, label smoothing): "exact" and
-    "mc" directions are then roots of its Hessian at the target, which a Gauss-Newton matrix takes
-    and a Fisher refuses (`require_likelihood`).
+    A *reweighted* one is a loss that is no likelihood (class weights, label smoothing). Its "exact"
+    and "mc" directions are roots of its Hessian at the target. A Gauss-Newton matrix takes them,
+    and a Fisher refuses them (`require_likelihood`).
     """
 
     @property

@@ -18,6 +18,7 @@ from .subspace import (
     orthonormal,
     random_block,
     require_symmetric,
+    rounding_of,
 )
 
 __all__ = ["ENDS", "Eigenpairs", "eigsh", "wanted"]
@@ -161,6 +162,7 @@ class _Lanczos:
         self.whole = True  # whether V and H are those of the size
         self.norm = 0.0  # of A, from below
         self.asymmetry = 0.0  # |E|
+        self._floor: float | None = None  # what is all rounding, once it is asked for
 
     @property
     def size(self) -> int:
@@ -213,7 +215,14 @@ class _Lanczos:
     def target(self, values: Tensor, tol: float) -> Tensor:
         """The residuals (k,) that count as converged."""
         rounding = 10 * torch.finfo(self._V.dtype).eps * self.norm
+        rounding = max(rounding, self._floor or 0.0)
         return (tol * values.abs().clamp_min(1e-3 * self.norm)).clamp_min(rounding)
+
+    def _rounding(self) -> float:
+        """See `rounding_of`."""
+        if self._floor is None:
+            self._floor = rounding_of(self._products, self._V.shape[1], self._V)
+        return self._floor
 
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
         """Ritz values, ascending, vectors in the basis, and the residuals they should have."""
@@ -234,7 +243,8 @@ class _Lanczos:
         inside = inside.double().cpu()
         coupling = self._B.mT
         self.norm = max(self.norm, float(inside.abs().max()))
-        require_symmetric(inside[:start], coupling, inside[start:], self.norm, W.dtype, "eigsh")
+        blocks = inside[:start], coupling, inside[start:]
+        require_symmetric(*blocks, self.norm, W.dtype, "eigsh", self._rounding)
         off = torch.cat([inside[:start] - coupling, (inside[start:] - inside[start:].mT) / 2])
         self.asymmetry = math.hypot(self.asymmetry, float(torch.linalg.matrix_norm(off)))
         self._H[:start, start:stop] = coupling

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import NotPositiveDefiniteError
 from .krylov import Matvec, norms
-from .subspace import orthogonalised, require_symmetric
+from .subspace import orthogonalised, require_symmetric, rounding_of
 
 __all__ = ["Lanczos", "evaluated"]
 
@@ -52,6 +52,7 @@ class Lanczos:
         self._alphas: list[Tensor] = []
         self._betas: list[Tensor] = []
         self._norm = torch.zeros_like(self.sizes)
+        self._floor: float | None = None  # what is all rounding, once it is asked for
         self.steps = 0
 
     @property
@@ -73,7 +74,8 @@ class Lanczos:
         self._norm = torch.maximum(self._norm, torch.maximum(alpha.abs(), beta))
         largest = float(self._norm.max())
         seen, expected = (previous * w).sum(0)[None], torch.where(self.live, beta, 0.0)[None]
-        require_symmetric(seen, expected, alpha[None, :1], largest, w.dtype, self._method)
+        corner = alpha[None, :1]
+        require_symmetric(seen, expected, corner, largest, w.dtype, self._method, self._rounding)
         self._basis[:, j % self._basis.shape[1]] = v.mT
         w = w - alpha * v - beta * previous
         if self._full:
@@ -89,6 +91,12 @@ class Lanczos:
         self._betas.append(beta)
         self._v = torch.where(self.live, w / torch.where(self.live, beta, 1.0), 0.0)
         self.steps = j + 1
+
+    def _rounding(self) -> float:
+        """See `rounding_of`."""
+        if self._floor is None:
+            self._floor = rounding_of(self._matvec, len(self._v), self._v)
+        return self._floor
 
     def tridiagonal(self, steps: int | None = None) -> Tensor:
         """T (k, m, m) after so many steps, by default all; in float64, on the CPU."""

@@ -53,13 +53,13 @@ class Probes:
     progress: bool = False
 
     def __post_init__(self) -> None:
-        check_fields(self)
         for name in ("probes", "steps", "max_matvecs"):
             value = getattr(self, name)
             if value is None and name != "max_matvecs":
                 continue
             if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
                 raise DataError(f"expected {name}= to be a whole number from 1 on, got {value!r}")
+        check_fields(self)
         if self.tol is not None and not self.tol > 0:
             raise DataError(
                 f"expected tol= to be a relative error above 0, got {self.tol!r}: an exact value "

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .krylov import Matvec, default_tolerance, norms
 from .products import Products
-from .subspace import Search, orthogonalised, orthonormal, random_block
+from .subspace import Search, orthogonalised, orthonormal, random_block, rounding_of
 
 __all__ = ["Triplets", "svds"]
 
@@ -119,6 +120,7 @@ class _GolubKahan:
         self._now = 0, torch.empty(0), torch.zeros(0, dtype=torch.float64)
         self.whole = True  # whether U, V and B are those of the size
         self.norm = 0.0
+        self._floor = 0.0  # what is all rounding, if the two products seem not to fit
 
     @property
     def size(self) -> int:
@@ -153,7 +155,7 @@ class _GolubKahan:
                 continue
             left, values, right = self._small()
             estimates = (self._g @ left).abs()
-            done = estimates <= tol * values[0]
+            done = estimates <= max(tol * float(values[0]), self._floor)
             if bool(done[:k].all()) or self._products.count >= most:
                 return
             if full:
@@ -176,7 +178,7 @@ class _GolubKahan:
             back = self._products.through(self._rmatvec, u) - v * s
             residuals = torch.hypot(norms(forth), norms(back)).squeeze(0)
         eps = torch.finfo(u.dtype).eps
-        limit = max(tol, 10 * eps) * s[-1]
+        limit = max(max(tol, 10 * eps) * float(s[-1]), self._floor)
         converged = not interrupted and bool((residuals <= limit).all())
         return Triplets(u, s, v, residuals, self._products.count, converged, interrupted)
 
@@ -203,7 +205,7 @@ class _GolubKahan:
         """A unit vector orthogonal to the basis, and how long w was; random after a breakdown."""
         size = float(norms(w))
         self.norm = max(self.norm, size)
-        if size > 10 * torch.finfo(w.dtype).eps * self.norm:
+        if size > max(10 * torch.finfo(w.dtype).eps * self.norm, self._floor):
             return w / size, size
         fresh = random_block(len(w), 1, w, self._generator)
         fresh = orthonormal(orthogonalised(fresh, basis)[0])
@@ -213,7 +215,14 @@ class _GolubKahan:
         expected = self._g.to(inside)
         self.norm = max([self.norm, *inside.abs().tolist()])
         error = float((inside - expected).abs().max()) if len(inside) else 0.0
-        if error > (1e-6 if inside.dtype == torch.float64 else 1e-2) * self.norm:
+        if error <= (1e-6 if inside.dtype == torch.float64 else 1e-2) * self.norm:
+            return
+        if self._floor == 0:
+            sides = (self._matvec, self._shape[1]), (self._rmatvec, self._shape[0])
+            self._floor = max(
+                rounding_of(partial(self._products.through, side), n, inside) for side, n in sides
+            )
+        if error > self._floor:
             raise ValueError(
                 f"svds needs products with A and with its transpose: here u.(A v) and (A^T u).v "
                 f"differ by {error:.2g}, with |A| = {self.norm:.2g}: correct one of the products"

@@ -15,6 +15,7 @@ from ..linalg import Estimate, Probes
 from ..linalg.estimates import MIN_STEPS, PROBES, QUADRATURES, STEPS
 from ..operators.base import BaseLinearOperator
 from ..operators.convert import aslinearoperator
+from ..operators.damping import DampingAmount
 from ..operators.lazy import closed_forms_only
 from ..operators.warn import falls_short, warn_of_estimate
 from .functions import Function, evaluated
@@ -243,7 +244,7 @@ def logdet(
 @checked
 def effective_dimension(
     A: Any,
-    damping: float | Tensor,
+    damping: DampingAmount,
     *,
     method: str = "auto",
     probes: int | Probes | None = None,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import linalg
-from ..arguments import checked, require_takes
+from ..arguments import PositiveInt, checked, require_takes
 from ..errors import UnsupportedLayerError
 from ..operators.vectors import VectorLike, columns, flattened
 from ..operators.warn import warn_unless_converged
@@ -27,7 +27,7 @@ def matrix_function(
     v: VectorLike,
     *,
     tol: float | None = None,
-    max_steps: int | None = None,
+    max_steps: PositiveInt | None = None,
     progress: bool = False,
 ) -> Any:
     r"""f(A) v for a symmetric operator, such as a square root, its inverse or an exponential.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import checked
+from ..arguments import NonNegativeInt, checked
 from ..errors import NotPositiveDefiniteError, wrong_option
 from ..linalg import (
     IndefinitePreconditionerError,
@@ -39,7 +39,7 @@ def solve(
     damping: DampingLike = 0.0,
     method: str = "auto",
     tol: float | None = None,
-    max_iter: int | None = None,
+    max_iter: NonNegativeInt | None = None,
     preconditioner: Any = None,
     x0: VectorLike | None = None,
 ) -> Solution:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import linalg
-from ..arguments import checked, described
+from ..arguments import PositiveInt, checked, described
 from ..errors import ConvergenceWarning, UnsupportedLayerError, wrong_option
 from ..linalg import Probes, Search, SpectralDensity
 from ..linalg.eigsh import ENDS, wanted
@@ -34,8 +34,8 @@ def eigsh(
     which: str = "LA",
     *,
     tol: float | None = None,
-    subspace: int | None = None,
-    block_size: int = 1,
+    subspace: PositiveInt | None = None,
+    block_size: PositiveInt = 1,
     start: VectorLike | None = None,
     max_matvecs: int | None = None,
     seed: int | None = None,
@@ -114,7 +114,7 @@ def svds(
     k: int,
     *,
     tol: float | None = None,
-    subspace: int | None = None,
+    subspace: PositiveInt | None = None,
     start: VectorLike | None = None,
     max_matvecs: int | None = None,
     seed: int | None = None,
@@ -186,7 +186,7 @@ def spectral_density(
     steps: int | None = None,
     deflate: int | tuple[Tensor, Tensor] = 0,
     reorthogonalize: bool = True,
-    probes_at_once: int | None = None,
+    probes_at_once: PositiveInt | None = None,
     seed: int | None = None,
     progress: bool = False,
 ) -> SpectralDensity:

@@ -11,7 +11,7 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor, nn
 
-from ..arguments import checked, described
+from ..arguments import NonNegative, NonNegativeInt, PositiveInt, checked, described, named
 from ..errors import DataError, SpaceMismatchError, TooLargeError
 from ..selectors import Selector, select
 from ..space import ParamSpace
@@ -28,6 +28,7 @@ __all__ = ["DENSE_LIMIT", "BaseLinearOperator", "Krylov", "flat_positions"]
 DENSE_LIMIT = 2**33  # bytes; `to_dense` refuses more unless told otherwise
 
 
+@named("an operator, as FIM returns it", "FIM(...)")
 class BaseLinearOperator(ContractLinearOperator):
     """A symmetric matrix over parameters (or a bare one), never formed unless asked for.
 
@@ -122,7 +123,7 @@ class BaseLinearOperator(ContractLinearOperator):
         *,
         damping: DampingLike = 0.0,
         tol: float | None = None,
-        max_iter: int | None = None,
+        max_iter: NonNegativeInt | None = None,
         preconditioner: BaseLinearOperator | None = None,
         x0: VectorLike | None = None,
     ) -> Any:
@@ -285,7 +286,7 @@ class BaseLinearOperator(ContractLinearOperator):
         return self._altered(self._power(float(p)))
 
     @checked
-    def pinv(self, rcond: float | None = None) -> BaseLinearOperator:
+    def pinv(self, rcond: NonNegative | None = None) -> BaseLinearOperator:
         """The pseudo-inverse; eigenvalues up to `rcond` times the largest count as zero.
 
         By default those that are zero up to rounding.
@@ -294,7 +295,7 @@ class BaseLinearOperator(ContractLinearOperator):
         return self._altered(self._pinv(rcond))
 
     @checked
-    def sample(self, n: int, *, seed: int | None = None) -> Tensor:
+    def sample(self, n: PositiveInt, *, seed: int | None = None) -> Tensor:
         """Draws (n, P) from N(0, F).
 
         A posterior N(0, (F + d)^-1) is `F.inverse(damping=d).sample(n)`.
@@ -331,7 +332,7 @@ class BaseLinearOperator(ContractLinearOperator):
         return {owner: self._restrict(tuple(names)) for owner, names in owners.items()}
 
     @checked
-    def to_dense(self, limit: int | None = None) -> Tensor:
+    def to_dense(self, limit: NonNegativeInt | None = None) -> Tensor:
         """The matrix itself.
 
         Args:

@@ -20,7 +20,7 @@ from linear_operator.operators import (
 )
 from torch import Tensor
 
-from ..arguments import checked, described
+from ..arguments import PositiveInt, checked, described
 from ..errors import DataError, NotPositiveDefiniteError, SpaceMismatchError
 from . import rules
 from .info import joint
@@ -89,7 +89,7 @@ class ContractLinearOperator(PrimitiveLinearOperator):
         return self.add_diagonal(jitter_val)
 
     @checked
-    def zero_mean_mvn_samples(self, num_samples: int) -> Tensor:
+    def zero_mean_mvn_samples(self, num_samples: PositiveInt) -> Tensor:
         """Draws (num_samples, n) from N(0, F); `sample` takes a seed."""
         return self._draw(num_samples, None).movedim(-1, 0)
 

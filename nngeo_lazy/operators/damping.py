@@ -5,12 +5,12 @@ from __future__ import annotations
 import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ..arguments import described
+from ..arguments import Rule, described
 from ..errors import DataError, NotPositiveDefiniteError, SpaceMismatchError
 from ..layout import Layout
 from ..selectors import select
@@ -18,10 +18,27 @@ from ..selectors import select
 if TYPE_CHECKING:
     from .base import BaseLinearOperator
 
-__all__ = ["Damping", "DampingLike", "is_zero", "resolve_damping"]
+__all__ = ["Damping", "DampingAmount", "DampingLike", "is_zero", "resolve_damping"]
 
+
+def _is_amount(value: Any) -> bool:
+    """What is below 0, or NaN, has an error of its own."""
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return real or isinstance(value, Tensor)
+
+
+def _is_damping(value: Any) -> bool:
+    return all(map(_is_amount, value.values() if isinstance(value, Mapping) else [value]))
+
+
+DampingAmount: TypeAlias = Annotated[
+    float | Tensor, Rule("a number or a tensor", _is_amount, "1e-3")
+]
 # keys are selectors; Mapping is invariant in them, so that no narrower type is accepted
-DampingLike: TypeAlias = float | Tensor | Mapping[Any, float | Tensor]
+DampingLike: TypeAlias = Annotated[
+    float | Tensor | Mapping[Any, float | Tensor],
+    Rule("a number, a tensor, or a dict of these by selector", _is_damping, "1e-3"),
+]
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ def exact_curvature(
     """The Gauss-Newton matrix of the loop's loss on its passes, which are run again for it.
 
     A model in training mode is the function that it was in each pass, with its random numbers and
-    the statistics of its batch; of half precision it is differentiated in float32. Of several heads
-    it is the sum of theirs, a mean over examples.
+    the statistics of its batch. One of half precision is differentiated in float32. Of several
+    heads it is the sum of theirs, a mean over examples.
     """
     heads = sorted({passed.head for passed in passes})
     found: BaseLinearOperator | None = None

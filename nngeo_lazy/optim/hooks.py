@@ -30,10 +30,10 @@ class Watcher(Protocol):
 class Hooks:
     """Calls a watcher around every forward pass of a model that could train it.
 
-    Passes without autograd are not seen. Neither are those of a compiled
-    function around the model, out of which the hooks are compiled; a model that was compiled itself
-    runs as it was written while `uncompiled` says so. The watcher is held weakly, copies and
-    pickles of the model have hooks that do nothing, and hooks of several watchers nest.
+    Passes without autograd are not seen. Neither are those of a compiled function around the model,
+    out of which the hooks are compiled. A model that was compiled itself runs as it was written
+    while `uncompiled` says so. The watcher is held weakly, copies and pickles of the model have
+    hooks that do nothing, and hooks of several watchers nest.
 
     Args:
         model: the network.

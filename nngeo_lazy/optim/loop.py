@@ -64,8 +64,8 @@ class Loop:
     """The passes of a model between two steps.
 
     Layers are recorded in the loop's own forward pass. Their forms are proved before the first one,
-    in evaluation mode and on a few examples, since batch statistics and dropout make rows of single
-    examples meaningless; what has no form is left out of the space.
+    in evaluation mode and on a few examples: batch statistics and dropout make rows of single
+    examples meaningless. What has no form is left out of the space.
 
     Args:
         model: the network.

@@ -35,17 +35,17 @@ class NaturalGradient(CurvatureOptimizer):
     ever. `docs/optimizers.md` has all formulas.
 
     The loop stays ordinary: `loss = loss_fn(model(x), y)`, `loss.backward()`, `optimizer.step()`.
-    Forward passes are watched. On every `update_every`-th step their layers are recorded, and the
-    curvature's statistics come from their backward pass: "empirical" from the loop's own, "mc" from
-    one more of labels that the model draws. They are averaged over steps (`operator`), and every
+    Forward passes are watched. On every `update_every`-th step their layers are recorded. The
+    curvature's statistics come from a backward pass: for "empirical" the loop's own, for "mc" one
+    more, of labels that the model draws. They are averaged over steps (`operator`), and every
     `invert_every`-th step decomposed. A step in between waits for nothing that is on the device.
 
     F is scaled as by `FIM`, a mean over examples of a loss that sums over positions; a torch.nn
-    loss module as likelihood keeps its own reduction. However the loop scales its loss (a sum, a
-    mean over tokens, a `GradScaler`) is read off the gradient at the outputs, except of Gaussian
-    losses: "gaussian" stands for the mean over examples of half the squared error.
-    Accumulated gradients count as the mean over all examples since the last step. Labels are not
-    seen: masks of a categorical likelihood are read off the gradient.
+    loss module as likelihood keeps its own reduction. The scale of the loop's loss (a sum, a mean
+    over tokens, a `GradScaler`) is read off the gradient at the outputs, except of Gaussian losses.
+    "gaussian" stands for the mean over examples of half the squared error. Accumulated gradients
+    count as the mean over all examples since the last step. Labels are not seen: masks of a
+    categorical likelihood are read off the gradient.
 
     Batch normalisation and dropout may train: batch statistics count as constants, and layers'
     forms are proved in evaluation mode, once. What has no Kronecker form takes its diagonal; what

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from ..arguments import check_fields
+from ..arguments import NonNegativeInt, check_fields
 from ..errors import DataError
 from ..quantities import LossLike
 from ..representations import Implicit, Representation
@@ -100,7 +100,7 @@ class HessianFree:
 
     preconditioner: str | Representation | None = None
     tol: float = 1e-2
-    max_iter: int = 50
+    max_iter: NonNegativeInt = 50
     decay: float = 0.95
 
     def __post_init__(self) -> None:
@@ -109,8 +109,8 @@ class HessianFree:
             raise DataError(f"expected tol > 0, max_iter >= 1 and a decay in [0, 1], got {self}")
 
 
-Damping: TypeAlias = "float | Callable[[int], float] | LevenbergMarquardt"
-Losses: TypeAlias = "LossLike | Mapping[str, LossLike | None] | Sequence[LossLike | None] | None"
+Damping: TypeAlias = float | Callable[[int], float] | LevenbergMarquardt
+Losses: TypeAlias = LossLike | Mapping[str, LossLike | None] | Sequence[LossLike | None] | None
 METHODS = ("exact", "factored")
 
 

@@ -21,10 +21,10 @@ class Trust:
 
     .. math:: \nu = \min\Bigl(1,\; e^h \sqrt{2 \rho r \varphi / S},\; \varphi / N\Bigr)
 
-    with r the radius in nats; S and N the running averages of the squared natural norm of the
-    gradient, g^T (F + damping)^-1 g, and of the part of it that is noise; phi the dispersion of a
-    Gaussian's labels. h follows how far successive directions agree, and rho how the measured
-    change of the predictions compares with the radius. All numbers stay on the device.
+    with r the radius in nats and phi the dispersion of a Gaussian's labels. S is the running
+    average of the squared natural norm of the gradient, g^T (F + damping)^-1 g, and N that of its
+    noise. h follows how far successive directions agree, and rho how the measured change of the
+    predictions compares with the radius. All numbers stay on the device.
 
     Args:
         radius: r.

@@ -1,8 +1,8 @@
 """The representation axis: how a matrix is stored, and how it is built from forms.
 
 An options object builds a matrix, and says which matrices it can. `Implicit` differentiates the
-network in every product. All others are `Streamed`, and have a recipe: it asks for statistics
-(plain sums over the data), once for each pass that it needs, and makes blocks from them at the end.
+network in every product. All others are `Streamed`, and have a recipe. It asks for statistics
+(plain sums over the data), once for each pass that it needs. At the end it makes blocks from them.
 Statistics know forms, operators know algebra, and neither knows a layer. Recipes run side by side,
 so that a mixture costs no more passes than its parts.
 """

@@ -25,7 +25,7 @@ from ..sweep import Sweep
 from .recipes import Block, Recipe, block_name, flat_layout, info_of, require_finite, whole
 from .representation import Streamed
 
-__all__ = ["Factored", "FormStack", "factored_rows"]
+__all__ = ["Factored", "FormStack", "factored_rows", "joined", "stored"]
 
 
 class FormStack(Statistic):
@@ -60,7 +60,7 @@ class FormStack(Statistic):
         Raises:
             TooLargeError: all forms so far take more than the limit.
         """
-        self._chunks.append([_stored(form) for form in forms])
+        self._chunks.append([stored(form) for form in forms])
         self._bytes += sum(_bytes_of(form, first) for form in self._chunks[-1])
         if self._bytes > self._limit:
             raise TooLargeError(
@@ -70,11 +70,11 @@ class FormStack(Statistic):
                 "or 'implicit'"
             )
         if last:
-            self.batches.append([_joined(chunks) for chunks in zip(*self._chunks, strict=True)])
+            self.batches.append([joined(chunks) for chunks in zip(*self._chunks, strict=True)])
             self._chunks = []
 
 
-def _stored(form: Form | None) -> Form | None:
+def stored(form: Form | None) -> Form | None:
     """A form that holds nothing of the pass; rows that are streamed are made."""
     if isinstance(form, Rows):
         return Stored(torch.cat([form.rows(a, b) for a, b in form.tiles()], 1))
@@ -93,14 +93,14 @@ def _bytes_of(form: Form | None, first: bool) -> int:
     return form.bytes + sum(x.nbytes for x in inputs if isinstance(x, Tensor))
 
 
-def _joined(chunks: Sequence[Form | None]) -> Form | None:
+def joined(chunks: Sequence[Form | None]) -> Form | None:
     """Chunks of directions of one batch as one form."""
     first = chunks[0]
     if len(chunks) == 1 or first is None:
         return first
     if isinstance(first, Summed):
         outers = zip(*(chunk.outers for chunk in chunks if isinstance(chunk, Summed)), strict=True)
-        return replace(first, outers=tuple(_joined(each) for each in outers))  # type: ignore[misc]
+        return replace(first, outers=tuple(joined(each) for each in outers))  # type: ignore[misc]
     if isinstance(first, Outer):
         # (N,G,R,o,T) in memory: rows of all directions are then one product, without a copy
         stacked = torch.cat([c.g.permute(1, 2, 0, 4, 3) for c in chunks if isinstance(c, Outer)], 2)

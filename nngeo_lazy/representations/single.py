@@ -91,8 +91,8 @@ class KFAC(Streamed):
     """Kronecker-factored blocks, G kron A for each weight (with its bias).
 
     Martens and Grosse (2015), Grosse and Martens (2016) for convolutions; weight sharing as in
-    Eschenhagen et al. (2023): `expand` treats positions as examples and is exact for deep linear
-    networks with a loss for each position, `reduce` sums over them first and is exact if the
+    Eschenhagen et al. (2023). `expand` treats positions as examples and is exact for deep linear
+    networks with a loss for each position. `reduce` sums over them first and is exact if the
     positions are averaged. What has no Kronecker form gets a diagonal block; the report says so.
     Memory o^2 + (i + 1)^2 for a weight (o, i).
 
@@ -263,9 +263,9 @@ class EKFAC(Streamed):
 class LowRank(Streamed):
     """U U^T from the rows themselves: exact, of rank at most (examples x directions).
 
-    U holds the rows of all examples, divided by the root of their number, or with a `rank` the best
-    approximation of that rank (the truncated singular value decomposition: Eckart and Young 1936).
-    Exact estimators have one row for each output direction of each example: take "mc" or
+    U holds the rows of all examples, divided by the root of their number. With a `rank` it is the
+    best approximation of that rank (the truncated singular value decomposition: Eckart and Young
+    1936). Exact estimators have one row for each output direction of each example: take "mc" or
     "empirical" if there are many. Memory P times the rank.
 
     Args:

@@ -1,0 +1,7 @@
+"""The Laplace approximation: a Gaussian over the parameters, and what it predicts."""
+
+from __future__ import annotations
+
+from .posterior import Laplace
+
+__all__ = ["Laplace"]
