@@ -21,7 +21,7 @@ from .jacobian.capture import Capture, PartsChangedError, Recorded
 from .jacobian.forms import Form, Outer
 from .jacobian.parts import Part
 from .jacobian.positions import marks_of
-from .jacobian.record import recording, refuse_training_mode
+from .jacobian.scopes import recording, refuse_training_mode
 from .quantities import Quantity
 from .rowwise import Piece
 from .selectors import Selector, space_of
