@@ -41,7 +41,7 @@ def draws(device: torch.device) -> list[Tensor]:
 
 
 def outputs_alone(record: Pass, run: Run, some: Tensor | None = None) -> tuple[Alone, Pass | None]:
-    """Pass some examples of a batch again on their own, a few if not given, and then the others.
+    """Pass some examples of a batch again on their own, a few if not given, and then others.
 
     Returns:
         What the outputs are like, and the pass of some.
@@ -56,6 +56,8 @@ def outputs_alone(record: Pass, run: Run, some: Tensor | None = None) -> tuple[A
     few = torch.tensor([0, n // 2, n - 1] if n > PROBED else [0]) if some is None else some
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     others = order[~torch.isin(order, few)]
+    if some is None and record.signature.alike:  # if one example meets others, all of them do
+        others = others[:PROBED]
     leaves = example_leaves(record.raw, n)
     found: list[Pass] = []
     is_ragged = ragged(record.raw, leaves)
