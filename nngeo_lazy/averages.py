@@ -101,10 +101,13 @@ def extended(F: BaseLinearOperator, space: ParamSpace) -> BaseLinearOperator:
     own = F.space
     if own is None or own == space:
         return F
-    starts = {own.slices[n].start: space.slices[space.resolve(n)].start for n in own.names}
     names, layouts, blocks = ["known"], [Layout.flat([own.slices[n] for n in own.names])], [F]
     if isinstance(F, BlockDiagonalLinearOperator):
         names, layouts, blocks = list(F.names), list(F.layouts), list(F.members)
+    starts = {}
+    for start in (piece.start for layout in layouts for piece in layout.pieces):
+        name = own.holding(start)
+        starts[start] = start - own.slices[name].start + space.slices[space.resolve(name)].start
     layouts = [layout.shifted(starts) for layout in layouts]
     known = {space.resolve(name) for name in own.names}
     mean = F.trace() / F.shape[-1]

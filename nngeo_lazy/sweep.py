@@ -21,7 +21,7 @@ from .jacobian.capture import Capture, PartsChangedError, Recorded
 from .jacobian.forms import Form, Outer
 from .jacobian.parts import Part
 from .jacobian.positions import marks_of
-from .jacobian.record import recording, refuse_training_mode
+from .jacobian.scopes import recording, refuse_training_mode
 from .quantities import Quantity
 from .rowwise import Piece
 from .selectors import Selector, space_of
@@ -331,6 +331,12 @@ class Sweep:
                 general = recorded.general_passes(count)
                 return Sample(forms, count, examples, general, recorded.proofs)
         raise DataError("expected at least one example in the first batch")
+
+    def prove(self, batch: Batch) -> None:
+        """Raise StochasticModelError if the model is random, or mixes the examples of a batch."""
+        with recording(self._model, self.problem.space.parameters(self._model)):
+            for _ in self._capture(batch.raw, None):
+                pass
 
     def _record(self, batch: Batch) -> Iterator[tuple[Recorded, Tensor | None]]:
         for recorded, target in self._capture(batch.raw, batch.target):

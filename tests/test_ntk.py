@@ -555,3 +555,69 @@ def test_labels_of_other_examples():
     for y in (torch.randn(5), torch.randn(6, 2), torch.randn(7, 3)):
         with pytest.raises(SpaceMismatchError, match="expected labels of 18 examples, or"):
             ng.alignment(K, y)
+
+
+# --- sets that use the network in different ways --------------------------------------------------
+
+
+class Tasks(nn.Module):
+    """A head for each task, and experts of which some see no example."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(3, 4)
+        self.heads = nn.ModuleList(nn.Linear(4, 2) for _ in range(3))
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x):
+        h, task = self.a(x[:, :3]).tanh(), x[:, 3].long()
+        mixed = h
+        for k, expert in enumerate(self.experts):
+            i = (h.argmax(-1) == k).nonzero().squeeze(1)
+            mixed = mixed.index_add(0, i, expert(h[i]))
+        out = h.new_zeros(len(x), 2)
+        for k in task.unique().tolist():
+            i = (task == k).nonzero().squeeze(1)
+            out = out.index_add(0, i, self.heads[k](mixed[i]))
+        return out
+
+
+class Decoder(nn.Module):
+    """Tokens that are chosen by the network, so that a batch of one has no example axis."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.e = nn.Linear(4, 4), nn.Embedding(3, 4)
+        self.cell, self.o = nn.GRUCell(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        h, token = self.a(x).tanh(), torch.zeros(len(x), dtype=torch.long)
+        for _ in range(2):
+            h = self.cell(self.e(token), h)
+            token = self.o(h).argmax(-1)
+        return self.o(h)
+
+
+def rows_of(model, x):
+    """(N, C, P), by loops of autograd over single examples."""
+    parameters, found = list(model.parameters()), []
+    for n in range(len(x)):
+        for f in model(x[n : n + 1])[0]:
+            rows = torch.autograd.grad(
+                f, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            found.append(torch.cat([row.flatten() for row in rows]))
+    return torch.stack(found).unflatten(0, (len(x), -1))
+
+
+@pytest.mark.parametrize("sets", [([0, 1, 0], [2, 2]), ([0], [2, 2, 1]), ([0, 1], [2]), ([0], [1])])
+@pytest.mark.parametrize("net", [Tasks, Decoder])
+def test_sets_that_take_other_calls(net, sets):
+    model = net()
+    x1, x2 = (torch.cat([torch.randn(len(t), 3), torch.tensor(t)[:, None]], 1) for t in sets)
+    J1, J2 = (rows_of(model, x) for x in (x1, x2))
+    for method in METHODS:
+        for kind, want in reference(J1, J2).items():
+            if want is not None:
+                K = ng.NTK(model, x1, x2, method=method, outputs=kind)
+                close(K.to_dense(), want, TOLERANCE)

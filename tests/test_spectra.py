@@ -693,3 +693,36 @@ def test_norms_of_a_million_float32_numbers():
     v = torch.randn(1_000_000, 2, dtype=torch.float32)
     exact = v.double().square().sum(0, keepdim=True).sqrt()
     torch.testing.assert_close(norms(v).double(), exact, rtol=1e-6, atol=0)
+
+
+# --- matrices that are zero up to rounding --------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_differences_of_equal_matrices(dtype):
+    """Relative to its own size, all of such a matrix is wrong: neither linear nor symmetric."""
+    model = torch.nn.Sequential(torch.nn.Linear(5, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3))
+    model, x, y = model.to(dtype), torch.randn(20, 5, dtype=dtype), torch.randint(3, (20,))
+    whole, parts = [(x, y)], [(x[:7], y[:7]), (x[7:], y[7:])]
+    F, G = (
+        ng.FIM(model, data, "implicit", likelihood="categorical", max_directions=2)
+        for data in (whole, parts)
+    )
+    K = ng.FIM(model, (x, y), "factored", likelihood="categorical")
+    rounding = 100 * torch.finfo(dtype).eps * float(F.norm(2))
+    for zero in (F - G, F - K, (F - G).mT, F @ F - K @ K):
+        assert float(zero.norm(2)) < rounding
+        assert ng.svds(zero, 2, seed=0).converged
+        found = ng.eigsh(zero, 2, "LM", seed=0)
+        assert found.converged
+        assert float(found.eigenvalues.abs().max()) < rounding
+        assert float(ng.spectral_density(zero, seed=0).nodes.abs().max()) < rounding
+        v = torch.ones(F.shape[-1], dtype=dtype)
+        close(ng.matrix_function(zero, torch.exp, v), v, 1e-4 if dtype == torch.float32 else 1e-10)
+
+
+def test_a_small_matrix_that_is_not_symmetric():
+    """What is small is not rounding: its products are linear."""
+    operator = products_only(1e-20 * torch.randn(30, 30))
+    with pytest.raises(ValueError, match="needs a symmetric matrix"):
+        ng.eigsh(operator, 2, seed=0)

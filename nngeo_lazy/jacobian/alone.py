@@ -15,9 +15,19 @@ from .general import cut, example_leaves
 from .passes import Pass
 from .proof import agree
 
-__all__ = ["Alone", "draws", "outputs_alone", "ragged", "require_apart", "require_repeatable"]
+__all__ = [
+    "DOUBTFUL",
+    "Alone",
+    "draws",
+    "in_groups",
+    "mixed",
+    "outputs_alone",
+    "require_apart",
+    "require_repeatable",
+]
 
 PROBED = 3  # examples that are passed on their own
+SINGLY = 8  # examples of a batch up to which they are single groups
 ROUNDING = 0.5  # a power of eps: within it, outputs are the same
 DOUBTFUL = 0.25  # outputs that nearly cancel carry few digits: within it, gradients tell
 
@@ -41,7 +51,7 @@ def draws(device: torch.device) -> list[Tensor]:
 
 
 def outputs_alone(record: Pass, run: Run, some: Tensor | None = None) -> tuple[Alone, Pass | None]:
-    """Pass some examples of a batch again on their own, a few if not given, and then others.
+    """Pass some examples of a batch again on their own, a few if not given, and then the others.
 
     Returns:
         What the outputs are like, and the pass of some.
@@ -54,34 +64,58 @@ def outputs_alone(record: Pass, run: Run, some: Tensor | None = None) -> tuple[A
         require_repeatable(record, run)
         return Alone.SAME, None
     few = torch.tensor([0, n // 2, n - 1] if n > PROBED else [0]) if some is None else some
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
-    others = order[~torch.isin(order, few)]
-    if some is None and record.signature.alike:  # if one example meets others, all of them do
-        others = others[:PROBED]
-    leaves = example_leaves(record.raw, n)
     found: list[Pass] = []
-    is_ragged = ragged(record.raw, leaves)
-    for index in [] if is_ragged else [few, others]:
-        try:
-            alone = run(cut(record.raw, leaves, index))
-        except Exception:  # noqa: BLE001 - whatever a foreign model raises
-            break
-        if alone.outputs.shape != (len(index), *outputs.shape[1:]):
-            break
-        found.append(alone)
-    if len(found) < 2:
+
+    def outputs_of(raw: Any) -> Tensor:
+        found.append(run(raw))
+        return found[-1].outputs
+
+    mine = in_groups(record.raw, outputs, outputs_of, few)
+    if mine is None:
         require_repeatable(record, run)
         return Alone.UNKNOWN, None
-    within = outputs[torch.cat([few, others]).to(outputs.device)]
-    mine = torch.cat([alone.outputs.detach() for alone in found])
-    if agree(mine, within, ROUNDING):
+    if agree(mine, outputs, ROUNDING):
         return Alone.SAME, found[0]
     require_repeatable(record, run)
     if record.drawn:  # two passes may draw alike
         raise _random()
-    if agree(mine, within, DOUBTFUL):
+    if agree(mine, outputs, DOUBTFUL):
         return Alone.DOUBTFUL, None
     raise mixed(len(few), n)
+
+
+def in_groups(
+    raw: Any, outputs: Tensor, run: Callable[[Any], Tensor], few: Tensor
+) -> Tensor | None:
+    """The outputs of a batch whose examples are passed in groups: some, and the others.
+
+    Args:
+        raw: the batch.
+        outputs: of all examples together, (N, ...).
+        run: a batch to its outputs.
+        few: which examples are a group; the others are one or two, or single in a small batch.
+
+    Returns:
+        (N, ...), or None if the batch cannot be cut.
+    """
+    n, leaves = outputs.shape[0], example_leaves(raw, outputs.shape[0])
+    if not leaves or ragged(raw, leaves):
+        return None
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    others = order[~torch.isin(order, few)]
+    count = len(others) if n <= SINGLY else 2 if 2 * len(few) < len(others) else 1
+    groups = [few, *others.tensor_split(count)]
+    made = []
+    for index in groups:
+        try:
+            alone = run(cut(raw, leaves, index)).detach()
+        except Exception:  # noqa: BLE001 - whatever a foreign model raises
+            return None
+        if alone.shape != (len(index), *outputs.shape[1:]):
+            return None
+        made.append(alone)
+    back = torch.cat(groups).argsort().to(outputs.device)
+    return torch.cat(made)[back]
 
 
 def require_apart(record: Pass, run: Run) -> None:
@@ -108,12 +142,12 @@ def _random() -> StochasticModelError:
     )
 
 
-def mixed(few: int, n: int) -> StochasticModelError:
-    """The error of a model whose examples meet."""
+def mixed(few: int, n: int, more: str = "") -> StochasticModelError:
+    """The error of a model whose examples meet; `more` is a remedy of the caller's own."""
     return StochasticModelError(
         "expected a model that treats each example on its own, but the outputs of "
         f"{few} examples change when the {n - few} others are left out: per-"
-        "example gradients do not exist for it. Batch statistics? Call model.eval()"
+        f"example gradients do not exist for it. Batch statistics? Call model.eval(){more}"
     )
 
 

@@ -6,6 +6,7 @@ their number nor the number of examples in the loader.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -133,7 +134,8 @@ class Capture:
         plan = self._plan
         if plan is None or not plan.fits(record):
             plan = next((p for p in self._plans.values() if p.fits(record)), None)
-        if plan is None or not (proved or (record.signature.alike and not plan.silent)):
+        believed = record.signature.alike and plan is not None and not (plan.silent or plan.ragged)
+        if plan is None or not (proved or believed):
             return None
         return Recorded(record, plan, self._parameters, self.parts)
 
@@ -192,15 +194,14 @@ class Capture:
         plan = self._plans.get(record.signature.nodes)
         if plan is None:
             plan = self._replan(record)
-        elif not (record.signature.alike and plan.fits(record)):
+        elif plan.ragged or not (record.signature.alike and plan.fits(record)):
             return self._proved(record)
         return self._take(record, plan)
 
     def _proved(self, record: Pass) -> Plan:
         """A plan that is proved on a pass like others before."""
         plan = replace(self._prove(record), cutter=self._plans[record.signature.nodes].cutter)
-        if self._meet(record, plan):
-            require_apart(record, self._record)
+        self._require_apart(record, plan)
         return self._take(record, plan)
 
     def _reproved(self, record: Pass) -> Plan:
@@ -234,7 +235,8 @@ class Capture:
     def _replan(self, record: Pass) -> Plan:
         """The plan of a pass that does something new."""
         which = "first" if self._plan is None else "a later"
-        if not bool(record.outputs.isfinite().all()):
+        # A class that is ruled out has -infinity: what may have it says the quantity.
+        if not bool((record.outputs < math.inf).all()):
             raise NonFiniteError(
                 f"expected finite outputs, but the model gives NaN or infinity on {which} batch: "
                 "check the inputs, and the training that led to these parameters"
@@ -262,20 +264,24 @@ class Capture:
         plan = None if few is None or not alike else self._prove(few)
         if plan is None or not plan.fits(record):
             plan = self._prove(record)
-        if alone is Alone.DOUBTFUL and self._meet(record, plan):
-            raise mixed(1, record.n)
+        if not record.signature.alike or alone is Alone.DOUBTFUL:
+            self._require_apart(record, plan, alone)
         if alone is not Alone.UNKNOWN and record.n > 1:
             times = record.outputs[0].numel() if self._held else None
             cutter = Cutter.of(record.raw, record.n, plan.bytes(record), times)
             return replace(plan, cutter=cutter)
         return plan
 
-    def _meet(self, record: Pass, plan: Plan) -> bool:
-        """Whether a layer's output, cut into examples as it can be, reaches others' outputs."""
-        return any(
+    def _require_apart(self, record: Pass, plan: Plan, alone: Alone = Alone.SAME) -> None:
+        """Look closer if a layer's output, cut into examples as it can be, reaches others'."""
+        meet = any(
             fold is None and any(candidates(call.shape[: call.use.leading], record.n))
             for call, fold in zip(record.calls, plan.folds, strict=True)
         )
+        if meet and alone is Alone.DOUBTFUL:
+            raise mixed(1, record.n)
+        if meet and alone is Alone.SAME:
+            require_apart(record, self._record)
 
     def _prove(self, record: Pass) -> Plan:
         """The self-check (see `proof`) on a recorded pass."""
@@ -291,7 +297,7 @@ class Capture:
         if n > 1:
             times = scales.view(-1, *[1] * (outputs.dim() - 1))
             scaled = gradients_at(outputs, edges, cotangent * times)
-        probe = Probe(cotangent, scales, at_calls, scaled)
+        probe = Probe(cotangent, scales, at_calls, scaled, record.signature.precision)
         dense = [g.to_dense() if g is not None and g.is_sparse else g for g in found]
         gradients = dict(zip(self._parameters, dense, strict=True))
         if self._plan is None and all(g is None for g in found):

@@ -11,16 +11,17 @@ products are wanted: "all" (N R, N' R'), example slowest, or "same", summed over
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from .forms import Form, Outer
+from ..layout import Layout, assemble
+from .forms import Form, Outer, Rows
 from .inputs import DenseInputs, IndexInputs, Inputs, with_bias
 
-__all__ = ["add_products", "mirror", "row_products", "row_squares"]
+__all__ = ["add_products", "met", "mirror", "over", "row_products", "row_squares"]
 
 PAIR_NUMBERS = 2**21  # of a tile of g g'^T, small enough to stay in cache
 LEAST_NUMBERS = 2**17  # of a smaller tile, made for symmetry's sake
@@ -225,6 +226,47 @@ def _ready(form: Outer) -> Outer:
     if form.bias and isinstance(inputs, DenseInputs):
         return replace(form, inputs=DenseInputs(with_bias(inputs.x)), bias=False)
     return replace(form, inputs=inputs)
+
+
+def met(
+    left: Sequence[Layout], right: Sequence[Layout]
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Which blocks of two tilings of a flat vector fill the same coordinates, as few as can be."""
+    if left == right:
+        return [((k,), (k,)) for k in range(len(left))]
+    both, groups = [*left, *right], list[list[int]]()
+    for k, layout in enumerate(both):
+        touched = [group for group in groups if any(_overlap(layout, both[j]) for j in group)]
+        groups = [group for group in groups if group not in touched]
+        groups.append(sorted([k, *(j for group in touched for j in group)]))
+    n = len(left)
+    return [
+        (tuple(k for k in group if k < n), tuple(k - n for k in group if k >= n))
+        for group in groups
+    ]
+
+
+def over(layouts: Sequence[Layout], forms: Sequence[Form | None]) -> Form | None:
+    """The forms of some blocks as rows of all their coordinates, in flat order; None is zero."""
+    known = [form for form in forms if form is not None]
+    if not known:
+        return None
+    (r, n, _), size = known[0].shape, sum(layout.size for layout in layouts)
+
+    def compute(start: int, stop: int) -> Tensor:
+        made = [None if form is None else form.rows(start, stop) for form in forms]
+        zero = next(rows for rows in made if rows is not None).new_zeros(())
+        placed: list[tuple[int, Tensor]] = []
+        for layout, rows in zip(layouts, made, strict=True):
+            rows = zero.expand(r, stop - start, layout.size) if rows is None else rows
+            placed += layout.scatter(rows.unsqueeze(-1))
+        return assemble(placed).squeeze(-1)
+
+    return Rows(compute, (r, n, size), known[0].dtype)
+
+
+def _overlap(a: Layout, b: Layout) -> bool:
+    return any(x.start < y.stop and y.start < x.stop for x in a.slices for y in b.slices)
 
 
 def _ranges(n: int, step: int) -> Iterator[range]:

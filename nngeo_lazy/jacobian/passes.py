@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from .. import tree
-from .folds import Fold
+from .folds import Fold, Ragged
 from .forms import Form, Rows
 from .general import GeneralRows, Way, cut, example_leaves
 from .inputs import Inputs
@@ -110,7 +110,7 @@ class Plan:
     cutter: Cutter | None = None
 
     def fits(self, record: Pass) -> bool:
-        """Whether a shape has room for n examples there."""
+        """Whether a pass calls the same layers, with room for its examples."""
         if self.examples == 1 and record.n > 1:  # one example shows no example axis
             return False
         return record.keys == self.keys and all(
@@ -118,6 +118,11 @@ class Plan:
             for part in self.parts
             for k in part.calls
         )
+
+    @property
+    def ragged(self) -> bool:
+        """Whether examples own positions in numbers that may be others in the next pass."""
+        return any(isinstance(fold, Ragged) for fold in self.folds)
 
     def bytes(self, record: Pass) -> int:
         """What the gradients at the layers' outputs take, for one direction."""

@@ -18,6 +18,7 @@ from .subspace import (
     orthonormal,
     random_block,
     require_symmetric,
+    rounding_of,
 )
 
 __all__ = ["ENDS", "Eigenpairs", "eigsh", "wanted"]
@@ -37,6 +38,13 @@ class Eigenpairs:
         matvecs: how many products with A were made.
         converged: whether all residuals are within the tolerance.
         interrupted: whether the user stopped it.
+
+    Example:
+        >>> import torch
+        >>> A = torch.diag(torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64))
+        >>> found = eigsh(lambda v: A @ v, 3, 1, "LA", A.new_empty(0), Search(seed=0))
+        >>> isinstance(found, Eigenpairs), found.vectors.shape, found.converged
+        (True, torch.Size([3, 1]), True)
     """
 
     values: Tensor
@@ -89,10 +97,19 @@ def eigsh(
             whichever is larger; it is not below rounding, 10 eps |A|.
         block_size: how many vectors each product has.
 
+    Returns:
+        The eigenpairs, ascending, with their residuals.
+
     Raises:
         ValueError: k is outside 1 to n, the subspace does not hold k vectors and two blocks, or the
             matrix is not symmetric.
         NonFiniteError: NaN or infinity in a product.
+
+    Example:
+        >>> import torch
+        >>> A = torch.diag(torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64))
+        >>> eigsh(lambda v: A @ v, 3, 2, "LA", A.new_empty(0), Search(seed=0)).values
+        tensor([2., 5.], dtype=torch.float64)
 
     Source:
         Wu and Simon (2000), Thick-restart Lanczos method for large symmetric eigenvalue problems;
@@ -161,6 +178,7 @@ class _Lanczos:
         self.whole = True  # whether V and H are those of the size
         self.norm = 0.0  # of A, from below
         self.asymmetry = 0.0  # |E|
+        self._floor: float | None = None  # what is all rounding, once it is asked for
 
     @property
     def size(self) -> int:
@@ -213,7 +231,14 @@ class _Lanczos:
     def target(self, values: Tensor, tol: float) -> Tensor:
         """The residuals (k,) that count as converged."""
         rounding = 10 * torch.finfo(self._V.dtype).eps * self.norm
+        rounding = max(rounding, self._floor or 0.0)
         return (tol * values.abs().clamp_min(1e-3 * self.norm)).clamp_min(rounding)
+
+    def _rounding(self) -> float:
+        """See `rounding_of`."""
+        if self._floor is None:
+            self._floor = rounding_of(self._products, self._V.shape[1], self._V)
+        return self._floor
 
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
         """Ritz values, ascending, vectors in the basis, and the residuals they should have."""
@@ -234,7 +259,8 @@ class _Lanczos:
         inside = inside.double().cpu()
         coupling = self._B.mT
         self.norm = max(self.norm, float(inside.abs().max()))
-        require_symmetric(inside[:start], coupling, inside[start:], self.norm, W.dtype, "eigsh")
+        blocks = inside[:start], coupling, inside[start:]
+        require_symmetric(*blocks, self.norm, W.dtype, "eigsh", self._rounding)
         off = torch.cat([inside[:start] - coupling, (inside[start:] - inside[start:].mT) / 2])
         self.asymmetry = math.hypot(self.asymmetry, float(torch.linalg.matrix_norm(off)))
         self._H[:start, start:stop] = coupling

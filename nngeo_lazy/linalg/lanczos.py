@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import NotPositiveDefiniteError
 from .krylov import Matvec, norms
-from .subspace import orthogonalised, require_symmetric
+from .subspace import orthogonalised, require_symmetric, rounding_of
 
 __all__ = ["Lanczos", "evaluated"]
 
@@ -34,6 +34,13 @@ class Lanczos:
         sizes: |v| of each column (k,).
         live: which columns have not found an invariant subspace (k,).
 
+    Example:
+        >>> import torch
+        >>> A = torch.diag(torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64))
+        >>> v = torch.ones(3, 1, dtype=torch.float64)
+        >>> Lanczos(lambda v: A @ v, v, 3, reorthogonalize=True, method="").sizes
+        tensor([1.7321], dtype=torch.float64)
+
     Source: Golub and Meurant (2010), Matrices, moments and quadrature with applications.
     """
 
@@ -52,6 +59,7 @@ class Lanczos:
         self._alphas: list[Tensor] = []
         self._betas: list[Tensor] = []
         self._norm = torch.zeros_like(self.sizes)
+        self._floor: float | None = None  # what is all rounding, once it is asked for
         self.steps = 0
 
     @property
@@ -73,7 +81,8 @@ class Lanczos:
         self._norm = torch.maximum(self._norm, torch.maximum(alpha.abs(), beta))
         largest = float(self._norm.max())
         seen, expected = (previous * w).sum(0)[None], torch.where(self.live, beta, 0.0)[None]
-        require_symmetric(seen, expected, alpha[None, :1], largest, w.dtype, self._method)
+        corner = alpha[None, :1]
+        require_symmetric(seen, expected, corner, largest, w.dtype, self._method, self._rounding)
         self._basis[:, j % self._basis.shape[1]] = v.mT
         w = w - alpha * v - beta * previous
         if self._full:
@@ -89,6 +98,12 @@ class Lanczos:
         self._betas.append(beta)
         self._v = torch.where(self.live, w / torch.where(self.live, beta, 1.0), 0.0)
         self.steps = j + 1
+
+    def _rounding(self) -> float:
+        """See `rounding_of`."""
+        if self._floor is None:
+            self._floor = rounding_of(self._matvec, len(self._v), self._v)
+        return self._floor
 
     def tridiagonal(self, steps: int | None = None) -> Tensor:
         """T (k, m, m) after so many steps, by default all; in float64, on the CPU."""
@@ -141,8 +156,16 @@ def evaluated(
         dtype: the dtype of the products, which eps is of.
         what: the name of the quantity, for messages.
 
+    Returns:
+        f(nodes), in their shape; 0 if the weight is 0.
+
     Raises:
         NotPositiveDefiniteError: f is not finite at an eigenvalue.
+
+    Example:
+        >>> x = torch.tensor([1.0, 4.0])
+        >>> evaluated(torch.sqrt, x, torch.ones(2), x.max(), x.dtype, "the root")
+        tensor([1., 2.])
     """
     rounding = 100 * torch.finfo(dtype).eps * norm
     nodes = torch.where(nodes.abs() <= rounding, 0.0, nodes)

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .krylov import seeded
+from .krylov import Matvec, norms, seeded
 
-__all__ = ["Search", "inner", "orthogonalised", "orthonormal", "random_block", "require_symmetric"]
+__all__ = [
+    "Search",
+    "inner",
+    "orthogonalised",
+    "orthonormal",
+    "random_block",
+    "require_symmetric",
+    "rounding_of",
+]
 
 _CHUNK = 4096  # rows whose products are added up one after the other
 
@@ -29,6 +38,10 @@ class Search:
             1,000.
         seed: of the random start; by default it comes from torch's global generator.
         progress: whether to show a progress bar.
+
+    Example:
+        >>> Search(tol=1e-8, seed=0).tol
+        1e-08
     """
 
     tol: float | None = None
@@ -79,8 +92,36 @@ def orthogonalised(W: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     return W - basis @ again, inside + again
 
 
+def rounding_of(matvec: Matvec, n: int, like: Tensor) -> float:
+    """What is rounding in the products of vectors of length 1: 16 times what is not linear.
+
+    A difference of two equal matrices is not zero but rounding, which is neither linear nor
+    symmetric. Relative to its own size everything about it is wrong.
+
+    Args:
+        matvec: v (n, b) to A v.
+        n: the size of the vectors.
+        like: a tensor of their dtype and device.
+    """
+    x, y = (_unit_columns(n, like, seed) for seed in (1, 2))
+    apart = matvec(x + y) - matvec(x) - matvec(y)
+    return 16 * float(norms(apart).max())
+
+
+def _unit_columns(n: int, like: Tensor, seed: int) -> Tensor:
+    """Four random columns (n, 4) of length 1."""
+    block = random_block(n, 4, like, seeded(seed, like.device))
+    return block / norms(block)
+
+
 def require_symmetric(
-    inside: Tensor, coupling: Tensor, corner: Tensor, norm: float, dtype: torch.dtype, method: str
+    inside: Tensor,
+    coupling: Tensor,
+    corner: Tensor,
+    norm: float,
+    dtype: torch.dtype,
+    method: str,
+    rounding: Callable[[], float],
 ) -> None:
     """Raise if V^T (A Q) is not (A V)^T Q. This costs no product.
 
@@ -91,6 +132,7 @@ def require_symmetric(
         norm: a lower bound of |A|.
         dtype: the dtype of the products.
         method: the method that uses them, for messages.
+        rounding: what is rounding, see `rounding_of`; it is asked if the two differ.
 
     Raises:
         ValueError: the matrix is not symmetric.
@@ -98,7 +140,7 @@ def require_symmetric(
     largest = float((corner - corner.mT).abs().max())
     if inside.numel():
         largest = max(largest, float((inside - coupling).abs().max()))
-    if largest > (1e-6 if dtype == torch.float64 else 1e-2) * norm:
+    if largest > (1e-6 if dtype == torch.float64 else 1e-2) * norm and largest > rounding():
         raise ValueError(
             f"{method} needs a symmetric matrix: here u.Av and Au.v differ by {largest:.2g}, with "
             f"|A| = {norm:.2g}: take svds, or A^T A"

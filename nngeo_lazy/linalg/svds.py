@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .krylov import Matvec, default_tolerance, norms
 from .products import Products
-from .subspace import Search, orthogonalised, orthonormal, random_block
+from .subspace import Search, orthogonalised, orthonormal, random_block, rounding_of
 
 __all__ = ["Triplets", "svds"]
 
@@ -27,6 +28,14 @@ class Triplets:
         matvecs: how many products with A and A^T were made.
         converged: whether all residuals are within the tolerance.
         interrupted: whether the user stopped it.
+
+    Example:
+        >>> import torch
+        >>> A = torch.diag(torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64))
+        >>> like, options = A.new_empty(0), Search(seed=0)
+        >>> found = svds(lambda v: A @ v, lambda u: A @ u, (3, 3), 1, like, options)
+        >>> isinstance(found, Triplets), found.left.shape
+        (True, torch.Size([3, 1]))
     """
 
     left: Tensor
@@ -60,10 +69,19 @@ def svds(
         options: the tolerance is a multiple of the largest singular value, the subspace is held on
             each side, and the start has right vectors.
 
+    Returns:
+        The triplets, ascending, with their residuals.
+
     Raises:
         ValueError: k is outside 1 to the smaller side, the subspace does not hold k + 2 vectors, or
             the products are not those of A and A^T.
         NonFiniteError: NaN or infinity in a product.
+
+    Example:
+        >>> import torch
+        >>> A = torch.diag(torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64))
+        >>> svds(lambda v: A @ v, lambda u: A @ u, (3, 3), 1, A.new_empty(0), Search(seed=0)).values
+        tensor([5.0000], dtype=torch.float64)
 
     Source: Baglama and Reichel (2005), Augmented implicitly restarted Lanczos bidiagonalization
         methods.
@@ -119,6 +137,7 @@ class _GolubKahan:
         self._now = 0, torch.empty(0), torch.zeros(0, dtype=torch.float64)
         self.whole = True  # whether U, V and B are those of the size
         self.norm = 0.0
+        self._floor = 0.0  # what is all rounding, if the two products seem not to fit
 
     @property
     def size(self) -> int:
@@ -153,7 +172,7 @@ class _GolubKahan:
                 continue
             left, values, right = self._small()
             estimates = (self._g @ left).abs()
-            done = estimates <= tol * values[0]
+            done = estimates <= max(tol * float(values[0]), self._floor)
             if bool(done[:k].all()) or self._products.count >= most:
                 return
             if full:
@@ -176,7 +195,7 @@ class _GolubKahan:
             back = self._products.through(self._rmatvec, u) - v * s
             residuals = torch.hypot(norms(forth), norms(back)).squeeze(0)
         eps = torch.finfo(u.dtype).eps
-        limit = max(tol, 10 * eps) * s[-1]
+        limit = max(max(tol, 10 * eps) * float(s[-1]), self._floor)
         converged = not interrupted and bool((residuals <= limit).all())
         return Triplets(u, s, v, residuals, self._products.count, converged, interrupted)
 
@@ -203,7 +222,7 @@ class _GolubKahan:
         """A unit vector orthogonal to the basis, and how long w was; random after a breakdown."""
         size = float(norms(w))
         self.norm = max(self.norm, size)
-        if size > 10 * torch.finfo(w.dtype).eps * self.norm:
+        if size > max(10 * torch.finfo(w.dtype).eps * self.norm, self._floor):
             return w / size, size
         fresh = random_block(len(w), 1, w, self._generator)
         fresh = orthonormal(orthogonalised(fresh, basis)[0])
@@ -213,7 +232,14 @@ class _GolubKahan:
         expected = self._g.to(inside)
         self.norm = max([self.norm, *inside.abs().tolist()])
         error = float((inside - expected).abs().max()) if len(inside) else 0.0
-        if error > (1e-6 if inside.dtype == torch.float64 else 1e-2) * self.norm:
+        if error <= (1e-6 if inside.dtype == torch.float64 else 1e-2) * self.norm:
+            return
+        if self._floor == 0:
+            sides = (self._matvec, self._shape[1]), (self._rmatvec, self._shape[0])
+            self._floor = max(
+                rounding_of(partial(self._products.through, side), n, inside) for side, n in sides
+            )
+        if error > self._floor:
             raise ValueError(
                 f"svds needs products with A and with its transpose: here u.(A v) and (A^T u).v "
                 f"differ by {error:.2g}, with |A| = {self.norm:.2g}: correct one of the products"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..jacobian.forms import Form, Outer
-from ..jacobian.grams import add_products, mirror, row_products, row_squares
+from ..jacobian.grams import add_products, met, mirror, over, row_products, row_squares
 from ..layout import Layout, assemble
 from .base import BaseLinearOperator, Krylov
 from .composite import add_diagonal_lazily
@@ -229,15 +229,28 @@ def inner_products(
         _slices([n * r if every else n for n, r in J.row_shapes]) for J in (left, right)
     )
     out = torch.zeros(rows[-1].stop, columns[-1].stop, dtype=left.dtype, device=left.device)
+    blocks = met(left.layouts, right.layouts)
     for i, across in enumerate(rows):
         for j, along in enumerate(columns[: i + 1] if same else columns):
             tile = out[across, along]  # not by split(), whose views autograd lets nobody add to
-            for one, other in zip(left.batches[i], right.batches[j], strict=True):
+            for ours, theirs in blocks:
+                alike = [left.layouts[k] for k in ours] == [right.layouts[k] for k in theirs]
+                single = alike and len(ours) == 1
+                one = _form(left, i, ours, single)
+                other = _form(right, j, theirs, single)
                 if one is not None and other is not None:
                     add_products(one, other, directions, tile, way, half=same and i == j)
     if same:
         mirror(out)
     return out
+
+
+def _form(
+    J: FactoredJacobianLinearOperator, batch: int, blocks: Sequence[int], as_it_is: bool
+) -> Form | None:
+    """The form of some blocks of a batch; rows, if it must fit other blocks."""
+    forms = [J.batches[batch][k] for k in blocks]
+    return forms[0] if as_it_is else over([J.layouts[k] for k in blocks], forms)
 
 
 def _slices(sizes: Sequence[int]) -> list[slice]:

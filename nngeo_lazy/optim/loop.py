@@ -16,8 +16,9 @@ from ..errors import DataError, LikelihoodWarning, SpaceMismatchError, Unsupport
 from ..jacobian.capture import Capture, Recorded
 from ..jacobian.parts import Kind, Part
 from ..jacobian.passes import gradients_at
-from ..jacobian.record import Recorder, in_build, plain_functions, recording
+from ..jacobian.record import Recorder
 from ..jacobian.registry import whole_modules
+from ..jacobian.scopes import in_build, plain_functions, recording
 from ..operators.warn import warn
 from ..space import ParamSpace
 from .heads import Heads, joint

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..arguments import check_fields
+from ..data import Batch
 from ..derivatives.engines import MODES
-from ..errors import DataError, StochasticModelError
+from ..errors import DataError, StochasticModelError, UnsupportedLayerError
 from ..facts import Cost, Facts, Sample
 from ..fingerprints import refuse_shuffling
-from ..jacobian.alone import mixed, ragged
-from ..jacobian.general import cut, example_leaves
+from ..jacobian.alone import DOUBTFUL, in_groups, mixed
 from ..jacobian.proof import agree
-from ..jacobian.record import FixedWeights
+from ..jacobian.scopes import FixedWeights
+from ..jacobian.signature import signature_of
 from ..network import Network
 from ..operators import BaseLinearOperator, Info
 from ..operators.matrix_free import (
@@ -58,10 +62,18 @@ class Implicit(Representation):
             or none, unless the batches are held in a list.
         chunk_size: so many columns go at once, by vmap; by default as many as pay off, and one
             after the other if they are large.
-        check: whether the first batch is evaluated twice, to refuse a random model.
+        check: whether to refuse a random model, and one that mixes the examples of a batch: the
+            halves of each batch that does something new are evaluated on their own.
 
     Raises:
         DataError: an unknown mode or cache, a chunk_size below one.
+
+    Example:
+        >>> import torch, nngeo_lazy as ng
+        >>> model, x = torch.nn.Linear(3, 2), torch.randn(8, 3)
+        >>> F = ng.FIM(model, x, Implicit(cache=False), likelihood="gaussian")
+        >>> (F @ F.space.randn()).shape
+        torch.Size([8])
 
     Source:
         Pearlmutter (1994), Fast exact multiplication by the Hessian; Schraudolph (2002), Fast
@@ -123,6 +135,8 @@ def _fields(sweep: Sweep, options: Implicit) -> dict[str, Any]:
         )
     network = Network(problem.model, space, problem.batches.forward)
     leaves = [p.detach().requires_grad_() for p in space.parameters(problem.model).values()]
+    named = dict(zip(space.names, leaves, strict=True))
+    seen: set[tuple[str | int, ...]] = set()  # what the batches did so far
     totals, num_rows, num_batches = Totals(quantity, space.device), 0, 0
     with (
         problem.group.together("a pass over the data"),
@@ -141,11 +155,13 @@ def _fields(sweep: Sweep, options: Implicit) -> dict[str, Any]:
                 network.refuse_strays(graph)
                 _require_differentiable(graph)
                 quantity.values(outputs, batch.target)  # whether it has the labels that it needs
-                if options.check and bool(outputs.isfinite().all()):
-                    with torch.enable_grad():
-                        _require_fixed(outputs, network(leaves, batch.raw))
-                        if quantity.estimator == "empirical":  # the gradients of single examples
-                            _require_apart(outputs, batch.raw, lambda raw: network(leaves, raw))
+            if options.check and bool((outputs < math.inf).all()):
+                with torch.enable_grad():
+                    did = signature_of(graph, named)
+                    if did.nodes not in seen or not did.alike:
+                        run, first = partial(network, leaves), num_batches == 0
+                        _require_function(sweep, batch, outputs, run, first)
+                    seen.add(did.nodes)
             del graph
             one_each = quantity.estimator == "empirical"
             num_rows += outputs.shape[0] if one_each else outputs.numel()
@@ -183,19 +199,23 @@ def _require_differentiable(outputs: Tensor) -> None:
         )
 
 
-def _require_apart(outputs: Tensor, raw: Any, run: Callable[[Any], Tensor]) -> None:
-    """Raise if the outputs of a random half of a batch are not what they are within it."""
+def _require_function(
+    sweep: Sweep, batch: Batch, outputs: Tensor, run: Callable[[Any], Tensor], first: bool
+) -> None:
+    """Raise unless a batch has the outputs that its examples have in groups."""
     n = len(outputs)
-    leaves = example_leaves(raw, n)
-    if n == 1 or not leaves or ragged(raw, leaves):
+    half = torch.randperm(n, generator=torch.Generator().manual_seed(1))[: -(-n // 2)]
+    mine = in_groups(batch.raw, outputs, run, half) if n > 1 else None
+    if mine is not None and agree(mine, outputs):
         return
-    half = torch.randperm(n, generator=torch.Generator().manual_seed(0))[: n // 2]
-    try:
-        alone = run(cut(raw, leaves, half)).detach()
-    except Exception:  # noqa: BLE001 - a batch that cannot be cut shows nothing
+    if first or mine is not None:
+        _require_fixed(outputs, run(batch.raw))
+    if mine is None:
         return
-    if alone.shape[0] == len(half) and not agree(alone, outputs[half.to(outputs.device)]):
-        raise mixed(len(half), n)
+    if not agree(mine, outputs, DOUBTFUL):
+        raise mixed(len(half), n, "; Implicit(check=False) takes each batch as it is")
+    with suppress(UnsupportedLayerError):  # the gradients of layers tell rounding from mixing
+        sweep.prove(batch)
 
 
 def _require_fixed(first: Tensor, second: Tensor) -> None:
