@@ -30,7 +30,6 @@ from .union import joined
 __all__ = ["Capture", "PartsChangedError", "Recorded"]
 
 SAMPLED = 8  # examples of the first batch that the plan is made from
-SMALL = 16  # a batch of so many examples is looked at as a whole
 
 
 class PartsChangedError(Exception):
@@ -146,7 +145,7 @@ class Capture:
         """
         tensors = [t for t in tree.tensors(raw) if t.dim() > 0]
         n = tensors[0].shape[0] if tensors else 0
-        if n <= SMALL:
+        if n < 2 * SAMPLED:
             return False
         try:
             record = self._record(cut(raw, example_leaves(raw, n), slice(0, SAMPLED)))
