@@ -29,7 +29,7 @@ from .union import joined
 
 __all__ = ["Capture", "PartsChangedError", "Recorded"]
 
-SAMPLED = 16  # examples of the first batch that the plan is made from
+SAMPLED = 8  # examples of the first batch that the plan is made from
 
 
 class PartsChangedError(Exception):
@@ -145,7 +145,7 @@ class Capture:
         """
         tensors = [t for t in tree.tensors(raw) if t.dim() > 0]
         n = tensors[0].shape[0] if tensors else 0
-        if n <= SAMPLED:
+        if n < 2 * SAMPLED:
             return False
         try:
             record = self._record(cut(raw, example_leaves(raw, n), slice(0, SAMPLED)))
