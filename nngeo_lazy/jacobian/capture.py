@@ -145,7 +145,7 @@ class Capture:
         """
         tensors = [t for t in tree.tensors(raw) if t.dim() > 0]
         n = tensors[0].shape[0] if tensors else 0
-        if n < 2 * SAMPLED:
+        if n <= SAMPLED:
             return False
         try:
             record = self._record(cut(raw, example_leaves(raw, n), slice(0, SAMPLED)))
