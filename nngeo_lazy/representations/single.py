@@ -20,7 +20,9 @@ from ..operators import (
     EigenKroneckerLinearOperator,
     KroneckerLinearOperator,
     LowRankLinearOperator,
+    ShardedBlockDiagonalLinearOperator,
 )
+from ..operators.stored import opened
 from ..statistics import MAX_FACTOR, KroneckerFactors, RowSum, Sharing, SquareSum, Statistic
 from .recipes import (
     Block,
@@ -197,6 +199,11 @@ class EKFAC(Streamed):
             raise DataError(
                 f"expected basis= to be a KFAC or an EKFAC Fisher, got {type(self.basis).__name__}"
             )
+        if isinstance(self.basis, ShardedBlockDiagonalLinearOperator):
+            raise DataError(
+                "the eigenbasis of a sharded operator lies in pieces on several processes: build "
+                "EKFAC() anew, or pass a basis= that is not sharded"
+            )
 
     def described(self) -> str:
         """With other options only if they are not the defaults."""
@@ -271,8 +278,9 @@ class EKFAC(Streamed):
 
     def _bases(self, facts: Facts, part: Part) -> tuple[Tensor, Tensor] | None:
         """The eigenbasis that the given operator has for a part, None if it is diagonal."""
-        for _, layout, block in self.basis.parts:  # type: ignore[union-attr]
+        for _, layout, member in self.basis.parts:  # type: ignore[union-attr]
             if layout == part.layout:
+                block = opened(member)
                 if isinstance(block, (KroneckerLinearOperator, EigenKroneckerLinearOperator)):
                     left, right = block.bases()
                     where = facts.space.device, facts.dtype
