@@ -10,7 +10,7 @@ from .builders import FIM, GGN, Hessian, Jacobian, plan
 from .distributed import Distributed
 from .ewc import ewc_penalty
 from .files import load, save
-from .influence import influences
+from .influence import Queries, influences, self_influence
 from .jacobian.registry import register_layer
 from .jacobian.uses import Grid, Use
 from .kernels import NTK
@@ -43,6 +43,7 @@ __all__ = [
     "ParamSpace",
     "Probes",
     "Pruned",
+    "Queries",
     "SingularValues",
     "Solution",
     "SpectralDensity",
@@ -73,6 +74,7 @@ __all__ = [
     "saliency",
     "sample_space",
     "save",
+    "self_influence",
     "solve",
     "spectral_density",
     "svds",

@@ -347,7 +347,7 @@ def plan(builder: Callable[..., BaseLinearOperator], *args: Any, **options: Any)
         parameter  form           block                    size  flops  bytes
         weight     linear: outer  Kronecker (2x2) x (4x4)  6     48     80
         bias       linear: outer  Kronecker (2x2) x (4x4)  2     0      0
-        1 pass over 1 batch, 2 backward for each batch
+        1 pass over 1 batch, 1 forward and 2 backward for each batch
         48 flops for each example, 80 bytes
     """
     prepare = _fisher if builder is FIM else _gauss_newton if builder is GGN else None

@@ -26,8 +26,10 @@ __all__ = [
     "digest",
     "owners",
     "refuse_sharded",
+    "replicated",
     "seed_of",
     "unwrapped",
+    "within_replicas",
 ]
 
 T = TypeVar("T")
@@ -77,6 +79,8 @@ class Group:
                 "expected a process group, but torch.distributed is not initialised: start the "
                 "script with torchrun, and call torch.distributed.init_process_group() first"
             )
+        if isinstance(process_group, Group):
+            return process_group
         known = dist.group.WORLD if process_group is None else process_group
         if known is dist.GroupMember.NON_GROUP_MEMBER:
             raise DataError(
@@ -188,6 +192,12 @@ class Group:
                 dist.broadcast(sent, source, group=self._pg)
             if sent is not bucket[0]:
                 _unpack(sent, bucket)
+
+    def mean(self, value: float) -> float:
+        """Of every process's number."""
+        total = torch.tensor([value], dtype=torch.float64)
+        self.sum_([total])
+        return float(total) / self.size
 
     def collect(self, tensor: Tensor) -> list[Tensor]:
         """The tensors of all processes, by rank, of any shapes; on this tensor's device."""
@@ -301,6 +311,21 @@ def unwrapped(model: nn.Module, group: Group | None) -> nn.Module:
             "rank's data alone"
         )
     return cast(nn.Module, model.module)
+
+
+def replicated(model: nn.Module) -> tuple[nn.Module, Group]:
+    """The network inside of DistributedDataParallel, and its processes; else the model, alone."""
+    if isinstance(model, DistributedDataParallel):
+        return cast(nn.Module, model.module), Group(model.process_group)
+    return model, ALONE
+
+
+def within_replicas(model: nn.Module) -> bool:
+    """Whether DistributedDataParallel runs a model, or one that has it as a part, right now."""
+    wrapper = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    if wrapper is None or dist.get_world_size(wrapper.process_group) == 1:
+        return False
+    return any(module is model for module in wrapper.modules())
 
 
 def refuse_sharded(model: nn.Module) -> None:

@@ -45,6 +45,14 @@ def save(F: BaseLinearOperator, path: str | os.PathLike[str] | IO[bytes]) -> Non
         DataError: it is no operator; or the folder holds other files.
         ImportError: a folder needs safetensors (the extra `folders`).
         OSError: the file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> from nngeo_lazy.operators import DiagonalLinearOperator
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(DiagonalLinearOperator(torch.tensor([1.0, 2.0])), f"{folder}/F.pt")
+        ...     load(f"{folder}/F.pt").diagonal()
+        tensor([1., 2.])
     """
     if not isinstance(F, BaseLinearOperator):
         raise DataError(
@@ -96,6 +104,9 @@ def load(
         mmap: whether numbers stay on the disk, and are read into memory where a computation touches
             them. What is not read is not compared with its checksum either.
         space: the parameters that are expected; with it, another file is refused.
+
+    Returns:
+        The operator, on the device and in the dtype in which it was saved.
 
     Raises:
         MissingFileError: there is no file.

@@ -51,6 +51,9 @@ class NTKKernel(Kernel):  # type: ignore[misc]
         params: which parameters.
         forward: `(model, inputs) -> outputs` in place of the call; the place to reshape rows.
 
+    Raises:
+        ValueError: other outputs than these.
+
     Example:
         >>> kernel = gpytorch.kernels.ScaleKernel(NTKKernel(nn.Linear(3, 1)))
         >>> kernel(torch.ones(4, 3)).shape
@@ -165,6 +168,9 @@ def wrap(kernel: Kernel) -> Kernel:
 
     Args:
         kernel: any GPyTorch kernel; its hyperparameters are trained as before.
+
+    Returns:
+        A kernel; what it returns are operators of this package.
 
     Example:
         >>> ntk = NTKKernel(nn.Linear(3, 1))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import tree
 from .errors import DataError
-from .jacobian.record import plain_functions
+from .jacobian.scopes import plain_functions
 from .skeleton import refuse_strays, skeleton
 from .space import ParamSpace
 from .switches import unfused_attention, without_checkpoints

@@ -295,16 +295,20 @@ def _blocks(
     return ops[0]._of(blocks)
 
 
-def _positions(op: BaseLinearOperator, start: int, count: float) -> float | None:
+def _positions(op: BlockDiagonalLinearOperator, start: int, count: float) -> float | None:
     """The positions of the block that starts there, as many as its weight stands for."""
     space = op.space
     if space is None:
         return None
-    name = next(n for n in space.names if space.slices[n].start == start)
+    name = space.holding(start)
     origin = op.info.origins.get(name)
     if origin is None or origin.positions is None or not op.num_examples:
         return None
-    return origin.positions * count / op.num_examples
+    mine = origin.positions
+    if isinstance(mine, tuple):
+        first = [layout.pieces[0].start for layout in op.layouts]
+        mine = mine[sorted(s for s in first if space.holding(s) == name).index(start)]
+    return mine * count / op.num_examples
 
 
 def _mean(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -332,7 +336,13 @@ _rules: dict[type[BaseLinearOperator], Pool] = {
 def _pooled_info(ops: Sequence[BaseLinearOperator], counts: Sequence[float], exact: bool) -> Info:
     def added(values: list[Any]) -> Any:
         known = [v for v in values if v is not None]
-        return sum(known) if len(known) == len(values) else None
+        if len(known) < len(values):
+            return None
+        count = max([len(v) for v in known if isinstance(v, tuple)], default=0)
+        if not count:
+            return sum(known)
+        each = [v if isinstance(v, tuple) else (v,) * count for v in known]
+        return tuple(sum(parts) for parts in zip(*each, strict=True))
 
     first = ops[0].info
     origins: dict[str, Origin] = {}

@@ -25,6 +25,11 @@ class Pruned(NamedTuple):
     Attributes:
         values: the parameters after pruning, flat (P,).
         kept: which of them are left, (P,) of bool.
+
+    Example:
+        >>> values, kept = Pruned(torch.tensor([0.5, 0.0]), torch.tensor([True, False]))
+        >>> int(kept.sum())
+        1
     """
 
     values: Tensor

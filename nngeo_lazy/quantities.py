@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .errors import DataError
 from .likelihoods import Likelihood, check_estimator, resolve, resolve_loss
+from .likelihoods.likelihood import NOT_FINITE
 from .likelihoods.losses import CallableLoss, Reduction
 from .precision import widened
 
@@ -322,6 +323,10 @@ class Outputs(Quantity):
             unit = outputs.new_zeros(outputs.shape[0], count)
             unit[:, j] = 1
             yield unit.view(outputs.shape)
+
+    def flags(self, outputs: Tensor, target: Tensor | None) -> dict[str, Tensor]:
+        """Outputs that are NaN or infinite; one that is ruled out by -infinity is a constant."""
+        return {NOT_FINITE: ~(outputs.detach() < math.inf).all()}
 
     def described(self) -> dict[str, str | int | None]:
         """The matrix alone."""

@@ -40,9 +40,20 @@ def update_diag(
         loader: the data.
         **options: as in `FIM`, or with loss= as in `GGN`.
 
+    Returns:
+        A Fisher (P x P), the mean over the fresh data, with the bases of F.
+
     Raises:
         SpaceMismatchError: F is over other parameters.
         DataError: F is a Gauss-Newton matrix, and no loss= is given, or a block is of another kind.
+
+    Example:
+        >>> import torch, nngeo_lazy as ng
+        >>> model, x = torch.nn.Linear(3, 2), torch.randn(8, 3)
+        >>> F = ng.FIM(model, x, "ekfac", likelihood="gaussian")
+        >>> fresh = ng.update_diag(F, model, torch.randn(8, 3), likelihood="gaussian")
+        >>> F.members[0].same_basis(fresh.members[0])
+        True
 
     Source: George et al. (2018), section 4.1.
     """
@@ -68,11 +79,10 @@ def _kept_dense(F: BaseLinearOperator) -> tuple[str, ...]:
     names: list[str] = []
     for name, layout, block in F.parts:
         if isinstance(block, DenseLinearOperator):
-            starts = {piece.start for piece in layout.pieces}
-            names += [n for n in F.space.names if F.space.slices[n].start in starts]
+            names += [F.space.holding(piece.start) for piece in layout.pieces]
         elif not isinstance(block, _REFRESHED):
             raise DataError(
                 f"expected blocks of a KFAC or EKFAC, diagonal or dense ones, got {block._kind()} "
                 f"for {name!r}: build the matrix anew"
             )
-    return tuple(names)
+    return tuple(dict.fromkeys(names))

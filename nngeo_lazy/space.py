@@ -67,6 +67,9 @@ class ParamSpace:
         device: likewise.
         lineages: where each parameter sits in its model; selectors by module need it.
 
+    Raises:
+        DataError: shapes is no dict of shapes by name.
+
     Example:
         >>> space = ParamSpace({"fc.weight": (2, 3), "fc.bias": (2,)})
         >>> len(space), space.slices["fc.bias"]
@@ -190,6 +193,10 @@ class ParamSpace:
             raise SpaceMismatchError(
                 f"no parameter {name!r} in this space, which has {list(self.names)}"
             ) from None
+
+    def holding(self, position: int) -> str:
+        """The parameter that a position of the flat vector belongs to."""
+        return next(n for n, where in self.slices.items() if where.start <= position < where.stop)
 
     @checked
     def owner(self, name: str) -> str:

@@ -153,6 +153,10 @@ def _names(op: Any) -> list[str]:
     return parameters[: len(op._args)]
 
 
+def _as_list(numbers: Any) -> Any:
+    return list(numbers) if isinstance(numbers, tuple) else numbers
+
+
 def _info_state(info: Info) -> dict[str, Any]:
     state: dict[str, Any] = {
         "num_examples": info.num_examples,
@@ -161,7 +165,8 @@ def _info_state(info: Info) -> dict[str, Any]:
         "quantity": dict(info.quantity),
         "truncated": info.truncated,
         "origins": {
-            name: [o.layer, o.form, o.note, o.positions] for name, o in info.origins.items()
+            name: [o.layer, o.form, o.note, _as_list(o.positions)]
+            for name, o in info.origins.items()
         },
     }
     if info.space is not None:
@@ -259,7 +264,8 @@ def _require_plain(state: Mapping[str, Any]) -> None:
     for layer, form, note, positions in state["origins"].values():
         if not (all(isinstance(t, str) for t in (layer, form, note))):
             wrong.append("origins")
-        if not isinstance(positions, (int, float, NoneType)):
+        several = positions if isinstance(positions, list) else [positions]
+        if not all(isinstance(each, (int, float, NoneType)) for each in several):
             wrong.append("positions")
     if wrong:
         raise DataError(
@@ -280,7 +286,10 @@ def _info(state: Mapping[str, Any], dtype: torch.dtype, device: torch.device) ->
                 for name, (_, owner) in state["space"].items()
             },
         )
-    origins = {name: Origin(*values) for name, values in state["origins"].items()}
+    origins = {
+        name: Origin(layer, form, note, tuple(many) if isinstance(many, list) else many)
+        for name, (layer, form, note, many) in state["origins"].items()
+    }
     return Info(
         space,
         state["num_examples"],

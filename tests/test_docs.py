@@ -1,7 +1,9 @@
 """The pages: their code runs, their links lead somewhere, their words are plain."""
 
 import ast
-import importlib
+import contextlib
+import importlib.util
+import inspect
 import re
 import typing
 from pathlib import Path
@@ -126,6 +128,68 @@ def test_every_error_is_explained(error):
     assert section, f"docs/errors.md has no section {error}"
     assert "**It means:**" in section[1]
     assert "what to do" in section[1].lower()
+
+
+# --- docstrings of what is public -----------------------------------------------------------------
+
+ROOMS = ["", ".optim", ".likelihoods", ".representations", ".gp", ".linalg"]
+
+
+def public():
+    """What a user calls, by name, once."""
+    found = {}
+    for room in ROOMS:
+        if room == ".gp" and importlib.util.find_spec("gpytorch") is None:
+            continue
+        module = importlib.import_module(f"nngeo_lazy{room}")
+        for name in module.__all__:
+            each = getattr(module, name)
+            if inspect.isfunction(each) or (inspect.isclass(each) and each.__doc__):
+                found.setdefault(each, f"{module.__name__}.{name}")
+    return {name: each for each, name in found.items()}
+
+
+def needed(each):
+    """The sections that its docstring must have."""
+    made = each
+    if inspect.isclass(each):
+        if issubclass(each, Exception):
+            return []
+        made = vars(each).get("__post_init__", vars(each).get("__init__"))
+    code = ""
+    with contextlib.suppress(OSError, TypeError):  # what a dataclass generates has no source
+        code = inspect.getsource(inspect.unwrap(made))
+    found = [r">>> "]
+    if [n for n in inspect.signature(each).parameters if n not in ("args", "kwargs")]:
+        found.append("(?:Args|Attributes):")
+    if inspect.isfunction(each) and each.__annotations__.get("return") not in (None, "None"):
+        found.append("Returns:")
+    if re.search(r"^ *raise |check_fields|@checked", code, re.MULTILINE):
+        found.append("Raises:")
+    return found
+
+
+PUBLIC = public()
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_what_is_public_says_all_that_a_caller_needs(name):
+    """Arguments, what is returned, which errors, and an example that runs (pytest's doctests)."""
+    text = inspect.getdoc(PUBLIC[name]) or ""
+    if inspect.isclass(PUBLIC[name]):
+        text = inspect.cleandoc(PUBLIC[name].__doc__)
+    missing = [s for s in needed(PUBLIC[name]) if not re.search(rf"^ *{s}", text, re.MULTILINE)]
+    assert not missing, f"{name} lacks {missing}"
+
+
+def test_the_sections_that_are_needed():
+    def whole(x) -> "int":
+        raise ValueError(x)
+
+    assert needed(whole) == [">>> ", "(?:Args|Attributes):", "Returns:", "Raises:"]
+    assert needed(lambda: None) == [">>> "]
+    assert needed(ng.errors.DataError) == []
+    assert len(PUBLIC) > 70
 
 
 # --- words ----------------------------------------------------------------------------------------

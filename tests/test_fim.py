@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import nngeo_lazy as ng
+from nngeo_lazy.errors import NonFiniteError
 
 import oracle
 import zoo
@@ -292,3 +293,66 @@ def test_large_batches_are_cut_into_pieces(net, sampled, monkeypatch):
     close(F.to_dense(), case.expected())
     assert F.num_examples == len(case.net.examples)
     check_ekfac(case.build("ekfac"), case.expected())
+
+
+class Policy(nn.Module):
+    """Logits of actions, some of which an example rules out."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.body, self.head, self.how = nn.Linear(4, 6), nn.Linear(6, 3), how
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits = self.head(self.body(x).tanh())
+        out = (x[:, :1] > 0) & (torch.arange(3) == 2)
+        if self.how == "filled":
+            return logits.masked_fill(out, -torch.inf)
+        return logits + torch.zeros_like(logits).masked_fill(out, -torch.inf)
+
+
+@pytest.mark.parametrize("how", ["filled", "added"])
+def test_classes_that_an_example_rules_out(float64, how):
+    model, x, y = Policy(how), torch.randn(10, 4), torch.randint(2, (10,))
+    parameters = list(model.parameters())
+    want, hessian = 0, 0
+    for a, label in zip(x, y, strict=True):
+        free = model(a[None])[0]
+        free = free[free.isfinite()]  # the others are constants
+        p = free.softmax(0).detach()
+        flat = [torch.autograd.grad(f, parameters, retain_graph=True) for f in free]
+        J = torch.stack([torch.cat([g.flatten() for g in row]) for row in flat])
+        want = want + J.mT @ (p.diag() - torch.outer(p, p)) @ J / len(x)
+        slopes = torch.autograd.grad(
+            nn.functional.cross_entropy(free, label), parameters, create_graph=True
+        )
+        slope = torch.cat([g.flatten() for g in slopes])
+        rows = [torch.autograd.grad(g, parameters, retain_graph=True) for g in slope]
+        hessian = hessian + torch.stack([torch.cat([h.flatten() for h in row]) for row in rows])
+    for representation in ("dense", "implicit", "factored"):
+        F = ng.FIM(model, (x, y), representation, likelihood="categorical")
+        torch.testing.assert_close(F.to_dense(), want)
+    F = ng.FIM(model, (x, y), "diagonal", likelihood="categorical")
+    torch.testing.assert_close(F.diagonal(), want.diagonal())
+    H = ng.Hessian(model, (x, y), loss="categorical")
+    torch.testing.assert_close(H.to_dense(), hessian / len(x))
+    predicted = ng.Laplace(model, F).predictive(x)
+    assert torch.equal(predicted == 0, model(x).isneginf())
+    optimizer = ng.optim.NaturalGradient(model, "kfac", "categorical", lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+def test_an_example_needs_a_class():
+    model, x = nn.Linear(4, 3), torch.randn(5, 4)
+
+    def forward(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return model(x).masked_fill(x[:, :1] > -torch.inf, -torch.inf)
+
+    for representation in ("kfac", "implicit"):
+        with pytest.raises(NonFiniteError, match="expected finite outputs"):
+            ng.FIM(model, x, representation, likelihood="categorical", forward=forward)
+    with pytest.raises(NonFiniteError, match="expected finite outputs"):  # of real numbers
+        ng.FIM(Policy("filled"), x, "kfac", likelihood="gaussian")

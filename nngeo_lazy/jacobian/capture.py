@@ -6,6 +6,7 @@ their number nor the number of examples in the loader.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -28,7 +29,7 @@ from .union import joined
 
 __all__ = ["Capture", "PartsChangedError", "Recorded"]
 
-SAMPLED = 16  # examples of the first batch that the plan is made from
+SAMPLED = 8  # examples of the first batch that the plan is made from
 
 
 class PartsChangedError(Exception):
@@ -132,7 +133,8 @@ class Capture:
         plan = self._plan
         if plan is None or not plan.fits(record):
             plan = next((p for p in self._plans.values() if p.fits(record)), None)
-        if plan is None or not (proved or (record.signature.alike and not plan.silent)):
+        believed = record.signature.alike and plan is not None and not (plan.silent or plan.ragged)
+        if plan is None or not (proved or believed):
             return None
         return Recorded(record, plan, self._parameters, self.parts)
 
@@ -191,7 +193,7 @@ class Capture:
         plan = self._plans.get(record.signature.nodes)
         if plan is None:
             plan = self._replan(record)
-        elif not (record.signature.alike and plan.fits(record)):
+        elif plan.ragged or not (record.signature.alike and plan.fits(record)):
             return self._proved(record)
         return self._take(record, plan)
 
@@ -232,7 +234,8 @@ class Capture:
     def _replan(self, record: Pass) -> Plan:
         """The plan of a pass that does something new."""
         which = "first" if self._plan is None else "a later"
-        if not bool(record.outputs.isfinite().all()):
+        # A class that is ruled out has -infinity: what may have it says the quantity.
+        if not bool((record.outputs < math.inf).all()):
             raise NonFiniteError(
                 f"expected finite outputs, but the model gives NaN or infinity on {which} batch: "
                 "check the inputs, and the training that led to these parameters"
@@ -293,7 +296,7 @@ class Capture:
         if n > 1:
             times = scales.view(-1, *[1] * (outputs.dim() - 1))
             scaled = gradients_at(outputs, edges, cotangent * times)
-        probe = Probe(cotangent, scales, at_calls, scaled)
+        probe = Probe(cotangent, scales, at_calls, scaled, record.signature.precision)
         dense = [g.to_dense() if g is not None and g.is_sparse else g for g in found]
         gradients = dict(zip(self._parameters, dense, strict=True))
         if self._plan is None and all(g is None for g in found):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from ..layout import Layout
 from ..space import ParamSpace
-from .parts import Kind, Member, Part, Segment, piece_of, segment_of
+from .parts import Kind, Member, Part, Segment, gaps, piece_of, segment_of
 from .record import Call
 
 __all__ = ["make_parts"]
@@ -39,7 +39,7 @@ def make_parts(
             parts.append(part)
     parts = [part for part in parts if not apart.intersection(part.names)]
     parts += [_through(space, calls, name, uses[name]) for name in space.names if name in apart]
-    parts += _gaps(space, parts)
+    parts += gaps(space, parts)
     done = {name for part in parts for name in part.names}
     for name in (name for name in space.names if name not in done):
         layout = Layout.flat([space.slices[name]])
@@ -149,20 +149,3 @@ def _through(
     members = tuple(Member(k, (role,), layout) for k, role in uses)
     function = ", ".join(dict.fromkeys(calls[k].function for k, _ in uses))
     return Part((name,), layout, Kind.ROWS, members, function, derived=True)
-
-
-def _gaps(space: ParamSpace, parts: Sequence[Part]) -> Iterator[Part]:
-    """The entries that no call receives, of parameters of which some receive others."""
-    covered: dict[str, list[slice]] = {}
-    for part in parts:
-        for name, where in zip(part.names, part.layout.slices, strict=True):
-            covered.setdefault(name, []).append(where)
-    for name, slices in covered.items():
-        whole = space.slices[name]
-        at = whole.start
-        for where in [*sorted(slices, key=lambda s: s.start), slice(whole.stop, whole.stop)]:
-            if where.start > at:
-                layout = Layout.flat([slice(at, where.start)])
-                note = "the outputs do not depend on some of its entries: zero there"
-                yield Part((name,), layout, Kind.UNUSED, note=note)
-            at = max(at, where.stop)

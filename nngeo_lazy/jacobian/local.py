@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..switches import unfused_attention
-from .folds import Fold
+from .folds import Axis, Fold, Ragged
 from .uses import Use
 
-__all__ = ["local"]
+__all__ = ["local", "results_apart"]
 
 
 def local(
@@ -53,6 +53,13 @@ def local(
     )
 
 
+def results_apart(output: Any) -> Any:
+    """Several results, of which one may be made of another, each with a gradient of its own."""
+    if type(output) in (tuple, list) and all(isinstance(t, Tensor) for t in output):
+        return type(output)(t.clone() if t.grad_fn is not None else t for t in output)
+    return output
+
+
 class _Call:
     def __init__(
         self,
@@ -69,6 +76,8 @@ class _Call:
 
     def rows(self, fold: Fold, n: int, g: Tensor, start: int, stop: int) -> Mapping[str, Tensor]:
         """(R, n, *shape) of each slot, from gradients (R, *output)."""
+        if isinstance(fold, Ragged):
+            return self._owned(fold, g, start, stop)
         found = {k: self._axis(k, fold, n) for k in range(len(self._leaves))}
         data = {k: axis for k, axis in found.items() if axis is not None}
         xs: list[Tensor] = [axis.front(self._leaves[k], n)[start:stop] for k, axis in data.items()]
@@ -90,6 +99,22 @@ class _Call:
             for j in range(len(self._slots))
         ]
         return self._by_slot(stacked)
+
+    def _owned(self, fold: Ragged, g: Tensor, start: int, stop: int) -> Mapping[str, Tensor]:
+        """The same of examples that own different numbers of rows, one after the other."""
+        (size,), rows_alone = fold.sizes, Fold(0, Axis.OUTER)
+        data = {
+            k: rows_alone
+            for k, leaf in enumerate(self._leaves)
+            if k not in self._slots and isinstance(leaf, Tensor) and leaf.shape[:1] == (size,)
+        }
+        many = []
+        for n in range(start, stop):
+            rows = fold.owned(n)
+            parts = [self._leaves[k][rows] for k in data]
+            pulled = [self._pulled(rows_alone, data, each[rows], parts) for each in g]
+            many.append([torch.stack(slot) for slot in zip(*pulled, strict=True)])
+        return self._by_slot([torch.stack(parts, 1) for parts in zip(*many, strict=True)])
 
     def _by_slot(self, found: Sequence[Tensor]) -> dict[str, Tensor]:
         return {str(k): rows for k, rows in zip(self._slots, found, strict=True)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -11,15 +11,16 @@ from torch import Tensor
 
 from ..errors import UnsupportedLayerError
 from ..layout import Layout, Piece
-from .folds import Fold
+from ..space import ParamSpace
+from .folds import Fold, Ragged
 from .forms import Form, Outer, Placed, Rows, Stored
 from .inputs import DenseInputs, Inputs
-from .positions import spread
+from .positions import Mark, spread
 from .record import Call
 from .summed import Summed
 from .weights import Weight, pull_back
 
-__all__ = ["Gradient", "Kind", "Member", "Part", "Segment", "piece_of", "segment_of"]
+__all__ = ["Gradient", "Kind", "Member", "Part", "Segment", "gaps", "piece_of", "segment_of"]
 
 DERIVED_TILE_BYTES = 2**25  # rows that go back to a parameter through autograd
 
@@ -130,7 +131,7 @@ class Part:
         if self.kind is Kind.ROWS:
             return Stored(self._norm_rows(calls, folds, gradients))
         outers = [
-            _outer(calls[member.call], member.roles, x, gradients[member.call].canonical, marks)
+            _outer(member.roles, x, gradients[member.call], marks)
             for member, x in zip(self.members, inputs, strict=True)
         ]
         if len(outers) == 1 and self.kind is Kind.OUTER:
@@ -266,12 +267,9 @@ class Gradient:
 
 
 def _outer(
-    call: Call,
-    roles: Sequence[str],
-    x: Inputs | None,
-    gradients: Tensor,
-    marks: Tensor | None = None,
+    roles: Sequence[str], x: Inputs | None, at_call: Gradient, marks: Tensor | None = None
 ) -> Outer:
+    call, gradients = at_call.call, at_call.canonical
     use = call.use
     if use.gradients is None or use.grid is None or x is None:
         raise TypeError(f"{call.function} has no outer form")
@@ -279,10 +277,23 @@ def _outer(
     positions = x.shape[2] if "weight" in call.weights else "T"
     expected = (*gradients.shape[:2], use.grid.groups, positions, use.grid.outputs)
     _check(call, "gradients", g.shape, expected)
-    weighted = "weight" in roles
+    weighted, t = "weight" in roles, g.shape[3]
     g = x.masked(g) if weighted else g
-    known = spread(marks, g.shape[3])
+    fold = at_call.fold
+    known = _existing(fold, marks, t) if isinstance(fold, Ragged) else spread(marks, t)
     return Outer(g, x if weighted else None, "bias" in roles, known)
+
+
+def _existing(fold: Ragged, marks: Tensor | None, t: int) -> Tensor | None:
+    """The marks of T positions, of which examples have as many as they own.
+
+    Which of the batch's positions they are is not known, so that gradients tell which count.
+    """
+    exist = fold.exist.repeat_interleave(t // fold.index.shape[1], 1)
+    if marks is None and bool(exist.all()):
+        return None
+    known = Mark.SCORED if marks is None else Mark.UNSCORED
+    return torch.where(exist, known, Mark.MISSING)
 
 
 def _closed_rows(call: Call, fold: Fold, g: Tensor) -> dict[str, Tensor]:
@@ -307,7 +318,7 @@ def _weight_rows(call: Call, role: str, fold: Fold, x: Inputs | None, g: Gradien
         rows = _closed_rows(call, fold, g.canonical).get(role)
         _check(call, f"rows of the {role}", None if rows is None else rows.shape, shape)
         return Stored(rows)  # type: ignore[arg-type]
-    form = _outer(call, (role,), x, g.canonical)
+    form = _outer((role,), x, g)
     if role == "bias":
         return form
     grid = use.grid
@@ -337,12 +348,20 @@ def _concatenated(outers: Sequence[Outer]) -> Outer:
     """Several uses of one weight as one form: positions one after the other."""
     first, *others = outers
     g = torch.cat([outer.g for outer in outers], 3)
-    known = [outer.marks for outer in outers if outer.marks is not None]
-    marks = torch.cat(known, 1) if known else None
+    marks = None
+    if any(outer.marks is not None for outer in outers):
+        marks = torch.cat([_all_marks(outer) for outer in outers], 1)
     if first.inputs is None:
         return Outer(g, None, first.bias, marks)
     more = [outer.inputs for outer in others if outer.inputs is not None]
     return Outer(g, first.inputs.concatenate(more), first.bias, marks)
+
+
+def _all_marks(outer: Outer) -> Tensor:
+    if outer.marks is not None:
+        return outer.marks
+    n, t = outer.g.shape[1], outer.g.shape[3]
+    return torch.full((n, t), Mark.SCORED, dtype=torch.int64, device=outer.g.device)
 
 
 def _summed(outers: Sequence[Outer], layouts: Sequence[Layout]) -> Summed:
@@ -374,3 +393,20 @@ def piece_of(call: Call, role: str, start: int) -> Piece:
     selection = call.weights[role].selection
     flipped = selection is not None and not selection.contiguous
     return Piece(start, grid.inputs, grid.transposed != flipped, grid.inner)
+
+
+def gaps(space: ParamSpace, parts: Sequence[Part]) -> Iterator[Part]:
+    """The entries that no call receives, of parameters of which some receive others."""
+    covered: dict[str, list[slice]] = {}
+    for part in parts:
+        for name, where in zip(part.names, part.layout.slices, strict=True):
+            covered.setdefault(name, []).append(where)
+    for name, slices in covered.items():
+        whole = space.slices[name]
+        at = whole.start
+        for where in [*sorted(slices, key=lambda s: s.start), slice(whole.stop, whole.stop)]:
+            if where.start > at:
+                layout = Layout.flat([slice(at, where.start)])
+                note = "the outputs do not depend on some of its entries: zero there"
+                yield Part((name,), layout, Kind.UNUSED, note=note)
+            at = max(at, where.stop)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..space import ParamSpace
-from .folds import Fold, candidates
+from .folds import Fold, Ragged, candidates
 from .forms import Form
 from .inputs import Inputs
 from .parts import Gradient, Kind, Part
@@ -34,6 +34,7 @@ class Probe:
     scales: Tensor  # (N,)
     at_calls: Sequence[Tensor | None]
     scaled: Sequence[Tensor | None]
+    rounding: float = 0.0  # the coarsest on the way
 
     @property
     def silent(self) -> frozenset[int]:
@@ -69,16 +70,53 @@ def probe_folds(calls: Sequence[Call], probe: Probe) -> list[Fold | None]:
         fitting = (
             fold
             for fold in candidates(call.shape[: call.use.leading], n)
-            if _confined(fold, call, probe.at_calls[k], probe.scaled[k], probe.scales)
+            if _confined(fold, call, k, probe)
         )
-        folds.append(next(fitting, None))
+        folds.append(next(fitting, None) or _ragged(call, k, probe))
     return folds
 
 
-def _confined(
-    fold: Fold, call: Call, plain: Tensor | None, scaled: Tensor | None, scales: Tensor
-) -> bool:
+def _ragged(call: Call, k: int, probe: Probe) -> Ragged | None:
+    """The owner of each position: by whose number its gradient is multiplied.
+
+    A position without a gradient goes to the owner of the one before: it has no part in rows.
+    """
+    plain, scaled, scales = probe.at_calls[k], probe.scaled[k], probe.scales
+    n, leading = len(scales), 1 if call.use.local is not None else call.use.leading
+    if n == 1 or leading < 1:
+        return None
+    sizes = call.shape[:leading]
+    if plain is None or scaled is None:
+        none = torch.zeros(sizes.numel(), dtype=torch.int64, device=scales.device)
+        return Ragged.of(none, n, sizes)
+    dtype = torch.promote_types(plain.dtype, torch.float32)
+    both = call.arranged(torch.stack([plain, scaled])).flatten(1, leading)
+    ours, theirs = both.reshape(*both.shape[:2], -1).to(dtype)  # (positions, features)
+    size = ours.norm(dim=1)
+    precision = max(probe.rounding, _precision(scales, [plain]))
+    alive = size > 16 * precision * size.max()
+    if not bool(alive.any()):  # no gradient, or one that is not finite
+        none = torch.zeros(len(size), dtype=torch.int64, device=size.device)
+        return None if bool(size.any()) else Ragged.of(none, n, sizes)
+    ratio = (ours * theirs).sum(1) / size.square().clamp_min(torch.finfo(dtype).tiny)
+    numbers, order = scales.to(dtype).sort()
+    middles = (numbers[1:] + numbers[:-1]) / 2
+    place = torch.bucketize(ratio, middles)
+    gap = (numbers[1:] - numbers[:-1]).min()
+    expected = ours * numbers[place].unsqueeze(1)
+    near = (ratio - numbers[place]).abs() <= gap / 4
+    bounds = precision**0.5 * expected.norm(dim=1) + 16 * precision * size.max()
+    near &= (theirs - expected).norm(dim=1) <= bounds
+    if not bool((near | ~alive).all()):
+        return None
+    last = torch.where(alive, torch.arange(len(alive), device=alive.device), -1).cummax(0).values
+    last = torch.where(last < 0, alive.int().argmax(), last)
+    return Ragged.of(order[place[last]], n, sizes)
+
+
+def _confined(fold: Fold, call: Call, k: int, probe: Probe) -> bool:
     """Whether every example's gradient is multiplied by its own number."""
+    plain, scaled, scales = probe.at_calls[k], probe.scaled[k], probe.scales
     if plain is None or scaled is None or len(scales) == 1:
         return True
     n = len(scales)
@@ -87,7 +125,7 @@ def _confined(
     ours, theirs = fold.apply(both, call.use.leading, n, offset=1).flatten(2).to(dtype)
     expected = ours * scales.to(dtype)[:, None]
     sizes = expected.norm(dim=1)
-    precision = _precision(scales, [plain])
+    precision = max(probe.rounding, _precision(scales, [plain]))
     bounds = precision**0.5 * sizes + 16 * precision * sizes.max()
     return bool(((theirs - expected).norm(dim=1) <= bounds).all())
 
@@ -121,7 +159,9 @@ class Probed:
             if not alone:
                 raise
             reason = str(error).split("\n")[0]
-            return f"{part.function} cannot be run for one example alone ({reason})"
+            notes = [self.calls[k].note for k in part.calls if self.calls[k].note]
+            why = "; ".join([*dict.fromkeys(notes), reason])
+            return f"{part.function} cannot be run for one example alone ({why})"
         if apart == 0:
             return ""
         return (
@@ -163,7 +203,9 @@ class Probed:
             for k, name in enumerate(part.names)
         ]
         precision = _precision(given, [self.probe.at_calls[k] for k in at_calls])
-        precision = max(precision, *(_eps(self.calls[k].use.x.dtype) for k in at_calls))
+        precision = max(
+            precision, self.probe.rounding, *(_eps(self.calls[k].use.x.dtype) for k in at_calls)
+        )
         apart = [(a - b).norm() for a, b in zip(mine, expected, strict=True)]
         bounds = [precision**0.5 * b.norm() for b in expected]
         if all(bool(a <= bound) for a, bound in zip(apart, bounds, strict=True)):
@@ -234,4 +276,5 @@ def agree(a: Tensor, b: Tensor, power: float = 0.5, dtype: torch.dtype | None = 
     """Equal up to eps^power, relative to b: the same sums in another order."""
     a, b = a.detach().flatten(), b.detach().flatten()
     tolerance = torch.finfo(dtype or b.dtype).eps ** power
-    return bool((a - b).norm() <= tolerance * b.norm())
+    apart = (a - b).masked_fill(a == b, 0).norm()  # infinities may be equal, too
+    return bool(apart <= tolerance * b.masked_fill(b.isinf(), 0).norm())

@@ -7,9 +7,7 @@ sees them all.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,28 +15,20 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
 from .. import tree
-from ..errors import StochasticModelError, UnsupportedLayerError
-from ..switches import eager, plain_attention_modules, whole_transforms
+from ..errors import StochasticModelError
 from .layers import BATCH_STATISTICS
+from .local import results_apart
+from .lookups import Lookup, by_number, chosen, grouped, lookup_of, table
 from .meetings import Meeting
-from .registry import Known, find, whole_modules
+from .registry import Known, find
+from .scopes import in_build, refuse_renormalisation
 from .uses import Use
 from .weights import Weight, derived
 
-__all__ = [
-    "Call",
-    "FixedWeights",
-    "Recorder",
-    "in_build",
-    "plain_functions",
-    "recording",
-    "refuse_training_mode",
-]
+__all__ = ["Call", "Recorder"]
 
 
 @dataclass(frozen=True)
@@ -82,35 +72,6 @@ def _label(weight: Weight, use: Use) -> str:
     return f"{names}[{part.start}:{part.size}]" if part.start else names
 
 
-def refuse_renormalisation(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> None:
-    """Raise before a function is called that rescales its weight, which is the user's, in place."""
-    if func is not F.embedding and func is not F.embedding_bag:
-        return
-    known = find(func, args)
-    if known is not None and known.bind(args, kwargs).get("max_norm") is not None:
-        raise UnsupportedLayerError(
-            "embedding with max_norm rescales its weight in the forward pass, so the outputs are "
-            "no function of the parameters: set max_norm=None (renormalise once, before)"
-        )
-
-
-class FixedWeights(TorchFunctionMode):
-    """Within it, functions that rescale their weight in place are refused, and not called."""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        refuse_renormalisation(func, args, kwargs)
-        return func(*args, **kwargs)
-
-
 class Recorder(TorchFunctionMode):
     """Records where data meet weights: the calls that have a form, and why others have none.
 
@@ -145,6 +106,8 @@ class Recorder(TorchFunctionMode):
         self._weights = {id(p): Weight.of(name, p) for name, p in parameters.items()}
         self._constants = {id(t): t for t in _held(model) if id(t) not in self._weights}
         self._cuts: dict[int, Weight] = {}
+        self._picks: dict[tuple[int, int], Tensor] = {}
+        self._lookups: dict[int, Lookup] = {}
         self._sizes = {t.shape[0] for t in tree.tensors(raw) if t.dim()}
         self._given = examples
         self.examples: list[bool] = []
@@ -164,17 +127,29 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         weights: list[Weight] = []
         data = self._sort(args, weights) | self._sort(tuple(kwargs.values()), weights)
+        if data and func is torch.Tensor.__getitem__ and by_number(args[1]):
+            data = self._sort(args[:1], [])  # the number is a fact of the pass: an expert's, say
+        given = [*_tensors(args), *_tensors(tuple(kwargs.values()))] if self._lookups else []
         if not weights:
             if func is F.batch_norm and not self._training:
                 self._refuse_statistics(func, args, kwargs, data)
             output = func(*args, **kwargs)
             self._made_without_weights(func, args, output, data)
-            return output
-        if not data:
+        elif not data:
             output = func(*args, **kwargs)
             self._derive(func, args, output, weights)
-            return output
-        return self._meet(func, args, kwargs, weights)
+        else:
+            output = self._meet(func, args, kwargs, weights)
+        for lookup in [self._lookups[id(t)] for t in given if id(t) in self._lookups]:
+            self._enter(func, args, kwargs, output, lookup)
+        return output
+
+    def __exit__(self, *exception: Any) -> None:
+        """Record what was read and has not entered a product."""
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        for lookup in self._lookups.values():
+            if not lookup.used:
+                lookup.itself()
 
     def _sort(self, values: Sequence[Any], weights: list[Weight]) -> bool:
         """Collect the weights among some values; whether there are data."""
@@ -256,7 +231,7 @@ class Recorder(TorchFunctionMode):
         if known is not None and known.composite is not None:
             return self._composite(known, call, names, lambda: func(*args, **kwargs))
         before = _kept(func, args)
-        output = func(*args, **kwargs)
+        output = results_apart(func(*args, **kwargs)) if known is None else func(*args, **kwargs)
         meant = args[0] if output is None and before is not args else output
         if not _depends(meant):
             return output
@@ -272,15 +247,83 @@ class Recorder(TorchFunctionMode):
                 return output
             reason = use
         meeting = Meeting(func, before, kwargs, meant, self._weight_of, self._cut)
-        for one in meeting.uses():
+        if self._looked_up(meeting, names):
+            return output
+        apart = [(use, meant) for use in grouped(func, before, kwargs, meant, self._pick)]
+        self._uses(name, names, reason, known, apart or meeting.uses())
+        return output
+
+    def _uses(
+        self,
+        name: str,
+        names: set[str],
+        reason: str,
+        known: Known | None,
+        found: Iterable[tuple[Use, Tensor] | str],
+    ) -> None:
+        """Record the uses that were found of some parameters."""
+        rest = set(names)
+        for one in found:
             if isinstance(one, str):
                 reason = one
                 break
             use, made = one
             self._add(name.strip("_"), use, made, set(), "" if known is None else reason)
-            names -= {n for w in self._role_weights(use).values() for n in w.names}
-        self.formless.update(dict.fromkeys(names, reason))
-        return output
+            rest -= {n for w in self._role_weights(use).values() for n in w.names}
+        self.formless.update(dict.fromkeys(rest, reason))
+
+    # --- rows of a weight that the data choose ----------------------------------------------------
+
+    def _looked_up(self, meeting: Meeting, names: set[str]) -> bool:
+        """Whether a call reads rows of a weight: a table's, or matrices that await a product."""
+        found, output = lookup_of(*meeting[:3]), meeting.output
+        if found is None or self._weight_of(found[0]) is None or not isinstance(output, Tensor):
+            return False
+        (weight, ids), name = found, "lookup"
+        if weight.dim() == 2:
+            self._uses(name, names, "", None, [(table(weight, ids, output), output)])
+            return True
+        if weight.dim() != 3 or ids.dim() != 1:
+            return False
+
+        def itself() -> None:
+            self._uses(name, names, f"{name} has no form", None, meeting.uses())
+
+        self._lookups[id(output)] = Lookup(weight, ids, output, names, itself)
+        return True
+
+    def _enter(
+        self,
+        func: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        output: Any,
+        lookup: Lookup,
+    ) -> None:
+        """Record the product that looked up matrices enter, or the reading itself."""
+        if not _depends(output):
+            return
+        name = getattr(func, "__name__", str(func)).strip("_")
+        uses = chosen(func, args, kwargs, output, lookup, self._pick)
+        lookup.used |= bool(uses)
+        for use in uses:
+            self._add(name, use, output, set())
+        if uses:
+            return
+        del self._lookups[id(lookup.output)]
+        if lookup.used or _in_place(func):
+            reason = f"matrices that the data choose enter {name}, too"
+            self.formless.update(dict.fromkeys(lookup.names, reason))
+        else:
+            lookup.itself()
+
+    def _pick(self, whole: Tensor, k: int) -> Tensor:
+        """One matrix of a weight, as a weight."""
+        if (id(whole), k) not in self._picks:
+            self._picks[id(whole), k] = whole.select(0, k)
+        picked = self._picks[id(whole), k]
+        self._weights[id(picked)] = derived(picked, "select", [self._weights[id(whole)]])
+        return picked
 
     def _weight_of(self, tensor: Any) -> Weight | None:
         return self._weights.get(id(tensor)) if isinstance(tensor, Tensor) else None
@@ -390,60 +433,3 @@ def _held(model: nn.Module) -> Iterator[Tensor]:
 def _depends(output: Any) -> bool:
     """Whether the call made something differentiable: reading a shape or a dtype is no use."""
     return any(tensor.grad_fn is not None for tensor in _tensors(output))
-
-
-_builds = threading.local()
-
-
-def in_build() -> bool:
-    """Whether the model's passes are those of a build, and nobody else's."""
-    return getattr(_builds, "depth", 0) > 0
-
-
-@contextmanager
-def recording(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
-    """The scope of a whole build: autograd on, compiled modules eager, the model's state kept.
-
-    Flags of the parameters and buffers that a forward pass changed are restored on the way out,
-    also after an exception.
-    """
-    flags = {name: p.requires_grad for name, p in parameters.items()}
-    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers() if not b.is_inference()]
-    with plain_functions(), torch.enable_grad(), whole_modules(model):
-        _builds.depth = getattr(_builds, "depth", 0) + 1
-        try:
-            for p in parameters.values():
-                p.requires_grad_(True)
-            yield
-        finally:
-            _builds.depth -= 1
-            for name, p in parameters.items():
-                p.requires_grad_(flags[name])
-            with torch.no_grad():
-                for buffer, version, kept in buffers:
-                    if buffer._version != version:
-                        buffer.copy_(kept)
-
-
-@contextmanager
-def plain_functions() -> Iterator[None]:
-    """Inside, a model calls functions that can be seen and differentiated, and nothing fused."""
-    switched = plain_attention_modules.used()
-    with torch.inference_mode(False), whole_transforms(), switched, eager.used():
-        yield
-
-
-def refuse_training_mode(model: nn.Module) -> None:
-    """Raise if a module is random or uses batch statistics, before any forward pass."""
-    for name, module in model.named_modules():
-        label = f"{name or 'the model'} ({type(module).__name__})"
-        if isinstance(module, _DropoutNd) and module.training and module.p > 0:
-            raise StochasticModelError(
-                f"expected one fixed function, but {label} drops entries at random in training "
-                "mode: call model.eval() first"
-            )
-        batch_norm = isinstance(module, _NormBase) and not isinstance(
-            module, nn.modules.instancenorm._InstanceNorm
-        )
-        if batch_norm and (module.training or module.running_mean is None):
-            raise StochasticModelError(f"{label}: {BATCH_STATISTICS}")

@@ -73,11 +73,13 @@ class Signature:
             and numbers of nodes that came before.
         leaves: the parameters that the outputs are made of.
         alike: whether all of them treat every example alike, whatever the numbers are.
+        precision: the coarsest rounding, relative, of the numbers that they made.
     """
 
     nodes: tuple[str | int, ...]
     leaves: frozenset[str]
     alike: bool
+    precision: float
 
 
 def signature_of(outputs: Tensor, parameters: Mapping[str, Tensor]) -> Signature:
@@ -88,6 +90,7 @@ def signature_of(outputs: Tensor, parameters: Mapping[str, Tensor]) -> Signature
     nodes: list[str | int] = []
     leaves: set[str] = set()
     alike = True
+    dtypes: set[torch.dtype] = {outputs.dtype}
     stack: list[Any] = [outputs.grad_fn]
     while stack:
         node = stack.pop()
@@ -106,9 +109,11 @@ def signature_of(outputs: Tensor, parameters: Mapping[str, Tensor]) -> Signature
             continue
         name = node.name()
         nodes.append(name)
+        dtypes.update(made.dtype for made in node._input_metadata)
         alike = alike and _alike(node, name, n)
         stack.extend(below for below, _ in node.next_functions)
-    return Signature(tuple(nodes), frozenset(leaves), alike)
+    precision = max(torch.finfo(d).eps for d in dtypes if d.is_floating_point or d.is_complex)
+    return Signature(tuple(nodes), frozenset(leaves), alike, precision)
 
 
 def _alike(node: Any, name: str, n: int) -> bool:

@@ -11,7 +11,7 @@ from ..layout import Layout
 from ..space import ParamSpace
 from .forms import Form, Outer, Rows
 from .inputs import DenseInputs
-from .parts import Kind, Part
+from .parts import Kind, Part, gaps
 
 __all__ = ["Absent", "form_of", "joined", "same"]
 
@@ -33,8 +33,8 @@ def same(a: Part, b: Part) -> bool:
 def joined(space: ParamSpace, before: Sequence[Part], now: Sequence[Part]) -> list[Part]:
     """The parts of batches seen so far and of another one.
 
-    What only one of the two uses is as that one has it. What they use differently is rows, one part
-    for each parameter.
+    What only one of the two uses is as that one has it, also if that is some entries of a
+    parameter: an expert. What they use differently is rows, one part for each parameter.
     """
     parts: list[Part] = []
     for names in _components([*before, *now]):
@@ -44,9 +44,33 @@ def joined(space: ParamSpace, before: Sequence[Part], now: Sequence[Part]) -> li
             parts += mine if _alike(mine, other) else other
         elif all(part.kind is Kind.UNUSED for part in other) or _alike(mine, other):
             parts += mine
+        elif together := _by_entries(space, mine, other):
+            parts += together
         else:
             parts += [_rows(space, name, mine) for name in space.names if name in names]
     return sorted(parts, key=lambda part: min(piece.start for piece in part.layout.pieces))
+
+
+def _by_entries(space: ParamSpace, mine: Sequence[Part], other: Sequence[Part]) -> list[Part]:
+    """The parts of both, if parts that have entries in common are the same; else none."""
+    parts = [part for part in mine if part.kind is not Kind.UNUSED]
+    for part in other:
+        common = [each for each in parts if _overlap(each, part)]
+        if part.kind is Kind.UNUSED or (len(common) == 1 and same(common[0], part)):
+            continue
+        if common:
+            return []
+        parts.append(part)
+    return [*parts, *gaps(space, parts)]
+
+
+def _overlap(a: Part, b: Part) -> bool:
+    """Whether two parts have entries in common."""
+    return any(
+        one.start < two.stop and two.start < one.stop
+        for one in a.layout.slices
+        for two in b.layout.slices
+    )
 
 
 def form_of(
@@ -67,7 +91,7 @@ def form_of(
     """
     if part.kind is Kind.UNUSED:
         return None
-    found = [k for k, other in enumerate(others) if set(other.names) & set(part.names)]
+    found = [k for k, other in enumerate(others) if _overlap(other, part)]
     for k in found:
         if same(others[k], part):
             return forms[k]

@@ -33,6 +33,10 @@ class Grid:
         transposed: the weight is stored (groups, inputs / inner, outputs, inner) rather than
             (groups, outputs, inputs). With inner = 1 and one group that is (in, out).
         inner: see `transposed`; a transposed convolution's is the volume of its kernel.
+
+    Example:
+        >>> Grid(groups=1, outputs=4, inputs=3)
+        Grid(groups=1, outputs=4, inputs=3, transposed=False, inner=1)
     """
 
     groups: int
@@ -67,6 +71,16 @@ class Use:
             in that order as they come.
         local: rows of a function of which nothing is known but itself, in the place of `rows`.
         slots: the weights of such a function by role, if they are more than one.
+
+    Raises:
+        ValueError: it has both `rows` and a grid, or neither, or a part of these is missing.
+
+    Example:
+        >>> x, weight = torch.randn(8, 3), torch.randn(4, 3)
+        >>> grouped = (lambda g: g[:, :, None]), (lambda x: x[:, None])
+        >>> use = Use(weight, None, 1, x, Grid(1, 4, 3), *grouped)
+        >>> use.mismatch()
+        ''
     """
 
     weight: Tensor | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -204,7 +205,11 @@ class Categorical(Likelihood):
 
     def flags(self, outputs: Tensor, target: Tensor | None) -> dict[str, Tensor]:
         """What is wrong in a way that only the device knows: message -> 0-d bool tensor."""
-        flags: dict[str, Tensor] = {NOT_FINITE: ~outputs.detach().isfinite().all()}
+        values = outputs.detach()
+        likeliest = values.amax(self._class_dim(outputs, target))
+        flags: dict[str, Tensor] = {
+            NOT_FINITE: ~(likeliest.isfinite().all() & (values < math.inf).all())
+        }
         if target is not None:
             classes = outputs.shape[self._class_dim(outputs, target)]
             valid = ((target >= 0) & (target < classes)) | (target == self.ignore_index)

@@ -48,6 +48,12 @@ class Likelihood(ABC):
     A *reweighted* one is a loss that is no likelihood (class weights, label smoothing). Its "exact"
     and "mc" directions are roots of its Hessian at the target. A Gauss-Newton matrix takes them,
     and a Fisher refuses them (`require_likelihood`).
+
+    Example:
+        >>> import nngeo_lazy as ng
+        >>> known = ng.likelihoods.Gaussian()
+        >>> isinstance(known, Likelihood), known.num_directions(torch.zeros(4, 3), None, "exact")
+        (True, 3)
     """
 
     @property
@@ -249,7 +255,20 @@ class Likelihood(ABC):
 
 
 def check_estimator(estimator: str) -> None:
-    """Raise DataError if the estimator is not one of `ESTIMATORS`."""
+    """Raise DataError if the estimator is not one of `ESTIMATORS`.
+
+    Args:
+        estimator: what a user gave.
+
+    Raises:
+        DataError: it is another word; the message lists them.
+
+    Example:
+        >>> check_estimator("mc")
+        >>> check_estimator("sampled")
+        Traceback (most recent call last):
+        nngeo_lazy.errors.DataError: unknown estimator 'sampled': expected one of ...
+    """
     if estimator not in ESTIMATORS:
         raise DataError(
             f"unknown estimator {estimator!r}: expected one of {list(ESTIMATORS)}; "

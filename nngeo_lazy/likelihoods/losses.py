@@ -49,6 +49,9 @@ class CallableLoss(Likelihood):
             an example depends on that example alone. It is called with outputs that are at least
             float32, and with target None if batches have none.
 
+    Raises:
+        DataError: it is no function of (outputs, target).
+
     Example:
         >>> loss = CallableLoss(lambda f, y: (f - y).cosh().log().sum(1))
         >>> loss.hessian_product(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([[3.0, 4.0]]))
@@ -313,6 +316,9 @@ def resolve_loss(loss: Any, outputs: Tensor, target: Tensor | None) -> tuple[Lik
         outputs: (N, ...), the first batch's.
         target: its target: whole numbers and probabilities are different losses in
             `nn.CrossEntropyLoss`.
+
+    Returns:
+        The loss of each example as a likelihood, and what the sum of all is divided by.
 
     Raises:
         DataError: none of these.

@@ -32,8 +32,23 @@ def resolve(
 ) -> Likelihood:
     """A likelihood from itself, its name, or None if the first batch proves it categorical.
 
+    Args:
+        likelihood: what a user gave.
+        outputs: (N, ...), the first batch's; read if nothing is given.
+        target: its labels, or None.
+
+    Returns:
+        The likelihood.
+
     Raises:
         DataError: an unknown name, or None if nothing is proved.
+
+    Example:
+        >>> import torch
+        >>> resolve("poisson", torch.zeros(2, 3), None)
+        Poisson()
+        >>> resolve(None, torch.zeros(4, 3), torch.tensor([0, 2, 1, 1]))
+        Categorical(class_dim=None, ...)
     """
     if isinstance(likelihood, Likelihood):
         return likelihood
@@ -60,8 +75,15 @@ def resolve(
 def described(text: str) -> Likelihood | None:
     """The likelihood that prints as a text; None if the text is that of another loss.
 
-    >>> described("Categorical(shift=1)").shift
-    1
+    Args:
+        text: the `repr` of a likelihood, as files hold it.
+
+    Returns:
+        The likelihood, or None.
+
+    Example:
+        >>> described("Categorical(shift=1)").shift
+        1
     """
     kinds = {kind.__name__: kind for kind in (Bernoulli, Categorical, Gaussian, Poisson)}
     try:

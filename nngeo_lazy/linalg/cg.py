@@ -59,6 +59,9 @@ def cg(
         preconditioner: r (n, k) to an approximation of A^-1 r, symmetric positive definite.
         x0: the start (n, k); by default zero.
 
+    Returns:
+        The solution (n, k), with the true relative residual of each column.
+
     Raises:
         NotPositiveDefiniteError: A or the preconditioner has a direction of negative curvature.
         NonFiniteError: NaN or infinity in b, x0 or a product with A.

@@ -197,9 +197,20 @@ def spectral_density(
         reorthogonalize: whether every Lanczos vector is held.
         at_once: how many probes one product has; all by default.
 
+    Returns:
+        The nodes and weights of a probability measure.
+
     Raises:
         ValueError: a matrix that is not symmetric.
         NonFiniteError: NaN or infinity in a product.
+
+    Example:
+        >>> import torch
+        >>> A = torch.diag(torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64))
+        >>> options = Probes(2, steps=3, seed=0)
+        >>> found = spectral_density(lambda v: A @ v, 3, A.new_empty(0), options)
+        >>> round(float(found.weights.sum()), 6)
+        1.0
 
     Source: Lin, Saad and Yang (2016), Approximating spectral densities of large matrices; Ghorbani,
         Krishnan and Xiao (2019) for networks.

@@ -38,6 +38,13 @@ class Eigenpairs:
         matvecs: how many products with A were made.
         converged: whether all residuals are within the tolerance.
         interrupted: whether the user stopped it.
+
+    Example:
+        >>> import torch
+        >>> A = torch.diag(torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64))
+        >>> found = eigsh(lambda v: A @ v, 3, 1, "LA", A.new_empty(0), Search(seed=0))
+        >>> isinstance(found, Eigenpairs), found.vectors.shape, found.converged
+        (True, torch.Size([3, 1]), True)
     """
 
     values: Tensor
@@ -90,10 +97,19 @@ def eigsh(
             whichever is larger; it is not below rounding, 10 eps |A|.
         block_size: how many vectors each product has.
 
+    Returns:
+        The eigenpairs, ascending, with their residuals.
+
     Raises:
         ValueError: k is outside 1 to n, the subspace does not hold k vectors and two blocks, or the
             matrix is not symmetric.
         NonFiniteError: NaN or infinity in a product.
+
+    Example:
+        >>> import torch
+        >>> A = torch.diag(torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64))
+        >>> eigsh(lambda v: A @ v, 3, 2, "LA", A.new_empty(0), Search(seed=0)).values
+        tensor([2., 5.], dtype=torch.float64)
 
     Source:
         Wu and Simon (2000), Thick-restart Lanczos method for large symmetric eigenvalue problems;

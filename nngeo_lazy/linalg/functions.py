@@ -43,6 +43,13 @@ def matrix_function(
         NotPositiveDefiniteError: f is not finite on the spectrum.
         NonFiniteError: NaN or infinity in a product.
 
+    Example:
+        >>> import torch
+        >>> A = torch.diag(torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64))
+        >>> v = torch.ones(3, 1, dtype=torch.float64)
+        >>> matrix_function(lambda v: A @ v, torch.square, v).x.mT
+        tensor([[ 1.0000,  4.0000, 25.0000]], dtype=torch.float64)
+
     Source: Higham (2008), Functions of matrices, section 13.2.
     """
     tol = default_tolerance(v.dtype) if tol is None else tol

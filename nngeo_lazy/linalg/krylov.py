@@ -41,6 +41,10 @@ class KrylovResult:
             column; for least squares, that of the normal equations.
         converged: whether every column has reached the tolerance.
         stalled: whether it stopped because rounding keeps the residual above the tolerance.
+
+    Example:
+        >>> KrylovResult(torch.ones(2, 1), 3, torch.tensor([1e-7]), True).converged
+        True
     """
 
     x: Tensor
@@ -51,7 +55,18 @@ class KrylovResult:
 
 
 def default_tolerance(dtype: torch.dtype) -> float:
-    """The default of a relative residual: 1e-10 in float64, else 1e-6."""
+    """The default of a relative residual: 1e-10 in float64, else 1e-6.
+
+    Args:
+        dtype: of the vectors.
+
+    Returns:
+        The relative residual.
+
+    Example:
+        >>> default_tolerance(torch.float64)
+        1e-10
+    """
     return 1e-10 if dtype == torch.float64 else 1e-6
 
 

@@ -34,6 +34,13 @@ class Lanczos:
         sizes: |v| of each column (k,).
         live: which columns have not found an invariant subspace (k,).
 
+    Example:
+        >>> import torch
+        >>> A = torch.diag(torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64))
+        >>> v = torch.ones(3, 1, dtype=torch.float64)
+        >>> Lanczos(lambda v: A @ v, v, 3, reorthogonalize=True, method="").sizes
+        tensor([1.7321], dtype=torch.float64)
+
     Source: Golub and Meurant (2010), Matrices, moments and quadrature with applications.
     """
 
@@ -149,8 +156,16 @@ def evaluated(
         dtype: the dtype of the products, which eps is of.
         what: the name of the quantity, for messages.
 
+    Returns:
+        f(nodes), in their shape; 0 if the weight is 0.
+
     Raises:
         NotPositiveDefiniteError: f is not finite at an eigenvalue.
+
+    Example:
+        >>> x = torch.tensor([1.0, 4.0])
+        >>> evaluated(torch.sqrt, x, torch.ones(2), x.max(), x.dtype, "the root")
+        tensor([1., 2.])
     """
     rounding = 100 * torch.finfo(dtype).eps * norm
     nodes = torch.where(nodes.abs() <= rounding, 0.0, nodes)

@@ -48,6 +48,9 @@ def lsmr(
         max_iter: at most so many iterations; by default 10 times the smaller side, at least 100.
         x0: the start (n, k); by default zero.
 
+    Returns:
+        The solution (n, k), with the residual of each column.
+
     Raises:
         NotPositiveDefiniteError: negative damping.
         NonFiniteError: NaN or infinity in b, x0 or a product.

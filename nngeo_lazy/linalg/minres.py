@@ -47,6 +47,9 @@ def minres(
         preconditioner: r (n, k) to M^-1 r, M positive definite and near |A|.
         x0: the start (n, k); by default zero.
 
+    Returns:
+        The solution (n, k), with the true relative residual of each column.
+
     Raises:
         NotPositiveDefiniteError: the preconditioner is not positive definite.
         NonFiniteError: NaN or infinity in b, x0 or a product.

@@ -46,6 +46,13 @@ def nystrom(
         NotPositiveDefiniteError: A has a direction of negative curvature.
         NonFiniteError: NaN or infinity in a product with A.
 
+    Example:
+        >>> import torch
+        >>> A = torch.diag(torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64))
+        >>> vectors, values = nystrom(lambda v: A @ v, 3, 3, dtype=A.dtype)
+        >>> values
+        tensor([5.0000, 2.0000, 1.0000], dtype=torch.float64)
+
     Source: Frangella, Tropp and Udell (2021), Randomized Nystrom preconditioning, algorithm 2.1.
     """
     if not 1 <= rank <= n:

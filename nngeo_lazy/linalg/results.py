@@ -24,6 +24,17 @@ class Result:
     `tuple[...]` with the types of those first fields, and names their number: `items=2`. A slice is
     a plain tuple. Two results are equal if they are equal as tuples, with `torch.equal` for
     tensors; so a result equals a plain tuple of the same tensors, and it has no hash.
+
+    Args:
+        *args: the fields, in order, or by name.
+
+    Example:
+        >>> from nngeo_lazy import Estimate
+        >>> isinstance(Estimate(3.0, 0.1, 30), Result)
+        True
+        >>> value, error, _ = Estimate(3.0, 0.1, 30)
+        >>> value, error
+        (3.0, 0.1)
     """
 
     __match_args__: ClassVar[tuple[str, ...]]  # the names of the fields, which dataclass sets

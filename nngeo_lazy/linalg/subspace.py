@@ -38,6 +38,10 @@ class Search:
             1,000.
         seed: of the random start; by default it comes from torch's global generator.
         progress: whether to show a progress bar.
+
+    Example:
+        >>> Search(tol=1e-8, seed=0).tol
+        1e-08
     """
 
     tol: float | None = None

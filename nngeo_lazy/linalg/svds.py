@@ -28,6 +28,14 @@ class Triplets:
         matvecs: how many products with A and A^T were made.
         converged: whether all residuals are within the tolerance.
         interrupted: whether the user stopped it.
+
+    Example:
+        >>> import torch
+        >>> A = torch.diag(torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64))
+        >>> like, options = A.new_empty(0), Search(seed=0)
+        >>> found = svds(lambda v: A @ v, lambda u: A @ u, (3, 3), 1, like, options)
+        >>> isinstance(found, Triplets), found.left.shape
+        (True, torch.Size([3, 1]))
     """
 
     left: Tensor
@@ -61,10 +69,19 @@ def svds(
         options: the tolerance is a multiple of the largest singular value, the subspace is held on
             each side, and the start has right vectors.
 
+    Returns:
+        The triplets, ascending, with their residuals.
+
     Raises:
         ValueError: k is outside 1 to the smaller side, the subspace does not hold k + 2 vectors, or
             the products are not those of A and A^T.
         NonFiniteError: NaN or infinity in a product.
+
+    Example:
+        >>> import torch
+        >>> A = torch.diag(torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64))
+        >>> svds(lambda v: A @ v, lambda u: A @ u, (3, 3), 1, A.new_empty(0), Search(seed=0)).values
+        tensor([5.0000], dtype=torch.float64)
 
     Source: Baglama and Reichel (2005), Augmented implicitly restarted Lanczos bidiagonalization
         methods.

@@ -237,7 +237,11 @@ class BlockDiagonalLinearOperator(BaseLinearOperator):
             return self
         info = self.info.restrict(names)
         smaller = cast(Any, info.space)
-        moves = {space.slices[n].start: smaller.slices[n].start for n in smaller.names}
+        moves = {}  # of pieces, some of which begin inside of a parameter
+        for piece in (piece for layout in self.layouts for piece in layout.pieces):
+            if (name := space.holding(piece.start)) in smaller.slices:
+                moved = smaller.slices[name].start - space.slices[name].start
+                moves[piece.start] = piece.start + moved
         blocks, layouts, kept = [], [], []
         for name, layout, block in self.parts:
             pieces = [piece for piece in layout.pieces if piece.start in moves]

@@ -104,6 +104,12 @@ def identity(space: ParamSpace, scale: float | Tensor = 1.0) -> DiagonalLinearOp
         space: the parameters, such as `F.space`; its dtype and device are the operator's.
         scale: a number, or a 0-d tensor, differentiable.
 
+    Returns:
+        The operator scale I (P x P).
+
+    Raises:
+        DataError: scale is more than one number, or space is no `ParamSpace`.
+
     Example:
         >>> from nngeo_lazy import ParamSpace
         >>> identity(ParamSpace({"w": (3,)}), 2.0).diagonal()

@@ -27,13 +27,14 @@ class Origin:
         layer: the path of the module that owns the parameter.
         form: how its Jacobian was computed, such as "linear: outer".
         note: why a fallback was taken; empty if none was.
-        positions: how many positions of all examples share the parameter, if they are counted.
+        positions: how many positions of all examples share the parameter, if they are counted; a
+            number for each of its blocks if they differ.
     """
 
     layer: str
     form: str
     note: str = ""
-    positions: int | None = None
+    positions: float | tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)

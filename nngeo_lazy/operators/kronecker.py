@@ -140,6 +140,10 @@ class KroneckerLinearOperator(SpectralLinearOperator):
             self._decomposed.get("right", lambda: factor_eigh(self.right), self.right),
         )
 
+    def hold(self, side: str, found: tuple[Tensor, Tensor]) -> None:
+        """Take the eigenvalues and eigenvectors of a factor, "left" or "right", as they are."""
+        self._decomposed.get(side, lambda: found, self.left if side == "left" else self.right)
+
     def _grid(self) -> tuple[int, int, int]:
         return self.left.shape[0], self.left.shape[1], self.right.shape[1]
 

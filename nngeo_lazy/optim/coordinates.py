@@ -36,12 +36,53 @@ class Shape(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a parameter lies in the buffer: a strided view, and its shape."""
+    """Where entries of a parameter lie in the buffer: a strided view, and their shape."""
 
     offset: int
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
     shape: torch.Size
+    first: int  # of the entries
+
+
+class Views:
+    """The parameters in a buffer: most as one view, those of several blocks in pieces."""
+
+    def __init__(self, buffer: Tensor, places: Mapping[str, Sequence[Place]]) -> None:
+        self._pieces = {
+            name: [(p, buffer.as_strided(p.sizes, p.strides, p.offset)) for p in pieces]
+            for name, pieces in places.items()
+        }
+
+    def __len__(self) -> int:
+        """How many parameters there are."""
+        return len(self._pieces)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A parameter's numbers, in its order; a view if it lies in one piece."""
+        pieces = self._pieces[name]
+        return (
+            pieces[0][1] if len(pieces) == 1 else torch.cat([view.flatten() for _, view in pieces])
+        )
+
+    def copy_(self, values: Mapping[str, Tensor]) -> None:
+        """Set some parameters, given in any shape that has their order."""
+        views, given = [], []
+        for name, value in values.items():
+            pieces = self._pieces[name]
+            for place, view in pieces:
+                mine = value
+                if len(pieces) > 1:
+                    mine = value.reshape(-1)[place.first : place.first + view.numel()]
+                views.append(view)
+                given.append(mine if mine.shape == view.shape else mine.reshape(view.shape))
+        torch._foreach_copy_(views, given)
+
+    def add_(self, name: str, number: float, start: int, stop: int) -> None:
+        """Add a number to a parameter's entries in a range of the buffer."""
+        for place, view in self._pieces[name]:
+            if start <= place.offset < stop:
+                view.add_(number)
 
 
 @dataclass(frozen=True)
@@ -83,7 +124,7 @@ class Coordinates:
         resolve: Callable[[str], str],
         flat: Sequence[str] = (),
     ) -> None:
-        self._places: dict[str, Place] = {}
+        self._places: dict[str, list[Place]] = {}
         self.flat = tuple(flat)
         self.blocks: list[Block] = []
         self.groups: list[tuple[slice, int, Shape]] = []
@@ -111,8 +152,11 @@ class Coordinates:
         for name in [*flat, *parameters]:
             if name not in self._places:
                 p = parameters[name]
-                self._places[name] = Place(start, tuple(p.shape), _strides(p.shape), p.shape)
+                place = Place(start, tuple(p.shape), _strides(p.shape), p.shape, 0)
+                self._places[name] = [place]
                 start += p.numel()
+        for pieces in self._places.values():
+            pieces.sort(key=lambda place: place.first)
         self.size = start
         self.names = list(self._places)
 
@@ -124,38 +168,32 @@ class Coordinates:
         parameters: Mapping[str, Tensor],
         resolve: Callable[[str], str],
     ) -> tuple[str, ...]:
-        """Place a block's parameters; a piece of its layout may hold several neighbours."""
+        """Place a block's parameters, or some entries of one; a piece may hold neighbours."""
         column, found = 0, []
         for piece, where in zip(layout.pieces, layout.slices, strict=True):
             inside = [
                 n
                 for n, s in space.slices.items()
-                if where.start <= s.start and s.stop <= where.stop and s.stop > s.start
+                if max(s.start, where.start) < min(s.stop, where.stop)
             ]
             for name in inside:
-                own = resolve(name)
-                shape = parameters[own].shape
+                own, mine = resolve(name), space.slices[name]
+                shape, first = parameters[own].shape, max(0, where.start - mine.start)
                 if len(inside) == 1:
-                    place = _in_grid(start, column, layout, piece, shape)
+                    if where.stop - where.start < shape.numel():  # some of its entries
+                        shape = torch.Size([where.stop - where.start])
+                    place = _in_grid(start, column, layout, piece, shape, first)
                 else:  # one after the other in a row
-                    at = start + column + space.slices[name].start - where.start
-                    place = Place(at, tuple(shape), _strides(shape), shape)
-                self._places[own] = place
+                    at = start + column + mine.start - where.start
+                    place = Place(at, tuple(shape), _strides(shape), shape, 0)
+                self._places.setdefault(own, []).append(place)
                 found.append(own)
             column += piece.width
         return tuple(found)
 
-    def views(self, buffer: Tensor) -> dict[str, Tensor]:
-        """The parameters' parts of a buffer, in shapes that `shaped` gives a gradient too."""
-        return {
-            name: buffer.as_strided(place.sizes, place.strides, place.offset)
-            for name, place in self._places.items()
-        }
-
-    def shaped(self, name: str, tensor: Tensor) -> Tensor:
-        """A tensor like a parameter, in the shape of its view."""
-        sizes = self._places[name].sizes
-        return tensor if tensor.shape == sizes else tensor.reshape(sizes)
+    def views(self, buffer: Tensor) -> Views:
+        """The parameters' parts of a buffer."""
+        return Views(buffer, self._places)
 
     def same(self, other: Coordinates) -> bool:
         """Whether a buffer of the other is one of this."""
@@ -259,7 +297,8 @@ class EigenFrame(Frame):
             else:
                 views = self.coordinates.views(weights)
                 for name in block.names:
-                    views[name].add_(dampings[name] or 0.0)
+                    stop = block.start + block.size
+                    views.add_(name, dampings[name] or 0.0, block.start, stop)
         if zero:
             raise NotPositiveDefiniteError(
                 "the damped curvature is singular: raise damping, or leave damping=None, which "
@@ -352,7 +391,9 @@ def _strides(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-def _in_grid(start: int, column: int, layout: Layout, piece: Piece, shape: torch.Size) -> Place:
+def _in_grid(
+    start: int, column: int, layout: Layout, piece: Piece, shape: torch.Size, first: int
+) -> Place:
     """The strided view of one piece of a block's grid."""
     count, width = layout.groups * layout.rows, layout.width
     grid = torch.empty(1, device="meta").as_strided(
@@ -367,4 +408,4 @@ def _in_grid(start: int, column: int, layout: Layout, piece: Piece, shape: torch
         )
     with suppress(RuntimeError):  # else no strides give the shape: gradients are reshaped
         grid = grid.view(shape)
-    return Place(start + column, tuple(grid.shape), grid.stride(), shape)
+    return Place(start + column, tuple(grid.shape), grid.stride(), shape, first)

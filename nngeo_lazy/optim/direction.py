@@ -87,10 +87,10 @@ class Direction:
         self._counts.copy_(before._counts)
         if before.frame is not None:
             before.frame.unrotate(before._m, before._x)
-        now = self.coordinates.views(self._m)
-        for name, held in before.coordinates.views(before._x).items():
-            if name in now and now[name].shape == held.shape:
-                now[name].copy_(held)
+        held = before.coordinates.views(before._x)
+        known = [name for name in self.coordinates.names if name in before.coordinates.names]
+        same = [name for name in known if held[name].numel() == self.step[name].numel()]
+        self.coordinates.views(self._m).copy_({name: held[name] for name in same})
 
     # --- steps -----------------------------------------------------------------------------------
 
@@ -108,8 +108,7 @@ class Direction:
         x, y, m, known = self._x, self._y, self._m, self.coordinates.known
         if len(gradients) < len(self.step):
             x.zero_()
-        given = [self.coordinates.shaped(name, g) for name, g in gradients.items()]
-        torch._foreach_copy_([self.step[name] for name in gradients], given)
+        self.step.copy_(gradients)
         finite = x.sum().isfinite()
         x.copy_(torch.where(finite, x if scale is None else x / scale, self._none))
         on = self.on = finite.to(x.dtype)

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..collectives import Group
 from ..data import Batches
+from ..distributed import Distributed
 from ..errors import DataError
 from ..operators import BaseLinearOperator
 from ..precision import widened
@@ -21,7 +23,7 @@ __all__ = ["exact_curvature", "mean_eigenvalue", "quadratic_step"]
 
 
 def exact_curvature(
-    model: nn.Module, space: ParamSpace, passes: Sequence[Passed], scores: Scores
+    model: nn.Module, space: ParamSpace, passes: Sequence[Passed], scores: Scores, group: Group
 ) -> BaseLinearOperator:
     """The Gauss-Newton matrix of the loop's loss on its passes, which are run again for it.
 
@@ -33,7 +35,7 @@ def exact_curvature(
     found: BaseLinearOperator | None = None
     for head in heads:
         own = [passed for passed in passes if passed.head == head]
-        G, total = _of_head(model, space, own, scores.heads[head])
+        G, total = _of_head(model, space, own, scores.heads[head], group)
         if scores.several and total != examples_of(passes):
             G = G.mul(torch.tensor(total / examples_of(passes), dtype=G.dtype, device=G.device))
         found = G if found is None else found + G
@@ -43,7 +45,7 @@ def exact_curvature(
 
 
 def _of_head(
-    model: nn.Module, space: ParamSpace, passes: Sequence[Passed], scores: HeadScores
+    model: nn.Module, space: ParamSpace, passes: Sequence[Passed], scores: HeadScores, group: Group
 ) -> tuple[BaseLinearOperator, float]:
     """The Gauss-Newton matrix of one head, and what its loss is a mean over."""
     batches, parts = [], 0.0
@@ -56,7 +58,7 @@ def _of_head(
         batches.append({"replay": passed.run.replay, "target": target})
     head = passes[0].head
     loader = Batches(
-        batches,
+        Distributed(batches, group, own=True) if group.size > 1 else batches,
         device=space.device,
         forward=lambda model, batch: batch["replay"](model)[head],
         target=lambda batch: batch["target"],

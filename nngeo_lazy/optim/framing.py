@@ -181,13 +181,13 @@ class Framing:
         if not isinstance(F, BlockDiagonalLinearOperator):
             mean = eps * float(F.trace()) / min(F.shape[-1], self.rank or F.shape[-1]) + tiny
             return {self._space.resolve(name): mean for name in space.names}
-        starts = {space.slices[name].start: self._space.resolve(name) for name in space.names}
         means = torch.stack([member.trace() / member.shape[-1] for member in F.members]).tolist()
         found = {}
         for layout, mean in zip(F.layouts, means, strict=True):
             for where in layout.slices:
-                inside = [n for at, n in starts.items() if where.start <= at < where.stop]
-                found.update(dict.fromkeys(inside, eps * mean + tiny))
+                for name, own in space.slices.items():
+                    if where.start < own.stop and own.start < where.stop:
+                        found[self._space.resolve(name)] = eps * mean + tiny
         return found
 
     def _flat(self, coordinates: Coordinates, solve: Solve, unit: Tensor | float) -> Solve:
@@ -200,8 +200,7 @@ class Framing:
             parts = coordinates.views(whole)
             shapes = dict(zip(space.names, space.shapes, strict=True))
             flat = space.ravel({n: parts[n].reshape(s) for n, s in shapes.items()})
-            for name, part in space.unravel(solve(flat)).items():
-                parts[name].copy_(part)
+            parts.copy_(space.unravel(solve(flat)))
             return whole[:known] / unit
 
         return solved

@@ -41,6 +41,11 @@ class LevenbergMarquardt:
     Raises:
         DataError: bounds that are not in order, or a decay outside of (0, 1].
 
+    Example:
+        >>> damping = LevenbergMarquardt(initial=1.0, every=1)
+        >>> damping.adjusted(1.0, ratio=1.0)  # the model is exact: less damping
+        0.95
+
     Source:
         Martens and Grosse (2015), Optimizing Neural Networks with Kronecker-factored Approximate
         Curvature, section 6.5; Levenberg (1944), Marquardt (1963), More (1978).
@@ -93,6 +98,14 @@ class HessianFree:
 
     Raises:
         DataError: a number out of its range.
+
+    Example:
+        >>> import torch, nngeo_lazy as ng
+        >>> model = torch.nn.Linear(3, 2)
+        >>> free = HessianFree(preconditioner="diagonal", max_iter=20)
+        >>> optimizer = ng.optim.NaturalGradient(model, free, "gaussian")
+        >>> model(torch.randn(8, 3)).square().sum(1).mean().div(2).backward()
+        >>> optimizer.step()
 
     Source:
         Martens (2010), Deep learning via Hessian-free optimization.

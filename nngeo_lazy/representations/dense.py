@@ -20,7 +20,15 @@ __all__ = ["Dense"]
 
 @dataclass(frozen=True)
 class Dense(Streamed):
-    """The P x P matrix itself. Memory P^2; for small models and for reference."""
+    """The P x P matrix itself. Memory P^2; for small models and for reference.
+
+    Example:
+        >>> import torch, nngeo_lazy as ng
+        >>> model, x = torch.nn.Linear(3, 2), torch.randn(8, 3)
+        >>> F = ng.FIM(model, x, Dense(), likelihood="gaussian")
+        >>> F.shape, type(F).__name__
+        (torch.Size([8, 8]), 'DenseLinearOperator')
+    """
 
     matrices: ClassVar[frozenset[MatrixKind]] = frozenset(MatrixKind)
 

@@ -117,6 +117,14 @@ class Factored(Streamed):
     as many as parameters. Memory (inputs + directions times outputs) of every layer, example and
     position.
 
+    Example:
+        >>> import torch, nngeo_lazy as ng
+        >>> model, x = torch.nn.Linear(3, 2), torch.randn(8, 3)
+        >>> F = ng.FIM(model, x, Factored(), likelihood="gaussian")
+        >>> v = F.space.randn()
+        >>> exact = ng.FIM(model, x, "dense", likelihood="gaussian")
+        >>> torch.testing.assert_close(F @ v, exact @ v)
+
     Source:
         Dangel et al. (2022), ViViT: Curvature access through the generalized Gauss-Newton's
         low-rank structure, on the Gram matrix.

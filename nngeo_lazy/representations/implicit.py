@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from ..facts import Cost, Facts, Sample
 from ..fingerprints import refuse_shuffling
 from ..jacobian.alone import DOUBTFUL, in_groups, mixed
 from ..jacobian.proof import agree
-from ..jacobian.record import FixedWeights
+from ..jacobian.scopes import FixedWeights
 from ..jacobian.signature import signature_of
 from ..network import Network
 from ..operators import BaseLinearOperator, Info
@@ -66,6 +67,13 @@ class Implicit(Representation):
 
     Raises:
         DataError: an unknown mode or cache, a chunk_size below one.
+
+    Example:
+        >>> import torch, nngeo_lazy as ng
+        >>> model, x = torch.nn.Linear(3, 2), torch.randn(8, 3)
+        >>> F = ng.FIM(model, x, Implicit(cache=False), likelihood="gaussian")
+        >>> (F @ F.space.randn()).shape
+        torch.Size([8])
 
     Source:
         Pearlmutter (1994), Fast exact multiplication by the Hessian; Schraudolph (2002), Fast
@@ -147,7 +155,7 @@ def _fields(sweep: Sweep, options: Implicit) -> dict[str, Any]:
                 network.refuse_strays(graph)
                 _require_differentiable(graph)
                 quantity.values(outputs, batch.target)  # whether it has the labels that it needs
-            if options.check and bool(outputs.isfinite().all()):
+            if options.check and bool((outputs < math.inf).all()):
                 with torch.enable_grad():
                     did = signature_of(graph, named)
                     if did.nodes not in seen or not did.alike:

@@ -174,9 +174,16 @@ def resolve(representation: Any, kind: MatrixKind = MatrixKind.GAUSS_NEWTON) -> 
         representation: an object, or one of `NAMES`.
         kind: which matrix it shall represent.
 
+    Returns:
+        The object.
+
     Raises:
         DataError: an unknown name, an options class that was not called, or a representation that
             has no such matrix.
+
+    Example:
+        >>> resolve("low_rank")
+        LowRank(rank=None)
     """
     known = representation
     if isinstance(representation, str) and representation in NAMES:

@@ -66,6 +66,13 @@ class Block:
         layout: where its coordinates lie in the flat vector.
         operator: the block.
         positions: how many positions of all examples share the part; None if they are not counted.
+
+    Example:
+        >>> import torch
+        >>> from nngeo_lazy.operators import DiagonalLinearOperator
+        >>> block = Block((0,), Layout.flat([slice(0, 2)]), DiagonalLinearOperator(torch.ones(2)))
+        >>> block.layout.size
+        2
     """
 
     indices: tuple[int, ...]
@@ -213,9 +220,16 @@ def block_diagonal(facts: Facts, blocks: Sequence[Block]) -> BaseLinearOperator:
 def info_of(facts: Facts, blocks: Sequence[Block]) -> Info:
     """What an operator made of these blocks knows."""
     positions = {k: block.positions for block in blocks for k in block.indices}
+    counts: dict[str, list[int | None]] = {}
+    for k, part in enumerate(facts.parts):
+        for name in part.names:
+            counts.setdefault(name, []).append(positions.get(k))
     origins = {}
     for k, part in enumerate(facts.parts):
-        origin = Origin(_layer(facts, k), part.form_name, part.note, positions.get(k))
+        each = counts[part.names[0]]
+        known = [0 if count is None else count for count in each]
+        shared = each[0] if len(set(each)) == 1 else tuple(known)
+        origin = Origin(_layer(facts, k), part.form_name, part.note, shared)
         first = {name for name in part.names if name not in origins}
         origins.update(dict.fromkeys(part.names if part.members else first, origin))
     space = facts.space.to(dtype=facts.dtype)

@@ -23,6 +23,12 @@ class Representation(ABC):
 
     Attributes:
         matrices: which matrices it can represent.
+
+    Example:
+        >>> import nngeo_lazy as ng
+        >>> kfac = ng.representations.KFAC()
+        >>> isinstance(kfac, Representation), kfac.described()
+        (True, "KFAC(sharing='expand')")
     """
 
     matrices: ClassVar[frozenset[MatrixKind]] = frozenset({MatrixKind.GAUSS_NEWTON})
@@ -61,6 +67,11 @@ class Streamed(Representation):
 
     Attributes:
         averages: whether an average of several of its matrices keeps its form; optimizers ask.
+
+    Example:
+        >>> import nngeo_lazy as ng
+        >>> isinstance(ng.representations.EKFAC(), Streamed), ng.representations.EKFAC().passes
+        (True, 2)
     """
 
     averages: ClassVar[bool] = True
