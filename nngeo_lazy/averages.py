@@ -5,17 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .collectives import Group, owners
 from .errors import NotPositiveDefiniteError
 from .layout import Layout
 from .operators.base import BaseLinearOperator
 from .operators.block_diagonal import BlockDiagonalLinearOperator
 from .operators.diagonal import DiagonalLinearOperator
+from .operators.factors import factor_eigh
 from .operators.info import Info
 from .operators.kronecker import EigenKroneckerLinearOperator, KroneckerLinearOperator
 from .pooling import pool
 from .space import ParamSpace
 
-__all__ = ["averaged", "decomposed", "extended", "rebased", "require_semidefinite"]
+__all__ = [
+    "averaged",
+    "decomposed",
+    "extended",
+    "rebased",
+    "require_semidefinite",
+    "share_decompositions",
+]
 
 
 def averaged(
@@ -36,7 +45,35 @@ def decomposed(F: BaseLinearOperator) -> BaseLinearOperator:
     """The same matrix, its Kronecker blocks by their eigenvalues and eigenvectors."""
     if not isinstance(F, BlockDiagonalLinearOperator):
         return F
-    return F._map(lambda b: b.eigen() if isinstance(b, KroneckerLinearOperator) else b)
+    return F._map(lambda k, b: b.eigen() if isinstance(b, KroneckerLinearOperator) else b)
+
+
+def share_decompositions(F: BaseLinearOperator, group: Group) -> None:
+    """Let each Kronecker factor be decomposed by one process, the costliest first, and sent."""
+    if group.size == 1 or not isinstance(F, BlockDiagonalLinearOperator):
+        return
+    blocks = [block for block in F.members if isinstance(block, KroneckerLinearOperator)]
+    factors = [
+        (block, side, factor)
+        for block in blocks
+        for side, factor in (("left", block.left), ("right", block.right))
+        if factor.dim() == 3
+    ]
+    if not factors:
+        return
+    owner = owners([float(f.shape[0] * f.shape[1] ** 3) for *_, f in factors], group.size)
+    found: list[tuple[Tensor, Tensor]] = []
+    with group.together("eigendecompositions"):
+        for rank, (_, _, factor) in zip(owner, factors, strict=True):
+            own = rank == group.rank
+            values, vectors = factor_eigh(factor) if own else (factor[..., 0], factor)
+            # bits depend on the order in memory, which must not depend on the owner
+            found.append((values.clone(), vectors.clone(memory_format=torch.contiguous_format)))
+    for rank in range(group.size):
+        mine = [pair for pair, r in zip(found, owner, strict=True) if r == rank]
+        group.send([tensor for pair in mine for tensor in pair], rank)
+    for (block, side, _), pair in zip(factors, found, strict=True):
+        block.hold(side, pair)
 
 
 def require_semidefinite(F: BaseLinearOperator) -> None:

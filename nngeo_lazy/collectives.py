@@ -24,10 +24,13 @@ __all__ = [
     "Group",
     "Traffic",
     "digest",
+    "in_processes",
     "owners",
     "refuse_sharded",
+    "replicated",
     "seed_of",
     "unwrapped",
+    "within_replicas",
 ]
 
 T = TypeVar("T")
@@ -77,6 +80,8 @@ class Group:
                 "expected a process group, but torch.distributed is not initialised: start the "
                 "script with torchrun, and call torch.distributed.init_process_group() first"
             )
+        if isinstance(process_group, Group):
+            return process_group
         known = dist.group.WORLD if process_group is None else process_group
         if known is dist.GroupMember.NON_GROUP_MEMBER:
             raise DataError(
@@ -189,6 +194,12 @@ class Group:
             if sent is not bucket[0]:
                 _unpack(sent, bucket)
 
+    def mean(self, value: float) -> float:
+        """Of every process's number."""
+        total = torch.tensor([value], dtype=torch.float64)
+        self.sum_([total])
+        return float(total) / self.size
+
     def collect(self, tensor: Tensor) -> list[Tensor]:
         """The tensors of all processes, by rank, of any shapes; on this tensor's device."""
         headers = self.gather((tuple(tensor.shape), tensor.dtype))
@@ -233,13 +244,14 @@ class _Together:
         states = group.numbers([int(error is not None), seed_of(0, call), 0, 0], self._what)
         if all(state == [0, states[0][1], 0, 0] for state in states):
             return
-        told = None if error is None else f"{type(error).__name__}: {error}"[:SHOWN]
+        own = type(error).__name__
+        told = None if error is None else (own, f"{own}: {error}"[:SHOWN])
         known = group.gather((call, told), self._what)
         if error is not None:
             return  # its own goes on
-        for rank, (_, message) in enumerate(known):
-            if message is not None:
-                raise DistributedError(f"rank {rank} of {group.size}: {message}")
+        for rank, (_, there) in enumerate(known):
+            if there is not None:
+                raise DistributedError(f"rank {rank} of {group.size}: {there[1]}", there[0])
         odd = next(r for r, (other, _) in enumerate(known) if other != known[0][0])
         raise DistributedError(
             f"expected every process to make the same call with the same vectors, but rank 0 is in "
@@ -266,6 +278,11 @@ def owners(costs: Sequence[float], size: int) -> list[int]:
         found[k] = min(range(size), key=lambda r: loads[r])
         loads[found[k]] += costs[k]
     return found
+
+
+def in_processes() -> bool:
+    """Whether this process is one of several that torch.distributed knows."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def seed_of(seed: int, *key: Any) -> int:
@@ -301,6 +318,21 @@ def unwrapped(model: nn.Module, group: Group | None) -> nn.Module:
             "rank's data alone"
         )
     return cast(nn.Module, model.module)
+
+
+def replicated(model: nn.Module) -> tuple[nn.Module, Group]:
+    """The network inside of DistributedDataParallel, and its processes; else the model, alone."""
+    if isinstance(model, DistributedDataParallel):
+        return cast(nn.Module, model.module), Group(model.process_group)
+    return model, ALONE
+
+
+def within_replicas(model: nn.Module) -> bool:
+    """Whether DistributedDataParallel runs a model, or one that has it as a part, right now."""
+    wrapper = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    if wrapper is None or dist.get_world_size(wrapper.process_group) == 1:
+        return False
+    return any(module is model for module in wrapper.modules())
 
 
 def refuse_sharded(model: nn.Module) -> None:

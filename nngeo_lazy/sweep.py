@@ -327,7 +327,9 @@ class Sweep:
                     return self.sampled()
                 labelled = outputs if first.target is None else first.target
                 examples = problem.batches.num_examples(labelled.shape[0])
-                return Sample(forms, problem.quantity.count(outputs, target), examples)
+                count = problem.quantity.count(outputs, target)
+                general = recorded.general_passes(count)
+                return Sample(forms, count, examples, general, recorded.proofs)
         raise DataError("expected at least one example in the first batch")
 
     def prove(self, batch: Batch) -> None:

@@ -2,7 +2,7 @@
 
 A weight that is read at indices of the data, `weight[ids]`, is an embedding if it is a table of
 vectors. If it is a table of matrices, of which each token takes one, nothing is said of it before
-the product that it enters: that is a product for each matrix, of the tokens that chose it.
+the product that it enters. That is a product for each matrix, of the tokens that chose it.
 """
 
 from __future__ import annotations

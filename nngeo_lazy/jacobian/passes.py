@@ -201,8 +201,7 @@ class Recorded:
             root: where backward passes start, in the place of recorded outputs that have no graph;
                 the graph is then somebody else's, and stays. Otherwise the last one frees it.
         """
-        one = sum(self.record.calls[k].shape.numel() for k in self._used) * self.dtype.itemsize
-        step = max(1, CHUNK_BYTES // max(1, one))
+        step = self._step
         general = self.plan.general
         masked = general is not None and general.way is Way.MASKED
         start = self.record.outputs if root is None else root
@@ -232,6 +231,24 @@ class Recorded:
         if not speaking or not bool(torch.stack(speaking).any()):
             return self
         return replace(self, plan=self.prove(self.record), _inputs={})
+
+    @property
+    def _step(self) -> int:
+        """How many directions are stacked."""
+        one = sum(self.record.calls[k].shape.numel() for k in self._used) * self.dtype.itemsize
+        return max(1, CHUNK_BYTES // max(1, one))
+
+    def general_passes(self, directions: int) -> tuple[int, int]:
+        """Forward and backward passes of the whole network on the general way, in a batch."""
+        if self.plan.general is None:
+            return 0, 0
+        chunks = -(-directions // self._step)
+        return self.plan.general.passes(directions, chunks, self.record.n)
+
+    @property
+    def proofs(self) -> int:
+        """Backward passes of the self-check that each batch like this one takes (`signature`)."""
+        return 0 if self.record.signature.alike else 2
 
     @property
     def edges(self) -> list[GradientEdge]:

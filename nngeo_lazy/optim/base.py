@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..collectives import replicated
 from ..errors import DataError, NonFiniteError, NonFiniteWarning
 from ..operators import BaseLinearOperator
 from ..operators.report import Report, Row
@@ -23,13 +24,21 @@ from .exact import exact_curvature, mean_eigenvalue
 from .framing import Framing
 from .heads import Heads
 from .loop import Loop
-from .measure import Loss, Reading, Seen, Touched, changed
+from .measure import Loss, Reading, Touched, changed, read
 from .options import Options
 from .passed import examples_of
 from .replay import float_math
-from .saving import checked_state, common_module, restored
+from .saving import checked_state, restored
 from .scores import Scores
-from .setup import checked_damping, first_damping, group_of, groups_of, require_whole, resolved
+from .setup import (
+    agree,
+    checked_damping,
+    first_damping,
+    group_of,
+    groups_of,
+    require_whole,
+    resolved,
+)
 from .solving import Dampings, Vectors, conjugate_gradients
 
 __all__ = ["CurvatureOptimizer"]
@@ -51,10 +60,11 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         self, model: nn.Module, defaults: dict[str, Any], params: Any, options: Options
     ) -> None:
         require_whole(model)
-        self._model, self._options = model, options
+        self._given, self._options = model, options
+        self._model, self._group = replicated(model)
         self._watching = False
         defaults = {**defaults, "damping": first_damping(options.damping)}
-        groups = groups_of(model, params)
+        groups = groups_of(self._model, params)
         self._following = [k for k, group in enumerate(groups) if "damping" not in group]
         super().__init__(groups, defaults)
         self._free, self._stored = resolved(options.representation)
@@ -64,6 +74,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         kinds = [] if self._free is None else ["HessianFree"]
         stored = [] if self._stored is None else [self._stored.described()]
         self._kind = " with ".join([*kinds, *stored])
+        agree(self._group, self.param_groups, self._options, self._kind)
         self._steps = 0
         self._started = 0  # the step that the present parameters were first watched at
         self._skipped = torch.zeros((), dtype=torch.int64)
@@ -80,11 +91,11 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         self._skipped = self._skipped.to(self._space.device)
         self._inverted: int | None = None  # the step of the last decomposition
         heads = Heads.of(options.likelihood, options.outputs)
-        self._loop = Loop(self._model, self._space, heads)
+        self._loop = Loop(self._model, self._space, heads, self._group.size == 1)
         self._touched = Touched(self._parameters)
         self._curvature: Curvature | None = None
         if self._stored is not None:
-            self._curvature = Curvature(self._loop, self._stored, options)
+            self._curvature = Curvature(self._loop, self._stored, options, self._group)
         self._scores = (
             Scores(options.likelihood, "exact")
             if self._curvature is None
@@ -109,8 +120,9 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         Raises:
             DataError: there was no step yet.
         """
-        held = None if self._curvature is None else self._curvature.operator
-        F = self._exact if self._free is not None else held
+        F = self._exact
+        if self._free is None:
+            F = None if self._curvature is None else self._curvature.operator
         if F is None:
             raise DataError(
                 "expected a step before the curvature is asked for: there is none before the first "
@@ -213,7 +225,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             {**{k: v for k, v in g.items() if k not in hidden}, "params": list(g["param_names"])}
             for g in self.param_groups
         ]
-        made = (type(self), self._model, self._arguments(), groups, self._following)
+        made = (type(self), self._given, self._arguments(), groups, self._following)
         return restored, (*made, self.state_dict())
 
     def _arguments(self) -> dict[str, Any]:
@@ -304,10 +316,11 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         self._reading = None
         if not self._refreshing or self._curvature is None:
             return
-        self._require_passes()
+        with self._group.together("a step", self._steps):
+            self._loop.require_passes()
         reason = ""
         try:
-            ratio = self._touched.ratio()
+            ratio = self._touched.ratio(self._group)
             found = self._curvature.finish(ratio)
             if self._curvature.rebase:
                 self._inverted = self._steps
@@ -320,17 +333,12 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
     def _read(self) -> None:
         """What this step's passes tell of the loss, of which no curvature is kept."""
-        self._require_passes()
-        self._reading, parts = Reading(), []
-        for passed in self._loop.passes:
-            if passed.gradient is not None:
-                scores = self._scores.of(passed)
-                target = scores.target(passed.outputs, passed.gradient, exact=True)
-                self._reading.seen.append(Seen(passed, scores.known, target))
-                parts.append((passed.head, float(scores.denominator(passed.outputs, target))))
-        totals = self._scores.totals(parts)
-        total = float(self._examples) if self._scores.several else totals[0]
-        self._loss.take(self._reading.close(total, totals), self._touched.ratio())
+        with self._group.together("a step", self._steps):
+            self._loop.require_passes()
+        like = torch.zeros((), dtype=self._dtype, device=self._space.device)
+        reading, found = read(self._loop.passes, self._scores, self._group, like)
+        self._loss.take(found, self._touched.ratio(self._group))
+        self._reading = reading
 
     def _report_skipped(self, reason: str) -> None:
         """Warn of steps that were left out since the last report."""
@@ -345,25 +353,6 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             message = f"{what}: lower lr, raise damping, or clip gradients"
             warn(NonFiniteWarning(message, skipped - self._warned))
             self._warned = skipped
-
-    def _require_passes(self) -> None:
-        if self._loop.passes:
-            return
-        if self._loop.seen:
-            raise DataError(
-                "expected a loss that is made from the outputs of the model's last forward pass, "
-                "but none of them got a gradient: call loss.backward() on it (not detached), make "
-                "the loss from what the model itself returns, and let outputs= pick a tensor of it "
-                "rather than make one"
-            )
-        touched = [name for name, p in self._parameters.items() if p.grad is not None]
-        called = common_module(touched)
-        part = f" ({called!r} has all gradients: if the loop calls it, pass it)" if called else ""
-        raise DataError(
-            "expected a forward pass of the model with autograd on since the last step, but saw "
-            f"none{part}: call the model that the optimizer was made with (the compiled one, if it "
-            "is compiled) as model(x), not a part of it and not model.forward(x)"
-        )
 
     def _frame(self) -> Direction:
         """The direction, in the frame of the present curvature and damping."""
@@ -400,15 +389,15 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
     @property
     def _examples(self) -> int:
-        """Of this step's passes."""
-        return examples_of(self._loop.passes)
+        """Of this step's passes, of all processes."""
+        return sum(n for (n,) in self._group.numbers([examples_of(self._loop.passes)], "a step"))
 
     def _exact_curvature(self) -> BaseLinearOperator:
-        self._require_passes()
+        self._loop.require_passes()
         if self._exact is None:
             with torch.enable_grad():
                 self._exact = exact_curvature(
-                    self._model, self._space, self._loop.passes, self._scores
+                    self._model, self._space, self._loop.passes, self._scores, self._group
                 )
         return self._exact
 
@@ -424,14 +413,14 @@ class CurvatureOptimizer(torch.optim.Optimizer):
     def _measuring(self, direction: Direction) -> bool:
         """Whether this step's passes are run again to measure what it changes."""
         reading = self._reading
-        return reading is not None and direction.trust is not None and reading.repeatable
+        return reading is not None and direction.trust is not None and reading.same
 
     def _measured(self, direction: Direction, lr: float) -> Tensor:
         """The part of a step that stays, once it was made with this learning rate."""
         if self._reading is None or direction.trust is None:
             raise RuntimeError("a step that is not measured")
-        found = changed(self._reading, self._model)
-        return direction.trust.calibrate(found.to(self._dtype), lr)
+        found = changed(self._reading, self._model, self._group).to(self._dtype)
+        return direction.trust.calibrate(found, lr)
 
     def _end_step(self) -> None:
         self._steps += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -10,16 +11,18 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from ..collectives import Group, seed_of
 from ..errors import DataError, NonFiniteError
 from ..facts import Facts
 from ..jacobian.capture import Recorded
 from ..jacobian.positions import marks_of
 from ..operators import BaseLinearOperator
 from ..representations import Streamed
+from ..statistics import pool_statistics
 from .loop import Loop
 from .measure import Reading, Seen, Units
 from .options import Options, Schedule
-from .passed import Passed, Run, examples_of
+from .passed import Passed, Run
 from .running import Forms, Running
 from .scores import Scores
 
@@ -33,6 +36,7 @@ class Curvature:
         loop: whose passes.
         representation: what is averaged.
         options: likelihood, estimator, seed and the rest.
+        group: the processes that train the model together.
 
     Attributes:
         scores: the output directions.
@@ -40,16 +44,19 @@ class Curvature:
         reading: the passes of the last refresh.
     """
 
-    def __init__(self, loop: Loop, representation: Streamed, options: Options) -> None:
+    def __init__(
+        self, loop: Loop, representation: Streamed, options: Options, group: Group
+    ) -> None:
         schedule: Schedule = options.schedule
         self.scores = Scores(options.likelihood, options.estimator)
         self.rebase = True
-        self.reading = Reading()
-        self._loop = loop
+        self.reading = Reading(group.size)
+        self._loop, self._group = loop, group
         factors = options.damping_method == "factored"
         self._running = Running(representation, schedule.factor_decay, factors)
         drawn = int(torch.randint(2**62, ())) if options.seed is None else options.seed
-        self._generator = torch.Generator(device=loop.space.device).manual_seed(drawn)
+        self._seed = group.same(drawn)
+        self._generator = torch.Generator(device=loop.space.device)
         self._begun: tuple[Facts, Forms] | None = None
         self._denominators: list[tuple[int, Tensor | int]] = []  # with the number of the head
         self._terms: list[Tensor | int | None] = []
@@ -127,38 +134,51 @@ class Curvature:
         Raises:
             NonFiniteError: a pass, or a statistic, was not finite; the average is what it was.
         """
-        examples = examples_of(self._loop.passes)
-        begun, denominators, terms, bad = self._begun, self._denominators, self._terms, self._bad
-        reading = self.reading
+        begun, parts, terms, bad = self._begun, self._denominators, self._terms, self._bad
+        reading, group, space = self.reading, self._group, self._loop.space
         self.drop()
-        if bad:
+        described = self.scores.described()
+        with group.together("a step that refreshes the curvature", *described.values()):
+            if begun is None and not bad:
+                raise DataError(
+                    "expected passes that no step has taken yet: after a step that raised, run the "
+                    "model and loss.backward() again"
+                )
+        heads = self.scores.heads
+        like = torch.zeros((), dtype=torch.promote_types(space.dtype, torch.float32))
+        own = [(head, float(part)) for head, part in parts]
+        sums = reading.sums(own, len(heads), like.to(space.device))
+        sums[-1, 3] = float(bad)
+        for (head, _), count in zip(own, terms, strict=True):
+            sums[head, 5] += float("nan") if count is None else float(count)
+        first = float(own[0][1]) if own and not bad else 0.0  # near the size of an example's own
+        sums[-1, 4] = first / group.size
+        group.sum_([sums])
+        if float(sums[-1, 3]):
             raise NonFiniteError("the gradient of the loss at the outputs is not finite")
         if begun is None:
-            raise DataError(
-                "expected passes that no step has taken yet: after a step that raised, run the "
-                "model and loss.backward() again"
-            )
+            raise RuntimeError("no passes")
         self.reading = reading
         facts, forms = begun
-        known = [int(each) for each in terms if each is not None]
-        totals = self.scores.totals([(head, float(part)) for head, part in denominators])
-        total = float(examples) if self.scores.several else totals[0]
-        denominator = total
-        found = reading.close(total, totals)
+        found = reading.close(sums, [head.total for head in heads], self.scores.several)
+        total = denominator = reading.total
         scale, unit = found.scale, found.curvature
         if self.empirical:
-            times = self._own(total, scale, ratio)
-            first = float(denominators[0][1]) or 1.0  # near the size of an example's own gradient
+            times = self._own(total, scale, ratio) / group.size
+            first = float(sums[-1, 4]) or 1.0
             for run in {id(passed.run): passed.run for passed in self._loop.passes}.values():
                 forms.update(_observed(run, first * times), True, True)
             denominator = first**2 / total
             if not reading.known and ratio is not None:
                 unit = unit / ratio.square()
+        pool_statistics(forms.statistics, group, space.device)
+        counts = float(sums[:-1, 5].sum())
         counted = replace(
             facts,
-            num_examples=examples,
-            num_terms=sum(known) if len(known) == len(terms) else None,
+            num_examples=reading.joint,
+            num_terms=int(counts) if math.isfinite(counts) else None,
             denominator=denominator,
+            group=group,
         )
         weight = self._running.finish(counted, forms.replay, self.rebase)
         before = self._inverse_unit
@@ -176,7 +196,7 @@ class Curvature:
     def drop(self) -> None:
         """Forget what the present step has brought so far."""
         self._begun, self._denominators, self._terms, self._bad = None, [], [], False
-        self.reading = Reading()
+        self.reading = Reading(self._group.size)
 
     def _begin(self, recorded: Recorded) -> tuple[Facts, Forms]:
         if self._begun is None:
@@ -184,6 +204,8 @@ class Curvature:
             described = dict(self.scores.described())
             facts = Facts(loop.space, loop.parts, recorded.dtype, described)
             statistics = self._running.begin(facts, self.rebase)
+            key = (self._running.count, self._group.rank)  # as of a builder's batches
+            self._generator.manual_seed(seed_of(self._seed, *key) if any(key) else self._seed)
             self._begun = facts, Forms(statistics, self._running.keeps_forms(self.rebase))
         return self._begun
 
@@ -192,7 +214,7 @@ class Curvature:
         unit = self._inverse_unit
         return {
             **self._running.state(),
-            "generator": self._generator.get_state(),
+            "seed": self._seed,
             "unit": None if unit is None else unit.clone(),
             "estimator": self.scores.estimator,
         }
@@ -200,7 +222,7 @@ class Curvature:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over a state."""
         self._running.restore(state, self._loop.space)
-        self._generator.set_state(state["generator"].cpu())
+        self._seed = int(state["seed"])
         unit = state["unit"]
         self._inverse_unit = None if unit is None else unit.to(self._loop.space.device).clone()
         self.scores.estimator = state["estimator"]

@@ -7,9 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..collectives import Group
 from ..data import Batches
+from ..distributed import Distributed
 from ..errors import DataError
 from ..operators import BaseLinearOperator
+from ..precision import widened
 from ..representations import Implicit
 from ..space import ParamSpace
 from ..sweep import Problem, Sweep
@@ -20,7 +23,7 @@ __all__ = ["exact_curvature", "mean_eigenvalue", "quadratic_step"]
 
 
 def exact_curvature(
-    model: nn.Module, space: ParamSpace, passes: Sequence[Passed], scores: Scores
+    model: nn.Module, space: ParamSpace, passes: Sequence[Passed], scores: Scores, group: Group
 ) -> BaseLinearOperator:
     """The Gauss-Newton matrix of the loop's loss on its passes, which are run again for it.
 
@@ -32,7 +35,7 @@ def exact_curvature(
     found: BaseLinearOperator | None = None
     for head in heads:
         own = [passed for passed in passes if passed.head == head]
-        G, total = _of_head(model, space, own, scores.heads[head])
+        G, total = _of_head(model, space, own, scores.heads[head], group)
         if scores.several and total != examples_of(passes):
             G = G.mul(torch.tensor(total / examples_of(passes), dtype=G.dtype, device=G.device))
         found = G if found is None else found + G
@@ -42,7 +45,7 @@ def exact_curvature(
 
 
 def _of_head(
-    model: nn.Module, space: ParamSpace, passes: Sequence[Passed], scores: HeadScores
+    model: nn.Module, space: ParamSpace, passes: Sequence[Passed], scores: HeadScores, group: Group
 ) -> tuple[BaseLinearOperator, float]:
     """The Gauss-Newton matrix of one head, and what its loss is a mean over."""
     batches, parts = [], 0.0
@@ -55,7 +58,7 @@ def _of_head(
         batches.append({"replay": passed.run.replay, "target": target})
     head = passes[0].head
     loader = Batches(
-        batches,
+        Distributed(batches, group, own=True) if group.size > 1 else batches,
         device=space.device,
         forward=lambda model, batch: batch["replay"](model)[head],
         target=lambda batch: batch["target"],
@@ -100,9 +103,9 @@ def quadratic_step(
     """
     damped = damping * directions if damping.dim() == 0 else damping[:, None] * directions
     product = (F @ directions) + damped
-    inner = (directions.mT @ product).double()
-    slope = (directions.mT @ gradient).double()
-    scale = inner.diagonal().clamp_min(torch.finfo(torch.float64).tiny).sqrt()
+    inner = widened(directions.mT @ product)
+    slope = widened(directions.mT @ gradient)
+    scale = inner.diagonal().clamp_min(torch.finfo(inner.dtype).tiny).sqrt()
     scaled = inner / (scale[:, None] * scale[None, :])
     c = -torch.linalg.pinv(scaled, rtol=1e-12, hermitian=True) @ (slope / scale) / scale
     found: Tensor = c.to(gradient.dtype)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from ..collectives import within_replicas
 from ..errors import DataError, LikelihoodWarning, SpaceMismatchError, UnsupportedLayerError
 from ..jacobian.capture import Capture, Recorded
 from ..jacobian.parts import Kind, Part
@@ -25,6 +26,7 @@ from .heads import Heads, joint
 from .hooks import Hooks
 from .passed import Mark, Passed, Run
 from .replay import Replay, float_math
+from .saving import common_module
 
 __all__ = ["Loop", "Scorer"]
 
@@ -72,6 +74,7 @@ class Loop:
         model: the network.
         space: the parameters whose curvature is wanted.
         heads: pick the outputs from what the model returns.
+        alone: whether no other process trains the same model.
 
     Attributes:
         space: the parameters that have a form; all of them until the first recorded pass.
@@ -86,7 +89,9 @@ class Loop:
         seen: how many there were, differentiated or not.
     """
 
-    def __init__(self, model: nn.Module, space: ParamSpace, heads: Heads) -> None:
+    def __init__(
+        self, model: nn.Module, space: ParamSpace, heads: Heads, alone: bool = True
+    ) -> None:
         self.model, self.space = model, space
         self.plain: dict[str, str] = {}
         self._scorer: weakref.ref[Scorer] | None = None
@@ -94,7 +99,7 @@ class Loop:
         self.recording = self.replaying = self.sorting = self._warned = False
         self.passes: list[Passed] = []
         self.seen = 0
-        self._heads = heads
+        self._heads, self._alone = heads, alone
         self._parameters = space.parameters(model)
         self._capture: Capture | None = None
         self._running: _Running | None = None
@@ -134,6 +139,12 @@ class Loop:
         recorder = None
         stack = ExitStack()
         if self.recording and self.scorer is not None:
+            if self._alone and within_replicas(self.model):
+                raise DataError(
+                    "expected a model in one process, but DistributedDataParallel calls the one "
+                    "that the optimizer was made with, and its replicas would drift apart: make "
+                    "the optimizer with the wrapper"
+                )
             if self._capture is None:
                 self._capture = self._first_plan((args, kwargs))
             recorder = self._capture.recorder((args, kwargs), training=True)
@@ -299,6 +310,26 @@ class Loop:
             recording(self.model, parameters),
         ):
             return capture.prove(raw)
+
+    def require_passes(self) -> None:
+        """Refuse a step without a forward pass that its gradients came from."""
+        if self.passes:
+            return
+        if self.seen:
+            raise DataError(
+                "expected a loss that is made from the outputs of the model's last forward pass, "
+                "but none of them got a gradient: call loss.backward() on it (not detached), make "
+                "the loss from what the model itself returns, and let outputs= pick a tensor of it "
+                "rather than make one"
+            )
+        touched = [name for name, p in self._parameters.items() if p.grad is not None]
+        called = common_module(touched)
+        part = f" ({called!r} has all gradients: if the loop calls it, pass it)" if called else ""
+        raise DataError(
+            "expected a forward pass of the model with autograd on since the last step, but saw "
+            f"none{part}: call the model that the optimizer was made with (the compiled one, if it "
+            "is compiled) as model(x), not a part of it and not model.forward(x)"
+        )
 
     def require_same_parameters(self) -> None:
         """Refuse a model whose parameters are not those that are watched any more."""

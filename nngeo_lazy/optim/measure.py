@@ -10,14 +10,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..collectives import ALONE, Group
 from ..likelihoods import Categorical, Likelihood
 from ..likelihoods.likelihood import wide
 from .passed import Passed, examples_of
+from .scores import Scores
 
-__all__ = ["Reading", "Touched", "changed"]
+__all__ = ["Loss", "Reading", "Seen", "Touched", "Units", "changed", "read"]
 
 SMALL = 4096  # numbers of a parameter whose gradient is compared
 MANY = 6  # of such parameters
+
+
+Reduced = Callable[[float], float]
 
 
 class Units(NamedTuple):
@@ -84,14 +89,22 @@ class Reading:
     """The passes of one refresh.
 
     Attributes:
+        processes: how many have such passes; the loop's loss is the mean of theirs.
         seen: each head's.
-        terms: how many labels there are: for categorical ones those that are scored, else examples.
+        terms: how many labels all have: for categorical ones those that are scored, else examples.
         square: of one example's own gradient at the outputs, on average.
+        joint: how many examples all have.
+        total: what the curvature's sums over labels are divided by.
+        same: whether all can be run again.
     """
 
+    processes: int = 1
     seen: list[Seen] = field(default_factory=list)
     terms: Tensor | None = None
     square: Tensor | None = None
+    joint: int = 0
+    total: float = 1.0
+    same: bool = False
 
     @property
     def known(self) -> bool:
@@ -117,42 +130,79 @@ class Reading:
         replays = [each.passed.run.replay for each in self.seen]
         return bool(replays) and all(each is not None and each.fresh for each in replays)
 
-    def close(self, total: float, totals: Mapping[int, float]) -> Units:
+    def sums(self, parts: Sequence[tuple[int, float]], heads: int, like: Tensor) -> Tensor:
+        """What adds up over passes and processes, (heads + 1, 6), see `close`.
+
+        Args:
+            parts: of what each pass's loss is a mean over, with the number of its head.
+            heads: how many there are.
+            like: a tensor of the dtype and on the device of the numbers.
+        """
+        sums = like.new_zeros(heads + 1, 6)
+        for head, part in parts:
+            sums[head, 0] += part
+        square = like.new_zeros(())
+        for seen in self.seen:
+            terms, gradient, scale, residual = self._read(seen)
+            visible = terms * (scale.isfinite() & (scale > 0))
+            scaled = scale.nan_to_num() * visible
+            spread = terms if residual is None else residual * terms
+            numbers = [terms, visible, scaled, spread]
+            sums[seen.passed.head, 1:5] += torch.stack(numbers).to(sums)
+            square += gradient.to(sums)
+        sums[-1, 0], sums[-1, 1] = float(self.examples), square * self.examples**2
+        sums[-1, 2] = float(not self.repeatable)
+        return sums
+
+    def close(self, sums: Tensor, reductions: Sequence[Reduced], several: bool) -> Units:
         """What the step needs, once all losses have been differentiated.
 
         The loop's loss is taken as C times the sum over heads of each one's own mean. C is read off
         the heads whose gradients show it, and is 1 if there are none.
 
         Args:
-            total: what the curvature's sums over labels are divided by.
-            totals: what each head's loss is a mean over.
+            sums: of `sums` over all processes.
+            reductions: of each head, from its part to what its loss is a mean over.
+            several: whether the curvature is that of several heads, a mean over examples.
         """
-        found = [self._read(each) for each in self.seen]
-        terms = torch.stack([each.terms for each in found])
+        part, terms, visible, scaled, spread, _ = sums[:-1].unbind(1)
+        self.joint = int(sums[-1, 0])
+        self.same = bool(sums[-1, 2] == 0)
         self.terms = terms.sum().clamp_min(1.0)
-        square = torch.stack([each.square for each in found]).sum() * self.examples
+        square = sums[-1, 1] / max(self.joint, 1)
         self.square = square.clamp_min(torch.finfo(square.dtype).tiny ** 0.5)
+        totals = [
+            reduced(float(own)) if float(n) else 1.0
+            for reduced, own, n in zip(reductions, part, terms, strict=True)
+        ]
+        self.total = float(self.joint) if several else totals[0]
         if not self.known:
             return Units(self.square.sqrt(), 1 / self.square, None)
-        of_heads = terms.new_tensor([totals[each.passed.head] for each in self.seen])
-        scales = torch.stack([each.scale for each in found])
-        weights = terms * (scales.isfinite() & (scales > 0))
-        common = (scales.nan_to_num() * of_heads * weights).sum() / weights.sum()
+        own = terms.new_tensor(totals)
+        tiny = torch.finfo(terms.dtype).tiny ** 0.5
+        scales = scaled / visible.clamp_min(tiny) / self.processes  # of the mean over processes
+        common = (scales * own * visible).sum() / visible.sum()
         common = torch.where(common > 0, common, torch.ones_like(common))  # NaN is not
-        each = common / of_heads
-        if len(totals) == 1:
-            mean = each[0]
-        else:  # a head whose gradient shows its own share of the loss has that
-            each = torch.where(weights > 0, scales.nan_to_num(), each)
-            mean = (each * terms).sum() / self.terms
-        dispersions = [
-            torch.ones_like(mean) if one.residual is None else one.residual / scale.square()
-            for one, scale in zip(found, each, strict=True)
-        ]
-        dispersion = None
-        if any(one.residual is not None for one in found):
-            dispersion = (torch.stack(dispersions) * terms).sum() / self.terms
-        return Units(mean * self.terms, total / self.terms, dispersion)
+        each = torch.where(visible > 0, scales, common / own)
+        mean = (each * terms).sum() / self.terms
+        dispersion, gaussian = None, [h for h in self.heads if self._spreads(h)]
+        if gaussian:
+            spread = spread.clone()
+            local = (each * self.processes).square()
+            spread[gaussian] = spread[gaussian] / local[gaussian]
+            dispersion = spread.sum() / self.terms
+        return Units(mean * self.terms, self.total / self.terms, dispersion)
+
+    @property
+    def heads(self) -> list[int]:
+        """Those that were seen."""
+        return sorted({each.passed.head for each in self.seen})
+
+    def _spreads(self, head: int) -> bool:
+        """Whether a head's labels have a dispersion."""
+        known = next(each for each in self.seen if each.passed.head == head)
+        like = known.passed.outputs
+        return known.likelihood is not None and known.likelihood.dispersion(like, like) is not None
 
     def _read(self, seen: Seen) -> _Read:
         passed, likelihood, target = seen
@@ -184,8 +234,31 @@ class _Read(NamedTuple):
     residual: Tensor | None
 
 
+def read(
+    passes: Sequence[Passed], scores: Scores, group: Group, like: Tensor
+) -> tuple[Reading, Units]:
+    """The passes of a step of which no curvature is kept.
+
+    Args:
+        passes: of this process.
+        scores: of all heads.
+        group: the processes.
+        like: a tensor of the dtype and on the device of the numbers.
+    """
+    reading, parts = Reading(group.size), []
+    for passed in passes:
+        if passed.gradient is not None:
+            head = scores.of(passed)
+            target = head.target(passed.outputs, passed.gradient, exact=True)
+            reading.seen.append(Seen(passed, head.known, target))
+            parts.append((passed.head, float(head.denominator(passed.outputs, target))))
+    sums = reading.sums(parts, len(scores.heads), like)
+    group.sum_([sums])
+    return reading, reading.close(sums, [head.total for head in scores.heads], scores.several)
+
+
 @torch.no_grad()
-def changed(reading: Reading, model: nn.Module) -> Tensor:
+def changed(reading: Reading, model: nn.Module, group: Group) -> Tensor:
     """2 KL, per label, of the predictions of a refresh and those of the model as it is now.
 
     To second order in the change; exactly the sum of both directions' KL for likelihoods whose
@@ -222,6 +295,7 @@ def changed(reading: Reading, model: nn.Module) -> Tensor:
                 along = own if along is None else along + own
         if along is not None:
             total += along.square().sum()
+    group.sum_([total])
     total = total / reading.terms
     return total if reading.known else total / reading.square
 
@@ -257,16 +331,23 @@ class Touched:
         if self.active and p.grad is not None and not p.grad.is_sparse:
             self._held[k] = wide(p.grad.detach()).clone()
 
-    def ratio(self) -> Tensor | None:
-        """What gradients were multiplied by since; None if it is not known."""
-        pairs = [(self._parameters[k].grad, g) for k, g in self._held.items()]
-        found: Sequence[tuple[Tensor, Tensor]] = [(wide(a), b) for a, b in pairs if a is not None]
-        self._held = {}
-        if not found:
+    def ratio(self, group: Group = ALONE) -> Tensor | None:
+        """What gradients were multiplied by since; None if it is not known.
+
+        Those of several processes are averaged in the backward pass, behind what is kept.
+        """
+        held, self._held = self._held, {}
+        now: list[Tensor] = []
+        then: list[Tensor] = []
+        for k, p in enumerate(self._parameters):
+            if p.grad is not None and not p.grad.is_sparse and (k in held or group.size > 1):
+                now.append(wide(p.grad))
+                then.append(held[k] / group.size if k in held else torch.zeros_like(now[-1]))
+        if not now:
             return None
-        now = torch.stack([(a * b).sum() for a, b in found]).sum()
-        then = torch.stack([b.square().sum() for _, b in found]).sum()
-        ratio = now / then
+        group.sum_(then)
+        along = torch.stack([(a * b).sum() for a, b in zip(now, then, strict=True)]).sum()
+        ratio = along / torch.stack([b.square().sum() for b in then]).sum()
         return torch.where(ratio.isfinite() & (ratio > 0), ratio, torch.ones_like(ratio))
 
 

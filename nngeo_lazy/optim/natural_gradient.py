@@ -293,7 +293,8 @@ class NaturalGradient(CurvatureOptimizer):
         delta = self._flat(self._weights()) - before
         model = self._flat(self._gradients()) @ delta + self._exact_curvature().vTMv(delta) / 2
         predicted = float(model)
-        ratio = (after - loss) / predicted if predicted else math.nan
+        change = self._group.mean(after - loss)
+        ratio = change / predicted if predicted else math.nan
         if self._following:
             first = self.param_groups[self._following[0]]
             self._follow(rule.adjusted(float(first["damping"]), ratio))

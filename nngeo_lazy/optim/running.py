@@ -6,7 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..averages import averaged, decomposed, rebased, require_semidefinite
+from ..averages import (
+    averaged,
+    decomposed,
+    rebased,
+    require_semidefinite,
+    share_decompositions,
+)
 from ..errors import DataError, SpaceMismatchError
 from ..facts import Facts
 from ..files import load
@@ -24,7 +30,7 @@ from ..representations import (
     Streamed,
 )
 from ..space import ParamSpace
-from ..statistics import Statistic
+from ..statistics import Statistic, pool_statistics
 
 __all__ = ["Forms", "Running"]
 
@@ -61,8 +67,15 @@ class Running:
         self._free = isinstance(representation, (Diagonal, EKFAC, Factored, QuasiDiagonal))
         self._representation = representation
         if isinstance(representation, EKFAC):
-            self._representation = KFAC(representation.sharing)
+            self._representation = KFAC(
+                representation.sharing, separate_bias=representation.separate_bias
+            )
         self._recipes: list[tuple[Streamed, Recipe]] = []
+
+    @property
+    def count(self) -> int:
+        """How many steps were taken into the average."""
+        return self._count
 
     def begin(self, facts: Facts, rebase: bool) -> list[Statistic]:
         """The statistics of a step, to be updated with its forms."""
@@ -104,13 +117,18 @@ class Running:
         if self._eigen:
             factors = averaged(self._factors, fresh[0], weight)
             if len(fresh) == 1:  # in a new basis
+                share_decompositions(factors, facts.group)
                 basis = EKFAC(basis=factors)
                 recipe = basis.recipe(facts, range(len(facts.parts)))
-                replay(next(recipe))
+                statistics = next(recipe)
+                replay(statistics)
+                pool_statistics(statistics, facts.group, facts.space.device)
                 fresh.append(_finished(basis, recipe, facts))
                 operator = None if operator is None else rebased(operator, factors)
         operator = averaged(None if self._once else operator, fresh[-1], weight)
         if rebase or self._free or self.solved is None:
+            if not self._whole:
+                share_decompositions(operator, facts.group)
             self.solved = operator if self._whole else decomposed(operator)
         self._count = count
         self.operator, self._factors = operator, factors

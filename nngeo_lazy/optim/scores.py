@@ -206,7 +206,10 @@ class Scores:
         if self.several:
             each = list(given.values() if isinstance(given, Mapping) else given)  # type: ignore
             if not each:
-                raise DataError("expected a likelihood for each head, got none: likelihood=None")
+                raise DataError(
+                    f"expected a likelihood for each of several heads, got {given!r}: name at "
+                    "least one, or pass likelihood=None for a model with one output"
+                )
             if estimator != "empirical" and any(one is None for one in each):
                 raise DataError(
                     f"expected a likelihood for each of several heads, got {given!r}: name all of "

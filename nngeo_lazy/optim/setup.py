@@ -9,12 +9,21 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..arguments import described
+from ..collectives import Group, digest
 from ..errors import DataError, SpaceMismatchError
 from ..representations import Factored, Representation, Streamed, resolve
 from ..selectors import space_of
-from .options import Damping, HessianFree, LevenbergMarquardt
+from .options import Damping, HessianFree, LevenbergMarquardt, Options
 
-__all__ = ["checked_damping", "first_damping", "group_of", "groups_of", "require_whole", "resolved"]
+__all__ = [
+    "agree",
+    "checked_damping",
+    "first_damping",
+    "group_of",
+    "groups_of",
+    "require_whole",
+    "resolved",
+]
 
 
 def resolved(
@@ -40,12 +49,52 @@ def require_whole(model: Any) -> None:
             f"expected the model itself, whose passes are watched, got {type(model).__name__}: "
             "parameters are selected with params="
         )
-    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+    if isinstance(model, nn.DataParallel):
         raise DataError(
-            f"expected a model in one process, got {type(model).__name__}: each replica would take "
-            "the curvature of its own batch, and the replicas would drift apart. Pass model.module "
-            "and call it, in one process, or take another optimizer"
+            "expected a model with one replica in each process, got DataParallel, which makes its "
+            "replicas anew in every pass: take DistributedDataParallel, or pass model.module and "
+            "call it"
         )
+    inner = getattr(model, "_orig_mod", None)
+    if isinstance(inner, nn.parallel.DistributedDataParallel):
+        raise DataError(
+            "expected the compiled model inside of DistributedDataParallel, got the wrapper itself "
+            "compiled, whose passes cannot be watched: write "
+            "DistributedDataParallel(torch.compile(model))"
+        )
+
+
+def agree(
+    group: Group, parameters: Sequence[Mapping[str, Any]], options: Options, kind: str
+) -> None:
+    """Refuse processes that would not make the same steps.
+
+    Args:
+        group: the processes.
+        parameters: groups with their names.
+        options: of the optimizer.
+        kind: its representation in words.
+
+    Raises:
+        DataError: they have other parameters or options, or a representation of single examples.
+    """
+    if group.size == 1:
+        return
+    if isinstance(resolved(options.representation)[1], Factored):
+        raise DataError(
+            "representation='kernel' holds the examples of one process: in "
+            "DistributedDataParallel take 'implicit', which is the same matrix, or 'kfac'"
+        )
+    named = [pair for g in parameters for pair in zip(g["param_names"], g["params"], strict=True)]
+    given = vars(options)
+    known = {
+        "parameters": [f"{name} {tuple(p.shape)} {p.dtype}" for name, p in named],
+        "representation": kind,
+        **{name: repr(given[name]) for name in ("likelihood", "estimator", "seed", "schedule")},
+        "step": repr([given[name] for name in ("momentum", "radius", "eps")]),
+        "values of parameters (checksums)": [digest(p) for _, p in named],
+    }
+    group.agree(known, "the optimizer")
 
 
 def groups_of(model: nn.Module, params: Any) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
     pip install ".[bench]" transformers timm peft
     python tests/benchmarks/architectures.py            # all networks
     python tests/benchmarks/architectures.py gpt2 vit   # some of them
+    python tests/benchmarks/architectures.py --train    # NaturalGradient on defaults trains them
 
 Random weights; nothing is downloaded. One thread. torchvision is read without its compiled
 operators: `pip install --no-deps torchvision`.
@@ -276,13 +277,105 @@ def measure(name, what):
     return row, F
 
 
+# --- training -------------------------------------------------------------------------------------
+
+
+def learnable(name):
+    """A network in training mode, what calls it, and minibatches whose labels can be learnt."""
+    torch.manual_seed(0)
+    model, batch, call, _ = NETWORKS[name]()
+    generator = torch.Generator().manual_seed(0)
+
+    def language(n):
+        """The next token is the present one plus its last step, as far as there are tokens."""
+        start, stride = (torch.randint(1, 50, (n, 1), generator=generator) for _ in range(2))
+        ids = (start + stride * torch.arange(33)) % 61
+        return {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}
+
+    def classes(n):
+        """Whether the first tokens of a sequence are small."""
+        ids = torch.randint(1, 1000, (n, 32), generator=generator)
+        labels = (ids[:, :4] < 500).sum(1)
+        return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
+
+    def images(n):
+        """Stripes in one of ten directions, and noise."""
+        size = batch[0].shape[-1]
+        y = torch.randint(10, (n,), generator=generator)
+        at = torch.arange(size) * (2 * torch.pi * 3 / size)
+        angle = (y * torch.pi / 10)[:, None, None]
+        waves = (at[:, None] * angle.sin() + at * angle.cos()).sin()
+        noise = torch.randn(n, 3, size, size, generator=generator)
+        return waves[:, None] + 0.5 * noise, y
+
+    sequences = classes if name == "bert" else language
+    make = sequences if isinstance(batch, dict) else images
+    n = 8 if isinstance(batch, dict) else min(16, len(batch[0]))
+    return model.train(), call, lambda: make(n)
+
+
+def losses_of(model, call, batches, representation):
+    """The losses of steps on defaults."""
+    optimizer = ng.optim.NaturalGradient(model, representation, seed=0)
+    losses = []
+    for batch in batches:
+        optimizer.zero_grad()
+        out = call(model, batch)
+        labels = batch["labels"] if isinstance(batch, dict) else batch[1]
+        loss = nn.functional.cross_entropy(out.flatten(0, -2), labels.flatten())
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def train(name, representation):
+    """20 steps on one batch and 60 on minibatches: (start, end, largest / start) of each."""
+    row = []
+    for many in (False, True):
+        model, call, make = learnable(name)
+        one = make()
+        batches = (make() for _ in range(60)) if many else (one for _ in range(20))
+        losses = losses_of(model, call, batches, representation)
+        k = 10 if many else 1
+        start, end = sum(losses[:k]) / k, sum(losses[-k:]) / k
+        row.append((start, end, max(losses) / losses[0]))
+    return row
+
+
+def train_all(names, representations):
+    """Print what training does, and fail if a loss does not fall."""
+    failed = []
+    for name in names:
+        for representation in representations:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                start = time.perf_counter()
+                try:
+                    rows = train(name, representation)
+                except ImportError as error:
+                    print(f"{name}: {error}", flush=True)
+                    break
+            fell = all(end < begin for begin, end, _ in rows)
+            failed += [] if fell else [f"{name} ({representation})"]
+            shown = "; ".join(f"{a:.3f} -> {b:.3f}, at most {m:.2f} x" for a, b, m in rows)
+            seconds = time.perf_counter() - start
+            print(f"{name:<14}{representation:<10}{shown}  {seconds:.0f} s", flush=True)
+    if failed:
+        raise SystemExit(f"the loss does not fall on {failed}")
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("networks", nargs="*", default=list(NETWORKS))
     parser.add_argument("--what", default="kfac,ekfac,diagonal,ggn,hessian")
     parser.add_argument("--notes", action="store_true", help="print what is not Kronecker, and why")
+    parser.add_argument("--train", nargs="?", const="kfac", help="representations to train with")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    if given.train:
+        train_all(given.networks or NETWORKS, given.train.split(","))
+        return
     header = None
     for name in given.networks or NETWORKS:
         with warnings.catch_warnings():

@@ -183,7 +183,9 @@ def test_a_module_that_the_loop_calls_in_the_place_of_the_model_is_named():
 
 def test_replicas_are_refused():
     model, _, _ = problem()
-    with pytest.raises(DataError, match=r"got DataParallel.*drift apart. Pass model.module"):
+    with pytest.raises(
+        DataError, match=r"got DataParallel.*take DistributedDataParallel, or pass model.module"
+    ):
         NaturalGradient(nn.DataParallel(model))
 
 

@@ -198,8 +198,14 @@ def test_heads_are_named_as_the_model_returns_them():
         optimizer._model(x)
     with pytest.raises(DataError, match=r"several heads.*name all of them"):
         NaturalGradient(model, "kfac", {"class": "categorical", "size": None})
-    with pytest.raises(DataError, match="for each head, got none"):
+    with pytest.raises(DataError, match=r"several heads, got \[\]: name at least one"):
         NaturalGradient(model, "kfac", [])
+    uneven = Heads(tuple)
+    optimizer = NaturalGradient(
+        uneven, "kfac", ["categorical", "gaussian"], outputs=lambda found: (found[0], found[1][:3])
+    )
+    with pytest.raises(DataError, match=r"one number of them.*\(40, 3\), \(3, 2\).*\(N, ...\)"):
+        uneven(x)
     picked = Heads()  # what the messages say
     optimizer = NaturalGradient(
         picked,

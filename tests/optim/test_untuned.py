@@ -320,3 +320,22 @@ def test_the_learning_rate_of_a_schedule_multiplies_the_whole_step():
     train(optimizer, model, x, y, 3)
     assert torch.equal(weights(model), before)
     assert ng.optim.NaturalGradient is NaturalGradient
+
+
+@pytest.mark.parametrize("steps", [3, 24, 30])
+@pytest.mark.parametrize("representation", KINDS)
+def test_half_the_learning_rate_makes_half_of_every_step(representation, steps):
+    """In the warm-up, behind it, and on a refresh, whatever the steps before were."""
+    model, x, y = problem()
+    optimizer = NaturalGradient(model, representation, "categorical", seed=0)
+    train(optimizer, model, x, y, steps)
+    changes = []
+    for lr in (1.0, 0.5, 0.25):
+        other, copied = copy.deepcopy((model, optimizer))
+        for group in copied.param_groups:
+            group["lr"] = lr
+        before = weights(other)
+        train(copied, other, x, y, 1)
+        changes.append(weights(other) - before)
+    close(changes[1], changes[0] / 2, 1e-8)
+    close(changes[2], changes[0] / 4, 1e-8)
