@@ -273,9 +273,9 @@ class Loop:
             if not kept:
                 drawn = "" if through else "estimator='mc' or "
                 raise UnsupportedLayerError(
-                    f"found no form for any of the parameters {list(self.space.names)}: take {drawn}"
-                    "representation='implicit', or tell how their layers are differentiated with "
-                    "ng.register_layer"
+                    f"found no form for any of the parameters {list(self.space.names)}: take "
+                    f"{drawn}representation='implicit', or tell how their layers are "
+                    "differentiated with ng.register_layer"
                 )
             self.space = self.space.subspace(kept)
 
