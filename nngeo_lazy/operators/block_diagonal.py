@@ -215,8 +215,8 @@ class BlockDiagonalLinearOperator(BaseLinearOperator):
         tensors = (damping.value, *(constant for _, constant in damping.constants))
         copies = {id(t): self._copied(t) for t in tensors}  # one constant stays one object
         constants = tuple((where, copies[id(c)]) for where, c in damping.constants)
-        damping = Damping(copies[id(damping.value)], constants)
-        own = [Damping(damping.on(layout)) for layout in self.layouts]
+        damping = replace(damping, value=copies[id(damping.value)], constants=constants)
+        own = [replace(damping, value=damping.on(layout), constants=()) for layout in self.layouts]
         return self._map(lambda k, b: b._damp(own[k], method))
 
     def _scale(self, c: float | Tensor) -> BaseLinearOperator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -132,7 +133,8 @@ class ScaledLinearOperator(LazyLinearOperator):
     def _damp(self, damping: Damping, method: str) -> BaseLinearOperator:
         if self.base.iterates or damping.value.dim() > 0 or bool(self.constant == 0):
             return super()._damp(damping, method)
-        inner = Damping(damping.value / self.constant)  # c (A + d/c I)
+        value = damping.value / self.constant  # c (A + d/c I)
+        inner = replace(damping, value=value, constants=())
         return self.base._damp(inner, method)._scale(self.constant)
 
     def _diagonal(self) -> Tensor:

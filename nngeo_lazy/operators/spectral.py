@@ -60,7 +60,7 @@ class SpectralLinearOperator(BaseLinearOperator):
         """The sum with d I (d 0-d) or diag(d) (d (p,)) if it is closed, else None."""
 
     @abstractmethod
-    def _damp_factors(self, d: Tensor) -> BaseLinearOperator | None:
+    def _damp_factors(self, d: Tensor, damping: Damping) -> BaseLinearOperator | None:
         """Factored damping by d I, if the structure has factors."""
 
     # Whether the eigenvalues are computed from a matrix, so that its rounding is in them.
@@ -126,7 +126,7 @@ class SpectralLinearOperator(BaseLinearOperator):
 
     def _damp(self, damping: Damping, method: str) -> BaseLinearOperator:
         d = collapse(damping.value)
-        closed = self._damp_factors(d) if method == "factored" and d.dim() == 0 else None
+        closed = self._damp_factors(d, damping) if method == "factored" and d.dim() == 0 else None
         closed = self._shifted(d) if closed is None else closed
         return rules.plus_diagonal(self, d) if closed is None else closed
 
