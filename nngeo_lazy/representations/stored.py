@@ -18,7 +18,7 @@ from ..errors import DataError
 from ..facts import Facts
 from ..files import load, save
 from ..folders import BEGUN, INDEX
-from ..operators import BaseLinearOperator
+from ..operators import BaseLinearOperator, ShardedBlockDiagonalLinearOperator
 from ..statistics import Statistic
 from ..sweep import Make, Sweep
 from .mixed import resolve
@@ -115,8 +115,7 @@ class Stored(Streamed):
         folder = os.path.join(os.fspath(self.folder), "")
         checkpoints = _Checkpoints(folder, sweep, self.described())
         if not checkpoints.whole:
-            save(self._inner.build_by(sweep, checkpoints.run), checkpoints.folder)
-            checkpoints.clear()
+            checkpoints.finish(self._inner.build_by(sweep, checkpoints.run))
         return load(checkpoints.folder, lazy=True, map_location=problem.space.device)
 
 
@@ -190,9 +189,16 @@ class _Checkpoints:
                     torch.save({"parts": _parts(facts), "known": known, "sums": sums}, file)
         return facts, statistics
 
-    def clear(self) -> None:
-        """Remove the sums; the folder is whole."""
-        if self._group.rank == 0:
+    def finish(self, operator: BaseLinearOperator) -> None:
+        """Write the operator, a sharded one by all processes; then remove the sums."""
+        first = self._group.rank == 0
+        if isinstance(operator, ShardedBlockDiagonalLinearOperator):
+            save(operator, self.folder)
+        else:
+            with self._group.together("a save to a folder"):
+                if first:
+                    save(operator, self.folder)
+        if first:
             for name in os.listdir(self.folder):
                 if name.startswith(_PASS):
                     with suppress(FileNotFoundError):
