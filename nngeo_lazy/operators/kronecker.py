@@ -368,9 +368,12 @@ class EigenKroneckerLinearOperator(SpectralLinearOperator):
         if sizes.numel() == 0:
             return sizes == 0
         if rcond is None:
-            # Free eigenvalues are squares of projections: the rounding of zero is squared, too.
+            # Free eigenvalues are squares of projections on eigenvectors. Computed ones are off by
+            # the rounding of sums and of a decomposition: zero is the square of that.
             _, o, i = self.values.shape
-            rcond = min((2 * (o + i) * eps(sizes)) ** 2, eps(sizes))
+            bases = self.left_basis, self.right_basis
+            off = max(2 * (o + i), 16 * sum(len(b[0]) for b in bases if b.dim() == 3))
+            rcond = min((off * eps(sizes)) ** 2, eps(sizes))
         return sizes <= rcond * sizes.max()
 
     def _frobenius(self) -> Tensor:

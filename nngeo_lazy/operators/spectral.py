@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConvergenceWarning, NotPositiveDefiniteError
+from ..precision import widest
 from . import rules
 from .base import BaseLinearOperator, Krylov, flat_positions
 from .damping import Damping, collapse
@@ -88,7 +89,7 @@ class SpectralLinearOperator(BaseLinearOperator):
         values = self.eigenvalues
         if not self._values_are_computed or _well_conditioned(values):
             return self, values
-        if self.dtype == torch.float64 or self.device.type == "mps":
+        if self.dtype == torch.float64 or widest(self.device) != torch.float64:
             self._warn_of_rounding(values)
             return self, values
         wide = cast(SpectralLinearOperator, self._in_float64())
