@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 import nngeo_lazy as ng
-from nngeo_lazy import sweep as sweeps
 from nngeo_lazy.errors import DataError
 from nngeo_lazy.operators import StoredLinearOperator
 from nngeo_lazy.representations import Mixed, Stored
@@ -37,7 +36,7 @@ class Loader:
 
 @pytest.fixture
 def model(monkeypatch):
-    monkeypatch.setattr(sweeps, "KEPT_BYTES", 0)  # every pass reads the data
+    monkeypatch.setattr("nngeo_lazy.kept.KEPT_BYTES", 0)  # every pass reads the data
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
 
