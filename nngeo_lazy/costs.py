@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .collectives import owners
 from .errors import DataError
 from .facts import Cost, Sample
 from .jacobian.parts import Kind
@@ -54,7 +55,8 @@ class BuildCost(Table[CostRow]):
             self-check looks at once, a few examples of the first batch, is not counted.
         batches: how many batches there are, None if the loader does not say.
         flops: of all statistics, for each example; forward and backward passes come on top.
-        bytes: what the operator will take, in each process.
+        bytes: what the operator will take, in each process; if its blocks are shared out, in the
+            one that has most.
         processes: how many share the data.
         bytes_sent: of the sums and eigenvectors that each process exchanges, in the whole build.
     """
@@ -69,22 +71,27 @@ class BuildCost(Table[CostRow]):
         backward: int | None = None,
         processes: int = 1,
         bytes_sent: int = 0,
+        bytes_held: int | None = None,
     ) -> None:
         self.passes, self.directions, self.batches = passes, directions, batches
         self.forward = forward
         self.backward = directions if backward is None else backward
         self.processes, self.bytes_sent = processes, bytes_sent
         self.flops = sum(row.flops for row in rows)
-        self.bytes = sum(row.bytes for row in rows)
+        everything = sum(row.bytes for row in rows)
+        self.bytes = everything if bytes_held is None else bytes_held
         data = "the data" if batches is None else f"{batches} batch{'es' * (batches != 1)}"
         foot = [
             f"{passes} pass{'es' * (passes != 1)} over {data}, "
             f"{self.forward} forward and {self.backward} backward for each batch",
-            f"{self.flops:,} flops for each example, {self.bytes:,} bytes",
+            f"{self.flops:,} flops for each example, {everything:,} bytes",
         ]
         if processes > 1:
+            held = (
+                "all of the bytes" if bytes_held is None else f"at most {self.bytes:,} of the bytes"
+            )
             foot.append(
-                f"{processes} processes, each with its share of the examples and all of the bytes, "
+                f"{processes} processes, each with its share of the examples and {held}, "
                 f"which exchange {bytes_sent:,} bytes"
             )
         super().__init__(rows, foot)
@@ -139,5 +146,15 @@ def _cost(representation: Representation, sweep: Sweep, sample: Sample) -> Build
     batches = sweep.problem.batches.count
     forward, backward = sample.general
     backward += sample.directions + sample.proofs
-    directions = sample.directions
-    return BuildCost(ordered, len(passes), directions, batches, 1 + forward, backward, size, sent)
+    held = _most(ordered, size) if representation.shares_blocks else None
+    data = sample.directions, batches, 1 + forward, backward
+    return BuildCost(ordered, len(passes), *data, size, sent, held)
+
+
+def _most(rows: Sequence[CostRow], size: int) -> int:
+    """The bytes of the process that holds most, if each block is on one."""
+    blocks = [row.bytes for row in rows if row.bytes]
+    loads = [0] * size
+    for block, owner in zip(blocks, owners([float(b) for b in blocks], size), strict=True):
+        loads[owner] += block
+    return max(loads)

@@ -27,6 +27,7 @@ from .distributed import Distributed
 from .errors import DataError
 from .fingerprints import Passes, Streams
 from .skeleton import localised
+from .switches import callers_autocast, under_autocast
 
 __all__ = ["Batch", "Batches", "outputs_of"]
 
@@ -104,7 +105,7 @@ class Batches:
             self.described = self._share.described(self._loader)
             self._loader = self._share.share(self._loader)
         self._device = torch.device(device)
-        self._forward = forward
+        self._forward, self._autocast = forward, callers_autocast()
         self._target = target
         self._positions = positions
         self._progress = progress
@@ -232,12 +233,13 @@ class Batches:
             DataError: the outputs are no floating-point tensor (N, ...).
         """
         try:
-            if self._forward is not None:
-                outputs = localised(self._forward, model)(model, raw)
-            else:
-                args, kwargs = self._call(raw)
-                _require_inputs(model, args, kwargs)
-                outputs = model(*args, **kwargs)
+            with under_autocast(self._autocast):
+                if self._forward is not None:
+                    outputs = localised(self._forward, model)(model, raw)
+                else:
+                    args, kwargs = self._call(raw)
+                    _require_inputs(model, args, kwargs)
+                    outputs = model(*args, **kwargs)
         except RuntimeError as error:
             if type(error) is not RuntimeError or torch._C._functorch.maybe_current_level():
                 raise  # under a transform it may be about the derivative

@@ -61,7 +61,9 @@ class Network:
 
     def at(self, vector: Tensor) -> nn.Module:
         """A model of its own that is this function at a flat vector (P,)."""
-        values = self._space.unravel(vector.detach()).values()
+        vector = vector.detach()
+        vector = vector.clone() if vector.is_inference() else vector
+        values = self._space.unravel(vector).values()
         return self._given([nn.Parameter(v.to(self._space.dtype)) for v in values])
 
     @contextmanager

@@ -17,6 +17,7 @@ from .numerics.spectra import require_symmetric_operator
 from .operators import BaseLinearOperator, BlockDiagonalLinearOperator, aslinearoperator
 from .operators.factors import factor_eigvalsh
 from .operators.kronecker import KroneckerLinearOperator
+from .operators.stored import opened, outlined
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -150,7 +151,8 @@ def factor_spectra(F: Any, *, ax: Axes | None = None) -> Axes:
         if isinstance(operator, BlockDiagonalLinearOperator)
         else {"": operator}
     )
-    blocks = {n: b for n, b in named.items() if isinstance(b, KroneckerLinearOperator)}
+    kronecker = [n for n, b in named.items() if isinstance(outlined(b), KroneckerLinearOperator)]
+    blocks = {name: opened(named[name]) for name in kronecker}
     if not blocks:
         kinds = sorted({type(block).__name__ for block in named.values()})
         raise UnsupportedLayerError(

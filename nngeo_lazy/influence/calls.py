@@ -191,9 +191,18 @@ def self_influence(
 
     .. math:: g_i^T (F + d)^{-1} g_i / N
 
-    Large for examples that are memorised, such as wrong labels. Arguments are those of
-    `influences`. Nothing is held but a batch; blocks that are diagonal, also in a Kronecker basis,
-    are met without rows.
+    Large for examples that are memorised, such as wrong labels. Nothing is held but a batch.
+
+    Args:
+        model: the network.
+        F: as in `influences`.
+        train: training examples.
+        loss: as in `influences`.
+        damping: d.
+        path: a folder, as in `influences`.
+        forward: `(model, batch) -> outputs` in place of the default call.
+        target: `batch -> target` in place of the default.
+        progress: whether to show a progress bar.
 
     Returns:
         (N,), of the examples of `train`.

@@ -23,6 +23,7 @@ from ..representations.form_stack import joined, stored
 from ..rowwise import Piece, as_outputs, quadratics
 from ..space import ParamSpace
 from ..sweep import make_sweep
+from ..switches import own_arithmetic
 
 __all__ = ["Held", "Linearised"]
 
@@ -70,7 +71,7 @@ class Linearised:
         """
         if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
             return self._taped(M, x, covariance, joint)
-        with torch.inference_mode(False), torch.no_grad():
+        with own_arithmetic(), torch.no_grad():
             if joint:
                 return self._joint(M, x)
             return self._apart(M, x, covariance == "full", most)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ..arguments import as_numbers, check_fields
 from ..errors import DataError
+from ..precision import widened, widest
 from .likelihood import NOT_FINITE, Likelihood, check_outputs, labels_needed, standard_normal, wide
 
 __all__ = ["Categorical"]
@@ -230,7 +231,7 @@ class Categorical(Likelihood):
         """
         logits, labels, mask = self._canonical(outputs, target)
         root_of_kappa = self._kappa(labels, mask, target).sqrt()
-        p = logits.double().softmax(-1)  # (N,T,C); in float32 small ones would lose their digits
+        p = widened(logits).softmax(-1)  # (N,T,C); in float32 small ones would lose their digits
         tail = p.flip(-1).cumsum(-1).flip(-1)
         after = tail[..., 1:]
         scale = (p[..., :-1] * _ratio(after, tail[..., :-1])).sqrt() * root_of_kappa
@@ -278,7 +279,7 @@ class Categorical(Likelihood):
 
     @cached_property
     def _weight(self) -> Tensor:
-        return torch.tensor(self.weight, dtype=torch.float64)
+        return torch.tensor(self.weight, dtype=widest())
 
     def _kappa(self, labels: Tensor, mask: Tensor, target: Tensor | None) -> Tensor:
         """The mass of each position's target, zero if it is masked: (N, T, 1)."""

@@ -66,7 +66,9 @@ class Running:
         self._free = isinstance(representation, (Diagonal, EKFAC, Factored, QuasiDiagonal))
         self._representation = representation
         if isinstance(representation, EKFAC):
-            self._representation = KFAC(representation.sharing)
+            self._representation = KFAC(
+                representation.sharing, separate_bias=representation.separate_bias
+            )
         self._recipes: list[tuple[Streamed, Recipe]] = []
 
     @property

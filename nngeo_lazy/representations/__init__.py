@@ -13,6 +13,7 @@ from .implicit import Implicit
 from .mixed import NAMES, Mixed, RepresentationLike, resolve
 from .recipes import Block, Recipe
 from .representation import Representation, Streamed
+from .sharded import Sharded
 from .single import EKFAC, KFAC, BlockDiagonal, Diagonal, LowRank, QuasiDiagonal
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Recipe",
     "Representation",
     "RepresentationLike",
+    "Sharded",
     "Streamed",
     "resolve",
 ]

@@ -53,6 +53,11 @@ class Representation(ABC):
         """Whether it keeps the best approximation of a rank, which is not linear in the data."""
         return False
 
+    @property
+    def shares_blocks(self) -> bool:
+        """Whether each process of a group keeps some blocks alone."""
+        return False
+
     def sign(self, info: Info) -> Info:
         """The same, of a matrix in this representation."""
         quantity = {**info.quantity, "representation": self.described()}
