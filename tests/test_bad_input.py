@@ -78,7 +78,7 @@ def test_loader_that_is_empty_the_second_time(monkeypatch):
         def __iter__(self):
             return self.batches
 
-    monkeypatch.setattr("nngeo_lazy.sweep.KEPT_BYTES", 0)  # else one pass is enough
+    monkeypatch.setattr("nngeo_lazy.kept.KEPT_BYTES", 0)  # else one pass is enough
     words = "same batches on every pass", "none the second time"
     refused(DataError, *words, data=Once(), representation="ekfac")
 
