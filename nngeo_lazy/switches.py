@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -18,14 +20,54 @@ from torch.utils import checkpoint
 
 __all__ = [
     "Switch",
+    "callers_autocast",
     "eager",
+    "own_arithmetic",
     "plain_attention_modules",
+    "under_autocast",
     "unfused_attention",
     "whole_transforms",
     "without_checkpoints",
 ]
 
+Autocast = tuple[tuple[str, torch.dtype], ...]  # kinds of devices on which it is enabled
+
 _lock = threading.RLock()
+_callers: ContextVar[Autocast | None] = ContextVar("_callers", default=None)
+
+
+def callers_autocast() -> Autocast:
+    """In which precision the caller lets a model compute, also inside of `own_arithmetic`."""
+    outer = _callers.get()
+    if outer is not None:
+        return outer
+    kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    return tuple((kind, torch.get_autocast_dtype(kind)) for kind in kinds)
+
+
+@contextmanager
+def under_autocast(wanted: Autocast) -> Iterator[None]:
+    """Inside, autocast is as wanted, and off on all other devices."""
+    with ExitStack() as stack:
+        for kind in ("cpu", "cuda"):
+            dtype = dict(wanted).get(kind)
+            if dtype is not None or torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, dtype, dtype is not None))
+        yield
+
+
+@contextmanager
+def own_arithmetic() -> Iterator[None]:
+    """Inside, tensors have gradients and their own precision, whatever the caller is in.
+
+    Autocast is for the model: `under_autocast(callers_autocast())` is how it is run.
+    """
+    token = _callers.set(callers_autocast())
+    try:
+        with torch.inference_mode(False), under_autocast(()):
+            yield
+    finally:
+        _callers.reset(token)
 
 
 class Switch:
