@@ -7,6 +7,7 @@ It gives Fisher matrices, Gauss-Newton matrices, Hessians and Jacobians of any P
 
 from . import errors, likelihoods, optim, representations
 from .builders import FIM, GGN, Hessian, Jacobian, plan
+from .comparison import compare
 from .distributed import Distributed
 from .ewc import ewc_penalty
 from .files import load, save
@@ -51,6 +52,7 @@ __all__ = [
     "Use",
     "alignment",
     "aslinearoperator",
+    "compare",
     "diagonal",
     "effective_dimension",
     "eigenfunctions",

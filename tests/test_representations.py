@@ -222,7 +222,7 @@ def test_low_rank_of_parameters_that_are_not_used():
 
 
 def test_orders_of_a_loaders_own_generator_repeat(monkeypatch):
-    monkeypatch.setattr("nngeo_lazy.sweep.KEPT_BYTES", 0)
+    monkeypatch.setattr("nngeo_lazy.kept.KEPT_BYTES", 0)
     case = case_of("mlp")
     data = torch.utils.data.TensorDataset(case.net.batch, case.labels)
     traces = []

@@ -15,6 +15,7 @@ from .recipes import Block, Recipe
 from .representation import Representation, Streamed
 from .sharded import Sharded
 from .single import EKFAC, KFAC, BlockDiagonal, Diagonal, LowRank, QuasiDiagonal
+from .stored import Stored
 
 __all__ = [
     "EKFAC",
@@ -33,6 +34,7 @@ __all__ = [
     "Representation",
     "RepresentationLike",
     "Sharded",
+    "Stored",
     "Streamed",
     "resolve",
 ]

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 import nngeo_lazy as ng
-from nngeo_lazy import folders
+from nngeo_lazy import folders, kept
 from nngeo_lazy.likelihoods import Categorical, Gaussian
 
 SIZES = (4, 4, 4, 4, 4, 3)  # examples of each batch: the last one is short
@@ -493,3 +493,20 @@ def save_failing(folder):
         ng.save(S, f"{folder}/F/")
     finally:
         importlib.reload(folders)
+
+
+def stored_build(folder, sharded):
+    """A build in a folder that one process interrupts, and that all go on with."""
+    kept.KEPT_BYTES = 0  # every pass reads the data
+    inner = ng.representations.Sharded("ekfac") if sharded else "ekfac"
+    stored = ng.representations.Stored(inner, f"{folder}/F")
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    errors = []
+    for at_pass in (2, 0):
+        data = Failing(smooth_data()[rank::size], 1, "value", at_pass)
+        try:
+            F = built("smooth", stored, "exact", ng.Distributed(data, own=True))
+        except (ValueError, ng.errors.DistributedError) as error:
+            errors.append(str(error))
+    kept.KEPT_BYTES = 2**26
+    return errors, data.passes, F.to_dense(), built("smooth", "ekfac", "exact").to_dense()

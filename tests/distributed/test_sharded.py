@@ -116,6 +116,16 @@ def test_a_save_that_fails_on_one_process(pool, tmp_path):
         ng.load(tmp_path / "F")
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_build_in_a_folder_goes_on(pool, tmp_path, sharded):
+    pytest.importorskip("safetensors", reason="the extra `folders`")
+    for errors, passes, matrix, expected in pool.run(tasks.stored_build, 2, tmp_path, sharded):
+        assert len(errors) == 1
+        assert "broken" in errors[0]
+        assert passes == 2  # the first batch alone, and the second pass
+        close(matrix, expected, 1e-12)
+
+
 def test_what_has_no_blocks_is_refused():
     Sharded = ng.representations.Sharded
     for name in ("dense", "diagonal", "low_rank", "implicit", "factored"):
