@@ -7,10 +7,11 @@ It gives Fisher matrices, Gauss-Newton matrices, Hessians and Jacobians of any P
 
 from . import errors, likelihoods, optim, representations
 from .builders import FIM, GGN, Hessian, Jacobian, plan
+from .comparison import compare
 from .distributed import Distributed
 from .ewc import ewc_penalty
 from .files import load, save
-from .influence import influences
+from .influence import Queries, influences, self_influence
 from .jacobian.registry import register_layer
 from .jacobian.uses import Grid, Use
 from .kernels import NTK
@@ -43,6 +44,7 @@ __all__ = [
     "ParamSpace",
     "Probes",
     "Pruned",
+    "Queries",
     "SingularValues",
     "Solution",
     "SpectralDensity",
@@ -50,6 +52,7 @@ __all__ = [
     "Use",
     "alignment",
     "aslinearoperator",
+    "compare",
     "diagonal",
     "effective_dimension",
     "eigenfunctions",
@@ -73,6 +76,7 @@ __all__ = [
     "saliency",
     "sample_space",
     "save",
+    "self_influence",
     "solve",
     "spectral_density",
     "svds",

@@ -45,7 +45,7 @@ def decomposed(F: BaseLinearOperator) -> BaseLinearOperator:
     """The same matrix, its Kronecker blocks by their eigenvalues and eigenvectors."""
     if not isinstance(F, BlockDiagonalLinearOperator):
         return F
-    return F._map(lambda b: b.eigen() if isinstance(b, KroneckerLinearOperator) else b)
+    return F._map(lambda k, b: b.eigen() if isinstance(b, KroneckerLinearOperator) else b)
 
 
 def share_decompositions(F: BaseLinearOperator, group: Group) -> None:

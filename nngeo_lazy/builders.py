@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .arguments import PositiveInt, checked
@@ -28,6 +27,7 @@ from .representations import Representation, RepresentationLike
 from .representations import resolve as resolve_representation
 from .selectors import Selector
 from .sweep import Sweep, make_sweep
+from .switches import own_arithmetic
 
 __all__ = ["FIM", "GGN", "Hessian", "Jacobian", "plan"]
 
@@ -248,7 +248,7 @@ def Hessian(
         Pearlmutter (1994), Fast exact multiplication by the Hessian.
     """
     wanted = resolve_representation(representation, MatrixKind.HESSIAN)
-    with torch.inference_mode(False):
+    with own_arithmetic():
         sweep = make_sweep(
             LossHessian(loss),
             model,
@@ -310,7 +310,7 @@ def Jacobian(
     refuse_shuffling(loader, "Jacobian")
     refuse_processes(loader, "Jacobian", "pass this process's own batches, or build a FIM or GGN")
     quantity = Outputs() if loss is None else LossGradients(loss)
-    with torch.inference_mode(False):
+    with own_arithmetic():
         sweep = make_sweep(
             quantity,
             model,
@@ -347,13 +347,13 @@ def plan(builder: Callable[..., BaseLinearOperator], *args: Any, **options: Any)
         parameter  form           block                    size  flops  bytes
         weight     linear: outer  Kronecker (2x2) x (4x4)  6     48     80
         bias       linear: outer  Kronecker (2x2) x (4x4)  2     0      0
-        1 pass over 1 batch, 2 backward for each batch
+        1 pass over 1 batch, 1 forward and 2 backward for each batch
         48 flops for each example, 80 bytes
     """
     prepare = _fisher if builder is FIM else _gauss_newton if builder is GGN else None
     if prepare is None:
         raise DataError(f"expected the builder to be ng.FIM or ng.GGN, got {builder!r}")
-    with torch.inference_mode(False):
+    with own_arithmetic():
         representation, sweep = prepare(*args, **options)
         sweep.problem.require_agreement(representation.described())
         return cost_of(representation, sweep)
@@ -397,6 +397,6 @@ def _gauss_newton(
 
 
 def _build(representation: Representation, sweep: Sweep) -> BaseLinearOperator:
-    with torch.inference_mode(False):  # tensors made in inference mode could not be used outside
+    with own_arithmetic():  # tensors made in inference mode could not be used outside
         sweep.problem.require_agreement(representation.described())
         return representation.build(sweep)

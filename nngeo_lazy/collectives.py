@@ -24,6 +24,7 @@ __all__ = [
     "Group",
     "Traffic",
     "digest",
+    "in_processes",
     "owners",
     "refuse_sharded",
     "replicated",
@@ -243,13 +244,14 @@ class _Together:
         states = group.numbers([int(error is not None), seed_of(0, call), 0, 0], self._what)
         if all(state == [0, states[0][1], 0, 0] for state in states):
             return
-        told = None if error is None else f"{type(error).__name__}: {error}"[:SHOWN]
+        own = type(error).__name__
+        told = None if error is None else (own, f"{own}: {error}"[:SHOWN])
         known = group.gather((call, told), self._what)
         if error is not None:
             return  # its own goes on
-        for rank, (_, message) in enumerate(known):
-            if message is not None:
-                raise DistributedError(f"rank {rank} of {group.size}: {message}")
+        for rank, (_, there) in enumerate(known):
+            if there is not None:
+                raise DistributedError(f"rank {rank} of {group.size}: {there[1]}", there[0])
         odd = next(r for r, (other, _) in enumerate(known) if other != known[0][0])
         raise DistributedError(
             f"expected every process to make the same call with the same vectors, but rank 0 is in "
@@ -276,6 +278,11 @@ def owners(costs: Sequence[float], size: int) -> list[int]:
         found[k] = min(range(size), key=lambda r: loads[r])
         loads[found[k]] += costs[k]
     return found
+
+
+def in_processes() -> bool:
+    """Whether this process is one of several that torch.distributed knows."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def seed_of(seed: int, *key: Any) -> int:

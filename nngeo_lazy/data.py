@@ -27,6 +27,7 @@ from .distributed import Distributed
 from .errors import DataError
 from .fingerprints import Passes, Streams
 from .skeleton import localised
+from .switches import callers_autocast, under_autocast
 
 __all__ = ["Batch", "Batches", "outputs_of"]
 
@@ -104,7 +105,7 @@ class Batches:
             self.described = self._share.described(self._loader)
             self._loader = self._share.share(self._loader)
         self._device = torch.device(device)
-        self._forward = forward
+        self._forward, self._autocast = forward, callers_autocast()
         self._target = target
         self._positions = positions
         self._progress = progress
@@ -220,6 +221,7 @@ class Batches:
                     f"None, got {_shape_or_type(mask)}"
                 )
             return mask
+        raw = tree.by_field(raw)
         mask = raw.get("attention_mask") if isinstance(raw, Mapping) else None
         return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
@@ -232,12 +234,13 @@ class Batches:
             DataError: the outputs are no floating-point tensor (N, ...).
         """
         try:
-            if self._forward is not None:
-                outputs = localised(self._forward, model)(model, raw)
-            else:
-                args, kwargs = self._call(raw)
-                _require_inputs(model, args, kwargs)
-                outputs = model(*args, **kwargs)
+            with under_autocast(self._autocast):
+                if self._forward is not None:
+                    outputs = localised(self._forward, model)(model, raw)
+                else:
+                    args, kwargs = self._call(raw)
+                    _require_inputs(model, args, kwargs)
+                    outputs = model(*args, **kwargs)
         except RuntimeError as error:
             if type(error) is not RuntimeError or torch._C._functorch.maybe_current_level():
                 raise  # under a transform it may be about the derivative
@@ -251,6 +254,7 @@ class Batches:
     def _call(self, raw: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments of the default call."""
         _require_batch(raw)
+        raw = tree.by_field(raw)
         if isinstance(raw, Tensor):
             return (raw,), {}
         if isinstance(raw, Mapping):
@@ -272,9 +276,10 @@ def _require_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         inspect.signature(getattr(model, "forward", model)).bind(*args, **kwargs)
     except TypeError as error:
         names = f"the keywords {sorted(map(str, kwargs))}" if kwargs else f"{len(args)} inputs"
+        first = "" if kwargs else "((inputs, mask), target) if it takes several inputs, or "
         raise DataError(
             f"expected batches that the model takes, but {type(model).__name__} was given "
-            f"{names}: {error}; pass forward=lambda model, batch: ..."
+            f"{names}: {error}; pass {first}forward=lambda model, batch: ..."
         ) from error
     except ValueError:  # a compiled one does not say what it takes
         return
@@ -309,7 +314,7 @@ def outputs_of(result: Any, remedy: str) -> Tensor:
 
 
 def _as_batches(loader: Any) -> Iterable[Any]:
-    if isinstance(loader, (Tensor, Mapping)):
+    if isinstance(tree.by_field(loader), (Tensor, Mapping)):
         return [loader]
     if isinstance(loader, torch_data.Dataset):
         raise DataError(
@@ -358,6 +363,7 @@ def _shape_or_type(value: Any) -> str:
 
 
 def _kind(entry: Any) -> str:
+    entry = tree.by_field(entry)
     if entry is None:
         return "none"
     if isinstance(entry, (Tensor, PackedSequence)):
@@ -388,7 +394,7 @@ def _label(raw: Mapping[Any, Any]) -> str | None:
 
 def _labels(raw: Any, strict: bool) -> Tensor | None:
     """The default target; not strict: None if the batch has none that can be read."""
-    found = None
+    raw, found = tree.by_field(raw), None
     if isinstance(raw, Mapping):
         label = _label(raw)
         found = None if label is None else raw[label]
@@ -423,6 +429,7 @@ def _structure(value: Any, free: bool, inside: bool = False) -> Any:
     detector. Its length is a size, and so is that of any sequence which is passed to a forward of
     the user's (free).
     """
+    value = tree.by_field(value)
     if isinstance(value, Mapping):
         return {str(name): _structure(value[name], free, True) for name in sorted(value, key=str)}
     if _kind(value) == "sequence":

@@ -53,7 +53,15 @@ class DataError(NNGeoError, ValueError):
 
 
 class DistributedError(NNGeoError, RuntimeError):
-    """Another process of the group raised, died, or makes another call."""
+    """Another process of the group raised, died, or makes another call.
+
+    Attributes:
+        kind: the name of the error's class there; empty if the process raised none.
+    """
+
+    def __init__(self, message: str, kind: str = "") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class MissingFileError(DataError, FileNotFoundError):

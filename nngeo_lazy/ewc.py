@@ -11,6 +11,7 @@ from .arguments import checked, described
 from .errors import DataError, SpaceMismatchError
 from .operators import BaseLinearOperator
 from .operators.vectors import VectorLike
+from .space import ParamSpace, canonical_name
 
 __all__ = ["ewc_penalty"]
 
@@ -72,7 +73,7 @@ def ewc_penalty(
     for (F, anchor), weight in zip(anchors, each, strict=True):
         if F.space is None:
             raise SpaceMismatchError("expected operators over parameters, got a bare matrix")
-        here = F.space.values(w) if isinstance(w, nn.Module) else w
+        here = _values(F.space, w) if isinstance(w, nn.Module) else w
         flat, start = (F.space.ravel(v) if isinstance(v, Mapping) else v for v in (here, anchor))
         if flat.shape != start.shape:
             raise SpaceMismatchError(
@@ -80,6 +81,21 @@ def ewc_penalty(
             )
         terms.append(weight / 2 * F.vTMv(flat - start))
     return torch.stack(terms).sum()
+
+
+def _values(space: ParamSpace, model: nn.Module) -> Tensor:
+    """The model's parameters, if they are those of the anchor."""
+    own = {canonical_name(name): p.shape for name, p in model.named_parameters()}
+    here = zip(space.names, space.shapes, strict=True)
+    changed = [name for name, shape in here if own.get(canonical_name(name)) != shape]
+    if changed:
+        raise SpaceMismatchError(
+            f"expected the model to have the parameters of F, but {changed} are not there or have "
+            "another shape: take those that both have, as in shared = "
+            "F.space.common(ng.ParamSpace.of(model)), F.block(list(shared.names)), and the anchor "
+            "of the same names"
+        )
+    return space.values(model)
 
 
 def _is_anchor(F: object, anchor: object) -> bool:

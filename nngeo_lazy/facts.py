@@ -70,11 +70,16 @@ class Sample:
         forms: of each part; None is a zero block.
         directions: of each example.
         examples: in the whole loader, or in what is known of it.
+        general: forward and backward passes of the whole network that a batch takes on the general
+            way, for all such parts together.
+        proofs: backward passes of the self-check that each batch takes.
     """
 
     forms: Sequence[Form | None]
     directions: int
     examples: int
+    general: tuple[int, int] = (0, 0)
+    proofs: int = 0
 
     def positions(self, k: int) -> int:
         """How many positions of an example share a part."""

@@ -13,13 +13,24 @@ import torch
 from torch import Tensor
 
 from .arguments import described
+from .collectives import ALONE
 from .disk import checksum, replacing
 from .errors import DataError, MissingFileError, NNGeoError, SpaceMismatchError
 from .folders import Folder, write_folder
 from .operators import rules
 from .operators.base import BaseLinearOperator
+from .operators.sharded import ShardedBlockDiagonalLinearOperator
 from .space import ParamSpace, canonical_name
-from .states import CONVENTIONS, FORMAT, blocks_of, build, describe, keys_of, register_saved
+from .states import (
+    CONVENTIONS,
+    FORMAT,
+    blocks_of,
+    build,
+    describe,
+    describe_shared,
+    keys_of,
+    register_saved,
+)
 
 __all__ = ["load", "register_saved", "save", "state_of"]
 
@@ -64,10 +75,11 @@ def save(F: BaseLinearOperator, path: str | os.PathLike[str] | IO[bytes]) -> Non
             f"expected a path, or a file opened for binary writing, got {described(path)}: pass "
             "path='F.pt'"
         )
-    state = state_of(F)
     if _is_folder(path):
-        write_folder(os.fspath(path), state)
+        group = F.group if isinstance(F, ShardedBlockDiagonalLinearOperator) else ALONE
+        write_folder(os.fspath(path), state_of(F, shared=True), group)
         return
+    state = state_of(F)
     # a view would be written with all of the memory that it looks into
     state["tensors"] = {
         key: t.clone(memory_format=torch.contiguous_format)
@@ -147,16 +159,25 @@ def load(
 
 
 @rules.states.register(BaseLinearOperator)
-def state_of(F: BaseLinearOperator) -> dict[str, Any]:
-    """What `F.state_dict()` returns."""
+def state_of(F: BaseLinearOperator, shared: bool = False) -> dict[str, Any]:
+    """What `F.state_dict()` returns.
+
+    Args:
+        F: an operator that is made of tensors.
+        shared: whether tensors may be missing, which another process has.
+    """
     tensors: dict[str, Tensor] = {}
+    if shared and isinstance(F, ShardedBlockDiagonalLinearOperator):
+        tree = describe_shared(F, tensors)
+    else:
+        tree = describe(F, "", tensors)
     return {
         "format": FORMAT,
         "version": VERSION,
         "representation": F._kind(),
         "conventions": dict(CONVENTIONS),
         "parameters": [] if F.space is None else list(F.space.names),
-        "operator": describe(F, "", tensors),
+        "operator": tree,
         "tensors": tensors,
     }
 

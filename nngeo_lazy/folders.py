@@ -30,9 +30,10 @@ try:  # the extra `folders`
 except ImportError:
     safe_open = save_file = None
 
-__all__ = ["Folder", "write_folder"]
+__all__ = ["BEGUN", "INDEX", "Folder", "write_folder"]
 
 INDEX, VERSION = "index.json", 2
+BEGUN = "begun-"  # what files of a build that is not finished are named
 FILE_BYTES = 5 * 2**30
 
 
@@ -92,9 +93,8 @@ def _prepare(path: str) -> None:
     if os.path.exists(path) and not os.path.isdir(path):
         raise DataError(f"expected a folder to write to, but {path!r} is a file: take another name")
     os.makedirs(path, exist_ok=True)
-    strangers = [
-        n for n in os.listdir(path) if n != INDEX and not _is_block(n) and ".part" not in n
-    ]
+    names = os.listdir(path)
+    strangers = [n for n in names if not (n.startswith((INDEX, BEGUN)) or _is_block(n))]
     if strangers:
         raise DataError(
             f"expected a folder of the operator's own, but {path!r} holds {sorted(strangers)[:4]}: "

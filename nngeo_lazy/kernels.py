@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
@@ -22,6 +21,7 @@ from .representations import Implicit
 from .representations.form_stack import factored_rows
 from .selectors import Selector
 from .sweep import Sweep, make_sweep
+from .switches import own_arithmetic
 
 __all__ = ["NTK"]
 
@@ -86,7 +86,7 @@ def NTK(
     if outputs not in KINDS:
         raise ValueError(wrong_option("outputs", outputs, KINDS, "kernels"))
     sweeps = []
-    with torch.inference_mode(False):
+    with own_arithmetic():
         for x in (x1,) if x2 is None else (x1, x2):
             refuse_shuffling(x, "NTK")
             refuse_processes(x, "NTK", "pass rows of this process as x1, and all columns as x2")

@@ -17,11 +17,12 @@ from .numerics.spectra import require_symmetric_operator
 from .operators import BaseLinearOperator, BlockDiagonalLinearOperator, aslinearoperator
 from .operators.factors import factor_eigvalsh
 from .operators.kronecker import KroneckerLinearOperator
+from .operators.stored import opened, outlined
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["block_norms", "compare", "correlation", "density", "factor_spectra"]
+__all__ = ["block_norms", "compare", "compared", "correlation", "density", "factor_spectra"]
 
 _FLOOR = 1e-12  # of the largest entry: what a log colour scale shows at least
 
@@ -150,7 +151,8 @@ def factor_spectra(F: Any, *, ax: Axes | None = None) -> Axes:
         if isinstance(operator, BlockDiagonalLinearOperator)
         else {"": operator}
     )
-    blocks = {n: b for n, b in named.items() if isinstance(b, KroneckerLinearOperator)}
+    kronecker = [n for n, b in named.items() if isinstance(outlined(b), KroneckerLinearOperator)]
+    blocks = {name: opened(named[name]) for name in kronecker}
     if not blocks:
         kinds = sorted({type(block).__name__ for block in named.values()})
         raise UnsupportedLayerError(
@@ -196,6 +198,33 @@ def compare(A: Any, B: Any, *, limit: int | None = None, ax: Axes | None = None)
     below = first.to_dense(limit).detach().double().cpu().tril()
     above = second.to_dense(limit).detach().double().cpu().triu(1)
     return _layers(_image((below + above).abs(), ax, "|entry|"), first)
+
+
+def compared(table: Any, *, ax: Axes | None = None) -> Axes:
+    """The errors of representations beside the exact matrix, as `ng.compare` found them.
+
+    One group of bars for each representation, on a log scale; what was left out has none.
+
+    Args:
+        table: from `ng.compare`.
+        ax: to draw on; by default a new one.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    ax = _axes(ax)
+    rows = [row for row in table if row.direction]
+    kinds = ("direction", "quadratic", "largest", "trace", "logdet")
+    for k, kind in enumerate(kinds):
+        heights = [max(abs(float(getattr(row, kind).lstrip("~"))), 1e-5) for row in rows]
+        at = [n + (k - 2) * 0.16 for n in range(len(rows))]
+        ax.bar(at, heights, 0.15, bottom=0, label=kind)
+    ax.set_yscale("log")
+    ax.set_ylim(bottom=1e-5)
+    ax.set_xticks(range(len(rows)), [row.representation for row in rows])
+    ax.set_ylabel("error (log-determinant: nats for each parameter)")
+    ax.legend()
+    return ax
 
 
 def correlation(F: Any, *, limit: int | None = None, ax: Axes | None = None) -> Axes:

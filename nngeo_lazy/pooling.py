@@ -21,6 +21,7 @@ from .operators.info import Info, Origin
 from .operators.kronecker import EigenKroneckerLinearOperator, KroneckerLinearOperator
 from .operators.low_rank import LowRankLinearOperator
 from .operators.quasi_diagonal import QuasiDiagonalLinearOperator
+from .operators.sharded import AbsentLinearOperator
 from .operators.stored import opened
 
 __all__ = ["merge", "pool", "register_pooled"]
@@ -330,6 +331,7 @@ _rules: dict[type[BaseLinearOperator], Pool] = {
     QuasiDiagonalLinearOperator: _quasi,
     EigenKroneckerLinearOperator: _eigen,
     KroneckerLinearOperator: _kronecker,
+    AbsentLinearOperator: lambda ops, weights, positions: ops[0],  # another process pools it
 }
 
 

@@ -16,6 +16,7 @@ from .errors import DataError
 from .likelihoods import Likelihood, check_estimator, resolve, resolve_loss
 from .likelihoods.likelihood import NOT_FINITE
 from .likelihoods.losses import CallableLoss, Reduction
+from .precision import widened
 
 __all__ = [
     "Fisher",
@@ -180,7 +181,7 @@ class _OfLoss(Quantity):
             return None
         outputs = outputs.detach()
         wrong = torch.stack([flag.reshape(()) for flag in known.flags(outputs, target).values()])
-        total = known.log_prob(outputs, target).sum(dtype=torch.float64)
+        total = widened(known.log_prob(outputs, target)).sum()
         return total.masked_fill(wrong.any(), math.nan)
 
     def values(self, outputs: Tensor, target: Tensor | None) -> Tensor:

@@ -17,6 +17,7 @@ from .operators import (
     EigenKroneckerLinearOperator,
     KroneckerLinearOperator,
 )
+from .operators.stored import outlined
 from .quantities import GaussNewton
 from .representations import EKFAC, Mixed
 
@@ -78,9 +79,10 @@ def _kept_dense(F: BaseLinearOperator) -> tuple[str, ...]:
         return ()
     names: list[str] = []
     for name, layout, block in F.parts:
-        if isinstance(block, DenseLinearOperator):
+        known = outlined(block)
+        if isinstance(known, DenseLinearOperator):
             names += [F.space.holding(piece.start) for piece in layout.pieces]
-        elif not isinstance(block, _REFRESHED):
+        elif not isinstance(known, _REFRESHED):
             raise DataError(
                 f"expected blocks of a KFAC or EKFAC, diagonal or dense ones, got {block._kind()} "
                 f"for {name!r}: build the matrix anew"

@@ -21,7 +21,14 @@ from .operators import (
     KroneckerLinearOperator,
 )
 
-__all__ = ["Piece", "as_outputs", "columns", "quadratics"]
+__all__ = [
+    "Piece",
+    "as_outputs",
+    "columns",
+    "low_rank_products",
+    "position_products",
+    "quadratics",
+]
 
 COLUMN_BYTES = 2**26  # of columns of J^T at a time
 TILE_NUMBERS = 2**22  # of rows in an eigenbasis at a time
@@ -233,3 +240,47 @@ def _pairs(rows: Tensor, products: Tensor, r: int, full: bool) -> Tensor:
         return squares
     one, other = (each.unflatten(1, (-1, r)) for each in (rows, products))
     return torch.einsum("pnc,pnd->ncd", one, other)
+
+
+# --- products -------------------------------------------------------------------------------------
+
+
+def position_products(form: Outer, vectors: Tensor) -> Tensor:
+    """What each position adds to the product of a row with columns: (p, k) -> (N, T, k).
+
+    Of one direction: g[n,t]^T V_k x[n,t].
+    """
+    groups, o = form.g.shape[2], form.g.shape[4]
+    v = vectors.to(form.dtype).reshape(groups, o, form.width, -1)
+    g = form.g.squeeze(0)  # (N,G,T,o)
+    tiles = []
+    for part in v.split(max(1, TILE_NUMBERS // max(1, g.numel())), -1):
+        moved = g.new_zeros(())
+        if form.inputs is not None:
+            along = part[:, :, : form.inputs.shape[3]].transpose(1, 2).flatten(2)  # (G,i,o k)
+            moved = form.inputs.times(along).unflatten(-1, (o, -1))  # (N,G,T,o,k)
+        if form.bias:
+            moved = moved + part[:, :, -1].unsqueeze(1)  # (G,1,o,k)
+        tiles.append(torch.einsum("ngto,ngtok->ntk", g, moved.expand(*g.shape, part.shape[-1])))
+    return torch.cat(tiles, -1)
+
+
+def low_rank_products(form: Outer, left: Tensor, right: Tensor) -> Tensor:
+    """The products of a row with matrices left_k right_k, each position's: (N, T, k).
+
+    Args:
+        form: of one direction.
+        left: (k, G, o, r).
+        right: (k, G, r, w).
+    """
+    k, groups, o, r = left.shape
+    g = form.g.squeeze(0)
+    outputs = g @ left.permute(1, 2, 0, 3).reshape(groups, o, k * r)  # (N,G,T,k r)
+    along = right.permute(1, 3, 0, 2).reshape(groups, -1, k * r)  # (G,w,k r)
+    inputs = g.new_zeros(())
+    if form.inputs is not None:
+        inputs = form.inputs.times(along[:, : form.inputs.shape[3]])
+    if form.bias:
+        inputs = inputs + along[:, -1:]  # (G,1,k r)
+    products: Tensor = (outputs * inputs).unflatten(-1, (k, r)).sum((1, 4))
+    return products

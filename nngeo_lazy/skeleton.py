@@ -123,6 +123,8 @@ class _Copier:
         state["_buffers"] = {k: self.value(b) for k, b in module._buffers.items()}
         state["_modules"] = {k: self.value(m) for k, m in module._modules.items()}
         state["_compiled_call_impl"] = None
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            state["sparse"] = False  # few functions differentiate sparse gradients
         if type(module).__name__ == "OptimizedModule" and "_orig_mod" in state["_modules"]:
             state["forward"] = state["_modules"]["_orig_mod"].__call__
         return new

@@ -173,6 +173,31 @@ class ParamSpace:
         )
 
     @checked
+    def common(self, other: ParamSpace) -> ParamSpace:
+        """The space of the parameters that both have, by name and shape, in this space's order.
+
+        A model with a grown head shares all but the head with the one before:
+        `F.block(list(F.space.common(new).names))` is the Fisher of what they share.
+
+        Raises:
+            SpaceMismatchError: there is none.
+
+        Example:
+            >>> old = ParamSpace({"a": (2,), "head": (3,)})
+            >>> old.common(ParamSpace({"a": (2,), "head": (5,)})).names
+            ('a',)
+        """
+        theirs = dict(zip(map(canonical_name, other.names), other.shapes, strict=True))
+        own = zip(self.names, self.shapes, strict=True)
+        names = [name for name, shape in own if theirs.get(canonical_name(name)) == shape]
+        if not names:
+            raise SpaceMismatchError(
+                f"expected parameters of the same name and shape in both spaces, but none of "
+                f"{list(self.names)} is in the other, which has {list(other.names)}"
+            )
+        return self.subspace(names)
+
+    @checked
     def to(self, dtype: torch.dtype | None = None, device: Any = None) -> ParamSpace:
         """The same space for vectors of another dtype or device."""
         return ParamSpace(

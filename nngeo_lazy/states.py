@@ -28,11 +28,21 @@ from .operators.kronecker import EigenKroneckerLinearOperator, KroneckerLinearOp
 from .operators.low_rank import LowRankLinearOperator
 from .operators.matrix_free import ImplicitLinearOperator
 from .operators.quasi_diagonal import QuasiDiagonalLinearOperator
+from .operators.sharded import AbsentLinearOperator, ShardedBlockDiagonalLinearOperator
 from .operators.stored import opened
 from .operators.views import InverseLinearOperator, RestrictedLinearOperator
 from .space import Lineage, ParamSpace
 
-__all__ = ["CONVENTIONS", "FORMAT", "blocks_of", "build", "describe", "keys_of", "register_saved"]
+__all__ = [
+    "CONVENTIONS",
+    "FORMAT",
+    "blocks_of",
+    "build",
+    "describe",
+    "describe_shared",
+    "keys_of",
+    "register_saved",
+]
 
 FORMAT = "nngeo_lazy operator"
 CONVENTIONS = {
@@ -109,6 +119,11 @@ def _why_not(op: Any) -> str:
             "it holds the forms of every layer, which no file format describes: build it again, or "
             "save a 'low_rank' matrix, which has the same numbers"
         )
+    if isinstance(op, ShardedBlockDiagonalLinearOperator):
+        return (
+            "its blocks lie on several processes: save it as a folder, ng.save(F, 'F/'), on all of "
+            "them"
+        )
     return (
         "it is not made of tensors alone, or no file knows its class: save what it was made from, "
         "or DenseLinearOperator(F.to_dense()) if that fits, or pass a class of your own to "
@@ -134,6 +149,27 @@ def describe(op: Any, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]
             args.append(key)
         else:
             args.append(describe(arg, f"{key}.", tensors))
+    return _node(kind, args, op)
+
+
+def describe_shared(
+    F: ShardedBlockDiagonalLinearOperator, tensors: dict[str, Tensor]
+) -> dict[str, Any]:
+    """The tree of an operator whose blocks lie on several processes; on all of them the same.
+
+    This process's tensors are added by name.
+    """
+    args: list[Any] = []
+    with F.group.together("a save of a sharded operator"):
+        for name, member in zip(_names(F), F.members, strict=True):
+            away = isinstance(member, AbsentLinearOperator)
+            args.append(None if away else describe(member, f"{name}.", tensors))
+    shares = F.group.gather(args)
+    whole = [shares[owner][k] for k, owner in enumerate(F.owners)]
+    return _node(BlockDiagonalLinearOperator.__name__, whole, F)
+
+
+def _node(kind: str, args: list[Any], op: Any) -> dict[str, Any]:
     info = _info_state(op.info)
     if isinstance(op, BlockDiagonalLinearOperator):
         info["blocks"] = [

@@ -18,10 +18,10 @@ from .distributed import Distributed
 from .errors import DataError, NonFiniteError, TooLargeError
 from .facts import Facts, Sample
 from .jacobian.capture import Capture, PartsChangedError, Recorded
-from .jacobian.forms import Form, Outer
 from .jacobian.parts import Part
 from .jacobian.positions import marks_of
 from .jacobian.scopes import recording, refuse_training_mode
+from .kept import Chunk, keep_forms
 from .quantities import Quantity
 from .rowwise import Piece
 from .selectors import Selector, space_of
@@ -31,9 +31,6 @@ from .statistics import Statistic, all_finite, pool_statistics
 from .totals import Counts, Totals
 
 __all__ = ["Make", "Problem", "Sweep", "make_sweep"]
-
-Chunk = tuple[list[Form | None], bool, bool]
-KEPT_BYTES = 2**26  # the forms of a whole pass are kept for a second one up to this size
 
 
 Read = tuple[Sequence[Statistic] | None, Totals]
@@ -269,7 +266,7 @@ class Sweep:
                     try:
                         for chunk in self._chunks(recorded, target, generator):
                             _update(statistics, chunk)
-                            kept = _keep(kept, chunk)
+                            kept = keep_forms(kept, chunk)
                     except PartsChangedError:
                         self._parts, stale = self._capture.parts, True
         if stale:
@@ -303,6 +300,26 @@ class Sweep:
                     yield Piece(number, self._parts, recorded, count, rows)
                 totals.require_sound()
 
+    def resume(self) -> Facts:
+        """What the first batch shows; the passes that went before are not made again.
+
+        Raises:
+            DataError: no process has a batch.
+        """
+        group = self.problem.group
+        with group.together("the first batch"):
+            self.sampled()
+        shares = group.gather((self._parts, dict(self.facts.described)))
+        seen = [share for share in shares if share[0]]
+        if not seen:
+            raise DataError(
+                "expected at least one batch, but the loaders of all processes are empty"
+            )
+        if not self._parts:
+            self._parts, self._described = seen[0]
+        self._finished = True
+        return self.facts
+
     def sampled(self) -> Sample | None:
         """The forms of one direction of the first batch; None if this process has no batch.
 
@@ -327,7 +344,9 @@ class Sweep:
                     return self.sampled()
                 labelled = outputs if first.target is None else first.target
                 examples = problem.batches.num_examples(labelled.shape[0])
-                return Sample(forms, problem.quantity.count(outputs, target), examples)
+                count = problem.quantity.count(outputs, target)
+                general = recorded.general_passes(count)
+                return Sample(forms, count, examples, general, recorded.proofs)
         raise DataError("expected at least one example in the first batch")
 
     def prove(self, batch: Batch) -> None:
@@ -410,27 +429,6 @@ def _update(statistics: Sequence[Statistic], chunk: Chunk) -> None:
     forms, first, last = chunk
     for each in statistics:
         each.update([forms[k] for k in each.indices], first, last)
-
-
-def _keep(kept: list[Chunk] | None, chunk: Chunk) -> list[Chunk] | None:
-    """All chunks so far, or None once they are too large: the next pass then sees the data again.
-
-    Rows are not kept: what they hold may be a whole batch with its graph.
-    """
-    if kept is None:
-        return None
-    forms = [form if isinstance(form, Outer) else None for form in chunk[0]]
-    kept.append((list(forms), *chunk[1:]))
-    size = sum(_held(form, first) for held, first, _ in kept for form in held)
-    return kept if size <= KEPT_BYTES else None
-
-
-def _held(form: Form | None, first: bool) -> int:
-    """The bytes of a form; its inputs are those of the first chunk of a batch."""
-    if not isinstance(form, Outer):
-        return 0
-    inputs = vars(form.inputs).values() if first and form.inputs is not None else ()
-    return form.bytes + sum(x.nbytes for x in inputs if isinstance(x, Tensor))
 
 
 def _require_finite_parameters(model: nn.Module, space: ParamSpace) -> None:

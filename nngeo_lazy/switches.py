@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -18,14 +20,54 @@ from torch.utils import checkpoint
 
 __all__ = [
     "Switch",
+    "callers_autocast",
     "eager",
+    "own_arithmetic",
     "plain_attention_modules",
+    "under_autocast",
     "unfused_attention",
     "whole_transforms",
     "without_checkpoints",
 ]
 
+Autocast = tuple[tuple[str, torch.dtype], ...]  # kinds of devices on which it is enabled
+
 _lock = threading.RLock()
+_callers: ContextVar[Autocast | None] = ContextVar("_callers", default=None)
+
+
+def callers_autocast() -> Autocast:
+    """In which precision the caller lets a model compute, also inside of `own_arithmetic`."""
+    outer = _callers.get()
+    if outer is not None:
+        return outer
+    kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    return tuple((kind, torch.get_autocast_dtype(kind)) for kind in kinds)
+
+
+@contextmanager
+def under_autocast(wanted: Autocast) -> Iterator[None]:
+    """Inside, autocast is as wanted, and off on all other devices."""
+    with ExitStack() as stack:
+        for kind in ("cpu", "cuda"):
+            dtype = dict(wanted).get(kind)
+            if dtype is not None or torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, dtype, dtype is not None))
+        yield
+
+
+@contextmanager
+def own_arithmetic() -> Iterator[None]:
+    """Inside, tensors have gradients and their own precision, whatever the caller is in.
+
+    Autocast is for the model: `under_autocast(callers_autocast())` is how it is run.
+    """
+    token = _callers.set(callers_autocast())
+    try:
+        with torch.inference_mode(False), under_autocast(()):
+            yield
+    finally:
+        _callers.reset(token)
 
 
 class Switch:
@@ -77,17 +119,24 @@ class Switch:
 class _Use:
     """One user's scope. Leaving it twice does no harm."""
 
+    _switch: Switch | None = None  # of a scope that an interrupt ended before it began
+
     def __init__(self, switch: Switch) -> None:
         self._switch = switch
 
     def __enter__(self) -> None:
-        self._switch._enter(id(self))
+        if self._switch is not None:
+            self._switch._enter(id(self))
 
     def __exit__(self, *_: object) -> None:
-        self._switch._exit(id(self))
+        self._exit()
 
     def __del__(self) -> None:  # an interrupt came between __enter__ and its block
-        self._switch._exit(id(self))
+        self._exit()
+
+    def _exit(self) -> None:
+        if self._switch is not None:
+            self._switch._exit(id(self))
 
 
 # --- attention ------------------------------------------------------------------------------------
@@ -150,19 +199,21 @@ eager = Switch(_read_stance, _write_stance, _eager)
 
 
 class whole_transforms:  # noqa: N801 - a scope, as the functions of contextlib are
-    """A scope that ends the transforms of torch.func which an interrupt inside has left open.
+    """A scope that ends the transforms and the modes which an interrupt inside has left open.
 
-    torch opens a transform and enters the block that closes it in two lines. An interrupt between
-    them would leave the transform open for all that follows in the process.
+    torch opens a transform of torch.func, or switches gradients off, and enters the block that
+    closes it in two lines. An interrupt between them would leave it so for all that follows.
     """
 
     def __enter__(self) -> None:
+        self._grad = torch.is_grad_enabled()
         self._depth = torch._C._functorch.get_dynamic_layer_stack_depth()
         self._level = forward_ad._current_level
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             return
+        torch.set_grad_enabled(self._grad)
         if torch._C._functorch.get_dynamic_layer_stack_depth() > self._depth:
             torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(self._depth)
         while forward_ad._current_level > self._level:

@@ -14,7 +14,7 @@ R = TypeVar("R")
 
 
 class Table(Sequence[R], Generic[R]):
-    """Dataclass rows that print as a table; a column that is empty throughout is left out.
+    """Dataclass rows that print as a table, without columns that are empty or zero throughout.
 
     Args:
         rows: of one dataclass, whose fields name the columns.
@@ -36,11 +36,11 @@ class Table(Sequence[R], Generic[R]):
         return len(self._rows)
 
     def _columns(self) -> list[list[str]]:
-        """Those that are not empty, each with its name first."""
+        """Those that are not empty or zero, each with its name first."""
         columns = []
         for each in fields(self._rows[0]):  # type: ignore[arg-type]
             cells = [_cell(getattr(row, each.name)) for row in self._rows]
-            if any(cells):
+            if any(cell not in ("", "0") for cell in cells):
                 columns.append([each.name, *cells])
         return columns
 

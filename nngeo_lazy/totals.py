@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .errors import DataError, NonFiniteError
 from .likelihoods.likelihood import NonFinite
+from .precision import widest
 from .quantities import Quantity
 
 __all__ = ["Counts", "Totals"]
@@ -31,7 +32,7 @@ class Totals:
         self.quantity = quantity
         self._examples = 0
         self._terms = torch.zeros((), dtype=torch.int64, device=device)
-        self._denominator = torch.zeros((), dtype=torch.float64, device=device)
+        self._denominator = torch.zeros((), dtype=widest(device), device=device)
         self._flags: dict[str, Tensor] = {}
         self._log_likelihood: Tensor | None = torch.zeros_like(self._denominator)
 

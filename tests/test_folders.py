@@ -103,6 +103,14 @@ def test_what_is_made_of_stored_blocks_is_stored(F, folder):
     ]
     close(*slopes, 1e-12)
     assert ng.merge([lazy, F]).num_examples == 12
+    x, y = torch.randn(4, 1, 3, 3, dtype=torch.float64), torch.arange(4) % 3
+    model = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Flatten(), nn.Linear(8, 3)).double()
+    ekfac = ng.FIM(model, (x, y), "ekfac")
+    ng.save(ekfac, f"{folder.parent}/E/")
+    fresh = [
+        ng.update_diag(op, model, (x, y)) for op in (ekfac, ng.load(folder.parent / "E", lazy=True))
+    ]
+    assert torch.equal(fresh[0].to_dense(), fresh[1].to_dense())
     again = pickle.loads(pickle.dumps(lazy))
     assert torch.equal(again @ v, F @ v)
 

@@ -35,7 +35,7 @@ class Watching:
 
 
 def test_factors_and_bases_are_never_alive_twice(monkeypatch):
-    monkeypatch.setattr("nngeo_lazy.sweep.KEPT_BYTES", 0)  # so that the second pass reads the data
+    monkeypatch.setattr("nngeo_lazy.kept.KEPT_BYTES", 0)  # so that the second pass reads the data
     data = Watching(36)
     before = held(37)
     E = ng.FIM(nn.Linear(36, 2), data, "ekfac", likelihood="gaussian")

@@ -6,6 +6,7 @@ from torch import nn
 
 import nngeo_lazy as ng
 from nngeo_lazy.errors import DataError, SpaceMismatchError, TooLargeError
+from nngeo_lazy.jacobian import registry
 from nngeo_lazy.likelihoods import Categorical
 from nngeo_lazy.representations import KFAC, LowRank, Mixed
 
@@ -101,3 +102,94 @@ def test_gauss_newton_plan():
     model, x, y = nn.Linear(3, 2), torch.randn(4, 3), torch.randn(4, 2)
     plan = ng.plan(ng.GGN, model, (x, y), "kfac", loss=nn.MSELoss())
     assert plan.directions == 2
+
+
+class Scaled(nn.Module):
+    """A module of a kind whose form is refused, so that its parameter takes the general way."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4))
+
+    def forward(self, x):
+        return x * self.weight
+
+
+class Ways(nn.Module):
+    """Two parameters of modules without a form, in a network that runs in some ways only."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 3)
+        self.u, self.w = Scaled(), Scaled()
+        self.kind = kind
+
+    def forward(self, x):
+        if self.kind != "vmap":
+            float(x.sum())  # refused under vmap
+        if self.kind == "masked" and len(x) != 6:
+            raise ValueError("six examples alone")
+        h = torch.tanh(self.first(x))
+        if self.kind == "indexed":
+            h = h[torch.arange(len(x))]
+        return self.last(self.w(self.u(h)))
+
+
+WAYS = {  # forward and backward passes for R directions and N examples
+    "form": lambda r, n: (1, r),
+    "indexed": lambda r, n: (1, r + 2),
+    "vmap": lambda r, n: (1 + r, r + r),
+    "slices": lambda r, n: (2, r + r),
+    "masked": lambda r, n: (1, r + r * n),
+}
+
+
+@pytest.mark.parametrize("estimator", ["mc", "exact"])
+@pytest.mark.parametrize("kind", WAYS)
+def test_the_plan_counts_the_passes_of_the_network(kind, estimator, monkeypatch):
+    """A further batch takes as many, forward and backward, as the plan says."""
+    formless = kind not in ("form", "indexed")
+    if formless:
+        ng.register_layer(Scaled, lambda call, output: "not today")
+    try:
+        compare_passes(kind, estimator, formless, monkeypatch)
+    finally:
+        registry._unregister(Scaled)
+
+
+def compare_passes(kind, estimator, formless, monkeypatch):
+    n, counts, gradients = 6, {}, torch.autograd.grad
+    batches = [(torch.randn(n, 3), torch.randint(3, (n,))) for _ in range(3)]
+    model = Ways(kind)
+    seen = {"forward": [], "backward": [], "outputs": []}
+
+    def call(model, batch):
+        out = model(batch[0])
+        whole = kind == "vmap" and len(out) == 1  # which stands for all examples
+        seen["forward"].append(n if whole else len(out))
+        seen["outputs"].append(out)
+        return out
+
+    def grad(roots, *args, **options):
+        for root in [roots] if isinstance(roots, torch.Tensor) else roots:
+            seen["backward"].extend(len(out) for out in seen["outputs"] if out is root)
+        return gradients(roots, *args, **options)
+
+    options = {"forward": call, "likelihood": "categorical", "estimator": estimator}
+    for many in (2, 3):
+        for each in seen.values():
+            each.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.autograd, "grad", grad)
+            ng.FIM(model, batches[:many], "diagonal", **options)
+        counts[many] = sum(seen["forward"]) / n, sum(seen["backward"]) / n
+    forward, backward = (b - a for a, b in zip(counts[2], counts[3], strict=True))
+    plan = ng.plan(ng.FIM, model, batches, "diagonal", **options)
+    directions = 1 if estimator == "mc" else 2
+    assert (plan.forward, plan.backward) == WAYS[kind](directions, n)
+    assert forward == pytest.approx(plan.forward)
+    inside = directions if kind == "vmap" else 0  # autograd is not asked for those of vmap
+    assert backward == pytest.approx(plan.backward - inside)
+    own = [row.passes for row in plan if row.passes]  # one pass for both parameters
+    assert own == ([plan.forward - 1 + plan.backward - directions] if formless else [])
+    assert f"{plan.forward} forward and {plan.backward} backward for each batch" in repr(plan)

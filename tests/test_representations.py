@@ -222,7 +222,7 @@ def test_low_rank_of_parameters_that_are_not_used():
 
 
 def test_orders_of_a_loaders_own_generator_repeat(monkeypatch):
-    monkeypatch.setattr("nngeo_lazy.sweep.KEPT_BYTES", 0)
+    monkeypatch.setattr("nngeo_lazy.kept.KEPT_BYTES", 0)
     case = case_of("mlp")
     data = torch.utils.data.TensorDataset(case.net.batch, case.labels)
     traces = []
@@ -299,3 +299,22 @@ def test_bad_rank():
     for rank in (0, 1.5):
         with pytest.raises(DataError, match="expected rank to be a positive integer"):
             LowRank(rank=rank)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pinv_of_an_ekfac_of_few_examples(dtype):
+    """Free eigenvalues of zero are squares of what a computed eigenvector is off by."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).to(dtype)
+    data = torch.randn(3, 3, dtype=dtype), torch.randint(2, (3,))
+    F = ng.FIM(model, data, "ekfac", likelihood="categorical", estimator="empirical")
+    wide = ng.FIM(
+        model.double(),
+        (data[0].double(), data[1]),
+        "ekfac",
+        likelihood="categorical",
+        estimator="empirical",
+    )
+    want = torch.linalg.pinv(wide.to_dense(), hermitian=True, rtol=1e-14)
+    close(F.pinv().norm().double(), want.norm(), 1e-3 if dtype == torch.float32 else 1e-6)
+    assert float(F.logdet()) == float("-inf")

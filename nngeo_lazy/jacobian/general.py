@@ -104,6 +104,17 @@ class GeneralRows:
             + "; ".join(reasons)
         )
 
+    def passes(self, directions: int, chunks: int, n: int) -> tuple[int, int]:
+        """Forward and backward passes over all n examples of a batch.
+
+        Args:
+            directions: of the batch.
+            chunks: into which they are cut.
+            n: the examples of the batch.
+        """
+        forward = {Way.VMAP: directions, Way.SLICES: chunks, Way.MASKED: 0}
+        return forward[self.way], directions * (n if self.way is Way.MASKED else 1)
+
     def __call__(
         self, raw: Any, outputs: Tensor, directions: Tensor, start: int, stop: int
     ) -> Tensor:
@@ -141,7 +152,8 @@ class GeneralRows:
     ) -> Tensor:
         rows = []
         for k in range(start, stop):
-            out = self.forward(self.model, cut(raw, self._leaves, slice(k, k + 1)))
+            with torch.enable_grad():  # rows may be asked for where there is none
+                out = self.forward(self.model, cut(raw, self._leaves, slice(k, k + 1)))
             rows.append(torch.stack([self._flat(out, d[k : k + 1]) for d in directions]))
         return torch.stack(rows, 1)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from .. import tree
+from ..errors import UnsupportedLayerError
 from .folds import Fold, Ragged
 from .forms import Form, Rows
 from .general import GeneralRows, Way, cut, example_leaves
@@ -64,13 +65,20 @@ class Pass:
         calls = [call for call in recorder.calls if call.output.numel()]
         empty = [call for call in recorder.calls if not call.output.numel()]
         idle = _names(empty).difference(_names(calls), recorder.formless)
+        signature = signature_of(outputs, parameters)
+        if "CheckpointFunctionBackward" in signature.nodes:
+            raise UnsupportedLayerError(
+                "expected a model whose layers' gradients can be asked for, but it checkpoints "
+                "activations with use_reentrant=True, within which torch gives none: checkpoint "
+                "with use_reentrant=False, or take representation='implicit'"
+            )
         return cls(
             raw,
             outputs,
             calls,
             recorder.formless,
             recorder.examples,
-            signature_of(outputs, parameters),
+            signature,
             frozenset(idle),
         )
 
@@ -201,8 +209,7 @@ class Recorded:
             root: where backward passes start, in the place of recorded outputs that have no graph;
                 the graph is then somebody else's, and stays. Otherwise the last one frees it.
         """
-        one = sum(self.record.calls[k].shape.numel() for k in self._used) * self.dtype.itemsize
-        step = max(1, CHUNK_BYTES // max(1, one))
+        step = self._step
         general = self.plan.general
         masked = general is not None and general.way is Way.MASKED
         start = self.record.outputs if root is None else root
@@ -232,6 +239,24 @@ class Recorded:
         if not speaking or not bool(torch.stack(speaking).any()):
             return self
         return replace(self, plan=self.prove(self.record), _inputs={})
+
+    @property
+    def _step(self) -> int:
+        """How many directions are stacked."""
+        one = sum(self.record.calls[k].shape.numel() for k in self._used) * self.dtype.itemsize
+        return max(1, CHUNK_BYTES // max(1, one))
+
+    def general_passes(self, directions: int) -> tuple[int, int]:
+        """Forward and backward passes of the whole network on the general way, in a batch."""
+        if self.plan.general is None:
+            return 0, 0
+        chunks = -(-directions // self._step)
+        return self.plan.general.passes(directions, chunks, self.record.n)
+
+    @property
+    def proofs(self) -> int:
+        """Backward passes of the self-check that each batch like this one takes (`signature`)."""
+        return 0 if self.record.signature.alike else 2
 
     @property
     def edges(self) -> list[GradientEdge]:

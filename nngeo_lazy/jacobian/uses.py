@@ -96,6 +96,8 @@ class Use:
     slots: Mapping[str, Tensor] | None = None
 
     def __post_init__(self) -> None:
+        if self.x.layout is not torch.strided:
+            object.__setattr__(self, "x", self.x.to_dense())
         grid = (self.grid, self.gradients, self.inputs)
         if any(part is None for part in grid) == (self.rows is None and self.local is None):
             raise ValueError("expected a Use with either rows, or grid, gradients and inputs")

@@ -19,6 +19,7 @@ from ..network import Network
 from ..operators import BaseLinearOperator
 from ..operators.damping import DampingLike
 from ..operators.vectors import VectorLike
+from ..precision import widest
 from ..prediction import METHODS, Prediction, labels, labels_of_draws, needs_all_pairs
 from .checks import flat_vector, likelihood_of, num_examples_of, positive, space_in
 from .fitting import chosen, maximised
@@ -375,7 +376,7 @@ class Laplace:
         The evidence is a difference of large sums, and a weak prior is below single precision's
         rounding of F.
         """
-        return self._inner if self._inner.iterates else self._inner.to(torch.float64)
+        return self._inner if self._inner.iterates else self._inner.to(widest(self._inner.device))
 
     def _terms(self, noise: Any = None) -> Any:
         """How often F counts: N, less if the posterior is warm or the labels are noisy."""
@@ -393,7 +394,11 @@ class Laplace:
 
     def _prior(self, given: DampingLike) -> Tensor:
         """The diagonal of a prior precision, of the parameters that are uncertain, in float64."""
-        whole = self.operator if self.operator.iterates else self.operator.to(torch.float64)
+        whole = (
+            self.operator
+            if self.operator.iterates
+            else self.operator.to(widest(self.operator.device))
+        )
         return self._own(positive(whole, given))
 
     def _own(self, vector: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ..arguments import as_numbers, check_fields
 from ..errors import DataError
+from ..precision import widened, widest
 from .likelihood import NOT_FINITE, Likelihood, check_outputs, labels_needed, standard_normal, wide
 
 __all__ = ["Categorical"]
@@ -111,15 +112,28 @@ class Categorical(Likelihood):
             )
         if target is None:
             return
-        if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        if target.dtype == torch.bool:
+            raise DataError(
+                "expected integer class labels, got a target of torch.bool: convert it with "
+                ".long(); if it is a mask, pass batches ((inputs, mask), target), or target="
+            )
+        if target.is_floating_point() or target.is_complex():
             raise DataError(
                 f"expected integer class labels, got a target of {target.dtype}: convert it with "
                 ".long(), or take another likelihood"
             )
         if list(target.shape) != positions:
+            n = target.shape[0] if target.dim() else 0
+            others = [k for k, size in enumerate(outputs.shape) if k and size == n]
+            hint = ""
+            if others and outputs.shape[0] != n:
+                hint = (
+                    f": if the examples are in dimension {others[0]} of the outputs, pass "
+                    f"forward=lambda model, batch: model(batch[0]).movedim({others[0]}, 0)"
+                )
             raise DataError(
                 f"expected a target of shape {tuple(positions)} for outputs {tuple(outputs.shape)} "
-                f"with the classes in dimension {dim}, got {tuple(target.shape)}"
+                f"with the classes in dimension {dim}, got {tuple(target.shape)}{hint}"
             )
 
     def target_of(self, outputs: Tensor, gradient: Tensor) -> Tensor | None:
@@ -230,7 +244,7 @@ class Categorical(Likelihood):
         """
         logits, labels, mask = self._canonical(outputs, target)
         root_of_kappa = self._kappa(labels, mask, target).sqrt()
-        p = logits.double().softmax(-1)  # (N,T,C); in float32 small ones would lose their digits
+        p = widened(logits).softmax(-1)  # (N,T,C); in float32 small ones would lose their digits
         tail = p.flip(-1).cumsum(-1).flip(-1)
         after = tail[..., 1:]
         scale = (p[..., :-1] * _ratio(after, tail[..., :-1])).sqrt() * root_of_kappa
@@ -278,7 +292,7 @@ class Categorical(Likelihood):
 
     @cached_property
     def _weight(self) -> Tensor:
-        return torch.tensor(self.weight, dtype=torch.float64)
+        return torch.tensor(self.weight, dtype=widest())
 
     def _kappa(self, labels: Tensor, mask: Tensor, target: Tensor | None) -> Tensor:
         """The mass of each position's target, zero if it is masked: (N, T, 1)."""

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from ..arguments import as_numbers, check_fields
 from ..errors import DataError
+from ..precision import widened, widest
 from .likelihood import (
     NOT_FINITE,
     Likelihood,
@@ -158,7 +159,7 @@ class Bernoulli(Elementwise):
 
     @cached_property
     def _weight(self) -> Tensor:
-        return torch.tensor(self.pos_weight, dtype=torch.float64)
+        return torch.tensor(self.pos_weight, dtype=widest())
 
     def _root_of_kappa(self, outputs: Tensor, target: Tensor | None) -> Tensor | float:
         """The root of 1 + (w - 1) y, by which the weight multiplies that of the Hessian."""
@@ -252,7 +253,7 @@ class Poisson(Elementwise):
     ) -> Tensor:
         # In float64: exp(f) - y cancels. Large rates have no count that a 64-bit integer holds,
         # and NaN, which is flagged, must not crash the draw.
-        rate = outputs.double().exp().nan_to_num(nan=0.0)
+        rate = widened(outputs).exp().nan_to_num(nan=0.0)
         noise = torch.randn(rate.shape, dtype=rate.dtype, device=rate.device, generator=generator)
         counted = rate.clamp(max=COUNTED)
         score = counted - torch.poisson(counted, generator=generator)

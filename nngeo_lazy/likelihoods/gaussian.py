@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..arguments import as_numbers, check_fields
 from ..errors import DataError
+from ..precision import widened
 from .elementwise import Elementwise
 from .likelihood import broadcasts, standard_normal, wide
 
@@ -124,7 +125,7 @@ class Gaussian(Elementwise):
     @cached_property
     def _root_of_precision(self) -> Tensor:
         """S = L^-T of the Cholesky factor L of the covariance: S S^T is its inverse. (C, C)."""
-        sigma = torch.as_tensor(self.variance).detach().double()
+        sigma = widened(torch.as_tensor(self.variance).detach())
         factor, info = torch.linalg.cholesky_ex(sigma)
         # As exact as the covariance can be in its own dtype.
         rounding = 100 * torch.finfo(wide(torch.as_tensor(self.variance)).dtype).eps

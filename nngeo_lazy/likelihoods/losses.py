@@ -21,6 +21,7 @@ from ..errors import (
     NotPositiveDefiniteError,
     UnsupportedLayerError,
 )
+from ..precision import widened, widest
 from .categorical import Categorical
 from .elementwise import Bernoulli, Poisson
 from .gaussian import Gaussian
@@ -220,7 +221,7 @@ class CallableLoss(Likelihood):
         # even if all entries are small.
         rounding = 10 * math.sqrt(size) * torch.finfo(outputs.dtype).eps
         for tile in hessians.split(max(1, TILE_BYTES // max(8 * size * size, 1))):
-            values, vectors = torch.linalg.eigh(tile.double())
+            values, vectors = torch.linalg.eigh(widened(tile))
             floor = -rounding * values.abs().amax(-1, keepdim=True).clamp(min=1)
             convex &= (values >= floor).all()
             tile.copy_(vectors * values.clamp(min=0).sqrt().unsqueeze(-2))
@@ -283,7 +284,7 @@ class Reduction:
         part: Tensor | int = outputs.shape[0] if self.kind == "examples" else 0
         if self.count is not None:
             part = self.count(outputs, target)
-        return torch.as_tensor(part, dtype=torch.float64, device=outputs.device).detach()
+        return torch.as_tensor(part, dtype=widest(outputs.device), device=outputs.device).detach()
 
     def total(self, denominators: float) -> float:
         """What to divide by, from the sum of the batches' parts.
@@ -422,4 +423,4 @@ def _elements(outputs: Tensor, target: Tensor | None) -> int:
 
 def _weights(classes: Categorical) -> Count:
     """The weight of the labels that are not ignored."""
-    return lambda outputs, target: classes.label_weights(outputs, target).sum(dtype=torch.float64)
+    return lambda outputs, target: widened(classes.label_weights(outputs, target)).sum()

@@ -18,6 +18,7 @@ from ..operators.convert import aslinearoperator
 from ..operators.damping import DampingAmount
 from ..operators.lazy import closed_forms_only
 from ..operators.warn import falls_short, warn_of_estimate
+from ..precision import widened
 from .functions import Function, evaluated
 from .spectra import _like, require_symmetric_operator
 
@@ -316,7 +317,7 @@ def _of_function(
                 return Estimate(evaluated(function, values, what).sum(), _zero(operator), 0)
         steps, n = options.steps or STEPS, operator.shape[-1]
         if method == "auto" and n <= (options.probes or QUADRATURES) * min(steps, MIN_STEPS):
-            values = torch.linalg.eigvalsh(operator._dense().double())
+            values = torch.linalg.eigvalsh(widened(operator._dense()))
             total = evaluated(function, values, what, operator.dtype).sum()
             return Estimate(total.to(operator.dtype), _zero(operator), n)
         found = linalg.quadrature_trace(

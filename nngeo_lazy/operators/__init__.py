@@ -47,6 +47,7 @@ from .matrix_free import (
 from .quasi_diagonal import QuasiDiagonalLinearOperator
 from .report import Report, Row
 from .scipy import ScipyOperator
+from .sharded import ShardedBlockDiagonalLinearOperator
 from .stack import StackLinearOperator
 from .stored import StoredLinearOperator
 from .views import (
@@ -87,6 +88,7 @@ __all__ = [
     "Row",
     "ScaledLinearOperator",
     "ScipyOperator",
+    "ShardedBlockDiagonalLinearOperator",
     "StackLinearOperator",
     "StoredLinearOperator",
     "SumLinearOperator",

@@ -185,7 +185,14 @@ class BaseLinearOperator(ContractLinearOperator):
     # --- damping ---------------------------------------------------------------------------------
 
     @checked
-    def damped(self, damping: DampingLike, method: str = "exact") -> BaseLinearOperator:
+    def damped(
+        self,
+        damping: DampingLike,
+        method: str = "exact",
+        *,
+        use_pi: bool = True,
+        minimum: NonNegative = 0.0,
+    ) -> BaseLinearOperator:
         """F + diag(damping), structure kept; differentiable in the damping.
 
         Args:
@@ -194,6 +201,8 @@ class BaseLinearOperator(ContractLinearOperator):
             method: "exact", or "factored" for Kronecker blocks: (left + sqrt(d)/pi I) kron
                 (right + pi sqrt(d) I) with pi^2 = (tr(right)/dim right) / (tr(left)/dim left)
                 (Martens and Grosse 2015, section 6.3). Other blocks are damped exactly.
+            use_pi: whether factored damping has that pi; else it is 1.
+            minimum: the least that factored damping adds to a factor.
 
         Raises:
             NotPositiveDefiniteError: negative damping.
@@ -205,7 +214,8 @@ class BaseLinearOperator(ContractLinearOperator):
                 "docs/representations.md explains them"
             )
         self._require_square("damped")
-        return self._altered(self._damp(resolve_damping(self, damping), method))
+        given = replace(resolve_damping(self, damping), use_pi=use_pi, minimum=minimum)
+        return self._altered(self._damp(given, method))
 
     def add_diagonal(self, diag: Any) -> Any:
         """F + diag(diag), of any sign: a float, (), (1,) or (P,), or batched (..., P)."""
@@ -286,12 +296,22 @@ class BaseLinearOperator(ContractLinearOperator):
         return self._altered(self._power(float(p)))
 
     @checked
-    def pinv(self, rcond: NonNegative | None = None) -> BaseLinearOperator:
-        """The pseudo-inverse; eigenvalues up to `rcond` times the largest count as zero.
+    def pinv(
+        self, rcond: NonNegative | None = None, *, atol: NonNegative | None = None
+    ) -> BaseLinearOperator:
+        """The pseudo-inverse; eigenvalues up to a cut-off count as zero.
 
-        By default those that are zero up to rounding.
+        Args:
+            rcond: relative to the largest. By default what is zero up to rounding.
+            atol: absolute; with both, the larger one of the two cut-offs holds.
         """
         self._require_square("pinv")
+        if atol is not None:
+            with torch.no_grad():
+                largest = float(self._norm(2).max())
+            # past the largest one nothing is left
+            relative = atol / largest if largest > 0 else 1.0
+            rcond = relative if rcond is None else max(rcond, relative)
         return self._altered(self._pinv(rcond))
 
     @checked

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, TypeGuard, cast
+from typing import Any, TypeGuard, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from .damping import Damping
 from .info import Info
 
 __all__ = ["BlockDiagonalLinearOperator"]
+
+Result = TypeVar("Result")
 
 
 class BlockDiagonalLinearOperator(BaseLinearOperator):
@@ -34,6 +36,7 @@ class BlockDiagonalLinearOperator(BaseLinearOperator):
         names: of the blocks; by default their positions.
         layouts: where each block lies in the flat vector, which they partition; by default one
             after the other.
+        **fields: what else an operator of a subclass is.
 
     Example:
         >>> from nngeo_lazy.operators import DenseLinearOperator, DiagonalLinearOperator
@@ -49,6 +52,7 @@ class BlockDiagonalLinearOperator(BaseLinearOperator):
         info: Info | None = None,
         names: Iterable[str] | None = None,
         layouts: Iterable[Layout] | None = None,
+        **fields: Any,
     ) -> None:
         if not blocks:
             raise ValueError("expected at least one block")
@@ -62,7 +66,7 @@ class BlockDiagonalLinearOperator(BaseLinearOperator):
                 f"expected a name and a layout for each block, of sizes "
                 f"{[m.shape[-1] for m in members]}, got {len(self.names)} names and sizes {sizes}"
             )
-        super().__init__(*members, info=info, names=self.names, layouts=self.layouts)
+        super().__init__(*members, info=info, names=self.names, layouts=self.layouts, **fields)
         self.members = members
 
     @property
@@ -76,47 +80,87 @@ class BlockDiagonalLinearOperator(BaseLinearOperator):
 
     # --- maps -----------------------------------------------------------------------------------
 
+    def _each(
+        self,
+        function: Callable[[int, BaseLinearOperator], Result],
+        absent: Callable[[int, BaseLinearOperator], Result],
+        *vectors: Tensor,
+    ) -> list[Result]:
+        """A function of each block; `absent` is it for a block whose numbers another process has.
+
+        Args:
+            function: of the block's number and the block.
+            absent: zeros in the function's place.
+            *vectors: that all processes have.
+        """
+        found = []
+        for k, (name, block) in enumerate(zip(self.names, self.members, strict=True)):
+            with _named(name):
+                found.append(function(k, block))
+        return found
+
+    def _summed(self, own: Tensor) -> Tensor:
+        """The sum over the processes that have blocks."""
+        return own
+
+    def _zeros(self, block: BaseLinearOperator, shape: torch.Size, *links: Tensor) -> Tensor:
+        """Zeros in the place of a block's numbers, in the graph of all that these depend on."""
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    def _copied(self, tensor: Tensor) -> Tensor:
+        """A tensor that all of these processes have, whose gradient is the sum of theirs."""
+        return tensor
+
     def _columns(
         self, function: Callable[[int, BaseLinearOperator, Tensor], Tensor], v: Tensor
     ) -> Tensor:
         """Each block's coordinates of (..., P, k), through a function, and back."""
-        placed: list[tuple[int, Tensor]] = []
-        for k, (name, layout, block) in enumerate(self.parts):
-            with _named(name):
-                placed += layout.scatter(function(k, block, layout.gather(v)))
-        return assemble(placed)
+        v = self._copied(v)
+
+        def through(k: int, block: BaseLinearOperator) -> list[tuple[int, Tensor]]:
+            layout = self.layouts[k]
+            return layout.scatter(function(k, block, layout.gather(v)))
+
+        def zeros(k: int, block: BaseLinearOperator) -> list[tuple[int, Tensor]]:
+            layout = self.layouts[k]
+            return layout.scatter(self._zeros(block, layout.gather(v).shape, v))
+
+        placed = self._each(through, zeros, v)
+        return self._summed(assemble([part for parts in placed for part in parts]))
 
     def _entries(self, function: Callable[[BaseLinearOperator], Tensor]) -> Tensor:
         """A vector (p,) of each block, as one (P,)."""
-        placed: list[tuple[int, Tensor]] = []
-        for name, layout, block in self.parts:
-            with _named(name):
-                placed += layout.scatter(function(block).unsqueeze(-1))
-        return assemble(placed).squeeze(-1)
+
+        def zeros(k: int, block: BaseLinearOperator) -> Tensor:
+            return self._zeros(block, block.shape[-1:])
+
+        return self._placed(self._each(lambda k, b: function(b), zeros))
+
+    def _placed(self, entries: Iterable[Tensor]) -> Tensor:
+        """Vectors (p,) of all blocks, as one (P,)."""
+        pairs = zip(self.layouts, entries, strict=True)
+        placed = [part for layout, own in pairs for part in layout.scatter(own.unsqueeze(-1))]
+        return self._summed(assemble(placed)).squeeze(-1)
 
     def _numbers(self, function: Callable[[BaseLinearOperator], Tensor]) -> Tensor:
         """A number of each block, stacked."""
-        values = []
-        for name, _, block in self.parts:
-            with _named(name):
-                values.append(function(block))
-        return torch.stack(values)
+
+        def zero(k: int, block: BaseLinearOperator) -> Tensor:
+            return self._zeros(block, torch.Size(()))
+
+        return self._summed(torch.stack(self._each(lambda k, b: function(b), zero)))
 
     def _map(
-        self, function: Callable[[BaseLinearOperator], BaseLinearOperator]
+        self, function: Callable[[int, BaseLinearOperator], BaseLinearOperator]
     ) -> BlockDiagonalLinearOperator:
         """An operator of each block."""
-        blocks = []
-        for name, _, block in self.parts:
-            with _named(name):
-                blocks.append(function(block))
-        return self._of(blocks)
+        return self._of(self._each(function, function))
 
     def _of(
         self, blocks: Iterable[BaseLinearOperator], info: Info | None = None
     ) -> BlockDiagonalLinearOperator:
         """Other blocks in the same coordinates."""
-        made = BlockDiagonalLinearOperator(*blocks, **self._kwargs)
+        made = self.__class__(*blocks, **self._kwargs)
         return made if info is None else cast(BlockDiagonalLinearOperator, made._with_info(info))
 
     def _joined(
@@ -125,7 +169,11 @@ class BlockDiagonalLinearOperator(BaseLinearOperator):
         """A function of each pair of blocks, if both have the same ones."""
         if not self.same_blocks(other):
             return NotImplemented
-        return self._of(map(function, self.members, other.members), info)
+
+        def both(k: int, a: BaseLinearOperator) -> BaseLinearOperator:
+            return cast(BaseLinearOperator, function(a, other.members[k]))
+
+        return self._of(self._each(both, lambda k, a: a), info)
 
     # --- primitives -----------------------------------------------------------------------------
 
@@ -139,7 +187,7 @@ class BlockDiagonalLinearOperator(BaseLinearOperator):
         return torch.Size((size, size))
 
     def _transpose_nonbatch(self) -> BaseLinearOperator:
-        return self._map(lambda b: cast(BaseLinearOperator, b._transpose_nonbatch()))
+        return self._map(lambda k, b: cast(BaseLinearOperator, b._transpose_nonbatch()))
 
     def _apply(self, v: Tensor) -> Tensor:
         return self._columns(lambda k, b, part: b._apply(part), v)
@@ -164,14 +212,16 @@ class BlockDiagonalLinearOperator(BaseLinearOperator):
         return self._columns(lambda k, b, part: b._solve(part, krylov=each[k]), v)
 
     def _damp(self, damping: Damping, method: str) -> BaseLinearOperator:
-        blocks = []
-        for name, layout, block in self.parts:
-            with _named(name):
-                blocks.append(block._damp(Damping(damping.on(layout)), method))
-        return self._of(blocks)
+        tensors = (damping.value, *(constant for _, constant in damping.constants))
+        copies = {id(t): self._copied(t) for t in tensors}  # one constant stays one object
+        constants = tuple((where, copies[id(c)]) for where, c in damping.constants)
+        damping = replace(damping, value=copies[id(damping.value)], constants=constants)
+        own = [replace(damping, value=damping.on(layout), constants=()) for layout in self.layouts]
+        return self._map(lambda k, b: b._damp(own[k], method))
 
     def _scale(self, c: float | Tensor) -> BaseLinearOperator:
-        return self._map(lambda b: b._scale(c))
+        c = self._copied(c) if isinstance(c, Tensor) else c
+        return self._map(lambda k, b: b._scale(c))
 
     def _diagonal(self) -> Tensor:
         return self._entries(lambda b: b._diagonal())
@@ -191,45 +241,50 @@ class BlockDiagonalLinearOperator(BaseLinearOperator):
         return norms.max() if ord == 2 else norms.min()
 
     def _inverse(self) -> BaseLinearOperator:
-        return self._map(lambda b: b._inverse())
+        return self._map(lambda k, b: b._inverse())
 
     def _power(self, p: float) -> BaseLinearOperator:
-        return self._map(lambda b: b._power(p))
+        return self._map(lambda k, b: b._power(p))
 
     def _pinv(self, rcond: float | None) -> BaseLinearOperator:
         if rcond is None:
-            return self._map(lambda b: b._pinv(None))
+            return self._map(lambda k, b: b._pinv(None))
         with torch.no_grad():
-            sizes = [float(b._norm(2)) for b in self.members]
+            sizes = self._numbers(lambda b: b._norm(2)).tolist()
         limit = rcond * max(sizes)  # of the whole matrix
-        blocks = []
-        for size, (name, _, block) in zip(sizes, self.parts, strict=True):
-            with _named(name):
-                blocks.append(block._pinv(limit / size if size else 1.0))
-        return self._of(blocks)
+        return self._map(lambda k, b: b._pinv(limit / sizes[k] if sizes[k] else 1.0))
 
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
-        placed: list[tuple[int, Tensor]] = []
-        for name, layout, block in self.parts:
-            with _named(name):
-                placed += layout.scatter(block._draw(n, generator))
-        return assemble(placed)
+        generators = self._generators(generator)
+
+        def zeros(k: int, block: BaseLinearOperator) -> Tensor:
+            return self._zeros(block, torch.Size((block.shape[-1], n)))
+
+        draws = self._each(lambda k, b: b._draw(n, generators[k]), zeros)
+        pairs = zip(self.layouts, draws, strict=True)
+        return self._summed(
+            assemble([part for layout, own in pairs for part in layout.scatter(own)])
+        )
+
+    def _generators(self, generator: torch.Generator | None) -> list[torch.Generator | None]:
+        """Of each block's draws."""
+        return [generator] * len(self.members)
 
     def _eigensystem(self) -> tuple[Tensor, BaseLinearOperator]:
-        values: list[tuple[int, Tensor]] = []
-        bases = []
-        for name, layout, block in self.parts:
-            with _named(name):
-                own, basis = block._eigensystem()
-            values += layout.scatter(own.unsqueeze(-1))
-            bases.append(basis)
-        return assemble(values).squeeze(-1), self._of(bases)
+        def zeros(k: int, block: BaseLinearOperator) -> tuple[Tensor, BaseLinearOperator]:
+            return self._zeros(block, block.shape[-1:]), block
+
+        found = self._each(lambda k, b: b._eigensystem(), zeros)
+        return self._placed([values for values, _ in found]), self._of([b for _, b in found])
 
     def _dense(self) -> Tensor:
-        dense: Tensor = torch.block_diag(*(b._dense() for b in self.members))
+        def zeros(k: int, block: BaseLinearOperator) -> Tensor:
+            return self._zeros(block, block.shape)
+
+        dense: Tensor = torch.block_diag(*self._each(lambda k, b: b._dense(), zeros))
         where = torch.cat([layout.positions() for layout in self.layouts]).to(self.device)
         back = where.argsort()
-        return dense[back[:, None], back[None, :]]
+        return self._summed(dense[back[:, None], back[None, :]])
 
     def _restrict(self, names: tuple[str, ...]) -> BaseLinearOperator:
         space = self.space
@@ -253,7 +308,8 @@ class BlockDiagonalLinearOperator(BaseLinearOperator):
             blocks.append(block)
             layouts.append(chosen.shifted(moves))
             kept.append(name)
-        return BlockDiagonalLinearOperator(*blocks, info=info, names=kept, layouts=layouts)
+        fields = {**self._kwargs, "info": info, "names": kept, "layouts": layouts}
+        return self.__class__(*blocks, **fields)
 
     def _principal(self, index: Tensor, columns: Tensor | None, info: Info) -> BaseLinearOperator:
         restricted: BaseLinearOperator = rules.selections(self, index, None, info)

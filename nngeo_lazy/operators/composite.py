@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -132,7 +133,8 @@ class ScaledLinearOperator(LazyLinearOperator):
     def _damp(self, damping: Damping, method: str) -> BaseLinearOperator:
         if self.base.iterates or damping.value.dim() > 0 or bool(self.constant == 0):
             return super()._damp(damping, method)
-        inner = Damping(damping.value / self.constant)  # c (A + d/c I)
+        value = damping.value / self.constant  # c (A + d/c I)
+        inner = replace(damping, value=value, constants=())
         return self.base._damp(inner, method)._scale(self.constant)
 
     def _diagonal(self) -> Tensor:
@@ -204,13 +206,16 @@ class ProductLinearOperator(LazyLinearOperator):
             )
         return self.right._solve(self.left._solve(v, krylov=krylov), krylov=krylov)
 
-    def _damp(self, damping: Damping, method: str) -> BaseLinearOperator:
-        raise self._unsupported("damped")
-
     def _logdet(self) -> Tensor:
         if not (self.left.is_square and self.right.is_square):
             raise self._unsupported("logdet")
-        return self.left._logdet() + self.right._logdet()
+        try:
+            return self.left._logdet() + self.right._logdet()
+        except NotPositiveDefiniteError as error:
+            try:  # (-A) (-B) is A B
+                return self.left._scale(-1.0)._logdet() + self.right._scale(-1.0)._logdet()
+            except NotPositiveDefiniteError:
+                raise NotPositiveDefiniteError(f"of a product's factors: {error}") from None
 
     def _diagonal(self) -> Tensor:
         left, right = self.left, self.right

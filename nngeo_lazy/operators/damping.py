@@ -48,10 +48,14 @@ class Damping:
     Attributes:
         value: a 0-d tensor, or (P,).
         constants: the flat slices on which a vector is constant by construction, with the constant.
+        use_pi: whether factored damping is shared out by the factors' mean eigenvalues.
+        minimum: the least that factored damping adds to a factor.
     """
 
     value: Tensor
     constants: tuple[tuple[slice, Tensor], ...] = ()
+    use_pi: bool = True
+    minimum: float = 0.0
 
     def on(self, layout: Layout) -> Tensor:
         """The damping of one block: 0-d if it is constant there, else in block coordinates."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError
+from ..precision import widest
 
 __all__ = ["Decomposition", "eigh", "eigvalsh", "eps", "matrix_power", "rounding"]
 
@@ -133,7 +134,7 @@ def eigvalsh(matrix: Tensor) -> Tensor:
     work = _prepared(matrix)
     found = _attempted(work)
     if found is None:
-        work = work.double() if _has_float64(work.device) else work.cpu().double()
+        work = work.double() if widest(work.device) == torch.float64 else work.cpu().double()
         found = _attempted(work)
     if found is None:
         raise _no_decomposition(matrix)
@@ -172,7 +173,7 @@ def _checked(work: Tensor) -> tuple[Tensor, Tensor]:
     """
     found = _attempted(work)
     if found is None:
-        wide = work.double() if _has_float64(work.device) else work.cpu().double()
+        wide = work.double() if widest(work.device) == torch.float64 else work.cpu().double()
         found = _attempted(wide)
         if found is None:  # other routines of LAPACK
             left, _, _ = torch.linalg.svd(wide)
@@ -207,10 +208,6 @@ def _is_decomposition(work: Tensor, values: Tensor, vectors: Tensor) -> bool:
     limit = _SLACK * n * eps(work) * torch.linalg.vector_norm(probes)
     norms = [torch.linalg.vector_norm(e, dim=(-2, -1)) for e in (off / (size + (size == 0)), angle)]
     return bool(((norms[0] <= limit) & (norms[1] <= limit)).all())  # NaN is not
-
-
-def _has_float64(device: torch.device) -> bool:
-    return device.type != "mps"
 
 
 def _no_decomposition(work: Tensor) -> NonFiniteError:

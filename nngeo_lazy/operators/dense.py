@@ -10,6 +10,7 @@ from torch import Tensor
 from ..errors import UnsupportedLayerError
 from . import rules
 from .base import BaseLinearOperator, Krylov, flat_positions
+from .damping import Damping
 from .decompose import Decomposition, eigh, eigvalsh, eps, matrix_power, rounding
 from .diagonal import DiagonalLinearOperator, plus_diagonal
 from .info import Info
@@ -136,7 +137,7 @@ class DenseLinearOperator(SpectralLinearOperator):
             return self._with_shift(d)
         return DenseLinearOperator(self.tensor + d.diag_embed(), info=self.info)
 
-    def _damp_factors(self, d: Tensor) -> BaseLinearOperator | None:
+    def _damp_factors(self, d: Tensor, damping: Damping) -> BaseLinearOperator | None:
         return None
 
     def _scale(self, c: float | Tensor) -> BaseLinearOperator:

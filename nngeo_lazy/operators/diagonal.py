@@ -10,6 +10,7 @@ from ..errors import DataError
 from ..space import ParamSpace
 from . import rules
 from .base import BaseLinearOperator
+from .damping import Damping
 from .info import Info
 from .spectral import SpectralLinearOperator
 
@@ -77,7 +78,7 @@ class DiagonalLinearOperator(SpectralLinearOperator):
     def _shifted(self, d: Tensor) -> BaseLinearOperator | None:
         return DiagonalLinearOperator(self.diag + d, info=self.info)
 
-    def _damp_factors(self, d: Tensor) -> BaseLinearOperator | None:
+    def _damp_factors(self, d: Tensor, damping: Damping) -> BaseLinearOperator | None:
         return None
 
     def _scale(self, c: float | Tensor) -> BaseLinearOperator:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..jacobian.forms import Form, Outer
 from ..jacobian.grams import add_products, met, mirror, over, row_products, row_squares
 from ..layout import Layout, assemble
+from ..precision import widened
 from .base import BaseLinearOperator, Krylov
 from .composite import add_diagonal_lazily
 from .damping import Damping
@@ -320,7 +321,7 @@ class FactoredGaussNewtonLinearOperator(LazyLinearOperator):
         return self.shift is not None and 2 * rows <= n and rows <= SAMPLE_SPACE
 
     def _gram(self) -> Tensor:
-        return self._decomposed.get("gram", lambda: self.root.gram().double())
+        return self._decomposed.get("gram", lambda: widened(self.root.gram()))
 
     def _factor(self) -> Tensor | None:
         """The Cholesky factor of B B^T + d I in float64; None if it is singular."""
@@ -328,7 +329,7 @@ class FactoredGaussNewtonLinearOperator(LazyLinearOperator):
             return None
         gram_matrix = self._gram()
         eye = torch.eye(len(gram_matrix), dtype=gram_matrix.dtype, device=gram_matrix.device)
-        factor, failed = torch.linalg.cholesky_ex(gram_matrix + self.shift.double() * eye)
+        factor, failed = torch.linalg.cholesky_ex(gram_matrix + widened(self.shift) * eye)
         return None if bool(failed) else factor
 
     def _solve_columns(self, v: Tensor, krylov: Krylov) -> Tensor:
@@ -339,7 +340,7 @@ class FactoredGaussNewtonLinearOperator(LazyLinearOperator):
         return x + self._sample_space(v - self._apply(x), factor, self.shift)  # what cancelled
 
     def _sample_space(self, v: Tensor, factor: Tensor, d: Tensor) -> Tensor:
-        u = self.root._apply(v).double()
+        u = widened(self.root._apply(v))
         u = torch.cholesky_solve(u, factor).to(v.dtype)
         return (v - self.root._apply_transposed(u)) / d
 
@@ -349,7 +350,7 @@ class FactoredGaussNewtonLinearOperator(LazyLinearOperator):
             return super()._logdet()
         rows, n = self.root.shape
         inside = 2 * factor.diagonal().log().sum()
-        whole: Tensor = inside + (n - rows) * self.shift.double().log()
+        whole: Tensor = inside + (n - rows) * widened(self.shift).log()
         return whole.to(self.dtype)
 
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..errors import NotPositiveDefiniteError, UnsupportedLayerError
 from . import rules
 from .base import BaseLinearOperator
+from .damping import Damping
 from .decompose import Decomposition, eps, matrix_power, rounding
 from .factors import (
     apply_factors,
@@ -222,19 +223,20 @@ class KroneckerLinearOperator(SpectralLinearOperator):
             self.left, self.right, shift, info=self.info, decomposition=self._decomposed
         )
 
-    def _damp_factors(self, d: Tensor) -> BaseLinearOperator | None:
+    def _damp_factors(self, d: Tensor, damping: Damping) -> BaseLinearOperator | None:
         if self.shift is not None:
             return None
         mean_left = factor_trace(self.left) / self.left.shape[1]
         mean_right = factor_trace(self.right) / self.right.shape[1]
         zero = (mean_left <= 0) | (mean_right <= 0)  # no ratio: pi = 1
         ones = torch.ones_like(mean_left)
+        zero |= torch.full_like(zero, not damping.use_pi)
         pi = (torch.where(zero, ones, mean_right) / torch.where(zero, ones, mean_left)).sqrt()
         # a square root has no gradient at 0; nothing is added there
         root = torch.where(d > 0, torch.where(d > 0, d, torch.ones_like(d)).sqrt(), d)
         return KroneckerLinearOperator(
-            factor_shifted(self.left, root / pi),
-            factor_shifted(self.right, root * pi),
+            factor_shifted(self.left, (root / pi).clamp_min(damping.minimum)),
+            factor_shifted(self.right, (root * pi).clamp_min(damping.minimum)),
             info=self.info,
         )
 
@@ -366,9 +368,12 @@ class EigenKroneckerLinearOperator(SpectralLinearOperator):
         if sizes.numel() == 0:
             return sizes == 0
         if rcond is None:
-            # Free eigenvalues are squares of projections: the rounding of zero is squared, too.
+            # Free eigenvalues are squares of projections on eigenvectors. Computed ones are off by
+            # the rounding of sums and of a decomposition: zero is the square of that.
             _, o, i = self.values.shape
-            rcond = min((2 * (o + i) * eps(sizes)) ** 2, eps(sizes))
+            bases = self.left_basis, self.right_basis
+            off = max(2 * (o + i), 16 * sum(len(b[0]) for b in bases if b.dim() == 3))
+            rcond = min((off * eps(sizes)) ** 2, eps(sizes))
         return sizes <= rcond * sizes.max()
 
     def _frobenius(self) -> Tensor:
@@ -378,7 +383,7 @@ class EigenKroneckerLinearOperator(SpectralLinearOperator):
     def _shifted(self, d: Tensor) -> BaseLinearOperator | None:
         return None if d.dim() > 0 else self._with_values(self.values + d)
 
-    def _damp_factors(self, d: Tensor) -> BaseLinearOperator | None:
+    def _damp_factors(self, d: Tensor, damping: Damping) -> BaseLinearOperator | None:
         return None
 
     def _scale(self, c: float | Tensor) -> BaseLinearOperator:

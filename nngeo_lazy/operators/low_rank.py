@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NotPositiveDefiniteError, UnsupportedLayerError
+from ..precision import widest
 from . import rules
 from .base import BaseLinearOperator, Krylov
 from .composite import ProductLinearOperator, SumLinearOperator
@@ -138,7 +139,7 @@ class LowRankLinearOperator(LazyLinearOperator):
 
     def _asks_for_float64(self, values: Tensor) -> bool:
         """Whether the rounding of lambda in its dtype is more than the digits of the diagonal."""
-        if values.numel() == 0 or self.dtype == torch.float64 or self.device.type == "mps":
+        if values.numel() == 0 or self.dtype == widest(self.device):
             return False
         rest = self._shift.detach().abs().amin() if self._constant else values.new_ones(())
         return float(rest) * 1e-3 < float(values.abs().max()) * eps(values)

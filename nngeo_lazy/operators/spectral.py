@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConvergenceWarning, NotPositiveDefiniteError
+from ..precision import widest
 from . import rules
 from .base import BaseLinearOperator, Krylov, flat_positions
 from .damping import Damping, collapse
@@ -60,7 +61,7 @@ class SpectralLinearOperator(BaseLinearOperator):
         """The sum with d I (d 0-d) or diag(d) (d (p,)) if it is closed, else None."""
 
     @abstractmethod
-    def _damp_factors(self, d: Tensor) -> BaseLinearOperator | None:
+    def _damp_factors(self, d: Tensor, damping: Damping) -> BaseLinearOperator | None:
         """Factored damping by d I, if the structure has factors."""
 
     # Whether the eigenvalues are computed from a matrix, so that its rounding is in them.
@@ -88,7 +89,7 @@ class SpectralLinearOperator(BaseLinearOperator):
         values = self.eigenvalues
         if not self._values_are_computed or _well_conditioned(values):
             return self, values
-        if self.dtype == torch.float64 or self.device.type == "mps":
+        if self.dtype == torch.float64 or widest(self.device) != torch.float64:
             self._warn_of_rounding(values)
             return self, values
         wide = cast(SpectralLinearOperator, self._in_float64())
@@ -126,7 +127,7 @@ class SpectralLinearOperator(BaseLinearOperator):
 
     def _damp(self, damping: Damping, method: str) -> BaseLinearOperator:
         d = collapse(damping.value)
-        closed = self._damp_factors(d) if method == "factored" and d.dim() == 0 else None
+        closed = self._damp_factors(d, damping) if method == "factored" and d.dim() == 0 else None
         closed = self._shifted(d) if closed is None else closed
         return rules.plus_diagonal(self, d) if closed is None else closed
 

@@ -14,7 +14,7 @@ from .base import BaseLinearOperator, Krylov
 from .damping import Damping
 from .info import Info
 
-__all__ = ["Source", "StoredLinearOperator", "opened"]
+__all__ = ["Source", "StoredLinearOperator", "opened", "outlined"]
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,12 @@ class StoredLinearOperator(BaseLinearOperator):
     ) -> None:
         size = source.outline.shape[-1] if size is None else size
         super().__init__(like, source=source, steps=steps, size=size, info=info)
-        self._source, self._steps, self._rows = source, steps, size
+        self.source, self.steps, self._rows = source, steps, size
 
     def opened(self) -> BaseLinearOperator:
         """The operator with its numbers, as it is now."""
-        operator = self._source.open().to(dtype=self.dtype, device=self.device)
-        for step in self._steps:
+        operator = self.source.open().to(dtype=self.dtype, device=self.device)
+        for step in self.steps:
             operator = step(operator)
         return operator
 
@@ -69,25 +69,25 @@ class StoredLinearOperator(BaseLinearOperator):
         """The same with one more step."""
         size = self._rows if size is None else size
         made: BaseLinearOperator = self._with(
-            steps=(*self._steps, methodcaller(name, *args)), size=size
+            steps=(*self.steps, methodcaller(name, *args)), size=size
         )
         return made
 
     @property
     def iterates(self) -> bool:
         """Whether a solve is an iteration; as the operator that was stored."""
-        return self._source.outline.iterates
+        return self.source.outline.iterates
 
     @property
     def is_explicit(self) -> bool:
         """Whether its entries are known without products; as the operator that was stored."""
-        return self._source.outline.is_explicit
+        return self.source.outline.is_explicit
 
     def _size(self) -> torch.Size:
         return torch.Size((self._rows, self._rows))
 
     def _kind(self) -> str:
-        return f"stored {self._source.outline._kind()}"
+        return f"stored {self.source.outline._kind()}"
 
     def _transpose_nonbatch(self) -> BaseLinearOperator:
         return self._then("_transpose_nonbatch")
@@ -144,3 +144,10 @@ class StoredLinearOperator(BaseLinearOperator):
 def opened(operator: BaseLinearOperator) -> BaseLinearOperator:
     """The operator with its numbers, wherever they lie."""
     return operator.opened() if isinstance(operator, StoredLinearOperator) else operator
+
+
+def outlined(operator: BaseLinearOperator) -> BaseLinearOperator:
+    """An operator of the same class and sizes, for which nothing is read."""
+    if isinstance(operator, StoredLinearOperator) and not operator.steps:
+        return operator.source.outline
+    return operator

@@ -48,8 +48,10 @@ def _norm(A: Any, ord: Any = None, dim: Any = None, keepdim: bool = False) -> Te
     return value
 
 
-def _pinv(A: Any, *, rtol: float | None = None, hermitian: bool = True) -> Any:
-    return A.pinv(rtol)
+def _pinv(
+    A: Any, *, atol: float | None = None, rtol: float | None = None, hermitian: bool = True
+) -> Any:
+    return A.pinv(rtol, atol=atol)
 
 
 TORCH_FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {

@@ -329,6 +329,9 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                 self._loss.take(found, ratio)
         except (NonFiniteError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
             reason = str(error)
+        except DataError:
+            self._prepare()  # an interrupt may have ended the last step before it did
+            raise
         self._report_skipped(reason)
 
     def _read(self) -> None:
@@ -380,7 +383,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             raise RuntimeError("a stored curvature has solves of its own")
         F, dampings = self._exact_curvature(), Dampings.of(self.param_groups)
         if None in dampings.by_name.values():
-            mean = self._options.eps * mean_eigenvalue(F, self._steps, self._examples)
+            mean = self._options.relative_damping * mean_eigenvalue(F, self._steps, self._examples)
             dampings = dampings.absolute(dict.fromkeys(self._space.names, mean))
         kept = None if self._curvature is None else self._curvature.operator
         damping = dampings.vector(self._space, self._dtype)
@@ -424,11 +427,13 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
     def _end_step(self) -> None:
         self._steps += 1
-        self._loop.forget()
-        self._reading = None
-        if self._free is None:
-            self._exact = None  # it holds the batches
-        self._prepare()
+        try:
+            self._loop.forget()
+            self._reading = None
+            if self._free is None:
+                self._exact = None  # it holds the batches
+        finally:
+            self._prepare()
 
     def _math(self) -> Any:
         return float_math(self._space.device)

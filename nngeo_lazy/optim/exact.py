@@ -12,6 +12,7 @@ from ..data import Batches
 from ..distributed import Distributed
 from ..errors import DataError
 from ..operators import BaseLinearOperator
+from ..precision import widened
 from ..representations import Implicit
 from ..space import ParamSpace
 from ..sweep import Problem, Sweep
@@ -102,9 +103,9 @@ def quadratic_step(
     """
     damped = damping * directions if damping.dim() == 0 else damping[:, None] * directions
     product = (F @ directions) + damped
-    inner = (directions.mT @ product).double()
-    slope = (directions.mT @ gradient).double()
-    scale = inner.diagonal().clamp_min(torch.finfo(torch.float64).tiny).sqrt()
+    inner = widened(directions.mT @ product)
+    slope = widened(directions.mT @ gradient)
+    scale = inner.diagonal().clamp_min(torch.finfo(inner.dtype).tiny).sqrt()
     scaled = inner / (scale[:, None] * scale[None, :])
     c = -torch.linalg.pinv(scaled, rtol=1e-12, hermitian=True) @ (slope / scale) / scale
     found: Tensor = c.to(gradient.dtype)

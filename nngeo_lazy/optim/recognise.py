@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..likelihoods import Bernoulli, Categorical, Likelihood
+from ..precision import widened
 
 __all__ = ["placed", "recognised"]
 
@@ -57,8 +58,8 @@ def _soft(candidate: Categorical, outputs: Tensor, gradient: Tensor) -> bool:
     """The gradient sums to zero, and is c p - b but for the two likeliest labels of a row."""
     dim = candidate.class_dim or 0
     classes = outputs.shape[dim]
-    p = outputs.detach().double().movedim(dim, -1).reshape(-1, classes).softmax(-1)
-    g = gradient.double().movedim(dim, -1).reshape(-1, classes)
+    p = widened(outputs.detach()).movedim(dim, -1).reshape(-1, classes).softmax(-1)
+    g = widened(gradient).movedim(dim, -1).reshape(-1, classes)
     sums = g.sum(-1).abs().sum() / g.abs().sum()
     if classes < 5 or bool(sums > CLOSE):
         return False
@@ -72,7 +73,7 @@ def _soft(candidate: Categorical, outputs: Tensor, gradient: Tensor) -> bool:
 
 def _logistic(outputs: Tensor, gradient: Tensor) -> bool:
     """Labels are 0 or 1, and each counts the same."""
-    up, g = outputs.detach().double().sigmoid(), gradient.double()
+    up, g = widened(outputs.detach()).sigmoid(), widened(gradient)
     most = torch.where(g > 0, up, 1 - up)
     seen = most > CLOSE
     ratios = (g.abs() / most)[seen]

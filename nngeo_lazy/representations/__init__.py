@@ -13,7 +13,9 @@ from .implicit import Implicit
 from .mixed import NAMES, Mixed, RepresentationLike, resolve
 from .recipes import Block, Recipe
 from .representation import Representation, Streamed
+from .sharded import Sharded
 from .single import EKFAC, KFAC, BlockDiagonal, Diagonal, LowRank, QuasiDiagonal
+from .stored import Stored
 
 __all__ = [
     "EKFAC",
@@ -31,6 +33,8 @@ __all__ = [
     "Recipe",
     "Representation",
     "RepresentationLike",
+    "Sharded",
+    "Stored",
     "Streamed",
     "resolve",
 ]

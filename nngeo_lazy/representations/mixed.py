@@ -159,6 +159,11 @@ NAMES: dict[str, type[Representation]] = {
 def stored(representation: Any) -> Streamed:
     """A representation that can be one of several: `resolve`, without the matrix-free one."""
     known = resolve(representation)
+    if known.shares_blocks:
+        raise DataError(
+            "Sharded shares out all blocks of a matrix, and is no part of another representation: "
+            "put it around the whole, Sharded(Mixed(...))"
+        )
     if isinstance(known, Streamed):
         return known
     raise DataError(

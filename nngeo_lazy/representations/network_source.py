@@ -14,6 +14,7 @@ from ..collectives import Group, seed_of
 from ..data import Batch
 from ..errors import DataError
 from ..network import Network
+from ..precision import widest
 from ..quantities import Metric
 from ..space import ParamSpace
 from ..sweep import Sweep
@@ -108,7 +109,7 @@ class NetworkBatch:
 
     def wide(self) -> NetworkBatch | None:
         """The same functions in float64; None on devices that have no float64."""
-        if self.source.space.device.type == "mps":
+        if widest(self.source.space.device) != torch.float64:
             return None
         return replace(self, source=self.source.moved(torch.float64, None))
 

@@ -155,14 +155,28 @@ def quasi_diagonal_block(facts: Facts, k: int) -> Recipe:
     return [Block((k,), part.layout, operator)]
 
 
-def kronecker_block(facts: Facts, k: int, sharing: Sharing, max_factor: int = MAX_FACTOR) -> Recipe:
+def kronecker_block(
+    facts: Facts,
+    k: int,
+    sharing: Sharing,
+    max_factor: int = MAX_FACTOR,
+    *,
+    separate_bias: bool = False,
+    forward_only: bool = False,
+) -> Recipe:
     """A Kronecker block for one part, if it has such a form."""
     part = facts.parts[k]
     if part.kind is not Kind.OUTER:
         return (yield from diagonal_block(facts, k))
     factors = KroneckerFactors(k, part, sharing, max_factor)
     facts = yield [factors]
-    operator = KroneckerLinearOperator(*factors.factors(facts))
+    left, right = factors.factors(facts)
+    if separate_bias and right.dim() == 3 and len(part.names) > 1:
+        right[:, -1, :-1] = 0  # the block diagonal of weight and bias is a Kronecker product, too
+        right[:, :-1, -1] = 0
+    if forward_only:
+        left = torch.ones(left.shape[:2], dtype=left.dtype, device=left.device)
+    operator = KroneckerLinearOperator(left, right)
     return [Block((k,), part.layout, operator, factors.positions)]
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 from ..facts import Cost, Facts, Sample
 from ..operators import BaseLinearOperator
@@ -15,7 +15,9 @@ from ..statistics import Statistic
 from ..sweep import Make, Sweep
 from .recipes import Block, Recipe, block_diagonal
 
-__all__ = ["Representation", "Streamed"]
+__all__ = ["Representation", "Run", "Streamed"]
+
+Run: TypeAlias = Callable[[Make, bool], tuple[Facts, Sequence[Statistic]]]
 
 
 class Representation(ABC):
@@ -51,6 +53,11 @@ class Representation(ABC):
     @property
     def truncates(self) -> bool:
         """Whether it keeps the best approximation of a rank, which is not linear in the data."""
+        return False
+
+    @property
+    def shares_blocks(self) -> bool:
+        """Whether each process of a group keeps some blocks alone."""
         return False
 
     def sign(self, info: Info) -> Info:
@@ -105,6 +112,10 @@ class Streamed(Representation):
 
     def build(self, sweep: Sweep) -> BaseLinearOperator:
         """The operator, from one or more passes over the data."""
+        return self.build_by(sweep, sweep.run)
+
+    def build_by(self, sweep: Sweep, run: Run) -> BaseLinearOperator:
+        """The same; `run` makes the passes, as `Sweep.run` does."""
         self.require_fit(sweep.facts)
         recipes: list[Recipe] = []
 
@@ -112,14 +123,14 @@ class Streamed(Representation):
             recipes[:] = [self.recipe(facts, range(len(facts.parts)))]
             return next(recipes[0])
 
-        facts, _ = sweep.run(start, keep=self.passes > 1)
+        facts, _ = run(start, self.passes > 1)
         while True:
             try:
                 wanted = recipes[0].send(facts)
             except StopIteration as done:
                 operator = self.finish(facts, done.value)
                 break
-            facts, _ = sweep.run(_always(wanted))
+            facts, _ = run(_always(wanted), False)
         known: BaseLinearOperator = operator._with_info(self.sign(operator.info))
         return known
 

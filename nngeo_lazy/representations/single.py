@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
 import torch
@@ -20,7 +20,9 @@ from ..operators import (
     EigenKroneckerLinearOperator,
     KroneckerLinearOperator,
     LowRankLinearOperator,
+    ShardedBlockDiagonalLinearOperator,
 )
+from ..operators.stored import opened
 from ..statistics import MAX_FACTOR, KroneckerFactors, RowSum, Sharing, SquareSum, Statistic
 from .recipes import (
     Block,
@@ -119,7 +121,10 @@ class KFAC(Streamed):
 
     Args:
         sharing: "expand" or "reduce".
+        separate_bias: whether a weight and its bias have no covariance.
         max_factor: a factor of more rows is kept diagonal, such as the one of a vocabulary.
+        forward_only: whether G is the identity, so that only inputs count (FOOF: Benzing 2022,
+            Gradient descent on neurons and its link to approximate second-order optimization).
 
     Raises:
         DataError: another sharing, a max_factor that is no positive integer.
@@ -130,15 +135,17 @@ class KFAC(Streamed):
     """
 
     sharing: str = "expand"
+    separate_bias: bool = field(default=False, repr=False)
     max_factor: int = field(default=MAX_FACTOR, repr=False)
+    forward_only: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         check_fields(self)
         _require_factors(self.sharing, self.max_factor)
 
     def described(self) -> str:
-        """With another limit of its factors only if it is not the default."""
-        return _with_limit(repr(self), self.max_factor)
+        """With other options only if they are not the defaults."""
+        return _with_options(self)
 
     def require_fit(self, facts: Facts) -> None:
         """Refuse centering, which is no Kronecker product."""
@@ -150,11 +157,10 @@ class KFAC(Streamed):
 
     def recipe(self, facts: Facts, indices: Sequence[int]) -> Recipe:
         """Kronecker factors of each part."""
-        return (
-            yield from together(
-                [kronecker_block(facts, k, Sharing(self.sharing), self.max_factor) for k in indices]
-            )
-        )
+        options = {"separate_bias": self.separate_bias, "forward_only": self.forward_only}
+        sharing, most = Sharing(self.sharing), self.max_factor
+        recipes = [kronecker_block(facts, k, sharing, most, **options) for k in indices]
+        return (yield from together(recipes))
 
 
 @dataclass(frozen=True)
@@ -166,6 +172,7 @@ class EKFAC(Streamed):
     Args:
         sharing: of the KFAC whose eigenbasis is taken, "expand" or "reduce".
         basis: a KFAC or EKFAC of the same parameters whose eigenbasis is taken instead; one pass.
+        separate_bias: as in KFAC.
         max_factor: as in KFAC. A factor that is kept diagonal has the identity as its eigenbasis.
 
     Raises:
@@ -182,6 +189,7 @@ class EKFAC(Streamed):
 
     sharing: str = "expand"
     basis: BaseLinearOperator | None = field(default=None, repr=False, compare=False)
+    separate_bias: bool = field(default=False, repr=False)
     max_factor: int = field(default=MAX_FACTOR, repr=False)
 
     def __post_init__(self) -> None:
@@ -191,10 +199,15 @@ class EKFAC(Streamed):
             raise DataError(
                 f"expected basis= to be a KFAC or an EKFAC Fisher, got {type(self.basis).__name__}"
             )
+        if isinstance(self.basis, ShardedBlockDiagonalLinearOperator):
+            raise DataError(
+                "the eigenbasis of a sharded operator lies in pieces on several processes: build "
+                "EKFAC() anew, or pass a basis= that is not sharded"
+            )
 
     def described(self) -> str:
-        """With another limit of its factors only if it is not the default."""
-        return _with_limit(repr(self), self.max_factor)
+        """With other options only if they are not the defaults."""
+        return _with_options(self)
 
     @property
     def passes(self) -> int:
@@ -215,7 +228,8 @@ class EKFAC(Streamed):
             recipes = [self._in(facts, k, self._bases(facts, facts.parts[k])) for k in indices]
             return (yield from together(recipes))
         sharing = Sharing(self.sharing)
-        factored = [kronecker_block(facts, k, sharing, self.max_factor) for k in indices]
+        options = {"separate_bias": self.separate_bias}
+        factored = [kronecker_block(facts, k, sharing, self.max_factor, **options) for k in indices]
         blocks = yield from together(factored)
         del factored
         known, done = _decomposed(facts, blocks)
@@ -264,8 +278,9 @@ class EKFAC(Streamed):
 
     def _bases(self, facts: Facts, part: Part) -> tuple[Tensor, Tensor] | None:
         """The eigenbasis that the given operator has for a part, None if it is diagonal."""
-        for _, layout, block in self.basis.parts:  # type: ignore[union-attr]
+        for _, layout, member in self.basis.parts:  # type: ignore[union-attr]
             if layout == part.layout:
+                block = opened(member)
                 if isinstance(block, (KroneckerLinearOperator, EigenKroneckerLinearOperator)):
                     left, right = block.bases()
                     where = facts.space.device, facts.dtype
@@ -365,5 +380,9 @@ def _require_factors(sharing: str, max_factor: int) -> None:
         raise DataError(f"expected max_factor to be a positive integer, got {max_factor!r}")
 
 
-def _with_limit(text: str, max_factor: int) -> str:
-    return text if max_factor == MAX_FACTOR else f"{text[:-1]}, max_factor={max_factor})"
+def _with_options(options: KFAC | EKFAC) -> str:
+    """As it prints, and the fields that do not print if they are not the defaults."""
+    hidden = [f for f in fields(options) if not f.repr and f.name != "basis"]
+    given = {f.name: getattr(options, f.name) for f in hidden}
+    more = [f", {f.name}={given[f.name]}" for f in hidden if given[f.name] != f.default]
+    return repr(options)[:-1] + "".join(more) + ")"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import nngeo_lazy as ng
-from nngeo_lazy import sweep
+from nngeo_lazy import kept
 
 from models import CLASSES, INPUTS, TITLES, setup
 from structured import gradient_pass, memory
@@ -47,7 +47,7 @@ class Batches:
 
 def peak_bytes(name: str, representation: str, examples: int, directions: int) -> int:
     if representation.endswith("nothing kept"):
-        sweep.KEPT_BYTES = 0
+        kept.KEPT_BYTES = 0
         representation = "ekfac"
     model, x, y = setup(name)
     options = {"likelihood": "categorical", "estimator": "mc", "seed": 0}
@@ -83,7 +83,7 @@ def table(name: str, threads: int) -> None:
         kind = representation.split(",")[0]
         kept = ng.FIM(model, (x[:4], y[:4]), kind, likelihood="categorical").report()
         print(f"{representation:20}" + "".join(f"{c:9.1f}" for c in [*cells, kept.bytes / 2**20]))
-    budget = sweep.KEPT_BYTES / 2**20
+    budget = kept.KEPT_BYTES / 2**20
     print(f"(N with R = 1, R with N = {EXAMPLES[0]}; kept: the operator's own bytes;")
     print(f" EKFAC keeps a first pass's forms for its second up to {budget:.0f} MiB)")
 

@@ -1,6 +1,7 @@
 """What the workers run: small problems, on shares of one list of batches."""
 
 import contextlib
+import importlib
 import os
 import time
 
@@ -18,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 import nngeo_lazy as ng
+from nngeo_lazy import folders, kept
 from nngeo_lazy.likelihoods import Categorical, Gaussian
 
 SIZES = (4, 4, 4, 4, 4, 3)  # examples of each batch: the last one is short
@@ -363,3 +365,148 @@ def not_a_member():
     group = torch.distributed.new_group([0])
     with contextlib.suppress(ZeroDivisionError):
         return ng.Distributed(smooth_data(), group=group).group.size
+
+
+# --- blocks that lie on several processes ---------------------------------------------------------
+
+
+def sharded(representation, options=None):
+    """Every member of a sharded operator, and of the one that every process has whole."""
+    options = {"estimator": "exact", **(options or {})}
+    Sharded = ng.representations.Sharded
+    S = built("smooth", Sharded(representation), data=ng.Distributed(smooth_data()), **options)
+    F = built("smooth", representation, data=ng.Distributed(smooth_data()), **options)
+    alone = built("smooth", representation, **options).to_dense()
+    owners = getattr(S, "owners", None)
+    found = {name: [] for name in ("sharded", "whole")}
+    torch.manual_seed(7)
+    v, named = F.space.randn(3), F.space.unravel(F.space.randn())
+    damping = torch.tensor(0.3, requires_grad=True)
+    vector, w = F.space.zeros() + torch.linspace(0.1, 1.0, len(F.space)), F.space.randn()
+    for name, A in (("sharded", S), ("whole", F)):
+        out = {"product": A @ v, "left": w @ A, "solve": A.solve(v, damping=0.1)}
+        out["by name"] = A.space.ravel(A.solve(named, damping=0.1))
+        out["by selector"] = A.solve(
+            v, damping={"0": 0.1, "3.weight": 0.2, "3.bias": 0.2, "5": 1.0}
+        )
+        out["by vector"] = A.solve(v, damping=vector, tol=1e-13)
+        out["diagonal"], out["trace"], out["dense"] = A.diagonal(), A.trace(), A.to_dense()
+        out["logdet"] = A.damped(0.3).logdet()
+        out["norms"] = torch.stack([A.norm(), A.norm(2)])
+        inverse = A.inverse(damping=0.3)
+        out["inverse"], out["form"] = inverse @ v, A.vTMv(v)
+        out["scaled"], out["sum"] = (2.0 * A) @ v, (A + A.lerp(A, 0.5)) @ v
+        out["sum with the whole one"], out["and back"] = (F + A) @ v, (A + F) @ v
+        out["product of two"], out["with the whole"] = (A @ A) @ v, (F @ A) @ v
+        out["block"] = A.block("3").to_dense()
+        out["float32"] = (A.to(torch.float32) @ v.float()).double()
+        out["eigenvalues"] = ng.eigsh(A, 3, seed=0).eigenvalues
+        if representation != "quasi_diagonal":
+            out["power"], out["pinv"] = A.damped(0.3).power(-0.5) @ v, A.pinv(1e-8) @ v
+            out["nuclear norm"] = A.norm("nuc")
+            values, basis = A._eigensystem()
+            out["system"] = basis @ (values[:, None] * (basis.mT @ v))
+        u = w.clone().requires_grad_()
+        value = A.solve(u, damping=damping) @ A.solve(u, damping=damping)
+        slopes = torch.autograd.grad(value, (u, damping), create_graph=True)
+        (second,) = torch.autograd.grad((slopes[0] * w).sum() + slopes[1], u)
+        out["slope in v"], out["slope in d"], out["second"] = *slopes, second
+        out["slope of a multiple"] = torch.autograd.grad(
+            (damping * A).damped(damping).trace(), damping
+        )[0]
+        out["slope in a block"] = torch.autograd.grad(
+            A.solve(w, damping={"0": damping, "3": 0.1, "5": 0.1}) @ w, damping
+        )[0]
+        out["merged"] = ng.merge([A, A]) @ v
+        found[name] = {key: value.detach() for key, value in out.items()}
+    kept = sum(t.untyped_storage().nbytes() for t in S.representation())
+    draws = S.damped(0.1).sample(2, seed=5)
+    facts = S.num_examples, S.info.quantity == F.info.quantity, len(S.report()), repr(S)
+    return found, kept, facts, owners, alone, draws
+
+
+def sharded_traffic():
+    """What a product, a solve and what makes operators exchange."""
+    data = ng.Distributed(smooth_data())
+    S = built("smooth", ng.representations.Sharded("ekfac"), "exact", data)
+    counts, v = [], S.space.zeros() + 1
+
+    def count(call):
+        before = vars(data.group.traffic).copy()
+        call()
+        after = vars(data.group.traffic)
+        counts.append({key: after[key] - before[key] for key in before})
+
+    count(lambda: (repr(S), str(S.report()), S.shape, S.names, S.info))
+    count(lambda: S @ v)
+    count(lambda: S.solve(v, damping=1.0))
+    count(lambda: S.inverse(damping=1.0))
+    return counts, len(S.space)
+
+
+def sharded_failing(what):
+    rank = torch.distributed.get_rank()
+    Sharded = ng.representations.Sharded
+    if what == "plain loader":
+        return built("smooth", Sharded("kfac"), "exact")
+    S = built("smooth", Sharded("kfac"), "exact", ng.Distributed(smooth_data()))
+    if what == "singular":  # in the block of one process
+        k = next(k for k, owner in enumerate(S.owners) if owner == 1)
+        if rank == 1:
+            S.members[k].left.zero_()
+        return S.solve(S.space.zeros() + 1)
+    if what == "vector":
+        return S @ (S.space.zeros() + rank)
+    if what == "only rank 0":
+        time.sleep(8 * rank)
+        return S @ S.space.zeros() if rank == 0 else None
+    if what == "basis":
+        return ng.representations.EKFAC(basis=S)
+    if what == "state":
+        return S.state_dict()
+    if what == "member":
+        k = next(k for k, owner in enumerate(S.owners) if owner != rank)
+        return S.members[k].diagonal()
+    if what == "other owners":
+        T = built("smooth", Sharded("ekfac"), "exact", ng.Distributed(smooth_data()))
+        return ng.merge([S, T])
+    raise ValueError(what)
+
+
+def saved(folder):
+    """Every process writes its own blocks; what is read is what was written."""
+    S = built("smooth", ng.representations.Sharded("ekfac"), "exact", ng.Distributed(smooth_data()))
+    ng.save(S, f"{folder}/F/")
+    return S.to_dense()
+
+
+def loaded(folder):
+    lazy = ng.load(folder, lazy=True)
+    return ng.load(folder).to_dense(), lazy.to_dense(), lazy.num_examples
+
+
+def save_failing(folder):
+    S = built("smooth", ng.representations.Sharded("ekfac"), "exact", ng.Distributed(smooth_data()))
+    if torch.distributed.get_rank() == 1:
+        folders._write = lambda *args: 1 / 0
+    try:
+        ng.save(S, f"{folder}/F/")
+    finally:
+        importlib.reload(folders)
+
+
+def stored_build(folder, sharded):
+    """A build in a folder that one process interrupts, and that all go on with."""
+    kept.KEPT_BYTES = 0  # every pass reads the data
+    inner = ng.representations.Sharded("ekfac") if sharded else "ekfac"
+    stored = ng.representations.Stored(inner, f"{folder}/F")
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    errors = []
+    for at_pass in (2, 0):
+        data = Failing(smooth_data()[rank::size], 1, "value", at_pass)
+        try:
+            F = built("smooth", stored, "exact", ng.Distributed(data, own=True))
+        except (ValueError, ng.errors.DistributedError) as error:
+            errors.append(str(error))
+    kept.KEPT_BYTES = 2**26
+    return errors, data.passes, F.to_dense(), built("smooth", "ekfac", "exact").to_dense()

@@ -41,6 +41,7 @@ def serve(rank, folder, tasks, results):
         store = dist.FileStore(str(Path(folder) / f"{number}"), size)
         wait = datetime.timedelta(seconds=LIMIT if limit is None else limit)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=wait)
+        dist.barrier()  # none leaves before all have come
         function = getattr(importlib.import_module(module), name)
         start = time.monotonic()
         torch.manual_seed(0)

@@ -16,7 +16,11 @@ from linear_operator.operators import (
 )
 from linear_operator.operators import DenseLinearOperator as TheirDense
 
-from nngeo_lazy.errors import SpaceMismatchError, UnsupportedLayerError
+from nngeo_lazy.errors import (
+    NotPositiveDefiniteError,
+    SpaceMismatchError,
+    UnsupportedLayerError,
+)
 from nngeo_lazy.operators import (
     BlockDiagonalLinearOperator,
     DenseLinearOperator,
@@ -186,6 +190,22 @@ def test_solve_of_a_product_is_factor_by_factor():
     D = examples.diagonal()
     lazy = ProductLinearOperator(D, examples.lazy_sum())
     close(lazy.diagonal(), examples.matrix(lazy).diagonal())
+
+
+def test_a_product_of_two_negative_matrices_is_not_indefinite():
+    A, B = examples.diagonal(), examples.lazy_sum()
+    product = ProductLinearOperator(-A, -DenseLinearOperator(examples.matrix(B)))
+    close(product.logdet(), torch.logdet(examples.matrix(A) @ examples.matrix(B)))
+    one = ProductLinearOperator(-A, DenseLinearOperator(examples.matrix(B)))
+    with pytest.raises(NotPositiveDefiniteError, match="of a product's factors: logdet"):
+        one.logdet()
+
+
+def test_a_product_is_damped_as_a_sum():
+    A, B = examples.diagonal(), examples.dense()
+    want = examples.matrix(A) @ examples.matrix(B) + 0.3 * torch.eye(A.shape[-1]).double()
+    close((A @ B).damped(0.3).to_dense(), want)
+    close(ProductLinearOperator(A, B).damped(0.3).to_dense(), want)
 
 
 # --- parts ----------------------------------------------------------------------------------------
