@@ -15,11 +15,13 @@ try:
 except ImportError as error:
     raise ImportError("nngeo_lazy.gp needs GPyTorch: pip install 'nngeo_lazy[gp]'") from error
 
+from .data import Batches
 from .errors import wrong_option
 from .kernels import NTK
+from .network import Network
 from .operators import BaseLinearOperator, aslinearoperator
 from .operators.kernel import kernel_of
-from .selectors import Selector
+from .selectors import Selector, space_of
 
 __all__ = ["NTKKernel", "wrap"]
 
@@ -40,9 +42,10 @@ class NTKKernel(Kernel):  # type: ignore[misc]
     """The neural tangent kernel of a network as a GPyTorch kernel: `ng.NTK` at the inputs.
 
     The network is not a submodule: its parameters are not among the kernel's, not trained with the
-    Gaussian process and not in its `state_dict`. A later change of them is seen. The kernel has no
-    gradient in its inputs; scales, noises and other kernels are trained around it. Jacobians of the
-    last inputs are kept, so that a training loop differentiates the network once.
+    Gaussian process and not in its `state_dict`. A later change of them is seen. Scales, noises
+    and other kernels are trained around it. Jacobians of the last inputs are kept, so that a
+    training loop differentiates the network once. Inputs that require gradients give a dense kernel
+    that has them, an example at a time, as an acquisition function needs.
 
     Args:
         model: the network, whose inputs are rows of the inputs (N, D).
@@ -50,6 +53,7 @@ class NTKKernel(Kernel):  # type: ignore[misc]
             multitask models: the tasks of an example lie side by side).
         params: which parameters.
         forward: `(model, inputs) -> outputs` in place of the call; the place to reshape rows.
+        active_dims: which columns of the inputs the network takes; all by default.
 
     Raises:
         ValueError: other outputs than these.
@@ -71,8 +75,9 @@ class NTKKernel(Kernel):  # type: ignore[misc]
         outputs: str = "mean",
         params: Selector | None = None,
         forward: Callable[[nn.Module, Any], Tensor] | None = None,
+        active_dims: tuple[int, ...] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(active_dims=active_dims)
         if outputs not in _OUTPUTS:
             raise ValueError(wrong_option("outputs", outputs, _OUTPUTS, "kernels"))
         self._network = (model,)  # in a tuple, so that it is no submodule
@@ -113,11 +118,32 @@ class NTKKernel(Kernel):  # type: ignore[misc]
         return int(kernel_of(jacobian, jacobian).shape[0])
 
     def _between(self, x1: Tensor, x2: Tensor, *, diag: bool, dense: bool) -> Any:
+        if torch.is_grad_enabled() and (x1.requires_grad or x2.requires_grad):
+            taped = self._taped(x1, x2)
+            if diag:
+                return taped.diagonal()
+            return taped if dense else aslinearoperator(taped)
         first, second = self._jacobian(x1), self._jacobian(x2)
         kernel = kernel_of(first, second, outputs=self._outputs)
         if diag:
             return kernel.diagonal()
         return kernel.to_dense() if dense else kernel
+
+    def _taped(self, x1: Tensor, x2: Tensor) -> Tensor:
+        """The dense kernel with a graph to the inputs."""
+        (model,) = self._network
+        space = space_of(model, self._params)
+        batches = Batches(x1.detach(), device=space.device, forward=self._forward)
+        network = Network(model, space, batches.forward)
+        point = space.values(model)
+        outputs, first = network.taped_rows(point, x1)
+        second = first if x1 is x2 else network.taped_rows(point, x2)[1]
+        full = first @ second.mT
+        if self._outputs == "full":
+            return full
+        count = outputs[0].numel()
+        pairs = full.unflatten(1, (-1, count)).unflatten(0, (-1, count))
+        return torch.einsum("ncmc->nm", pairs) / count
 
     def _jacobian(self, x: Tensor) -> BaseLinearOperator:
         (model,) = self._network

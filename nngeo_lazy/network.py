@@ -83,6 +83,26 @@ class Network:
         with plain_functions(), unfused_attention.used(), without_checkpoints():
             yield
 
+    def taped_rows(self, vector: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs (N, ...) and Jacobian (N C, P) with a graph to the inputs, one by one.
+
+        Args:
+            vector: the parameters, flat.
+            inputs: a tensor of inputs, whose graph is continued.
+        """
+        values = [v.requires_grad_() for v in self._space.unravel(vector.detach()).values()]
+        outputs, rows = [], []
+        with self.scope(), torch.enable_grad():
+            for one in inputs.split(1):
+                found = self(values, one)
+                outputs.append(found)
+                for output in found.flatten():
+                    row = torch.autograd.grad(
+                        output, values, create_graph=True, materialize_grads=True
+                    )
+                    rows.append(torch.cat([each.flatten() for each in row]))
+            return torch.cat(outputs), torch.stack(rows)
+
     def refuse_strays(self, outputs: Tensor) -> None:
         """Raise DataError if outputs depend on the model's own parameters in another way."""
         refuse_strays(outputs, self._own)

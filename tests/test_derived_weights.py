@@ -218,6 +218,49 @@ def test_kronecker_factors_of_an_einsum():
     close(block.left, 5 * torch.eye(3).expand(2, 3, 3))
 
 
+class Hadamard(torch.autograd.Function):
+    """A product that is written by hand, as adapters do for the sake of memory."""
+
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        return a * b
+
+    @staticmethod
+    def backward(ctx, g):
+        a, b = ctx.saved_tensors
+        return g * b, (g * a).sum(0) if g.dim() > b.dim() else g * a
+
+
+class ByHand(nn.Module):
+    def __init__(self, of_data):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(3, 4))
+        self.scale, self.of_data = nn.Parameter(torch.randn(4)), of_data
+
+    def forward(self, x):
+        if self.of_data:
+            x = Hadamard.apply(x, self.scale)
+        weight = Hadamard.apply(self.a, self.b)
+        return F.linear(x * self.scale, weight.reshape(3, 4))
+
+
+@pytest.mark.parametrize("of_data", [False, True])
+def test_weights_that_a_function_of_the_users_own_makes(of_data):
+    model, x = ByHand(of_data), torch.randn(6, 4)
+    total = 0
+    for one in x.split(1):
+        out = model(one).flatten()
+        rows = [torch.autograd.grad(f, list(model.parameters()), retain_graph=True) for f in out]
+        J = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+        total = total + J.mT @ J / 6
+    F_ = ng.FIM(model, [(x,)], "dense", likelihood=Gaussian(1.0))
+    close(F_.to_dense(), total)
+    found = forms(F_)
+    assert found["a"] == found["b"] == "linear: rows"
+    assert found["scale"] == (GENERAL if of_data else "mul: rows")
+
+
 @pytest.mark.parametrize("mode", ["sum", "mean"])
 @pytest.mark.parametrize("kind", ["two", "offsets", "weights", "padding"])
 def test_bags_of_embeddings(mode, kind):
@@ -247,8 +290,8 @@ def test_bags_of_embeddings(mode, kind):
         def forward(self, t, o=None, w=None):
             return self.head(self.bag(t, o, w))
 
-    total = 0
-    for t, v in zip(tokens.split(lengths), w.split(lengths), strict=True):
+    total, hessian, labels = 0, 0, torch.randint(3, (6,))
+    for t, v, y in zip(tokens.split(lengths), w.split(lengths), labels, strict=True):
         v = v * (t != 0) if kind == "padding" else v
 
         def f(weight, a, b, t=t, v=v):
@@ -259,10 +302,23 @@ def test_bags_of_embeddings(mode, kind):
         held = tuple(p.detach() for p in (bag.weight, head.weight, head.bias))
         J = torch.cat([j.flatten(1) for j in torch.func.jacrev(f, (0, 1, 2))(*held)], 1)
         total = total + J.mT @ J / 6
-    F_ = ng.FIM(Model(), [batch], "dense", likelihood=Gaussian(1.0))
+
+        def loss(flat, f=f, y=y, held=held):
+            parts = zip(flat.split([28, 12, 3]), held, strict=True)
+            return F.cross_entropy(f(*(part.view_as(p) for part, p in parts)), y)
+
+        flat = torch.cat([p.flatten() for p in held])
+        hessian = hessian + torch.func.jacrev(torch.func.jacrev(loss))(flat) / 6
     if padding is not None:
         total[:4], total[:, :4] = 0, 0
+        hessian[:4], hessian[:, :4] = 0, 0
+    F_ = ng.FIM(Model(), [batch], "dense", likelihood=Gaussian(1.0))
     close(F_.to_dense(), total)
+    for options in ({}, {"mode": "forward_over_reverse"}):
+        implicit = ng.representations.Implicit(**options)
+        close(ng.FIM(Model(), [batch], implicit, likelihood=Gaussian(1.0)).to_dense(), total)
+    H = ng.Hessian(Model(), [batch], loss="categorical", target=lambda batch: labels)
+    close(H.to_dense(), hessian)
     assert forms(F_)["bag.weight"] == "embedding_bag: outer"
 
 

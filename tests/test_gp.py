@@ -215,3 +215,71 @@ def test_bad_input():
         warnings.simplefilter("ignore", DeprecationWarning)
         with pytest.raises(ValueError, match="takes whole rows"):
             kernel(torch.randn(4, 2), last_dim_is_batch=True).to_dense()
+
+
+@pytest.mark.parametrize("outputs", ["mean", "full"])
+def test_gradients_in_the_inputs(outputs):
+    """Against torch.func's Jacobian, differentiated through."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+    kernel = NTKKernel(model, outputs=outputs)
+    params = {name: p.detach() for name, p in model.named_parameters()}
+
+    def rows(x):
+        def f(p, one):
+            return torch.func.functional_call(model, p, (one[None],))[0]
+
+        found = torch.func.vmap(torch.func.jacrev(f), (None, 0))(params, x)
+        return torch.cat([found[name].flatten(2) for name in params], -1).flatten(0, 1)
+
+    def wanted(x, z):
+        full = rows(x) @ rows(z).mT
+        if outputs == "full":
+            return full
+        return full.view(len(x), 2, len(z), 2).diagonal(dim1=1, dim2=3).mean(-1)
+
+    x, z = torch.randn(4, 3).double().requires_grad_(), torch.randn(2, 3).double()
+    weights = torch.randn_like(wanted(x, z))
+    found = kernel(x, z).to_dense()
+    assert torch.allclose(found, wanted(x, z))
+    (slope,) = torch.autograd.grad((found * weights).sum(), x)
+    (want,) = torch.autograd.grad((wanted(x, z) * weights).sum(), x)
+    assert torch.allclose(slope, want)
+    (slope,) = torch.autograd.grad(kernel(x, diag=True).sum(), x)
+    (want,) = torch.autograd.grad(wanted(x, x).diagonal().sum(), x)
+    assert torch.allclose(slope, want)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_some_columns_of_the_inputs():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 1))
+    x = torch.randn(6, 4)
+    some = NTKKernel(model, active_dims=(0, 3))
+    assert torch.allclose(some(x).to_dense(), NTKKernel(model)(x[:, [0, 3]]).to_dense())
+    both = gpytorch.kernels.ScaleKernel(some) + gpytorch.kernels.RBFKernel(active_dims=(1, 2))
+    assert both(x).to_dense().shape == (6, 6)
+
+
+def test_an_acquisition_goes_uphill():
+    """A loop as BoTorch's: the posterior's upper confidence bound at one candidate."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1, 20), nn.Tanh(), nn.Linear(20, 1)).double()
+    x = torch.linspace(-1, 1, 6).double()[:, None]
+    y = (x - 0.3).square().neg().squeeze(1)
+    kernel = NTKKernel(model)
+    inverse = torch.linalg.inv(kernel(x).to_dense() + 1e-3 * torch.eye(6).double())
+
+    def bound(z):
+        across = kernel(z, x).to_dense()
+        mean = across @ inverse @ y
+        variance = kernel(z, diag=True) - ((across @ inverse) * across).sum(1)
+        return (mean + 0.1 * variance.clamp_min(1e-12).sqrt()).sum()
+
+    z = torch.tensor([[-0.5]]).double().requires_grad_()
+    before = float(bound(z).detach())
+    for _ in range(20):
+        (slope,) = torch.autograd.grad(bound(z), z)
+        z = (z + 0.1 * slope).detach().requires_grad_()
+    assert float(bound(z).detach()) > before
+    assert abs(float(z.detach()) - 0.3) < 0.3

@@ -185,6 +185,8 @@ class _Frozen(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func is functional.embedding_bag:
+            return _composed_embedding_bag(*args, **kwargs)
         made: tuple[Any, ...] | None = None
         layer: Any = _Convolution
         if func in _FORWARD:
@@ -260,12 +262,51 @@ def _composed_weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / norm)
 
 
+def _composed_embedding_bag(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """From rows and sums: torch's own backward pass has no derivative."""
+    if mode == "max" or scale_grad_by_freq or max_norm is not None:
+        options = (max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights)
+        more = (include_last_offset, padding_idx)
+        return functional.embedding_bag(input, weight, offsets, *options, *more)
+    flat, n = input.reshape(-1), input.shape[0]
+    places = torch.arange(len(flat), device=flat.device)
+    if offsets is None:
+        bag = places // max(1, input.shape[-1])
+    else:
+        n = len(offsets) - include_last_offset
+        bag = torch.searchsorted(offsets[:n].contiguous(), places.to(offsets.dtype), right=True) - 1
+    scale = torch.ones(len(flat), dtype=weight.dtype, device=weight.device)
+    if padding_idx is not None:
+        scale = scale * (flat != padding_idx % len(weight))
+    if mode == "mean":
+        scale = scale / scale.new_zeros(n).index_add_(0, bag, scale).clamp_min(1)[bag]
+    elif per_sample_weights is not None:
+        scale = scale * per_sample_weights.reshape(-1)
+    rows = functional.embedding(flat, weight) * scale[:, None]
+    return rows.new_zeros(n, weight.shape[1]).index_add(0, bag, rows)
+
+
 def _standardised(x: Tensor, dims: range, eps: float) -> Tensor:
     centered = x - x.mean(tuple(dims), keepdim=True)
     return centered * (centered.square().mean(tuple(dims), keepdim=True) + eps).rsqrt()
 
 
-_SECOND: dict[Callable[..., Any], Callable[..., Any]] = {torch._weight_norm: _composed_weight_norm}
+_SECOND: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch._weight_norm: _composed_weight_norm,
+    functional.embedding_bag: _composed_embedding_bag,
+}
 _THIRD: dict[Callable[..., Any], Callable[..., Any]] = {
     **_SECOND,
     functional.layer_norm: _composed_layer_norm,

@@ -26,7 +26,7 @@ from .meetings import Meeting
 from .registry import Known, find
 from .scopes import in_build, refuse_renormalisation
 from .uses import Use
-from .weights import Weight, derived
+from .weights import Weight, derived, sources_of
 
 __all__ = ["Call", "Recorder"]
 
@@ -157,6 +157,8 @@ class Recorder(TorchFunctionMode):
         for value in values:
             if isinstance(value, Tensor):
                 key = id(value)
+                if key not in self._weights and value.grad_fn is not None:
+                    self._see_function(value)
                 if key in self._weights:
                     weights.append(self._weights[key])
                 elif key not in self._constants:
@@ -168,6 +170,14 @@ class Recorder(TorchFunctionMode):
             elif isinstance(value, nn.Module):  # the call of a registered one
                 self._sort(list(value.parameters()), weights)
         return data
+
+    def _see_function(self, tensor: Tensor) -> None:
+        """Tell a weight that a function of the user's own makes, which no mode sees, from data."""
+        sources = sources_of(tensor, self._weights)
+        if sources is not None:
+            self._constants.pop(id(tensor), None)  # inside of the function it had no gradient
+            if sources and not set(tensor.shape[:1]) & self._sizes:
+                self._weights[id(tensor)] = derived(tensor, "", sources)
 
     def _refuse_statistics(
         self, func: Callable[..., Any], args: Any, kwargs: Any, data: bool

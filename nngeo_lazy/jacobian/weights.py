@@ -9,13 +9,14 @@ knows which (`Selection`). Autograd takes rows of any other one back to its para
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Selection", "Weight", "derived", "pull_back"]
+__all__ = ["Selection", "Weight", "derived", "pull_back", "sources_of"]
 
 COPIES = frozenset(
     {"contiguous", "clone", "to", "float", "double", "half", "bfloat16", "type", "type_as"}
@@ -128,6 +129,30 @@ def derived(output: Tensor, function: str, sources: Sequence[Weight]) -> Weight:
         elif function in COPIES and given is not None and output.shape == view_of.shape:
             selection = given if output.is_floating_point() else None
     return Weight(output, names, selection)
+
+
+def sources_of(tensor: Tensor, weights: Mapping[int, Weight]) -> list[Weight] | None:
+    """The weights that an autograd function of the user's own made a tensor of.
+
+    Args:
+        tensor: with a graph.
+        weights: by the identity of their tensors.
+
+    Returns:
+        None if no such function made it; an empty list if it was given something else, too.
+    """
+    node: Any = tensor.grad_fn
+    if not isinstance(node, torch.autograd.function.BackwardCFunction):
+        return None
+    by_node = {w.tensor.grad_fn: w for w in weights.values() if w.tensor.grad_fn is not None}
+    below = [each for each, _ in node.next_functions if each is not None]
+    leaves = [getattr(each, "variable", None) for each in below]
+    found = [
+        by_node.get(each) if leaf is None else weights.get(id(leaf))
+        for each, leaf in zip(below, leaves, strict=True)
+    ]
+    known = [weight for weight in found if weight is not None]
+    return known if len(known) == len(found) else []
 
 
 def pull_back(weight: Weight, rows: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:

@@ -125,19 +125,8 @@ class Linearised:
         self, M: BaseLinearOperator, x: Tensor, covariance: str, joint: bool
     ) -> tuple[Prediction, torch.Size]:
         """With a graph to the inputs: an example at a time, all of whose rows are held."""
-        values = [v.requires_grad_() for v in self.space.unravel(self.mean.detach()).values()]
-        means, rows = [], []
-        with self.network.scope(), torch.enable_grad():
-            for one in x.split(1):
-                outputs = self.network(values, one)
-                means.append(outputs)
-                for output in outputs.flatten():
-                    found = torch.autograd.grad(
-                        output, values, create_graph=True, materialize_grads=True
-                    )
-                    rows.append(torch.cat([each.flatten() for each in found]))
-            mean = torch.cat(means)
-            J = torch.stack(rows)  # (N C, P)
+        mean, J = self.network.taped_rows(self.mean, x)
+        with torch.enable_grad():
             products = (M @ J.mT).mT
             if joint:
                 return Prediction(mean.flatten(1), J @ products.mT, "joint"), mean.shape[1:]

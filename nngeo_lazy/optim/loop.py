@@ -256,9 +256,11 @@ class Loop:
     def _first_plan(self, raw: Any) -> Capture:
         """A plan for the parameters that have a form."""
         while True:
-            # the loop's own backward pass frees what leads from weights to parameters
+            # Scores of drawn labels are taken before the loop's own backward pass, which frees what
+            # leads from weights to parameters, and observed ones behind it.
+            through = self.scorer is not None and not self.scorer.empirical
             forward = _Forward(self._heads)
-            capture = Capture(self.model, self.space, forward, through=False)
+            capture = Capture(self.model, self.space, forward, through=through)
             parts = self._prove(capture, raw)
             out = [part for part in parts if part.kind in (Kind.GENERAL, Kind.UNUSED)]
             if not out:
@@ -269,10 +271,11 @@ class Loop:
                 self.plain.update(dict.fromkeys(part.names, note))
             kept = [name for name in self.space.names if name not in self.plain]
             if not kept:
+                drawn = "" if through else "estimator='mc' or "
                 raise UnsupportedLayerError(
                     f"found no form for any of the parameters {list(self.space.names)}: take "
-                    "representation='implicit', or tell how their layers are differentiated with "
-                    "ng.register_layer"
+                    f"{drawn}representation='implicit', or tell how their layers are "
+                    "differentiated with ng.register_layer"
                 )
             self.space = self.space.subspace(kept)
 

@@ -16,6 +16,7 @@ from ..averages import (
 from ..errors import DataError, SpaceMismatchError
 from ..facts import Facts
 from ..files import load
+from ..jacobian.forms import Rows, Stored
 from ..operators import BaseLinearOperator
 from ..representations import (
     EKFAC,
@@ -173,12 +174,17 @@ class Forms:
         """Add a chunk of directions."""
         _update(self.statistics, forms, first, last)
         if self.keep:
-            self.kept.append((forms, first, last))
+            self.kept.append(([_whole(form) for form in forms], first, last))
 
     def replay(self, statistics: Sequence[Statistic]) -> None:
         """Add all chunks to other statistics."""
         for forms, first, last in self.kept:
             _update(statistics, forms, first, last)
+
+
+def _whole(form: Any) -> Any:
+    """A form that needs the loop's graph no more."""
+    return Stored(form.rows()) if isinstance(form, Rows) else form
 
 
 def _update(statistics: Sequence[Statistic], forms: Sequence[Any], first: bool, last: bool) -> None:

@@ -205,10 +205,19 @@ def test_models_without_any_form():
         def forward(self, x):
             return x * self.w.exp()
 
-    optimizer = NaturalGradient(M(), "kfac")
-    model = optimizer._model
-    with pytest.raises(UnsupportedLayerError, match=r"no form for any.*implicit.*register_layer"):
-        model(torch.randn(5, 3))
+    # the loop's graph is gone when its own scores would go from a weight to its parameters
+    optimizer = NaturalGradient(M(), "kfac", "categorical", estimator="empirical")
+    model, x, y = optimizer._model, torch.randn(5, 3), torch.randint(3, (5,))
+    match = r"no form for any.*estimator='mc'.*implicit.*register_layer"
+    with pytest.raises(UnsupportedLayerError, match=match):
+        model(x)
+    for remedy in ({"estimator": "mc"}, {"representation": "implicit"}):
+        model = M()
+        optimizer = NaturalGradient(model, likelihood="categorical", **remedy)
+        before = model.w.detach().clone()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        assert not torch.equal(before, model.w)
 
 
 def test_models_that_mix_examples_even_in_evaluation():
