@@ -29,7 +29,7 @@ from .union import joined
 
 __all__ = ["Capture", "PartsChangedError", "Recorded"]
 
-SAMPLED = 8  # examples of the first batch that the plan is made from
+SAMPLED = 9  # examples of the first batch that the plan is made from
 
 
 class PartsChangedError(Exception):

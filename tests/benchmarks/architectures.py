@@ -7,6 +7,10 @@
 
 Random weights; nothing is downloaded. One thread. torchvision is read without its compiled
 operators: `pip install --no-deps torchvision`.
+
+`kfac` and `diagonal` are builds from one sample of the labels over several batches; `one` is the
+same KFAC over a single batch, with all that is done once. `curvlinops` and `nngeometry` build a
+KFAC of the layers that they know, and `same` is ours of what curvlinops takes.
 """
 
 import argparse
@@ -141,6 +145,22 @@ def lora():
     return adapted.eval(), batch, call, dim
 
 
+def loha():
+    from peft import LoHaConfig, get_peft_model
+
+    model, batch, call, dim = llama()
+    adapted = get_peft_model(model, LoHaConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    return adapted.eval(), batch, call, dim
+
+
+def lokr():
+    from peft import LoKrConfig, get_peft_model
+
+    model, batch, call, dim = llama()
+    adapted = get_peft_model(model, LoKrConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    return adapted.eval(), batch, call, dim
+
+
 def dora():
     from peft import LoraConfig, get_peft_model
 
@@ -198,11 +218,67 @@ def efficientnet():
     return _images("efficientnet_b0", n=16, size=64)
 
 
+def wav2vec2():
+    from transformers import Wav2Vec2Config, Wav2Vec2ForSequenceClassification
+
+    config = Wav2Vec2Config(
+        hidden_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        intermediate_size=768,
+        conv_dim=(128,) * 7,
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=4,
+        num_labels=5,
+    )
+    model = Wav2Vec2ForSequenceClassification(config).eval()
+    x, y = torch.randn(4, 16000), torch.randint(0, 5, (4,))
+    return model, (x, y), lambda m, b: m(input_values=b[0]).logits, None
+
+
+def clip():
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    config = CLIPVisionConfig(
+        hidden_size=192,
+        intermediate_size=768,
+        num_hidden_layers=8,
+        num_attention_heads=6,
+        image_size=64,
+        patch_size=8,
+        projection_dim=32,
+    )
+    model = CLIPVisionModelWithProjection(config).eval()
+    x, y = torch.randn(16, 3, 64, 64), torch.randint(0, 32, (16,))
+    return model, (x, y), lambda m, b: m(pixel_values=b[0]).image_embeds, None
+
+
+class _Graph(nn.Module):
+    """Two graph convolutions over one graph, whose nodes are the examples."""
+
+    def __init__(self, nodes, features, hidden, classes):
+        super().__init__()
+        edges = (torch.rand(nodes, nodes) < 4 / nodes).float()
+        edges = ((edges + edges.T + torch.eye(nodes)) > 0).float()
+        degrees = edges.sum(1).rsqrt()
+        self.register_buffer("edges", degrees[:, None] * edges * degrees)
+        self.first, self.last = nn.Linear(features, hidden), nn.Linear(hidden, classes)
+
+    def forward(self, x):
+        return self.edges @ self.last(torch.relu(self.edges @ self.first(x)))
+
+
+def gcn():
+    x, y = torch.randn(256, 128), torch.randint(0, 7, (256,))
+    return _Graph(256, 128, 64, 7).eval(), (x, y), lambda m, b: m(b[0]), None
+
+
 NETWORKS = {
     f.__name__: f
     for f in (
-        *(gpt2, llama, qwen3, mixtral, bert, t5, lora, dora, ia3),
-        *(resnet18, densenet, convnext, vit, deit3, swin, swinv2, efficientnet),
+        *(gpt2, llama, qwen3, mixtral, bert, t5, lora, dora, loha, lokr, ia3),
+        *(resnet18, densenet, convnext, efficientnet, vit, deit3, clip, swin, swinv2),
+        *(wav2vec2, gcn),
     )
 }
 
@@ -213,9 +289,9 @@ NETWORKS = {
 def best(run, repeats=2):
     times = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = time.process_time()  # of this one thread: a busy machine makes it wait, not work
         run()
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     return min(times)
 
 
@@ -242,7 +318,69 @@ def kinds(F):
     return count
 
 
-def measure(name, what):
+class _Logits(nn.Module):
+    """The network as the other packages want it: one tensor in, (N, C) out."""
+
+    def __init__(self, model, batch, call):
+        super().__init__()
+        self.model, self.call = model, call
+        self.rest = batch if isinstance(batch, dict) else None
+
+    def forward(self, x):
+        batch = (x, None) if self.rest is None else {**self.rest, "input_ids": x}
+        return self.call(self.model, batch).flatten(0, -2)
+
+
+def _known_layers(model):
+    """The parameters of linear layers and of two-dimensional convolutions."""
+    modules = model.named_modules()
+    kinds = (nn.Linear, nn.Conv2d)
+    own = [(f"{path}.", m) for path, m in modules if type(m) in kinds]
+    return [
+        (prefix + name).lstrip(".")
+        for prefix, m in own
+        for name, p in m.named_parameters(recurse=False)
+        if p.requires_grad
+    ]
+
+
+def curvlinops(model, batch, call, batches):
+    from curvlinops import KFACLinearOperator
+
+    named = dict(model.named_parameters())
+    parameters = [named[name] for name in _known_layers(model)]
+    x, y = (batch["input_ids"], batch["labels"]) if isinstance(batch, dict) else batch
+
+    def build():
+        operator = KFACLinearOperator(
+            _Logits(model, batch, call),
+            nn.CrossEntropyLoss(),
+            parameters,
+            [(x, y.flatten())] * batches,
+            check_deterministic=False,
+            fisher_type="mc",
+            num_per_example_loss_terms=y[0].numel(),
+            separate_weight_and_bias=False,
+            num_data=len(x) * batches,
+        )
+        operator.compute_kronecker_factors()
+
+    return build
+
+
+def nngeometry(model, batch, call, batches):
+    from nngeometry.layercollection import LayerCollection
+    from nngeometry.metrics import FIM_MonteCarlo
+    from nngeometry.object.pspace import PMatKFAC
+
+    if isinstance(batch, dict):
+        raise TypeError("takes tensors alone")
+    layers = LayerCollection.from_model(model)  # of a model whose layers it all knows
+    loader = [batch] * batches
+    return lambda: FIM_MonteCarlo(model, loader, PMatKFAC, layer_collection=layers)
+
+
+def measure(name, what, batches):
     torch.manual_seed(0)
     model, batch, call, dim = NETWORKS[name]()
     likelihood = ng.likelihoods.Categorical(class_dim=dim)
@@ -264,10 +402,18 @@ def measure(name, what):
             holder = []
 
             def build(column=column, holder=holder):
-                holder[:] = [ng.FIM(model, batch, column, **fisher)]
+                holder[:] = [ng.FIM(model, [batch] * batches, column, **fisher)]
 
-            row[column] = round(best(build, 1 if column == "ekfac" else 2) / g, 2)
+            row[column] = round(best(build, 1 if column == "ekfac" else 2) / g / batches, 2)
             F = holder[0] if column == "kfac" else F
+        elif column == "one":
+            row[column] = round(best(lambda: ng.FIM(model, batch, "kfac", **fisher)) / g, 2)
+        elif column == "same":
+            own = {**fisher, "params": _known_layers(model)}
+            ours = lambda own=own: ng.FIM(model, [batch] * batches, "kfac", **own)  # noqa: E731
+            row[column] = round(best(ours) / g / batches, 2)
+        elif column in PEERS:
+            row[column] = _of_peer(PEERS[column], model, batch, call, batches, g)
         elif column == "ggn":
             row[column] = round(product(ng.GGN(model, batch, loss=likelihood, **common)) / g, 2)
         elif column == "hessian":
@@ -365,10 +511,23 @@ def train_all(names, representations):
         raise SystemExit(f"the loss does not fall on {failed}")
 
 
+PEERS = {"curvlinops": curvlinops, "nngeometry": nngeometry}
+
+
+def _of_peer(make, model, batch, call, batches, g):
+    """Its time, or how it fails."""
+    try:
+        return round(best(make(model, batch, call, batches)) / g / batches, 2)
+    except Exception as error:  # noqa: BLE001 - that a package fails is a result
+        return type(error).__name__
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("networks", nargs="*", default=list(NETWORKS))
-    parser.add_argument("--what", default="kfac,ekfac,diagonal,ggn,hessian")
+    columns = "kfac,one,diagonal,same,curvlinops,nngeometry,ekfac,ggn,hessian"
+    parser.add_argument("--what", default=columns)
+    parser.add_argument("--batches", type=int, default=4)
     parser.add_argument("--notes", action="store_true", help="print what is not Kronecker, and why")
     parser.add_argument("--train", nargs="?", const="kfac", help="representations to train with")
     given = parser.parse_args()
@@ -381,12 +540,12 @@ def main():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                row, F = measure(name, given.what.split(","))
+                row, F = measure(name, given.what.split(","), given.batches)
             except (ImportError, NNGeoError) as error:
                 print(f"{name}: {type(error).__name__}: {str(error)[:300]}", flush=True)
                 continue
         if header is None:
-            header = list(row)
+            header = list(row)  # of the first network
             print(" | ".join(header))
         print(" | ".join(str(row.get(column, "")) for column in header), flush=True)
         if given.notes and F is not None:
