@@ -3,8 +3,8 @@
     python tests/benchmarks/language_models.py [--models small,1.5B,7B]
 
 The plan of one transformer block is made for real, of random weights; all blocks of a model are
-alike. Embeddings, norms and heads are left out. Bytes are those of the matrix in each process: all of
-it if it is replicated, of the process that has most if it is `Sharded`. Flops are those of the
+alike. Embeddings, norms and heads are left out. Bytes are those of the matrix in each process: all
+of it if it is replicated, of the process that has most if it is `Sharded`. Flops are those of the
 statistics for a million tokens, shared out; forward and backward passes come on top.
 """
 
