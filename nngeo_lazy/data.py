@@ -221,6 +221,7 @@ class Batches:
                     f"None, got {_shape_or_type(mask)}"
                 )
             return mask
+        raw = tree.by_field(raw)
         mask = raw.get("attention_mask") if isinstance(raw, Mapping) else None
         return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
@@ -253,6 +254,7 @@ class Batches:
     def _call(self, raw: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments of the default call."""
         _require_batch(raw)
+        raw = tree.by_field(raw)
         if isinstance(raw, Tensor):
             return (raw,), {}
         if isinstance(raw, Mapping):
@@ -274,9 +276,10 @@ def _require_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         inspect.signature(getattr(model, "forward", model)).bind(*args, **kwargs)
     except TypeError as error:
         names = f"the keywords {sorted(map(str, kwargs))}" if kwargs else f"{len(args)} inputs"
+        first = "" if kwargs else "((inputs, mask), target) if it takes several inputs, or "
         raise DataError(
             f"expected batches that the model takes, but {type(model).__name__} was given "
-            f"{names}: {error}; pass forward=lambda model, batch: ..."
+            f"{names}: {error}; pass {first}forward=lambda model, batch: ..."
         ) from error
     except ValueError:  # a compiled one does not say what it takes
         return
@@ -311,7 +314,7 @@ def outputs_of(result: Any, remedy: str) -> Tensor:
 
 
 def _as_batches(loader: Any) -> Iterable[Any]:
-    if isinstance(loader, (Tensor, Mapping)):
+    if isinstance(tree.by_field(loader), (Tensor, Mapping)):
         return [loader]
     if isinstance(loader, torch_data.Dataset):
         raise DataError(
@@ -360,6 +363,7 @@ def _shape_or_type(value: Any) -> str:
 
 
 def _kind(entry: Any) -> str:
+    entry = tree.by_field(entry)
     if entry is None:
         return "none"
     if isinstance(entry, (Tensor, PackedSequence)):
@@ -390,7 +394,7 @@ def _label(raw: Mapping[Any, Any]) -> str | None:
 
 def _labels(raw: Any, strict: bool) -> Tensor | None:
     """The default target; not strict: None if the batch has none that can be read."""
-    found = None
+    raw, found = tree.by_field(raw), None
     if isinstance(raw, Mapping):
         label = _label(raw)
         found = None if label is None else raw[label]
@@ -425,6 +429,7 @@ def _structure(value: Any, free: bool, inside: bool = False) -> Any:
     detector. Its length is a size, and so is that of any sequence which is passed to a forward of
     the user's (free).
     """
+    value = tree.by_field(value)
     if isinstance(value, Mapping):
         return {str(name): _structure(value[name], free, True) for name in sorted(value, key=str)}
     if _kind(value) == "sequence":

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["leaves", "map_leaves", "replaced", "tensors"]
+__all__ = ["by_field", "leaves", "map_leaves", "replaced", "tensors"]
 
 
 def leaves(value: Any) -> Iterator[Any]:
@@ -89,3 +89,14 @@ def _like(value: Any, children: list[Any]) -> Any:
     for field, child in zip(dataclasses.fields(value), children, strict=True):
         object.__setattr__(kept, field.name, child)
     return kept
+
+
+def by_field(value: Any) -> Any:
+    """An instance of a dataclass as a mapping; all else as it is."""
+    if (
+        dataclasses.is_dataclass(value)
+        and not isinstance(value, type)
+        and not hasattr(value, "__iter__")
+    ):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return value

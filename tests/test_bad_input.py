@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import nngeo_lazy as ng
@@ -424,3 +425,83 @@ def test_a_layer_that_the_outputs_do_not_depend_on():
     torch.testing.assert_close(F.solve(v, damping=0.1)[unused], 10 * v[unused])
     kfac = ng.FIM(model, (x, Y), "kfac")
     assert ng.Laplace(model, kfac).functional(x).mean.shape == (6, 3)
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x, mask=None):
+        return self.head(x.sum(1) if mask is None else (x * mask[..., None]).sum(1))
+
+
+class Needy(Masked):
+    def forward(self, x, mask):
+        return super().forward(x, mask)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Masked, r"integer class labels, got a target of torch.bool.*\(\(inputs, mask\), target\)"),
+        (Needy, r"missing a required argument: 'mask'; pass \(\(inputs, mask\), target\)"),
+    ],
+)
+def test_inputs_with_a_mask_and_labels(kind, message):
+    model, x, mask = kind(), torch.randn(6, 5, 4), torch.rand(6, 5) < 0.5
+    y = torch.randint(3, (6,))
+    with pytest.raises(DataError, match=message):
+        ng.FIM(model, [(x, mask, y)], "kfac", likelihood="categorical", estimator="empirical")
+    F = ng.FIM(model, [((x, mask), y)], "kfac", likelihood="categorical", estimator="empirical")
+    pooled = nn.Sequential(model.head)
+    inputs = (x * mask[..., None]).sum(1)
+    wanted = ng.FIM(pooled, (inputs, y), "kfac", likelihood="categorical", estimator="empirical")
+    torch.testing.assert_close(F.to_dense(), wanted.to_dense())
+
+
+def test_outputs_whose_examples_are_not_in_front():
+    class Turned(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).mT
+
+    model, x, y = Turned(4, 3), torch.randn(6, 4), torch.randint(3, (6,))
+    message = r"examples are in dimension 1 of the outputs, pass forward=.*movedim\(1, 0\)"
+    with pytest.raises(DataError, match=message):
+        ng.FIM(model, (x, y), "kfac", likelihood="categorical")
+
+    def forward(model, batch):
+        return model(batch[0]).movedim(1, 0)
+
+    F = ng.FIM(model, (x, y), "dense", likelihood="categorical", forward=forward)
+    plain = nn.Linear(4, 3)
+    plain.load_state_dict(model.state_dict())
+    torch.testing.assert_close(F.to_dense(), ng.FIM(plain, (x, y), "dense").to_dense())
+
+
+def test_checkpoints_that_run_backward_passes_of_their_own():
+    class Checkpointed(nn.Module):
+        def __init__(self, reentrant):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+            self.reentrant = reentrant
+
+        def forward(self, x):
+            def inner(h):
+                return self.b(h).tanh()
+
+            return self.c(checkpoint(inner, self.a(x), use_reentrant=self.reentrant))
+
+    model, x, y = Checkpointed(True), torch.randn(6, 4), torch.randint(3, (6,))
+    remedy = Checkpointed(False)
+    remedy.load_state_dict(model.state_dict())
+    message = "use_reentrant=True.*checkpoint with use_reentrant=False.*representation='implicit'"
+    with pytest.raises(UnsupportedLayerError, match=message):
+        ng.FIM(model, (x, y), "kfac")
+    optimizer = ng.optim.NaturalGradient(model, "kfac", "categorical")
+    with pytest.raises(UnsupportedLayerError, match=message):
+        optimizer._model(x)
+    wanted = ng.FIM(remedy, (x, y), "dense").to_dense()
+    plain = nn.Sequential(remedy.a, remedy.b, nn.Tanh(), remedy.c)
+    torch.testing.assert_close(wanted, ng.FIM(plain, (x, y), "dense").to_dense())
+    torch.testing.assert_close(ng.FIM(model, (x, y), "implicit").to_dense(), wanted)

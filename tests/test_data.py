@@ -1,5 +1,6 @@
 """What a loader may be."""
 
+import dataclasses
 from collections import UserDict, namedtuple
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import nngeo_lazy as ng
 from nngeo_lazy.data import Batches
 from nngeo_lazy.errors import DataError
 
@@ -143,3 +145,28 @@ def test_a_mapping_keeps_its_class():
     (batch,) = Batches(UserDict(a=X, labels=Y), device="meta")
     assert isinstance(batch.raw, UserDict)
     assert batch.raw["a"].device.type == "meta"
+
+
+@dataclasses.dataclass
+class Example:
+    """A batch that is an object of the user's own."""
+
+    x: torch.Tensor
+    labels: torch.Tensor
+
+
+def test_batches_that_are_dataclasses():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(x)
+
+    model, x, y = Model(), torch.randn(6, 4), torch.randint(3, (6,))
+    wanted = ng.FIM(model, (x, y), "dense", estimator="empirical").to_dense()
+    batches = [Example(a, b) for a, b in zip(x.split(3), y.split(3), strict=True)]
+    for data in (Example(x, y), batches):
+        F = ng.FIM(model, data, "dense", estimator="empirical", likelihood="categorical")
+        torch.testing.assert_close(F.to_dense(), wanted)

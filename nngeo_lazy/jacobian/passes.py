@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from .. import tree
+from ..errors import UnsupportedLayerError
 from .folds import Fold, Ragged
 from .forms import Form, Rows
 from .general import GeneralRows, Way, cut, example_leaves
@@ -64,13 +65,20 @@ class Pass:
         calls = [call for call in recorder.calls if call.output.numel()]
         empty = [call for call in recorder.calls if not call.output.numel()]
         idle = _names(empty).difference(_names(calls), recorder.formless)
+        signature = signature_of(outputs, parameters)
+        if "CheckpointFunctionBackward" in signature.nodes:
+            raise UnsupportedLayerError(
+                "expected a model whose layers' gradients can be asked for, but it checkpoints "
+                "activations with use_reentrant=True, within which torch gives none: checkpoint "
+                "with use_reentrant=False, or take representation='implicit'"
+            )
         return cls(
             raw,
             outputs,
             calls,
             recorder.formless,
             recorder.examples,
-            signature_of(outputs, parameters),
+            signature,
             frozenset(idle),
         )
 

@@ -9,6 +9,7 @@ over its positions. Exact roots have as few columns as possible.
 from __future__ import annotations
 
 from .categorical import Categorical
+from .dispersed import NegativeBinomial, StudentT
 from .elementwise import Bernoulli, Poisson
 from .gaussian import Gaussian
 from .likelihood import ESTIMATORS, Estimator, Likelihood, check_estimator
@@ -25,8 +26,10 @@ __all__ = [
     "Gaussian",
     "Likelihood",
     "LikelihoodLike",
+    "NegativeBinomial",
     "Poisson",
     "Reduction",
+    "StudentT",
     "check_estimator",
     "described",
     "resolve",

@@ -112,15 +112,28 @@ class Categorical(Likelihood):
             )
         if target is None:
             return
-        if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        if target.dtype == torch.bool:
+            raise DataError(
+                "expected integer class labels, got a target of torch.bool: convert it with "
+                ".long(); if it is a mask, pass batches ((inputs, mask), target), or target="
+            )
+        if target.is_floating_point() or target.is_complex():
             raise DataError(
                 f"expected integer class labels, got a target of {target.dtype}: convert it with "
                 ".long(), or take another likelihood"
             )
         if list(target.shape) != positions:
+            n = target.shape[0] if target.dim() else 0
+            others = [k for k, size in enumerate(outputs.shape) if k and size == n]
+            hint = ""
+            if others and outputs.shape[0] != n:
+                hint = (
+                    f": if the examples are in dimension {others[0]} of the outputs, pass "
+                    f"forward=lambda model, batch: model(batch[0]).movedim({others[0]}, 0)"
+                )
             raise DataError(
                 f"expected a target of shape {tuple(positions)} for outputs {tuple(outputs.shape)} "
-                f"with the classes in dimension {dim}, got {tuple(target.shape)}"
+                f"with the classes in dimension {dim}, got {tuple(target.shape)}{hint}"
             )
 
     def target_of(self, outputs: Tensor, gradient: Tensor) -> Tensor | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import DataError
 from .categorical import Categorical
+from .dispersed import NegativeBinomial, StudentT
 from .elementwise import Bernoulli, Poisson
 from .gaussian import Gaussian
 from .likelihood import Likelihood
@@ -25,6 +26,8 @@ NAMES: dict[str, Callable[[], Likelihood]] = {
     "gaussian": Gaussian,
     "poisson": Poisson,
 }
+
+KINDS = (Bernoulli, Categorical, Gaussian, NegativeBinomial, Poisson, StudentT)
 
 
 def resolve(
@@ -85,7 +88,7 @@ def described(text: str) -> Likelihood | None:
         >>> described("Categorical(shift=1)").shift
         1
     """
-    kinds = {kind.__name__: kind for kind in (Bernoulli, Categorical, Gaussian, Poisson)}
+    kinds = {kind.__name__: kind for kind in KINDS}
     try:
         call = ast.parse(text, mode="eval").body
     except SyntaxError:
