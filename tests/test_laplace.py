@@ -530,3 +530,26 @@ def test_a_weak_prior_in_float32(representation):
     found = la.functional(x.float() + 1).covariance.double()
     single.double()
     close(found, exact.functional(x + 1).covariance, 1e-2)
+
+
+def test_outputs_of_a_forward_that_differentiates_the_network():
+    net = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+
+    def residual(model, batch):
+        x = batch[0].detach().requires_grad_()
+        (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        return slope + model(x)
+
+    batch = torch.rand(6, 1).double(), torch.zeros(6, 1).double()
+    options = {"likelihood": "gaussian", "forward": residual}
+    F = ng.FIM(net, batch, "dense", **options)
+    found = ng.Laplace(net, F, forward=residual).functional(batch)
+    parameters = list(net.parameters())
+    rows = [
+        torch.autograd.grad(f, parameters, retain_graph=True)
+        for f in residual(net, batch).flatten()
+    ]
+    J = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+    eye = torch.eye(J.shape[1], dtype=J.dtype)
+    wanted = (J @ torch.linalg.inv(J.mT @ J + eye) * J).sum(1)
+    close(found.covariance.flatten(), wanted)

@@ -152,7 +152,8 @@ class GeneralRows:
     ) -> Tensor:
         rows = []
         for k in range(start, stop):
-            out = self.forward(self.model, cut(raw, self._leaves, slice(k, k + 1)))
+            with torch.enable_grad():  # rows may be asked for where there is none
+                out = self.forward(self.model, cut(raw, self._leaves, slice(k, k + 1)))
             rows.append(torch.stack([self._flat(out, d[k : k + 1]) for d in directions]))
         return torch.stack(rows, 1)
 

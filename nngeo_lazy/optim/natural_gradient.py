@@ -75,7 +75,8 @@ class NaturalGradient(CurvatureOptimizer):
         damping: lambda, an absolute one: a number; a function of the number of the step; or
             `LevenbergMarquardt(...)`, which needs `step(closure)`. A group's own damping stays what
             it is. None: eps times the mean eigenvalue of each block.
-        eps: relative damping.
+        eps: relative damping. None: 3e-2 for KFAC, whose eigenvalues are products of those of
+            factors, and off by more; 1e-2 for all others.
         estimator: "mc", "empirical" or "exact" (a backward pass for each output direction); it does
             not matter to "implicit", which is exact.
         seed: of label draws; by default from torch's generator.
@@ -132,7 +133,7 @@ class NaturalGradient(CurvatureOptimizer):
         weight_decay: float = 0.0,
         radius: float | None = 0.01,
         damping: Damping | None = None,
-        eps: float = 1e-2,
+        eps: float | None = None,
         estimator: str = "mc",
         seed: int | None = None,
         params: Any = None,
@@ -270,7 +271,7 @@ class NaturalGradient(CurvatureOptimizer):
         damping = Dampings.of(self.param_groups)
         F = self._exact_curvature()
         if None in damping.by_name.values():
-            mean = self._options.eps * mean_eigenvalue(F, self._steps, self._examples)
+            mean = self._options.relative_damping * mean_eigenvalue(F, self._steps, self._examples)
             damping = damping.absolute(dict.fromkeys(self._space.names, mean))
         g = self._flat(self._gradients())
         c = quadratic_step(F, g, columns, damping.vector(self._space, self._dtype))

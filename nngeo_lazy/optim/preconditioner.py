@@ -62,7 +62,7 @@ class Preconditioner(CurvatureOptimizer):
         momentum: float = 0.0,
         radius: float | None = 0.01,
         damping: Damping | None = None,
-        eps: float = 1e-2,
+        eps: float | None = None,
         estimator: str = "mc",
         seed: int | None = None,
         params: Any = None,
