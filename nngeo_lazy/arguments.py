@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import DataError
+from .switches import whole_transforms
 
 __all__ = [
     "RULES",
@@ -233,7 +234,7 @@ def checked(function: Function) -> Function:
         Traceback (most recent call last):
         nngeo_lazy.errors.DataError: expected text to be a string, got 2: the order is (text, n)
     """
-    parameters = _parameters
+    parameters, scope = _parameters, whole_transforms
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         for parameter in parameters(function):
@@ -242,7 +243,8 @@ def checked(function: Function) -> Function:
                 parameter.require(args[place])
             elif name in kwargs:
                 parameter.require(kwargs[name])
-        return function(*args, **kwargs)
+        with scope():  # what an interrupt leaves open is ended
+            return function(*args, **kwargs)
 
     # of the function's own module, where those who look for doctests look for it
     made = types.FunctionType(

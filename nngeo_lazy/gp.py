@@ -180,6 +180,10 @@ class _WrappedKernel(Kernel):  # type: ignore[misc]
         with gpytorch.settings.lazily_evaluate_kernels(False):
             return aslinearoperator(self.base_kernel(x1, x2, **params))
 
+    def forward(self, x1: Tensor, x2: Tensor, diag: bool = False, **params: Any) -> Any:
+        """What a kernel around this one asks for, such as a `ScaleKernel`."""
+        return self(x1, x2, diag, **params)
+
     def num_outputs_per_input(self, x1: Tensor, x2: Tensor) -> int:
         count: int = self.base_kernel.num_outputs_per_input(x1, x2)
         return count

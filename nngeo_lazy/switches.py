@@ -119,17 +119,24 @@ class Switch:
 class _Use:
     """One user's scope. Leaving it twice does no harm."""
 
+    _switch: Switch | None = None  # of a scope that an interrupt ended before it began
+
     def __init__(self, switch: Switch) -> None:
         self._switch = switch
 
     def __enter__(self) -> None:
-        self._switch._enter(id(self))
+        if self._switch is not None:
+            self._switch._enter(id(self))
 
     def __exit__(self, *_: object) -> None:
-        self._switch._exit(id(self))
+        self._exit()
 
     def __del__(self) -> None:  # an interrupt came between __enter__ and its block
-        self._switch._exit(id(self))
+        self._exit()
+
+    def _exit(self) -> None:
+        if self._switch is not None:
+            self._switch._exit(id(self))
 
 
 # --- attention ------------------------------------------------------------------------------------
@@ -192,19 +199,21 @@ eager = Switch(_read_stance, _write_stance, _eager)
 
 
 class whole_transforms:  # noqa: N801 - a scope, as the functions of contextlib are
-    """A scope that ends the transforms of torch.func which an interrupt inside has left open.
+    """A scope that ends the transforms and the modes which an interrupt inside has left open.
 
-    torch opens a transform and enters the block that closes it in two lines. An interrupt between
-    them would leave the transform open for all that follows in the process.
+    torch opens a transform of torch.func, or switches gradients off, and enters the block that
+    closes it in two lines. An interrupt between them would leave it so for all that follows.
     """
 
     def __enter__(self) -> None:
+        self._grad = torch.is_grad_enabled()
         self._depth = torch._C._functorch.get_dynamic_layer_stack_depth()
         self._level = forward_ad._current_level
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             return
+        torch.set_grad_enabled(self._grad)
         if torch._C._functorch.get_dynamic_layer_stack_depth() > self._depth:
             torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(self._depth)
         while forward_ad._current_level > self._level:

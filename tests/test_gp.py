@@ -217,6 +217,33 @@ def test_bad_input():
             kernel(torch.randn(4, 2), last_dim_is_batch=True).to_dense()
 
 
+@pytest.mark.parametrize("outer", ["scale", "sum", "product", "multitask"])
+def test_a_wrapped_kernel_inside_of_others(outer):
+    x, net = torch.randn(6, 2), network()
+    plain, rbf = gram(net, x, x), RBFKernel()
+    other = rbf(x).to_dense()
+    kernels = gpytorch.kernels
+    kernel, want = {
+        "scale": lambda: (ScaleKernel(wrap(NTKKernel(net))), 0.5 * plain),
+        "sum": lambda: (kernels.AdditiveKernel(wrap(NTKKernel(net)), rbf), plain + other),
+        "product": lambda: (kernels.ProductKernel(wrap(NTKKernel(net)), rbf), plain * other),
+        "multitask": lambda: (
+            kernels.MultitaskKernel(wrap(NTKKernel(net)), num_tasks=2, rank=0),
+            None,
+        ),
+    }[outer]()
+    if outer == "scale":
+        kernel.outputscale = 0.5
+    if want is None:
+        between = kernel.task_covar_module.covar_matrix.to_dense()
+        want = torch.kron(plain, between)
+    close(kernel(x).to_dense(), want)
+    close(kernel(x, x[:2]).to_dense(), want[:, : 2 * len(want) // 6])
+    v = torch.ones(len(want))
+    close(kernel(x).add_jitter(0.1).solve(v), torch.linalg.solve(want + 0.1 * v.diag(), v))
+    close(kernel(x, diag=True), want.diagonal())
+
+
 @pytest.mark.parametrize("outputs", ["mean", "full"])
 def test_gradients_in_the_inputs(outputs):
     """Against torch.func's Jacobian, differentiated through."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from fuzz import files as damage
+from fuzz import interrupts, threads
 from torch import nn
 from torch.nn.utils import prune
 
@@ -245,6 +246,24 @@ def test_interrupts_at_random_lines(name):
         assert torch._C._functorch.get_dynamic_layer_stack_depth() == 0
         assert torch.is_grad_enabled()
     assert vars(torch.utils.checkpoint) == checkpoint
+
+
+@pytest.mark.parametrize("name", interrupts.Jobs.NAMES)
+def test_interrupts_in_the_middle(name):
+    """What was computed comes back and is right, or nothing does; a script runs thousands."""
+    seen = interrupts.interrupted(6, [name])
+    assert set(seen) <= {"result", "KeyboardInterrupt"}, seen
+    assert sum(seen.values()) == 6
+
+
+def test_interrupted_training_goes_on():
+    seen = interrupts.optimizers(6)
+    assert set(seen) <= {"result", "KeyboardInterrupt"}, seen
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_results_of_two_threads(shared):
+    assert threads.results(16, shared) == {"right": 16}
 
 
 class Checkpointed(nn.Module):

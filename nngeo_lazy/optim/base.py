@@ -329,6 +329,9 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                 self._loss.take(found, ratio)
         except (NonFiniteError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
             reason = str(error)
+        except DataError:
+            self._prepare()  # an interrupt may have ended the last step before it did
+            raise
         self._report_skipped(reason)
 
     def _read(self) -> None:
@@ -424,11 +427,13 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
     def _end_step(self) -> None:
         self._steps += 1
-        self._loop.forget()
-        self._reading = None
-        if self._free is None:
-            self._exact = None  # it holds the batches
-        self._prepare()
+        try:
+            self._loop.forget()
+            self._reading = None
+            if self._free is None:
+                self._exact = None  # it holds the batches
+        finally:
+            self._prepare()
 
     def _math(self) -> Any:
         return float_math(self._space.device)
