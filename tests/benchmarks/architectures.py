@@ -286,25 +286,36 @@ NETWORKS = {
 # --- measurement ----------------------------------------------------------------------------------
 
 
-def best(run, repeats=2):
-    times = []
-    for _ in range(repeats):
-        start = time.process_time()  # of this one thread: a busy machine makes it wait, not work
+def seconds(run):
+    start = time.process_time()  # of this one thread: a busy machine makes it wait, not work
+    run()
+    return time.process_time() - start
+
+
+class Gradient:
+    """A gradient pass over one batch, which everything else is a multiple of."""
+
+    def __init__(self, model, batch, call, batches):
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.labels = batch["labels"] if isinstance(batch, dict) else batch[1]
+        self.model, self.batch, self.call, self.batches = model, batch, call, batches
+        self()
+
+    def __call__(self):
+        out = self.call(self.model, self.batch)
+        loss = nn.functional.cross_entropy(out.flatten(0, -2), self.labels.flatten())
+        torch.autograd.grad(loss, self.parameters, allow_unused=True)
+
+    def multiple(self, run, batches=None, rounds=2):
+        """The time of something as a multiple, of the passes over as many batches around it."""
+        batches, found = batches or self.batches, []
         run()
-        times.append(time.process_time() - start)
-    return min(times)
-
-
-def gradient_pass(model, batch, call, dim):
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    labels = batch["labels"] if isinstance(batch, dict) else batch[1]
-
-    def run():
-        out = call(model, batch)
-        loss = nn.functional.cross_entropy(out.flatten(0, -2), labels.flatten())
-        torch.autograd.grad(loss, parameters, allow_unused=True)
-
-    return best(run, 4)
+        for _ in range(rounds):
+            before = sum(seconds(self) for _ in range(batches))
+            own = seconds(run)
+            after = sum(seconds(self) for _ in range(batches))
+            found.append(2 * own / (before + after))
+        return round(sum(found) / rounds, 2)
 
 
 def kinds(F):
@@ -388,13 +399,13 @@ def measure(name, what, batches):
     if isinstance(batch, dict):
         fisher["target"] = lambda b: b["labels"]
     size = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    g = gradient_pass(model, batch, call, dim)
+    gradient = Gradient(model, batch, call, batches)
+    g = min(seconds(gradient) for _ in range(3))
     row, F = {"network": name, "parameters": size, "gradient ms": round(1e3 * g, 1)}, None
     v = torch.randn(size)
 
     def product(A):
-        A @ v  # graphs are made and kept
-        return best(lambda: A @ v)
+        return gradient.multiple(lambda: A @ v, 1)  # graphs are made and kept
 
     common = {k: fisher[k] for k in ("forward", "target") if k in fisher}
     for column in what:
@@ -404,20 +415,20 @@ def measure(name, what, batches):
             def build(column=column, holder=holder):
                 holder[:] = [ng.FIM(model, [batch] * batches, column, **fisher)]
 
-            row[column] = round(best(build, 1 if column == "ekfac" else 2) / g / batches, 2)
+            row[column] = gradient.multiple(build)
             F = holder[0] if column == "kfac" else F
         elif column == "one":
-            row[column] = round(best(lambda: ng.FIM(model, batch, "kfac", **fisher)) / g, 2)
+            row[column] = gradient.multiple(lambda: ng.FIM(model, batch, "kfac", **fisher), 1)
         elif column == "same":
             own = {**fisher, "params": _known_layers(model)}
             ours = lambda own=own: ng.FIM(model, [batch] * batches, "kfac", **own)  # noqa: E731
-            row[column] = round(best(ours) / g / batches, 2)
+            row[column] = gradient.multiple(ours)
         elif column in PEERS:
-            row[column] = _of_peer(PEERS[column], model, batch, call, batches, g)
+            row[column] = _of_peer(PEERS[column], model, batch, call, gradient)
         elif column == "ggn":
-            row[column] = round(product(ng.GGN(model, batch, loss=likelihood, **common)) / g, 2)
+            row[column] = product(ng.GGN(model, batch, loss=likelihood, **common))
         elif column == "hessian":
-            row[column] = round(product(ng.Hessian(model, batch, loss=likelihood, **common)) / g, 2)
+            row[column] = product(ng.Hessian(model, batch, loss=likelihood, **common))
     if F is not None:
         row |= kinds(F)
     return row, F
@@ -514,10 +525,10 @@ def train_all(names, representations):
 PEERS = {"curvlinops": curvlinops, "nngeometry": nngeometry}
 
 
-def _of_peer(make, model, batch, call, batches, g):
+def _of_peer(make, model, batch, call, gradient):
     """Its time, or how it fails."""
     try:
-        return round(best(make(model, batch, call, batches)) / g / batches, 2)
+        return gradient.multiple(make(model, batch, call, gradient.batches))
     except Exception as error:  # noqa: BLE001 - that a package fails is a result
         return type(error).__name__
 
