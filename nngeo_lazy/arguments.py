@@ -226,7 +226,7 @@ def checked(function: Function) -> Function:
 
     Example:
         >>> @checked
-        ... def repeat(text: "str", n: "PositiveInt" = 1) -> "str":
+        ... def repeat(text: str, n: PositiveInt = 1) -> str:
         ...     return n * text
         >>> repeat("a", n=2)
         'aa'

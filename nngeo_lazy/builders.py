@@ -173,6 +173,7 @@ def GGN(
         NotPositiveDefiniteError: the loss is not convex in the outputs.
 
     Example:
+        >>> import torch
         >>> model = torch.nn.Linear(3, 2)
         >>> x, y = torch.randn(8, 3), torch.randn(8, 2)
         >>> G = GGN(model, (x, y), "kfac", loss=lambda f, y: (f - y).cosh().log().sum(1))
@@ -238,6 +239,7 @@ def Hessian(
         StochasticModelError: the model is random.
 
     Example:
+        >>> import torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh())
         >>> x, y = torch.randn(8, 3), torch.randint(4, (8,))
         >>> H = Hessian(model, (x, y), loss="categorical")
@@ -302,6 +304,7 @@ def Jacobian(
         TooLargeError: more outputs than `max_directions`, or rows past 8 GiB.
 
     Example:
+        >>> import torch
         >>> J = Jacobian(torch.nn.Linear(3, 2), torch.randn(5, 3))
         >>> J.shape, J.mT.shape
         (torch.Size([10, 8]), torch.Size([8, 10]))
@@ -342,6 +345,7 @@ def plan(builder: Callable[..., BaseLinearOperator], *args: Any, **options: Any)
         DataError: another builder, and what the builder itself would raise at once.
 
     Example:
+        >>> import torch
         >>> model, x = torch.nn.Linear(3, 2), torch.randn(8, 3)
         >>> plan(FIM, model, x, "kfac", likelihood="gaussian")
         parameter  form           block                    size  flops  bytes

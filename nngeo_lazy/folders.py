@@ -11,6 +11,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,11 +25,11 @@ from .operators.base import BaseLinearOperator
 from .operators.stored import Source, StoredLinearOperator
 from .states import FORMAT, build, keys_of
 
-try:  # the extra `folders`
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-except ImportError:
-    safe_open = save_file = None
+_safetensors: Any = None
+with suppress(ImportError):  # the extra `folders`
+    import safetensors.torch
+
+    _safetensors = safetensors
 
 __all__ = ["BEGUN", "INDEX", "Folder", "write_folder"]
 
@@ -38,7 +39,7 @@ FILE_BYTES = 5 * 2**30
 
 
 def _require_safetensors() -> None:
-    if safe_open is None:
+    if _safetensors is None:
         raise ImportError(
             "a folder of blocks needs safetensors: pip install 'nngeo_lazy[folders]', or save one "
             "file, ng.save(F, 'F.pt')"
@@ -125,7 +126,7 @@ def _shards(state: Mapping[str, Any]) -> Iterator[list[str]]:
 
 def _write(path: str, tensors: dict[str, Tensor]) -> int:
     """Write a file through to the disk; its size."""
-    save_file(_unshared(tensors), path)
+    _safetensors.torch.save_file(_unshared(tensors), path)
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
     return os.path.getsize(path)
@@ -196,7 +197,7 @@ class Folder:
         for file in dict.fromkeys(tables[key][0] for key in keys):
             path = os.path.join(self.path, file)
             try:
-                with safe_open(path, "pt") as handle:
+                with _safetensors.safe_open(path, "pt") as handle:
                     for key in (key for key in keys if tables[key][0] == file):
                         found[key] = self._sound(key, handle.get_tensor(key)).to(self.device)
             except DataError:

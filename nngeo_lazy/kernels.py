@@ -74,6 +74,7 @@ def NTK(
         TooLargeError: more outputs than `max_directions`, or a dense matrix past its limit.
 
     Example:
+        >>> import torch
         >>> model, x = torch.nn.Linear(3, 2), torch.ones(5, 3)
         >>> NTK(model, x, outputs="mean").to_dense()[0]  # x.x' + 1
         tensor([4., 4., 4., 4., 4.])

@@ -268,12 +268,20 @@ def lowest_precision(function: Function, parameters: Sequence[Tensor]) -> torch.
     return lowest.dtype
 
 
+class _Reference(StorageWeakRef):
+    """A reference that may go away half made, when an interrupt comes in between."""
+
+    def __del__(self) -> None:
+        if hasattr(self, "_free_weak_ref"):
+            super().__del__()  # type: ignore[no-untyped-call]
+
+
 class _Made(TorchDispatchMode):
     """Weak references to the memory that operations make while it is active."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.storages: dict[int, tuple[Any, int]] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
@@ -282,7 +290,7 @@ class _Made(TorchDispatchMode):
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
-                reference = StorageWeakRef(storage)
+                reference = _Reference(storage)  # type: ignore[no-untyped-call]
                 self.storages[reference.cdata] = (reference, storage.nbytes())
         return out
 

@@ -93,7 +93,7 @@ def in_groups(
         raw: the batch.
         outputs: of all examples together, (N, ...).
         run: a batch to its outputs.
-        few: which examples are a group; the others are one or two, or single in a small batch.
+        few: which examples are a group; the others are two, or single in a small batch.
 
     Returns:
         (N, ...), or None if the batch cannot be cut.
@@ -103,7 +103,7 @@ def in_groups(
         return None
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     others = order[~torch.isin(order, few)]
-    count = len(others) if n <= SINGLY else 2 if 2 * len(few) < len(others) else 1
+    count = len(others) if n <= SINGLY else 2
     groups = [few, *others.tensor_split(count)]
     made = []
     for index in groups:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from ..arguments import checked
 from ..errors import DataError
@@ -171,6 +172,7 @@ class NaturalGradient(CurvatureOptimizer):
         given = {**super()._arguments(), **{k: self.defaults[k] for k in ("lr", "weight_decay")}}
         return {**given, "lr": None, "momentum": self._last_steps} if self._by_model else given
 
+    @_disable_dynamo  # a compiled step runs as it is: hooks and decompositions are Python
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Tensor | None:  # type: ignore[override]
         """One step.

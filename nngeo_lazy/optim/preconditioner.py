@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from ..arguments import checked
 from ..errors import DataError
@@ -96,6 +97,7 @@ class Preconditioner(CurvatureOptimizer):
         )
         super().__init__(model, {}, params, options)
 
+    @_disable_dynamo  # a compiled step runs as it is: hooks and decompositions are Python
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """Precondition the gradients in place; a closure evaluates them, and its loss is returned.

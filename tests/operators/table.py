@@ -4,6 +4,7 @@
 """
 
 import json
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import nngeo_lazy as ng
+from nngeo_lazy.collectives import ALONE
 from nngeo_lazy.operators import (
     BaseLinearOperator,
     BlockDiagonalLinearOperator,
@@ -34,6 +36,7 @@ from nngeo_lazy.operators import (
     SumLinearOperator,
     rules,
 )
+from nngeo_lazy.operators.sharded import ShardedBlockDiagonalLinearOperator
 
 from .examples import orthogonal, spd, stacked
 
@@ -139,7 +142,11 @@ def operators() -> dict[str, BaseLinearOperator]:
     second = torch.einsum("noi,noj->oij", rows, rows) / 40
     quasi = QuasiDiagonalLinearOperator.of(second.diagonal(dim1=1, dim2=2), second[:, :3, 3])
     total = SumLinearOperator(made["kronecker"], quasi)
+    folder = tempfile.mkdtemp()  # whose blocks are opened when they are needed
+    ng.save(made["fim_block_diagonal"], f"{folder}/stored/")
     return made | {
+        "sharded": ShardedBlockDiagonalLinearOperator(*kfac.members, group=ALONE, **blocked),
+        "stored": ng.load(f"{folder}/stored/", lazy=True).members[0],
         "quasi_diagonal": quasi,
         "quasi_diagonal_inverse": quasi.inverse(),
         "sum": total,

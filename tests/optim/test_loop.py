@@ -250,7 +250,8 @@ def test_parameters_without_a_form_take_the_plain_gradient():
     torch.manual_seed(0)
     model = M()
     x, y = torch.randn(9, 3), torch.randint(2, (9,))
-    optimizer = NaturalGradient(model, "kfac", lr=0.5, momentum=0.0, radius=None, estimator="exact")
+    options = {"lr": 0.5, "momentum": 0.0, "radius": None}
+    optimizer = NaturalGradient(model, "kfac", estimator="empirical", **options)
     backward(optimizer, model, x, y)
     g = model.log_scale.grad.clone()
     before = model.log_scale.detach().clone()
