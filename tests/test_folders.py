@@ -263,7 +263,7 @@ def test_options_that_do_not_fit(F, folder, tmp_path, monkeypatch):
     with pytest.raises(DataError, match="expected map_location to be a device for a folder"):
         ng.load(folder, map_location={"cpu": "cpu"})
     assert ng.load(folder, map_location="cpu").device.type == "cpu"
-    monkeypatch.setattr(folders, "safe_open", None)
+    monkeypatch.setattr(folders, "_safetensors", None)
     for call in (lambda: ng.load(folder), lambda: ng.save(F, folder)):
         with pytest.raises(ImportError, match=r"needs safetensors: pip install .nngeo_lazy\[fol"):
             call()

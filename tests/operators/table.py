@@ -231,7 +231,10 @@ FACTORED = "A.damped(0.5, method='factored')"
 WITHOUT_VALUE = {  # what is not compared with dense arithmetic here
     # each factor is damped, which is another matrix: see test_members
     *((FACTORED, f"kronecker{more}") for more in ("", "_same", "_diagonal")),
-    *((FACTORED, name) for name in ("fim_kfac", "blocks_mixed_other", "blocks_anonymous")),
+    *(
+        (FACTORED, name)
+        for name in ("fim_kfac", "sharded", "blocks_mixed_other", "blocks_anonymous")
+    ),
     # singular: the root of a zero eigenvalue is the root of its rounding
     ("A.power(0.5)", "kernel_centered"),
 }
