@@ -95,5 +95,5 @@ if __name__ == "__main__":
             ax.plot(ANGLES, values, marker="o", label=name)
     for ax, title in zip(axes, ["accuracy", "log loss", "calibration error"], strict=True):
         ax.set(title=title, xlabel="digits turned by (degrees)")
-    axes[1].legend()
+    axes[0].legend()
     figure.savefig(save / "laplace.png", dpi=120)
