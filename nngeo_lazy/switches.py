@@ -10,12 +10,13 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ContextDecorator, ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.overrides import _get_current_function_mode_stack, _pop_mode
 from torch.utils import checkpoint
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "plain_attention_modules",
     "under_autocast",
     "unfused_attention",
+    "whole_modes",
     "whole_transforms",
     "without_checkpoints",
 ]
@@ -198,12 +200,15 @@ eager = Switch(_read_stance, _write_stance, _eager)
 # --- transforms of torch.func ---------------------------------------------------------------------
 
 
-class whole_transforms:  # noqa: N801 - a scope, as the functions of contextlib are
+class whole_transforms(ContextDecorator):  # noqa: N801 - a scope, as those of contextlib are
     """A scope that ends the transforms and the modes which an interrupt inside has left open.
 
     torch opens a transform of torch.func, or switches gradients off, and enters the block that
     closes it in two lines. An interrupt between them would leave it so for all that follows.
     """
+
+    def _recreate_cm(self) -> whole_transforms:
+        return whole_transforms()  # a decorated function may call itself
 
     def __enter__(self) -> None:
         self._grad = torch.is_grad_enabled()
@@ -218,6 +223,17 @@ class whole_transforms:  # noqa: N801 - a scope, as the functions of contextlib 
             torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(self._depth)
         while forward_ad._current_level > self._level:
             forward_ad.exit_dual_level()
+
+
+@contextmanager
+def whole_modes() -> Iterator[None]:
+    """A scope that ends the torch function modes which an interrupt inside has left open."""
+    depth = len(_get_current_function_mode_stack())
+    try:
+        yield
+    finally:
+        while len(_get_current_function_mode_stack()) > depth:
+            _pop_mode()
 
 
 # --- checkpointing --------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from ..jacobian.registry import whole_modules
 from ..jacobian.scopes import in_build, plain_functions, recording
 from ..operators.warn import warn
 from ..space import ParamSpace
+from ..switches import whole_modes
 from .heads import Heads, joint
 from .hooks import Hooks
 from .passed import Mark, Passed, Run
@@ -131,6 +132,7 @@ class Loop:
         """A pass starts: record it, or keep what is needed to run it again."""
         if in_build() or _in_functorch() or self._others():
             return  # of FIM and the like, or a functional call with other parameters
+        self.end(None)  # of a pass that was interrupted
         if self.passes and all(p.grad is None for p in self._parameters.values()):
             self.forget()  # model.zero_grad()
         replay = None
@@ -148,16 +150,19 @@ class Loop:
             if self._capture is None:
                 self._capture = self._first_plan((args, kwargs))
             recorder = self._capture.recorder((args, kwargs), training=True)
+        self._running = _Running(stack, recorder, (args, kwargs), replay)  # what `end` closes
+        if recorder is not None:
+            stack.enter_context(whole_modes())
             for scope in (plain_functions(), whole_modules(self.model), recorder):
                 stack.enter_context(scope)
-        self._running = _Running(stack, recorder, (args, kwargs), replay)
 
     def end(self, result: Any) -> None:
         """It ended, with None if it raised: wait for the gradient at its outputs."""
         if self._running is None:
             return
-        (stack, recorder, raw, replay), self._running = self._running, None
-        stack.close()
+        stack, recorder, raw, replay = self._running
+        stack.close()  # an interrupt in it leaves the pass running: the next one closes it
+        self._running = None
         if result is None:
             return
         try:

@@ -13,6 +13,7 @@ from torch._compile import _disable_dynamo
 from ..arguments import checked
 from ..errors import DataError
 from ..representations import Representation
+from ..switches import whole_transforms
 from .base import CurvatureOptimizer
 from .direction import Direction
 from .exact import mean_eigenvalue, quadratic_step
@@ -173,6 +174,7 @@ class NaturalGradient(CurvatureOptimizer):
         return {**given, "lr": None, "momentum": self._last_steps} if self._by_model else given
 
     @_disable_dynamo  # a compiled step runs as it is: hooks and decompositions are Python
+    @whole_transforms()
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Tensor | None:  # type: ignore[override]
         """One step.

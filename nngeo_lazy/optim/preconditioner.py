@@ -12,6 +12,7 @@ from torch._compile import _disable_dynamo
 from ..arguments import checked
 from ..errors import DataError
 from ..representations import Representation
+from ..switches import whole_transforms
 from .base import CurvatureOptimizer
 from .direction import Direction
 from .options import Damping, HessianFree, LevenbergMarquardt, Losses, Options, Schedule
@@ -98,6 +99,7 @@ class Preconditioner(CurvatureOptimizer):
         super().__init__(model, {}, params, options)
 
     @_disable_dynamo  # a compiled step runs as it is: hooks and decompositions are Python
+    @whole_transforms()
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """Precondition the gradients in place; a closure evaluates them, and its loss is returned.

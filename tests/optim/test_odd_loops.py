@@ -9,6 +9,7 @@ from torch.nn import functional
 
 import nngeo_lazy as ng
 from nngeo_lazy.errors import LikelihoodWarning, NonFiniteWarning
+from nngeo_lazy.jacobian.record import Recorder
 from nngeo_lazy.likelihoods import Categorical
 from nngeo_lazy.optim import HessianFree, LevenbergMarquardt, NaturalGradient
 
@@ -135,6 +136,25 @@ def test_an_interrupt_in_a_forward_pass():
     handle.remove()
     train(optimizer, model, x, y, 2)
     assert optimizer.operator.num_examples == len(x)
+
+
+def test_an_interrupt_while_a_pass_is_closed(monkeypatch):
+    model, x, y = problem()
+    optimizer = NaturalGradient(model, "kfac", "categorical")
+
+    def interrupted(*args):
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Recorder, "__exit__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model(x)
+    assert torch._C._len_torch_function_stack() == 0
+    optimizer.zero_grad()
+    backward(optimizer, model, x, y)
+    optimizer.step()
+    assert torch._C._len_torch_function_stack() == 0
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_an_optimizer_that_goes_away_in_a_forward_pass():
