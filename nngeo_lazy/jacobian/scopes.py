@@ -15,7 +15,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
 from ..errors import StochasticModelError, UnsupportedLayerError
-from ..switches import eager, plain_attention_modules, whole_transforms
+from ..switches import eager, plain_attention_modules, whole_modes, whole_transforms
 from .layers import BATCH_STATISTICS
 from .registry import find, whole_modules
 
@@ -95,7 +95,7 @@ def recording(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[No
 def plain_functions() -> Iterator[None]:
     """Inside, a model calls functions that can be seen and differentiated, and nothing fused."""
     switched = plain_attention_modules.used()
-    with torch.inference_mode(False), whole_transforms(), switched, eager.used():
+    with whole_modes(), whole_transforms(), torch.inference_mode(False), switched, eager.used():
         yield
 
 

@@ -22,7 +22,6 @@ from ..jacobian.registry import whole_modules
 from ..jacobian.scopes import in_build, plain_functions, recording
 from ..operators.warn import warn
 from ..space import ParamSpace
-from ..switches import whole_modes
 from .heads import Heads, joint
 from .hooks import Hooks
 from .passed import Mark, Passed, Run
@@ -152,7 +151,6 @@ class Loop:
             recorder = self._capture.recorder((args, kwargs), training=True)
         self._running = _Running(stack, recorder, (args, kwargs), replay)  # what `end` closes
         if recorder is not None:
-            stack.enter_context(whole_modes())
             for scope in (plain_functions(), whole_modules(self.model), recorder):
                 stack.enter_context(scope)
 
