@@ -24,4 +24,5 @@ if dist.get_rank() == 0:  # printing exchanges nothing; whatever reads the data 
     print(cost)
     print(F.report())
     print(f"{F.num_examples} examples, |F^-1 v| = {step.norm():.4g}, largest of G: {largest}")
+dist.barrier()  # nobody leaves while another one works
 dist.destroy_process_group()

@@ -22,4 +22,5 @@ for step in range(100):
     optimizer.step()
     if step % 20 == 0 and dist.get_rank() == 0:
         print(f"step {step}: loss {loss.item():.3f}")
+dist.barrier()  # nobody leaves while another one works
 dist.destroy_process_group()

@@ -383,7 +383,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             raise RuntimeError("a stored curvature has solves of its own")
         F, dampings = self._exact_curvature(), Dampings.of(self.param_groups)
         if None in dampings.by_name.values():
-            mean = self._options.relative_damping * mean_eigenvalue(F, self._steps, self._examples)
+            mean = self._options.eps * mean_eigenvalue(F, self._steps, self._examples)
             dampings = dampings.absolute(dict.fromkeys(self._space.names, mean))
         kept = None if self._curvature is None else self._curvature.operator
         damping = dampings.vector(self._space, self._dtype)

@@ -75,7 +75,7 @@ class Framing:
         direction = self._direction(self._coordinates(F, dampings))
         if F is not None and self._spectral(F, dampings):
             frame = EigenFrame(direction.coordinates, F)
-            frame.damp(dampings.by_name, self._options.relative_damping, unit)
+            frame.damp(dampings.by_name, self._options.eps, unit)
             direction.turn(frame)
         elif F is not None:
             direction.turn(self._solved(direction.coordinates, F, dampings, unit))
@@ -174,7 +174,7 @@ class Framing:
 
     def _relative(self, F: BaseLinearOperator) -> dict[str, float]:
         """eps times the mean eigenvalue of each parameter's block."""
-        eps, space = self._options.relative_damping, F.space
+        eps, space = self._options.eps, F.space
         if space is None:
             raise TypeError("expected a curvature of named parameters")
         tiny = torch.finfo(F.dtype).tiny ** 0.5

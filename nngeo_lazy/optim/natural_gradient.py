@@ -77,8 +77,7 @@ class NaturalGradient(CurvatureOptimizer):
         damping: lambda, an absolute one: a number; a function of the number of the step; or
             `LevenbergMarquardt(...)`, which needs `step(closure)`. A group's own damping stays what
             it is. None: eps times the mean eigenvalue of each block.
-        eps: relative damping. None: 3e-2 for KFAC, whose eigenvalues are products of those of
-            factors, and off by more; 1e-2 for all others.
+        eps: relative damping.
         estimator: "mc", "empirical" or "exact" (a backward pass for each output direction); it does
             not matter to "implicit", which is exact.
         seed: of label draws; by default from torch's generator.
@@ -135,7 +134,7 @@ class NaturalGradient(CurvatureOptimizer):
         weight_decay: float = 0.0,
         radius: float | None = 0.01,
         damping: Damping | None = None,
-        eps: float | None = None,
+        eps: float = 3e-2,
         estimator: str = "mc",
         seed: int | None = None,
         params: Any = None,
@@ -275,7 +274,7 @@ class NaturalGradient(CurvatureOptimizer):
         damping = Dampings.of(self.param_groups)
         F = self._exact_curvature()
         if None in damping.by_name.values():
-            mean = self._options.relative_damping * mean_eigenvalue(F, self._steps, self._examples)
+            mean = self._options.eps * mean_eigenvalue(F, self._steps, self._examples)
             damping = damping.absolute(dict.fromkeys(self._space.names, mean))
         g = self._flat(self._gradients())
         c = quadratic_step(F, g, columns, damping.vector(self._space, self._dtype))

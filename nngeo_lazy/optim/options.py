@@ -12,7 +12,7 @@ from torch import Tensor
 from ..arguments import NonNegativeInt, check_fields
 from ..errors import DataError
 from ..quantities import LossLike
-from ..representations import KFAC, Implicit, Representation
+from ..representations import Implicit, Representation
 
 __all__ = ["Damping", "HessianFree", "LevenbergMarquardt", "Losses", "Options", "Schedule"]
 
@@ -125,7 +125,6 @@ class HessianFree:
 Damping: TypeAlias = float | Callable[[int], float] | LevenbergMarquardt
 Losses: TypeAlias = LossLike | Mapping[str, LossLike | None] | Sequence[LossLike | None] | None
 METHODS = ("exact", "factored")
-FINE, COARSE = 1e-2, 3e-2  # relative dampings
 
 
 @dataclass(frozen=True)
@@ -184,7 +183,7 @@ class Options:
     momentum: float
     radius: float | None
     damping: Damping | None
-    eps: float | None
+    eps: float
     estimator: str
     seed: int | None
     damping_method: str
@@ -206,11 +205,3 @@ class Options:
                 "second_moments=True gives directions without a length of their own, which a "
                 "radius bounds: pass a radius"
             )
-
-    @property
-    def relative_damping(self) -> float:
-        """The one that is given, or more for KFAC, whose eigenvalues are products."""
-        if self.eps is not None:
-            return self.eps
-        kfac = isinstance(self.representation, KFAC) or self.representation == "kfac"
-        return COARSE if kfac else FINE

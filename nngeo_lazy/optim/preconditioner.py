@@ -64,7 +64,7 @@ class Preconditioner(CurvatureOptimizer):
         momentum: float = 0.0,
         radius: float | None = 0.01,
         damping: Damping | None = None,
-        eps: float | None = None,
+        eps: float = 3e-2,
         estimator: str = "mc",
         seed: int | None = None,
         params: Any = None,
