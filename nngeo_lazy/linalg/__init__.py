@@ -23,7 +23,7 @@ from .minres import minres
 from .nystrom import nystrom
 from .probes import Probes
 from .results import Estimate, Result
-from .subspace import Search
+from .subspace import Search, require_symmetric_products
 from .svds import Triplets, svds
 
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
     "minres",
     "nystrom",
     "quadrature_trace",
+    "require_symmetric_products",
     "signs",
     "spectral_density",
     "svds",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ __all__ = [
     "orthonormal",
     "random_block",
     "require_symmetric",
+    "require_symmetric_products",
     "rounding_of",
 ]
 
@@ -122,6 +124,7 @@ def require_symmetric(
     dtype: torch.dtype,
     method: str,
     rounding: Callable[[], float],
+    remedy: str = "take svds, or A^T A",
 ) -> None:
     """Raise if V^T (A Q) is not (A V)^T Q. This costs no product.
 
@@ -133,6 +136,7 @@ def require_symmetric(
         dtype: the dtype of the products.
         method: the method that uses them, for messages.
         rounding: what is rounding, see `rounding_of`; it is asked if the two differ.
+        remedy: what to do instead, for the message.
 
     Raises:
         ValueError: the matrix is not symmetric.
@@ -143,5 +147,27 @@ def require_symmetric(
     if largest > (1e-6 if dtype == torch.float64 else 1e-2) * norm and largest > rounding():
         raise ValueError(
             f"{method} needs a symmetric matrix: here u.Av and Au.v differ by {largest:.2g}, with "
-            f"|A| = {norm:.2g}: take svds, or A^T A"
+            f"|A| = {norm:.2g}: {remedy}"
         )
+
+
+def require_symmetric_products(matvec: Matvec, n: int, like: Tensor, method: str) -> None:
+    """Raise if products with a few random vectors are not those of a symmetric matrix.
+
+    Args:
+        matvec: v (n, k) to A v.
+        n: the size of A.
+        like: a tensor of its dtype and device.
+        method: what needs a symmetric matrix, for the message.
+
+    Raises:
+        ValueError: the matrix is not symmetric.
+    """
+    with torch.no_grad():
+        block = _unit_columns(n, like, 1)
+        products = matvec(block)
+        corner, norm = block.mT @ products, float(norms(products).max())
+        none = corner[:0]
+        rounding = partial(rounding_of, matvec, n, like)
+        remedy = "take ng.solve(A, b, method='lsmr'), or solve with A.mT @ A and A.mT @ b"
+        require_symmetric(none, none, corner, norm, like.dtype, method, rounding, remedy)

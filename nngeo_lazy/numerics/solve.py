@@ -21,6 +21,7 @@ from ..operators.base import BaseLinearOperator
 from ..operators.convert import aslinearoperator
 from ..operators.damping import DampingLike, is_zero
 from ..operators.dense import MatrixLinearOperator
+from ..operators.lazy import require_symmetric
 from ..operators.primitives import Krylov
 from ..operators.vectors import VectorLike, columns, flattened, require_fitting, start_of
 from ..operators.warn import warn_unless_converged
@@ -131,6 +132,7 @@ def _iterated(
     method: str, A: BaseLinearOperator, v: Tensor, restore: Any, krylov: Krylov
 ) -> Solution:
     b, back = flattened(v)
+    require_symmetric(A, b)
     x0 = None if krylov.x0 is None else flattened(krylov.x0.expand(v.shape))[0]
     close = krylov.preconditioner
     run = cg if method == "cg" else minres

@@ -181,6 +181,11 @@ class ProductLinearOperator(LazyLinearOperator):
     _implicit_in_vector = False
 
     @property
+    def known_symmetric(self) -> bool:
+        """A B of symmetric matrices is not."""
+        return False
+
+    @property
     def maps_to_parameters(self) -> bool:  # type: ignore[override]
         """Whether the left factor maps to parameters."""
         return self.left.maps_to_parameters

@@ -195,6 +195,11 @@ class MatrixLinearOperator(LazyLinearOperator):
         super().__init__(tensor, info=info)
         self.tensor = tensor
 
+    @property
+    def known_symmetric(self) -> bool:
+        """Symmetric ones are dense operators."""
+        return False
+
     def _size(self) -> torch.Size:
         return self.tensor.shape
 

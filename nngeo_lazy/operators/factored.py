@@ -310,6 +310,11 @@ class FactoredGaussNewtonLinearOperator(LazyLinearOperator):
         return diagonal if self.shift is None else diagonal + self.shift
 
     @property
+    def known_symmetric(self) -> bool:
+        """B^T B, with B rectangular."""
+        return True
+
+    @property
     def iterates(self) -> bool:
         """Whether a solve is an iteration: yes, unless it is solved in sample space."""
         return not self.in_sample_space

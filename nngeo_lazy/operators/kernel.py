@@ -13,10 +13,9 @@ from . import rules
 from .base import BaseLinearOperator, Krylov
 from .composite import ProductLinearOperator
 from .decompose import Decomposition
-from .dense import DenseLinearOperator, MatrixLinearOperator
+from .dense import DenseLinearOperator
 from .factored import (
     SAMPLE_SPACE,
-    FactoredGaussNewtonLinearOperator,
     FactoredJacobianLinearOperator,
     inner_products,
 )
@@ -200,6 +199,11 @@ class KernelLinearOperator(LazyLinearOperator):
     # --- closed forms of what is small -----------------------------------------------------------
 
     @property
+    def known_symmetric(self) -> bool:
+        """Whether both sets of inputs are one."""
+        return bool(self.symmetric)
+
+    @property
     def iterates(self) -> bool:
         """Whether a solve is an iteration: yes, unless it is made dense for it."""
         return self._closed() is None
@@ -371,7 +375,7 @@ def kernel_of(
             f"a kernel needs two Jacobians with as many rows for an example, got {counts[0]} and "
             f"{counts[1]}"
         )
-    symmetric = left is right and (middle is None or _is_symmetric(middle))
+    symmetric = left is right and (middle is None or middle.known_symmetric)
     operands = [left, *([] if symmetric else [right]), *([] if middle is None else [middle])]
     kernel = KernelLinearOperator(*operands, symmetric=symmetric, num_outputs=counts[0], way=way)
     return kernel.outputs(outputs)
@@ -399,15 +403,6 @@ def _factors(A: BaseLinearOperator) -> tuple[BaseLinearOperator, ...]:
 for _first in (*_JACOBIANS, ProductLinearOperator):
     for _last in (TransposedLinearOperator, ProductLinearOperator):
         rules.products.register(_first, _last)(_product)
-
-
-def _is_symmetric(M: BaseLinearOperator) -> bool:
-    """Whether a matrix is symmetric by what it is made of."""
-    if isinstance(M, (MatrixLinearOperator, ProductLinearOperator)) or not M.is_square:
-        return False
-    if isinstance(M, FactoredGaussNewtonLinearOperator):  # B^T B, with B rectangular
-        return True
-    return all(_is_symmetric(part) for part in M._args if isinstance(part, BaseLinearOperator))
 
 
 def _within(middle: BaseLinearOperator | None, rows: Tensor, c: int) -> Tensor:

@@ -20,7 +20,7 @@ from .info import Info
 from .vectors import flattened
 from .warn import warn, warn_of_estimate, warn_unless_converged, warn_unless_resolved
 
-__all__ = ["LazyLinearOperator", "closed_forms_only", "require_products"]
+__all__ = ["LazyLinearOperator", "closed_forms_only", "require_products", "require_symmetric"]
 
 _CHUNK_BYTES = 2**26  # of identity columns at a time, if only products are known
 _CLOSED_ONLY: ContextVar[bool] = ContextVar("closed_forms_only", default=False)
@@ -46,6 +46,16 @@ def require_products(operator: BaseLinearOperator, what: str) -> None:
         raise UnsupportedLayerError(f"{what} of {type(operator).__name__} has no closed form")
 
 
+def require_symmetric(operator: BaseLinearOperator, like: Tensor) -> None:
+    """Raise if products show that it is not symmetric: conjugate gradients would end anywhere."""
+    if operator.known_symmetric or operator.dim() != 2:
+        return
+    try:
+        linalg.require_symmetric_products(operator._apply, operator.shape[-1], like, "solve")
+    except ValueError as error:
+        raise UnsupportedLayerError(str(error)) from None
+
+
 class LazyLinearOperator(BaseLinearOperator):
     """A matrix that is known by its products; a subclass may know more.
 
@@ -59,6 +69,7 @@ class LazyLinearOperator(BaseLinearOperator):
 
     def _solve_columns(self, v: Tensor, krylov: Krylov) -> Tensor:
         b, back = flattened(v)
+        require_symmetric(self, b)
         x0 = None if krylov.x0 is None else flattened(krylov.x0.expand(v.shape))[0]
         precondition = None
         if krylov.preconditioner is not None:

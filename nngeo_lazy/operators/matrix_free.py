@@ -126,6 +126,11 @@ class RectangularLinearOperator(LazyLinearOperator):
     _implicit_in_tensors = False
     _implicit_in_vector = False
 
+    @property
+    def known_symmetric(self) -> bool:
+        """Not even if it has as many rows as columns."""
+        return False
+
     def _solve_columns(self, v: Tensor, krylov: Krylov) -> Tensor:
         raise UnsupportedLayerError(
             "solve needs a square matrix, and a Jacobian is none: take ng.solve(J, b), the least-"

@@ -80,6 +80,12 @@ class PrimitiveLinearOperator(LinearOperator):
         return self._implicit_in_vector
 
     @property
+    def known_symmetric(self) -> bool:
+        """Whether it is symmetric by what it is made of; if not, products must show it."""
+        parts = (part for part in self._args if isinstance(part, PrimitiveLinearOperator))
+        return bool(self.is_square) and all(part.known_symmetric for part in parts)
+
+    @property
     def is_explicit(self) -> bool:
         """Whether its entries are known without products."""
         return False

@@ -16,6 +16,7 @@ from linear_operator.operators import (
 )
 from linear_operator.operators import DenseLinearOperator as TheirDense
 
+import nngeo_lazy as ng
 from nngeo_lazy.errors import (
     NotPositiveDefiniteError,
     SpaceMismatchError,
@@ -206,6 +207,19 @@ def test_a_product_is_damped_as_a_sum():
     want = examples.matrix(A) @ examples.matrix(B) + 0.3 * torch.eye(A.shape[-1]).double()
     close((A @ B).damped(0.3).to_dense(), want)
     close(ProductLinearOperator(A, B).damped(0.3).to_dense(), want)
+
+
+def test_a_sum_that_is_not_symmetric_is_not_solved():
+    """Conjugate gradients would end anywhere; both remedies of the message work."""
+    A, b = (examples.diagonal() @ examples.dense()).damped(0.3), torch.randn(18).double()
+    for solve in (A.solve, lambda b: ng.solve(A, b).x, lambda b: A.inverse() @ b):
+        with pytest.raises(UnsupportedLayerError, match=r"needs a symmetric matrix.*method='lsmr'"):
+            solve(b)
+    want = torch.linalg.solve(A.to_dense(), b)
+    close((A.mT @ A).damped(0.0).solve(A.mT @ b), want)
+    close(ng.solve(A, b, method="lsmr", tol=1e-13).x, want)
+    symmetric = ProductLinearOperator(A.mT, A).damped(0.3)  # its products show it
+    close(symmetric.solve(b), torch.linalg.solve(symmetric.to_dense(), b))
 
 
 # --- parts ----------------------------------------------------------------------------------------
