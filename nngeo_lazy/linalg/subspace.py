@@ -162,6 +162,11 @@ def require_symmetric_products(matvec: Matvec, n: int, like: Tensor, method: str
 
     Raises:
         ValueError: the matrix is not symmetric.
+
+    Example:
+        >>> import torch
+        >>> A = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
+        >>> require_symmetric_products(lambda v: A @ v, 2, A, "solve")
     """
     with torch.no_grad():
         block = _unit_columns(n, like, 1)

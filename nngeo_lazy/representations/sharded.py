@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass
 
 from ..arguments import check_fields
 from ..collectives import in_processes, owners
@@ -13,16 +12,16 @@ from ..facts import Facts
 from ..operators import BaseLinearOperator, BlockDiagonalLinearOperator
 from ..operators.report import nbytes
 from ..operators.sharded import shared_out
-from ..statistics import Statistic
-from .mixed import resolve, stored
-from .recipes import Block, Recipe
-from .representation import Representation, Streamed
+from .around import Around
+from .mixed import resolve
+from .recipes import Block
+from .representation import Streamed
 
 __all__ = ["Sharded"]
 
 
 @dataclass(frozen=True)
-class Sharded(Streamed):
+class Sharded(Around):
     """Each block on one of the processes that share the data: about 1/W of the memory on each.
 
     The matrix is that of `representation`. All processes call each of its members, with the same
@@ -48,10 +47,6 @@ class Sharded(Streamed):
     Source: one owner for each block is MEM-OPT of KAISA (Pauloski et al. 2021).
     """
 
-    averages: ClassVar[bool] = False
-
-    representation: str | Representation = field(default="kfac")
-
     def __post_init__(self) -> None:
         check_fields(self)
         known = resolve(self.representation)
@@ -63,27 +58,9 @@ class Sharded(Streamed):
             )
 
     @property
-    def _inner(self) -> Streamed:
-        return stored(self.representation)
-
-    @property
     def shares_blocks(self) -> bool:
         """Whether each process keeps some blocks alone."""
         return True
-
-    @property
-    def passes(self) -> int:
-        """As many as the representation needs."""
-        return self._inner.passes
-
-    @property
-    def truncates(self) -> bool:
-        """As the representation."""
-        return self._inner.truncates
-
-    def described(self) -> str:
-        """The representation: the statistics are the same."""
-        return self._inner.described()
 
     def require_fit(self, facts: Facts) -> None:
         """Refuse data that say nothing of processes, and what the representation refuses."""
@@ -92,15 +69,7 @@ class Sharded(Streamed):
                 "Sharded shares out blocks over the processes that share the data, and the data "
                 "are a plain loader: pass ng.Distributed(loader)"
             )
-        self._inner.require_fit(facts)
-
-    def recipe(self, facts: Facts, indices: Sequence[int]) -> Recipe:
-        """That of the representation."""
-        return self._inner.recipe(facts, indices)
-
-    def outline(self, facts: Facts, indices: Sequence[int]) -> list[Sequence[Statistic]]:
-        """That of the representation."""
-        return self._inner.outline(facts, indices)
+        super().require_fit(facts)
 
     def finish(self, facts: Facts, blocks: Sequence[Block]) -> BaseLinearOperator:
         """The operator of this process's blocks."""

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, cast
+from typing import Any
 
 import torch
 
@@ -21,9 +21,9 @@ from ..folders import BEGUN, INDEX
 from ..operators import BaseLinearOperator, ShardedBlockDiagonalLinearOperator
 from ..statistics import Statistic
 from ..sweep import Make, Sweep
+from .around import Around
 from .mixed import resolve
-from .recipes import Recipe
-from .representation import Representation, Streamed
+from .representation import Streamed
 
 __all__ = ["Stored"]
 
@@ -32,7 +32,7 @@ _KNOWN = ("num_examples", "num_terms", "denominator", "log_likelihood")
 
 
 @dataclass(frozen=True)
-class Stored(Streamed):
+class Stored(Around):
     """A matrix that is built to a folder, and whose blocks are read when they are needed.
 
     The sums of each pass are written when the pass ends. The same call goes on after the last pass
@@ -53,9 +53,6 @@ class Stored(Streamed):
         >>> F = ng.FIM(model, loader, Stored("ekfac", "fisher/"))  # doctest: +SKIP
     """
 
-    averages: ClassVar[bool] = False
-
-    representation: str | Representation = field(default="kfac")
     folder: str | os.PathLike[str] = field(default="", repr=False)
 
     def __post_init__(self) -> None:
@@ -70,39 +67,9 @@ class Stored(Streamed):
             raise DataError("expected a folder to build in: pass Stored('ekfac', 'fisher/')")
 
     @property
-    def _inner(self) -> Streamed:
-        return cast(Streamed, resolve(self.representation))
-
-    @property
     def shares_blocks(self) -> bool:
         """As the representation."""
         return self._inner.shares_blocks
-
-    @property
-    def passes(self) -> int:
-        """As many as the representation needs."""
-        return self._inner.passes
-
-    @property
-    def truncates(self) -> bool:
-        """As the representation."""
-        return self._inner.truncates
-
-    def described(self) -> str:
-        """The representation: the statistics are the same."""
-        return self._inner.described()
-
-    def require_fit(self, facts: Facts) -> None:
-        """Refuse what the representation refuses."""
-        self._inner.require_fit(facts)
-
-    def recipe(self, facts: Facts, indices: Sequence[int]) -> Recipe:
-        """That of the representation."""
-        return self._inner.recipe(facts, indices)
-
-    def outline(self, facts: Facts, indices: Sequence[int]) -> list[Sequence[Statistic]]:
-        """That of the representation."""
-        return self._inner.outline(facts, indices)
 
     def build(self, sweep: Sweep) -> BaseLinearOperator:
         """The operator, from the passes that are left to make."""
