@@ -157,7 +157,7 @@ class Curvature:
         if float(sums[-1, 3]):
             raise NonFiniteError("the gradient of the loss at the outputs is not finite")
         if begun is None:
-            raise RuntimeError("no passes")
+            raise RuntimeError("no passes")  # refused above; mypy does not see it
         self.reading = reading
         facts, forms = begun
         found = reading.close(sums, [head.total for head in heads], self.scores.several)
