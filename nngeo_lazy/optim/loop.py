@@ -287,8 +287,15 @@ class Loop:
             raise RuntimeError("no plan for a recorded pass")
         recorded = self._capture.observed(raw, outputs, recorder)
         if recorded is None:  # a batch of another kind
-            self._prove(self._capture, raw)
+            refused = None
+            try:
+                self._prove(self._capture, raw)
+            except UnsupportedLayerError as error:
+                refused = error
             recorded = self._capture.observed(raw, outputs, recorder, proved=True)
+            # The functions of a batch that was proved: if a later proof fails, it is of rounding.
+            if refused is not None and (recorded is None or recorded.plan.ragged):
+                raise refused
         if recorded is None:
             frozen = [n for n in self.space.names if not self._parameters[n].requires_grad]
             if frozen:
