@@ -107,7 +107,8 @@ class Capture:
         before, plan, plans = self._parts, self._plan, dict(self._plans)
         if self._plan is not None or not self._sampled_plan(raw):
             self._planned(self._record(raw))
-        if before is not None and self.parts != before:
+        general = self._plan is not None and self._plan.general is not None
+        if before is not None and (general or self.parts != before):
             now, self._plan = self._plan, plan
             self._parts, self._plans = before, plans
             raise UnsupportedLayerError(

@@ -465,9 +465,21 @@ def learnable(name):
         noise = torch.randn(n, 3, size, size, generator=generator)
         return waves[:, None] + 0.5 * noise, y
 
-    sequences = classes if name == "bert" else language
-    make = sequences if isinstance(batch, dict) else images
-    n = 8 if isinstance(batch, dict) else min(16, len(batch[0]))
+    def nodes(n):
+        """Which of the first features is largest, summed over neighbours."""
+        x = torch.randn(n, batch[0].shape[1], generator=generator)
+        return x, (model.edges @ x)[:, :7].argmax(1)
+
+    def sounds(n):
+        """Tones of five pitches, and noise."""
+        y = torch.randint(5, (n,), generator=generator)
+        tones = (torch.arange(batch[0].shape[1]) * (0.05 * (y + 1))[:, None]).sin()
+        return tones + 0.5 * torch.randn(tones.shape, generator=generator), y
+
+    if isinstance(batch, dict):
+        return model.train(), call, lambda: (classes if name == "bert" else language)(8)
+    make = {1: nodes if name == "gcn" else sounds, 3: images}[batch[0].dim() - 1]
+    n = len(batch[0]) if name == "gcn" else min(16, len(batch[0]))
     return model.train(), call, lambda: make(n)
 
 
