@@ -83,7 +83,7 @@ def _ragged(call: Call, k: int, probe: Probe) -> Ragged | None:
     """
     plain, scaled, scales = probe.at_calls[k], probe.scaled[k], probe.scales
     n, leading = len(scales), 1 if call.use.local is not None else call.use.leading
-    if n == 1 or leading < 1:
+    if n == 1 or not 1 <= leading <= len(call.shape):
         return None
     sizes = call.shape[:leading]
     if plain is None or scaled is None:
