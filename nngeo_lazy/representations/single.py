@@ -23,6 +23,7 @@ from ..operators import (
     ShardedBlockDiagonalLinearOperator,
 )
 from ..operators.stored import opened
+from ..sides import Wide
 from ..statistics import MAX_FACTOR, KroneckerFactors, RowSum, Sharing, SquareSum, Statistic
 from .recipes import (
     Block,
@@ -122,12 +123,19 @@ class KFAC(Streamed):
     Args:
         sharing: "expand" or "reduce".
         separate_bias: whether a weight and its bias have no covariance.
-        max_factor: a factor of more rows is kept diagonal, such as the one of a vocabulary.
+        max_factor: a factor of more rows is wide, such as the one of a vocabulary.
+        wide: what is kept of a wide factor. "diagonal": its diagonal. "split": diagonal blocks of
+            max_factor rows at most, of one size but for the last (Grosse et al. 2023, Studying
+            large language model generalization with influence functions, appendix A).
+            "low_rank": U U^T + c I, with the Nystrom approximation of rank min(256, max_factor)
+            and the mean c of what it leaves of the trace (Frangella, Tropp and Udell 2021). The
+            histogram of an embedding's inputs is diagonal as it is.
         forward_only: whether G is the identity, so that only inputs count (FOOF: Benzing 2022,
             Gradient descent on neurons and its link to approximate second-order optimization).
 
     Raises:
-        DataError: another sharing, a max_factor that is no positive integer.
+        DataError: another sharing, a max_factor that is no positive integer, another wide, or
+            separate_bias with "low_rank", which has no entries to set to zero.
 
     Example:
         >>> KFAC(sharing="reduce")
@@ -137,11 +145,12 @@ class KFAC(Streamed):
     sharing: str = "expand"
     separate_bias: bool = field(default=False, repr=False)
     max_factor: int = field(default=MAX_FACTOR, repr=False)
+    wide: str = field(default="diagonal", repr=False)
     forward_only: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         check_fields(self)
-        _require_factors(self.sharing, self.max_factor)
+        _require_factors(self)
 
     def described(self) -> str:
         """With other options only if they are not the defaults."""
@@ -157,9 +166,18 @@ class KFAC(Streamed):
 
     def recipe(self, facts: Facts, indices: Sequence[int]) -> Recipe:
         """Kronecker factors of each part."""
-        options = {"separate_bias": self.separate_bias, "forward_only": self.forward_only}
-        sharing, most = Sharing(self.sharing), self.max_factor
-        recipes = [kronecker_block(facts, k, sharing, most, **options) for k in indices]
+        recipes = [
+            kronecker_block(
+                facts,
+                k,
+                Sharing(self.sharing),
+                self.max_factor,
+                Wide(self.wide),
+                separate_bias=self.separate_bias,
+                forward_only=self.forward_only,
+            )
+            for k in indices
+        ]
         return (yield from together(recipes))
 
 
@@ -174,9 +192,11 @@ class EKFAC(Streamed):
         basis: a KFAC or EKFAC of the same parameters whose eigenbasis is taken instead; one pass.
         separate_bias: as in KFAC.
         max_factor: as in KFAC. A factor that is kept diagonal has the identity as its eigenbasis.
+        wide: as in KFAC. The eigenbasis of a factor of low rank is a product of reflections, and
+            has one eigenvalue for each of its vectors, within the rank or not.
 
     Raises:
-        DataError: an unknown sharing, or a max_factor below one.
+        DataError: as KFAC does, or a basis that is none.
 
     Example:
         >>> import nngeo_lazy as ng
@@ -191,10 +211,11 @@ class EKFAC(Streamed):
     basis: BaseLinearOperator | None = field(default=None, repr=False, compare=False)
     separate_bias: bool = field(default=False, repr=False)
     max_factor: int = field(default=MAX_FACTOR, repr=False)
+    wide: str = field(default="diagonal", repr=False)
 
     def __post_init__(self) -> None:
         check_fields(self)
-        _require_factors(self.sharing, self.max_factor)
+        _require_factors(self)
         if self.basis is not None and not isinstance(self.basis, BlockDiagonalLinearOperator):
             raise DataError(
                 f"expected basis= to be a KFAC or an EKFAC Fisher, got {type(self.basis).__name__}"
@@ -208,6 +229,16 @@ class EKFAC(Streamed):
     def described(self) -> str:
         """With other options only if they are not the defaults."""
         return _with_options(self)
+
+    @property
+    def kfac(self) -> KFAC:
+        """The KFAC whose eigenbasis is taken if none is given."""
+        return KFAC(
+            self.sharing,
+            separate_bias=self.separate_bias,
+            max_factor=self.max_factor,
+            wide=self.wide,
+        )
 
     @property
     def passes(self) -> int:
@@ -227,11 +258,7 @@ class EKFAC(Streamed):
         if self.basis is not None:
             recipes = [self._in(facts, k, self._bases(facts, facts.parts[k])) for k in indices]
             return (yield from together(recipes))
-        sharing = Sharing(self.sharing)
-        options = {"separate_bias": self.separate_bias}
-        factored = [kronecker_block(facts, k, sharing, self.max_factor, **options) for k in indices]
-        blocks = yield from together(factored)
-        del factored
+        blocks = yield from self.kfac.recipe(facts, indices)
         known, done = _decomposed(facts, blocks)
         if not known:
             return done
@@ -250,8 +277,8 @@ class EKFAC(Streamed):
             if isinstance(factors, KroneckerFactors):
                 (k,) = factors.indices
                 part = facts.parts[k]
-                sizes = (part.layout.groups, part.layout.rows, part.layout.width)
-                unknown = (torch.empty(sizes[0], n, n, device="meta") for n in sizes[1:])
+                sizes = ((part.layout.groups, *s.basis) for s in factors.shapes)
+                unknown = (torch.empty(size, device="meta") for size in sizes)
                 second.append(SquareSum(k, part, *unknown))
         return [first, second]
 
@@ -370,19 +397,29 @@ def _decomposed(
     return {k: (own, n) for (k, n), own in zip(kept, bases, strict=True)}, done
 
 
-def _require_factors(sharing: str, max_factor: int) -> None:
-    if sharing not in list(Sharing):
+def _require_factors(options: KFAC | EKFAC) -> None:
+    if options.sharing not in list(Sharing):
         raise DataError(
-            f"expected sharing='expand' or 'reduce', got {sharing!r}; docs/conventions.md "
+            f"expected sharing='expand' or 'reduce', got {options.sharing!r}; docs/conventions.md "
             "explains them"
         )
-    if max_factor < 1:
-        raise DataError(f"expected max_factor to be a positive integer, got {max_factor!r}")
+    if options.max_factor < 1:
+        raise DataError(f"expected max_factor to be a positive integer, got {options.max_factor!r}")
+    if options.wide not in list(Wide):
+        raise DataError(
+            "expected wide='diagonal', 'split' or 'low_rank', which is what is kept of factors of "
+            f"more than max_factor rows, got {options.wide!r}"
+        )
+    if options.separate_bias and options.wide == Wide.LOW_RANK:
+        raise DataError(
+            "a factor of low rank has no entries that could be set to zero for separate_bias=True: "
+            "take wide='split' or 'diagonal' with it"
+        )
 
 
 def _with_options(options: KFAC | EKFAC) -> str:
     """As it prints, and the fields that do not print if they are not the defaults."""
     hidden = [f for f in fields(options) if not f.repr and f.name != "basis"]
     given = {f.name: getattr(options, f.name) for f in hidden}
-    more = [f", {f.name}={given[f.name]}" for f in hidden if given[f.name] != f.default]
+    more = [f", {f.name}={given[f.name]!r}" for f in hidden if given[f.name] != f.default]
     return repr(options)[:-1] + "".join(more) + ")"
