@@ -96,7 +96,7 @@ def form_of(
     for k in found:
         if same(others[k], part):
             return forms[k]
-    # what is left is unused by this batch, or rows
+    # this batch does not use the part, or has rows of it alone
     sources = [(form, others[k]) for k in found if (form := forms[k]) is not None]
     if not sources and part.kind is Kind.OUTER:
         return _empty(part.layout, part.members[0].roles, shape, like)

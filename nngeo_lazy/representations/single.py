@@ -43,7 +43,7 @@ from .recipes import (
     together,
     whole,
 )
-from .representation import Streamed
+from .representation import Blockwise, Streamed
 from .row_stack import RowStack
 
 __all__ = ["EKFAC", "KFAC", "BlockDiagonal", "Diagonal", "LowRank", "QuasiDiagonal"]
@@ -69,7 +69,7 @@ class BlockDiagonal(Streamed):
 
 
 @dataclass(frozen=True)
-class Diagonal(Streamed):
+class Diagonal(Blockwise):
     """The diagonal. Memory P.
 
     Example:
@@ -80,9 +80,9 @@ class Diagonal(Streamed):
         True
     """
 
-    def recipe(self, facts: Facts, indices: Sequence[int]) -> Recipe:
-        """Squared rows of each part."""
-        return (yield from together([diagonal_block(facts, k) for k in indices]))
+    def block(self, facts: Facts, k: int) -> Recipe:
+        """Squared rows."""
+        return diagonal_block(facts, k)
 
     def finish(self, facts: Facts, blocks: Sequence[Block]) -> BaseLinearOperator:
         """One diagonal of all parameters."""
@@ -91,7 +91,7 @@ class Diagonal(Streamed):
 
 
 @dataclass(frozen=True)
-class QuasiDiagonal(Streamed):
+class QuasiDiagonal(Blockwise):
     """The diagonal, with each output's weights coupled to its bias (Ollivier 2015, section 2.3).
 
     For each output row diag(F_kk - F_k0^2 / F_00) + f_0 f_0^T / F_00: the matrix's diagonal and
@@ -105,13 +105,13 @@ class QuasiDiagonal(Streamed):
         >>> torch.testing.assert_close(F.diagonal(), exact.diagonal())
     """
 
-    def recipe(self, facts: Facts, indices: Sequence[int]) -> Recipe:
-        """Squared rows and couplings of each part."""
-        return (yield from together([quasi_diagonal_block(facts, k) for k in indices]))
+    def block(self, facts: Facts, k: int) -> Recipe:
+        """Squared rows and couplings."""
+        return quasi_diagonal_block(facts, k)
 
 
 @dataclass(frozen=True)
-class KFAC(Streamed):
+class KFAC(Blockwise):
     """Kronecker-factored blocks, G kron A for each weight (with its bias).
 
     Martens and Grosse (2015), Grosse and Martens (2016) for convolutions; weight sharing as in
@@ -160,21 +160,17 @@ class KFAC(Streamed):
                 "'ekfac', 'diagonal', 'block_diagonal', 'dense' or 'low_rank' with center=True"
             )
 
-    def recipe(self, facts: Facts, indices: Sequence[int]) -> Recipe:
-        """Kronecker factors of each part."""
-        recipes = [
-            kronecker_block(
-                facts,
-                k,
-                Sharing(self.sharing),
-                self.max_factor,
-                separate_bias=self.separate_bias,
-                forward_only=self.forward_only,
-                tied=self.tied,
-            )
-            for k in indices
-        ]
-        return (yield from together(recipes))
+    def block(self, facts: Facts, k: int) -> Recipe:
+        """Kronecker factors."""
+        return kronecker_block(
+            facts,
+            k,
+            Sharing(self.sharing),
+            self.max_factor,
+            separate_bias=self.separate_bias,
+            forward_only=self.forward_only,
+            tied=self.tied,
+        )
 
 
 @dataclass(frozen=True)
