@@ -110,7 +110,8 @@ def _weighted_sum(factors: Sequence[Tensor], weights: Tensor) -> Tensor:
     some = any(factor.dim() == 3 for factor in factors)
     wide = [f.diag_embed() if some and f.dim() == 2 else f for f in factors]
     terms = [w.view(-1, *[1] * (f.dim() - 1)) * f for f, w in zip(wide, weights, strict=True)]
-    return sum(terms[1:], terms[0])
+    total: Tensor = sum(terms[1:], terms[0])
+    return total
 
 
 def factor_null(values: Tensor, diagonal: bool) -> Tensor:
