@@ -97,9 +97,9 @@ def require_semidefinite(F: BaseLinearOperator) -> None:
     for name, (value, size) in zip(lowest, values, strict=True):
         if value < -rounding * size:
             raise NotPositiveDefiniteError(
-                f"the curvature of {name} has a negative eigenvalue {value:.3g}: its statistics "
-                "are no averages of squares any more. Train in a wider dtype, or make a new "
-                "optimizer in the place of this state"
+                f"the curvature of {name} has a negative eigenvalue {value:.3g}, which an average "
+                "of squares cannot have: rounding is larger than the curvature. Train in a wider "
+                "dtype, or make a new optimizer in place of this state"
             )
 
 

@@ -271,7 +271,8 @@ def _kronecker(
     if len(known) < len(ops) or sum(known) <= 0:
         raise DataError(
             "the Kronecker factors do not know over how many positions they are means, since they "
-            "were merged with weights= before: merge all at once"
+            "were merged with weights= before, or belong to a tied weight: build one from all of "
+            "the data, or average the matrices with F.lerp(G, w)"
         )
     left = _pooled_side([op.left for op in ops], weights)
     right = _pooled_side([op.right for op in ops], [p / sum(known) for p in known])

@@ -21,6 +21,7 @@ from .jacobian.forms import Form, Outer, second_moment
 from .jacobian.inputs import Inputs
 from .jacobian.parts import Kind, Part
 from .jacobian.positions import counted
+from .jacobian.summed import Summed
 from .jacobian.union import Absent
 from .layout import Layout
 from .sides import Shape, Wide, is_diagonal, is_low_rank, named
@@ -184,6 +185,8 @@ class SquareSum(Statistic):
         for form in forms:
             if isinstance(form, Outer):
                 self._outer(form, first, last)
+            elif isinstance(form, Summed) and not (self._left is None and self._right is None):
+                self._add(form.rotated(self._left, self._right).sqsum())
             elif form is not None:
                 self._add(form.sqsum())
 
@@ -286,6 +289,7 @@ class KroneckerFactors(Statistic):
         sharing: of positions.
         max_factor: a factor of more rows is wide.
         wide: what is kept of a wide one.
+        use: of a part that sums several uses, the layout of those that are meant.
     """
 
     sums = ("_left", "_right", "_positions")
@@ -297,11 +301,13 @@ class KroneckerFactors(Statistic):
         sharing: Sharing,
         max_factor: int = MAX_FACTOR,
         wide: Wide = Wide.DIAGONAL,
+        use: Layout | None = None,
     ) -> None:
         super().__init__(index)
-        self._layout = part.layout
+        self._use = use
+        self._layout = part.layout if use is None else use
         self._reduce = sharing is Sharing.REDUCE
-        sizes = part.layout.rows, part.layout.width
+        sizes = self._layout.rows, self._layout.width
         self.shapes = tuple(Shape.of(n, max_factor, wide) for n in sizes)
         self.tests: list[Tensor | None] = [None, None]  # with which sides of low rank are sketched
         self._left: Tensor | None = None
@@ -312,16 +318,20 @@ class KroneckerFactors(Statistic):
     def costs(self, sample: Sample) -> Iterator[Cost]:
         """The numbers of both factors."""
         (k,), grid, (left, right) = self.indices, self._layout, self.shapes
-        t = 1 if self._reduce else sample.positions(k)
-        if sample.indexed(k) and not self._reduce:
+        t = 1 if self._reduce else sample.positions(k, self._use)
+        if sample.indexed(k, self._use) and not self._reduce:
             right = Shape(right.n, Wide.DIAGONAL)
         numbers = grid.groups * (left.numbers + right.numbers)
         flops = 2 * grid.groups * t * (sample.directions * left.flops + right.flops)
-        yield Cost(k, _grid_kind("Kronecker", grid, str(left), str(right)), numbers, flops)
+        kind = _grid_kind("Kronecker", grid, str(left), str(right))
+        helps = self._use is not None and self._use.pieces[0].transposed  # the block is the other's
+        yield Cost(k, "" if helps else kind, numbers, flops)
 
     def update(self, forms: Sequence[Form | None], first: bool, last: bool) -> None:
         """Add the moments of output gradients, and once a batch those of inputs."""
         (form,) = forms
+        if isinstance(form, Summed) and self._use is not None:
+            form = form.outer_of(self._use)
         if not isinstance(form, Outer):
             raise TypeError("Kronecker factors need an outer form")
         if isinstance(form, Absent):

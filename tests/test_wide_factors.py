@@ -232,3 +232,6 @@ def test_wrong_options(kind):
     with pytest.raises(DataError, match="take wide='split' or 'diagonal' with it"):
         kind(wide="low_rank", separate_bias=True)
     assert kind(wide="split", separate_bias=True).separate_bias
+    with pytest.raises(DataError, match="take wide='diagonal' with tied='kronecker'"):
+        kind(wide="split", tied="kronecker")
+    assert kind(wide="diagonal", tied="kronecker").tied
