@@ -269,7 +269,8 @@ def _kronecker(
     if len(known) < len(ops) or sum(known) <= 0:
         raise DataError(
             "the Kronecker factors do not know over how many positions they are means, since they "
-            "were merged with weights= before: merge all at once"
+            "were merged with weights= before, or belong to a tied weight: build one from all of "
+            "the data, or average the matrices with F.lerp(G, w)"
         )
     left = _mean([op.left for op in ops], weights)
     right = _mean([op.right for op in ops], [p / sum(known) for p in known])

@@ -21,6 +21,7 @@ from .jacobian.forms import Form, Outer, second_moment
 from .jacobian.inputs import Inputs
 from .jacobian.parts import Kind, Part
 from .jacobian.positions import counted
+from .jacobian.summed import Summed
 from .jacobian.union import Absent
 from .layout import Layout
 
@@ -174,6 +175,8 @@ class SquareSum(Statistic):
         for form in forms:
             if isinstance(form, Outer):
                 self._outer(form, first, last)
+            elif isinstance(form, Summed) and not (self._left is None and self._right is None):
+                self._add(form.rotated(self._left, self._right).sqsum())
             elif form is not None:
                 self._add(form.sqsum())
 
@@ -269,18 +272,31 @@ class KroneckerFactors(Statistic):
     reduce: the same of sum_t g and mean_t x, right divided by N.
     If some positions are not scored, the right factor is a mean over those that count
     (`jacobian/positions.py`).
+
+    Args:
+        index: the part.
+        part: its layout gives the sizes.
+        sharing: see above.
+        max_factor: a larger factor is kept diagonal.
+        use: of a part that sums several uses, the layout of those that are meant.
     """
 
     sums = ("_left", "_right", "_positions")
 
     def __init__(
-        self, index: int, part: Part, sharing: Sharing, max_factor: int = MAX_FACTOR
+        self,
+        index: int,
+        part: Part,
+        sharing: Sharing,
+        max_factor: int = MAX_FACTOR,
+        use: Layout | None = None,
     ) -> None:
         super().__init__(index)
-        self._layout = part.layout
+        self._use = use
+        self._layout = part.layout if use is None else use
         self._reduce = sharing is Sharing.REDUCE
-        self._diagonal_left = part.layout.rows > max_factor
-        self._diagonal_right = part.layout.width > max_factor
+        self._diagonal_left = self._layout.rows > max_factor
+        self._diagonal_right = self._layout.width > max_factor
         self._left: Tensor | None = None
         self._right: Tensor | None = None
         self._positions: Tensor | int = 0
@@ -289,8 +305,8 @@ class KroneckerFactors(Statistic):
     def costs(self, sample: Sample) -> Iterator[Cost]:
         """The numbers of both factors."""
         (k,), grid = self.indices, self._layout
-        t = 1 if self._reduce else sample.positions(k)
-        right = self._diagonal_right or (sample.indexed(k) and not self._reduce)
+        t = 1 if self._reduce else sample.positions(k, self._use)
+        right = self._diagonal_right or (sample.indexed(k, self._use) and not self._reduce)
         sizes = [
             (grid.rows, self._diagonal_left, sample.directions * t),
             (grid.width, right, t),
@@ -299,11 +315,15 @@ class KroneckerFactors(Statistic):
         flops = sum(
             2 * grid.groups * count * (n if diagonal else n * n) for n, diagonal, count in sizes
         )
-        yield Cost(k, _grid_kind("Kronecker", grid, self._diagonal_left, right), numbers, flops)
+        kind = _grid_kind("Kronecker", grid, self._diagonal_left, right)
+        helps = self._use is not None and self._use.pieces[0].transposed  # the block is the other's
+        yield Cost(k, "" if helps else kind, numbers, flops)
 
     def update(self, forms: Sequence[Form | None], first: bool, last: bool) -> None:
         """Add the moments of output gradients, and once a batch those of inputs."""
         (form,) = forms
+        if isinstance(form, Summed) and self._use is not None:
+            form = form.outer_of(self._use)
         if not isinstance(form, Outer):
             raise TypeError("Kronecker factors need an outer form")
         if isinstance(form, Absent):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ __all__ = [
     "factor_null",
     "factor_shifted",
     "factor_trace",
+    "joint_factors",
 ]
 
 
@@ -80,6 +83,35 @@ def factor_diagonal(factor: Tensor) -> Tensor:
 def factor_trace(factor: Tensor) -> Tensor:
     """(G,)."""
     return factor_diagonal(factor).sum(-1)
+
+
+def joint_factors(products: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    r"""The Kronecker product with the partial traces of a sum of them.
+
+    .. math:: L = \frac{\sum_j a_j}{\sum_j a_j b_j} \sum_k b_k L_k, \quad
+        R = \frac{1}{\sum_j a_j} \sum_k a_k R_k, \quad a_k = tr L_k, \; b_k = tr R_k
+
+    It is the one product if all others are zero, and does not depend on how a product shares its
+    scale between its factors.
+    """
+    a = torch.stack([factor_trace(left) for left, _ in products])  # (K,G)
+    b = torch.stack([factor_trace(right) for _, right in products])
+    trace, lefts = (a * b).sum(0), a.sum(0)
+    scaled = b * torch.where(trace > 0, lefts / trace.where(trace > 0, 1), 0)
+    shares = a / lefts.where(lefts > 0, 1)
+    return (
+        _weighted_sum([left for left, _ in products], scaled),
+        _weighted_sum([right for _, right in products], shares),
+    )
+
+
+def _weighted_sum(factors: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """Of factors (G, n, n) and diagonal ones (G, n), with weights (K, G)."""
+    some = any(factor.dim() == 3 for factor in factors)
+    wide = [f.diag_embed() if some and f.dim() == 2 else f for f in factors]
+    terms = [w.view(-1, *[1] * (f.dim() - 1)) * f for f, w in zip(wide, weights, strict=True)]
+    total: Tensor = sum(terms[1:], terms[0])
+    return total
 
 
 def factor_null(values: Tensor, diagonal: bool) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..collectives import Group, owners
 from ..errors import NonFiniteError
 from ..facts import Facts
-from ..jacobian.parts import Kind
+from ..jacobian.parts import Kind, Part
 from ..layout import Layout
 from ..operators import (
     BaseLinearOperator,
@@ -24,7 +24,7 @@ from ..operators import (
     Origin,
     QuasiDiagonalLinearOperator,
 )
-from ..operators.factors import factor_eigh
+from ..operators.factors import factor_eigh, joint_factors
 from ..statistics import (
     MAX_FACTOR,
     BiasCross,
@@ -48,6 +48,7 @@ __all__ = [
     "flat_layout",
     "info_of",
     "kronecker_block",
+    "matrix_of",
     "moment_blocks",
     "quasi_diagonal_block",
     "require_finite",
@@ -66,6 +67,7 @@ class Block:
         layout: where its coordinates lie in the flat vector.
         operator: the block.
         positions: how many positions of all examples share the part; None if they are not counted.
+        note: what the report says of it, in the place of the part's note.
 
     Example:
         >>> import torch
@@ -79,6 +81,7 @@ class Block:
     layout: Layout
     operator: BaseLinearOperator
     positions: int | None = None
+    note: str | None = None
 
 
 # It yields the statistics of a pass, is sent what is known after it, and returns the blocks.
@@ -163,9 +166,12 @@ def kronecker_block(
     *,
     separate_bias: bool = False,
     forward_only: bool = False,
+    tied: str = "diagonal",
 ) -> Recipe:
     """A Kronecker block for one part, if it has such a form."""
     part = facts.parts[k]
+    if tied == "kronecker" and part.as_matrix is not None:
+        return (yield from _tied_block(facts, k, sharing, max_factor, forward_only))
     if part.kind is not Kind.OUTER:
         return (yield from diagonal_block(facts, k))
     factors = KroneckerFactors(k, part, sharing, max_factor)
@@ -178,6 +184,33 @@ def kronecker_block(
         left = torch.ones(left.shape[:2], dtype=left.dtype, device=left.device)
     operator = KroneckerLinearOperator(left, right)
     return [Block((k,), part.layout, operator, factors.positions)]
+
+
+def _tied_block(
+    facts: Facts, k: int, sharing: Sharing, max_factor: int, forward_only: bool
+) -> Recipe:
+    """One Kronecker product for a matrix that is used in both layouts, as it is stored.
+
+    Each use has its factors. In the layout of the matrix the two change sides if a use takes it
+    transposed: the rows of an embedding are its inputs.
+    """
+    part = facts.parts[k]
+    uses = [KroneckerFactors(k, part, sharing, max_factor, use) for use in part.grids]
+    facts = yield uses
+    products = []
+    for use, grid in zip(uses, part.grids, strict=True):
+        left, right = use.factors(facts)
+        if forward_only:
+            left = torch.ones(left.shape[:2], dtype=left.dtype, device=left.device)
+        products.append((right, left) if grid.pieces[0].transposed else (left, right))
+    operator = KroneckerLinearOperator(*joint_factors(products))
+    layout = matrix_of(part).layout
+    return [Block((k,), layout, operator, note="one Kronecker product for uses in both layouts")]
+
+
+def matrix_of(part: Part) -> Part:
+    """The part in the layout that its Kronecker block has."""
+    return part.as_matrix or part
 
 
 def shared_bases(factors: list[list[Tensor]], group: Group) -> list[tuple[Tensor, Tensor]]:
@@ -234,6 +267,7 @@ def block_diagonal(facts: Facts, blocks: Sequence[Block]) -> BaseLinearOperator:
 def info_of(facts: Facts, blocks: Sequence[Block]) -> Info:
     """What an operator made of these blocks knows."""
     positions = {k: block.positions for block in blocks for k in block.indices}
+    notes = {k: block.note for block in blocks for k in block.indices if block.note is not None}
     counts: dict[str, list[int | None]] = {}
     for k, part in enumerate(facts.parts):
         for name in part.names:
@@ -243,7 +277,7 @@ def info_of(facts: Facts, blocks: Sequence[Block]) -> Info:
         each = counts[part.names[0]]
         known = [0 if count is None else count for count in each]
         shared = each[0] if len(set(each)) == 1 else tuple(known)
-        origin = Origin(_layer(facts, k), part.form_name, part.note, shared)
+        origin = Origin(_layer(facts, k), part.form_name, notes.get(k, part.note), shared)
         first = {name for name in part.names if name not in origins}
         origins.update(dict.fromkeys(part.names if part.members else first, origin))
     space = facts.space.to(dtype=facts.dtype)

@@ -35,6 +35,7 @@ from .recipes import (
     flat_layout,
     info_of,
     kronecker_block,
+    matrix_of,
     moment_blocks,
     quasi_diagonal_block,
     require_finite,
@@ -123,11 +124,14 @@ class KFAC(Blockwise):
         sharing: "expand" or "reduce".
         separate_bias: whether a weight and its bias have no covariance.
         max_factor: a factor of more rows is kept diagonal, such as the one of a vocabulary.
+        tied: what a matrix gets that is used in both layouts, such as an embedding that is the
+            head, too: its exact "diagonal", or one "kronecker" product of all uses. That product
+            has the partial traces of the sum of the uses' blocks. It cannot be merged.
         forward_only: whether G is the identity, so that only inputs count (FOOF: Benzing 2022,
             Gradient descent on neurons and its link to approximate second-order optimization).
 
     Raises:
-        DataError: another sharing, a max_factor that is no positive integer.
+        DataError: another sharing, another tied, a max_factor that is no positive integer.
 
     Example:
         >>> KFAC(sharing="reduce")
@@ -137,11 +141,12 @@ class KFAC(Blockwise):
     sharing: str = "expand"
     separate_bias: bool = field(default=False, repr=False)
     max_factor: int = field(default=MAX_FACTOR, repr=False)
+    tied: str = field(default="diagonal", repr=False)
     forward_only: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         check_fields(self)
-        _require_factors(self.sharing, self.max_factor)
+        _require_factors(self)
 
     def described(self) -> str:
         """With other options only if they are not the defaults."""
@@ -157,8 +162,15 @@ class KFAC(Blockwise):
 
     def block(self, facts: Facts, k: int) -> Recipe:
         """Kronecker factors."""
-        options = {"separate_bias": self.separate_bias, "forward_only": self.forward_only}
-        return kronecker_block(facts, k, Sharing(self.sharing), self.max_factor, **options)
+        return kronecker_block(
+            facts,
+            k,
+            Sharing(self.sharing),
+            self.max_factor,
+            separate_bias=self.separate_bias,
+            forward_only=self.forward_only,
+            tied=self.tied,
+        )
 
 
 @dataclass(frozen=True)
@@ -172,9 +184,10 @@ class EKFAC(Streamed):
         basis: a KFAC or EKFAC of the same parameters whose eigenbasis is taken instead; one pass.
         separate_bias: as in KFAC.
         max_factor: as in KFAC. A factor that is kept diagonal has the identity as its eigenbasis.
+        tied: as in KFAC.
 
     Raises:
-        DataError: an unknown sharing, or a max_factor below one.
+        DataError: an unknown sharing or tied, or a max_factor below one.
 
     Example:
         >>> import nngeo_lazy as ng
@@ -189,10 +202,11 @@ class EKFAC(Streamed):
     basis: BaseLinearOperator | None = field(default=None, repr=False, compare=False)
     separate_bias: bool = field(default=False, repr=False)
     max_factor: int = field(default=MAX_FACTOR, repr=False)
+    tied: str = field(default="diagonal", repr=False)
 
     def __post_init__(self) -> None:
         check_fields(self)
-        _require_factors(self.sharing, self.max_factor)
+        _require_factors(self)
         if self.basis is not None and not isinstance(self.basis, BlockDiagonalLinearOperator):
             raise DataError(
                 f"expected basis= to be a KFAC or an EKFAC Fisher, got {type(self.basis).__name__}"
@@ -225,9 +239,17 @@ class EKFAC(Streamed):
         if self.basis is not None:
             recipes = [self._in(facts, k, self._bases(facts, facts.parts[k])) for k in indices]
             return (yield from together(recipes))
-        sharing = Sharing(self.sharing)
-        options = {"separate_bias": self.separate_bias}
-        factored = [kronecker_block(facts, k, sharing, self.max_factor, **options) for k in indices]
+        factored = [
+            kronecker_block(
+                facts,
+                k,
+                Sharing(self.sharing),
+                self.max_factor,
+                separate_bias=self.separate_bias,
+                tied=self.tied,
+            )
+            for k in indices
+        ]
         blocks = yield from together(factored)
         del factored
         known, done = _decomposed(facts, blocks)
@@ -244,13 +266,11 @@ class EKFAC(Streamed):
         if self.basis is not None:
             return [first]
         second = []
-        for factors in first:
-            if isinstance(factors, KroneckerFactors):
-                (k,) = factors.indices
-                part = facts.parts[k]
-                sizes = (part.layout.groups, part.layout.rows, part.layout.width)
-                unknown = (torch.empty(sizes[0], n, n, device="meta") for n in sizes[1:])
-                second.append(SquareSum(k, part, *unknown))
+        for k in dict.fromkeys(f.indices[0] for f in first if isinstance(f, KroneckerFactors)):
+            part = matrix_of(facts.parts[k])
+            sizes = (part.layout.groups, part.layout.rows, part.layout.width)
+            unknown = (torch.empty(sizes[0], n, n, device="meta") for n in sizes[1:])
+            second.append(SquareSum(k, part, *unknown))
         return [first, second]
 
     def _in(
@@ -259,11 +279,12 @@ class EKFAC(Streamed):
         k: int,
         given: tuple[Tensor, Tensor] | None,
         positions: int | None = None,
+        note: str | None = None,
     ) -> Recipe:
         """The best diagonal in a given basis."""
-        part = facts.parts[k]
         if given is None:
             return (yield from diagonal_block(facts, k))
+        part = matrix_of(facts.parts[k])
         squares, sums = SquareSum(k, part, *given), RowSum(k, part)
         facts = yield [squares, sums] if facts.center else [squares]
         values = squares.diagonal(facts)
@@ -272,12 +293,12 @@ class EKFAC(Streamed):
         if facts.center:
             values = centered(values, eigen.rotate(sums.mean(facts).unsqueeze(-1)).squeeze(-1))
             eigen = EigenKroneckerLinearOperator(values.view(grid), *given)
-        return [Block((k,), part.layout, eigen, positions)]
+        return [Block((k,), part.layout, eigen, positions, note)]
 
     def _bases(self, facts: Facts, part: Part) -> tuple[Tensor, Tensor] | None:
         """The eigenbasis that the given operator has for a part, None if it is diagonal."""
         for _, layout, member in self.basis.parts:  # type: ignore[union-attr]
-            if layout == part.layout:
+            if layout in (part.layout, matrix_of(part).layout):
                 block = opened(member)
                 if isinstance(block, (KroneckerLinearOperator, EigenKroneckerLinearOperator)):
                     left, right = block.bases()
@@ -347,8 +368,8 @@ class LowRank(Streamed):
 
 def _decomposed(
     facts: Facts, blocks: list[Block]
-) -> tuple[dict[int, tuple[tuple[Tensor, Tensor], int | None]], list[Block]]:
-    """The eigenbases and positions of Kronecker blocks by part, and the blocks without any.
+) -> tuple[dict[int, tuple[tuple[Tensor, Tensor], int | None, str | None]], list[Block]]:
+    """The eigenbases, positions and notes of Kronecker blocks by part, and the other blocks.
 
     The list is emptied, so that each block's factors go when its bases are there.
     """
@@ -361,21 +382,26 @@ def _decomposed(
             found.append((block, block.operator))
         else:
             done.append(block)
-    kept = [(block.indices[0], block.positions) for block, _ in found]
+    kept = [(block.indices[0], block.positions, block.note) for block, _ in found]
     factors = [[operator.left, operator.right] for _, operator in found]
     del found, block
     bases = shared_bases(factors, facts.group)
-    return {k: (own, n) for (k, n), own in zip(kept, bases, strict=True)}, done
+    return {k: (own, n, note) for (k, n, note), own in zip(kept, bases, strict=True)}, done
 
 
-def _require_factors(sharing: str, max_factor: int) -> None:
-    if sharing not in list(Sharing):
+def _require_factors(options: KFAC | EKFAC) -> None:
+    if options.sharing not in list(Sharing):
         raise DataError(
-            f"expected sharing='expand' or 'reduce', got {sharing!r}; docs/conventions.md "
+            f"expected sharing='expand' or 'reduce', got {options.sharing!r}; docs/conventions.md "
             "explains them"
         )
-    if max_factor < 1:
-        raise DataError(f"expected max_factor to be a positive integer, got {max_factor!r}")
+    if options.tied not in ("diagonal", "kronecker"):
+        raise DataError(
+            f"expected tied='diagonal' or 'kronecker', got {options.tied!r}: the exact diagonal of "
+            "a tied weight, or one Kronecker product for all of its uses"
+        )
+    if options.max_factor < 1:
+        raise DataError(f"expected max_factor to be a positive integer, got {options.max_factor!r}")
 
 
 def _with_options(options: KFAC | EKFAC) -> str:
