@@ -358,7 +358,8 @@ class KroneckerFactors(Statistic):
             ]
             return zeros[0].to(facts.space.device), zeros[1].to(facts.space.device)
         self._left = self._right = None  # they are large, and live on in one place only
-        return left.div_(facts.denominator), right.div_(self._positions)
+        positions = max(self.positions, 1)  # none, if no token took the layer
+        return left.div_(facts.denominator), right.div_(positions)
 
     @property
     def positions(self) -> int:
