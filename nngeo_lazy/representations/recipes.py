@@ -24,7 +24,13 @@ from ..operators import (
     Origin,
     QuasiDiagonalLinearOperator,
 )
-from ..operators.factors import factor_eigh, joint_factors
+from ..operators.factors import (
+    factor_diagonal,
+    factor_eigh,
+    factor_of_sketch,
+    joint_factors,
+)
+from ..sides import Wide, is_diagonal, is_low_rank, size_of
 from ..statistics import (
     MAX_FACTOR,
     BiasCross,
@@ -163,6 +169,7 @@ def kronecker_block(
     k: int,
     sharing: Sharing,
     max_factor: int = MAX_FACTOR,
+    wide: Wide = Wide.DIAGONAL,
     *,
     separate_bias: bool = False,
     forward_only: bool = False,
@@ -174,12 +181,17 @@ def kronecker_block(
         return (yield from _tied_block(facts, k, sharing, max_factor, forward_only))
     if part.kind is not Kind.OUTER:
         return (yield from diagonal_block(facts, k))
-    factors = KroneckerFactors(k, part, sharing, max_factor)
+    factors = KroneckerFactors(k, part, sharing, max_factor, wide)
     facts = yield [factors]
-    left, right = factors.factors(facts)
-    if separate_bias and right.dim() == 3 and len(part.names) > 1:
-        right[:, -1, :-1] = 0  # the block diagonal of weight and bias is a Kronecker product, too
-        right[:, :-1, -1] = 0
+    left, right = (
+        mean if test is None or is_diagonal(mean) else factor_of_sketch(mean, test)
+        for mean, test in zip(factors.factors(facts), factors.tests, strict=True)
+    )
+    if separate_bias and not is_diagonal(right) and len(part.names) > 1:
+        last = (size_of(right) - 1) % right.shape[2]  # the bias's column, in its block
+        first = size_of(right) - 1 - last
+        right[:, -1, :last] = 0  # the block diagonal of weight and bias is a Kronecker product, too
+        right[:, first:-1, last] = 0
     if forward_only:
         left = torch.ones(left.shape[:2], dtype=left.dtype, device=left.device)
     operator = KroneckerLinearOperator(left, right)
@@ -195,7 +207,7 @@ def _tied_block(
     transposed: the rows of an embedding are its inputs.
     """
     part = facts.parts[k]
-    uses = [KroneckerFactors(k, part, sharing, max_factor, use) for use in part.grids]
+    uses = [KroneckerFactors(k, part, sharing, max_factor, use=use) for use in part.grids]
     facts = yield uses
     products = []
     for use, grid in zip(uses, part.grids, strict=True):
@@ -222,21 +234,26 @@ def shared_bases(factors: list[list[Tensor]], group: Group) -> list[tuple[Tensor
     owner = owners([_flops_of_eigh(pair[side]) for pair, side in places], group.size)
     with group.together("eigendecompositions"):
         for (pair, side), rank in zip(places, owner, strict=True):
-            if rank == group.rank or pair[side].dim() == 2:
+            if rank == group.rank or is_diagonal(pair[side]):
                 basis = factor_eigh(pair[side])[1]
                 # bits depend on the order in memory, which must not depend on the owner
                 pair[side] = basis if group.size == 1 else basis.contiguous()
+            elif is_low_rank(pair[side]):
+                groups, _, n, k = pair[side].shape
+                pair[side] = pair[side].new_empty(groups, 2, n, k - 1)
             else:
                 pair[side] = pair[side].contiguous()
     for rank in range(group.size):
         own = [pair[side] for (pair, side), r in zip(places, owner, strict=True) if r == rank]
-        group.send([basis for basis in own if basis.dim() == 3], rank)
+        group.send([basis for basis in own if not is_diagonal(basis)], rank)
     return [(left, right) for left, right in factors]
 
 
 def _flops_of_eigh(factor: Tensor) -> float:
-    """In proportion, for (G, n, n); nothing for a diagonal one."""
-    return float(factor.shape[0] * factor.shape[1] ** 3) if factor.dim() == 3 else 0.0
+    """In proportion; nothing for a diagonal one."""
+    if is_diagonal(factor):
+        return 0.0
+    return float(factor.shape[0] * size_of(factor) * factor.shape[-1] ** 2)
 
 
 def centered(squares: Tensor, mean: Tensor) -> Tensor:
@@ -327,7 +344,7 @@ def require_finite(statistic: Tensor | BaseLinearOperator, layer: str) -> None:
     tensors = [statistic] if isinstance(statistic, Tensor) else statistic.representation()
     if isinstance(statistic, KroneckerLinearOperator):
         # sums of x x^T: if an entry overflows, so does one of the diagonal (Cauchy-Schwarz)
-        tensors = [t.diagonal(dim1=-2, dim2=-1) if t.dim() == 3 else t for t in tensors]
+        tensors = [factor_diagonal(t) if t.dim() > 1 else t for t in tensors]
     if not all(bool(all_finite(t)) for t in tensors):
         raise NonFiniteError(
             f"the statistics of {layer} contain NaN or infinity: its inputs or output gradients "

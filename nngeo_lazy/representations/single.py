@@ -23,6 +23,7 @@ from ..operators import (
     ShardedBlockDiagonalLinearOperator,
 )
 from ..operators.stored import opened
+from ..sides import Shape, Wide
 from ..statistics import MAX_FACTOR, KroneckerFactors, RowSum, Sharing, SquareSum, Statistic
 from .recipes import (
     Block,
@@ -123,7 +124,13 @@ class KFAC(Blockwise):
     Args:
         sharing: "expand" or "reduce".
         separate_bias: whether a weight and its bias have no covariance.
-        max_factor: a factor of more rows is kept diagonal, such as the one of a vocabulary.
+        max_factor: a factor of more rows is wide, such as the one of a vocabulary.
+        wide: what is kept of a wide factor. "diagonal": its diagonal. "split": diagonal blocks of
+            max_factor rows at most, of one size but for the last (Grosse et al. 2023, Studying
+            large language model generalization with influence functions, appendix A).
+            "low_rank": U U^T + c I, with the Nystrom approximation of rank min(256, max_factor)
+            and the mean c of what it leaves of the trace (Frangella, Tropp and Udell 2021). The
+            histogram of an embedding's inputs is diagonal as it is.
         tied: what a matrix gets that is used in both layouts, such as an embedding that is the
             head, too: its exact "diagonal", or one "kronecker" product of all uses. That product
             has the partial traces of the sum of the uses' blocks. It cannot be merged.
@@ -131,7 +138,9 @@ class KFAC(Blockwise):
             Gradient descent on neurons and its link to approximate second-order optimization).
 
     Raises:
-        DataError: another sharing, another tied, a max_factor that is no positive integer.
+        DataError: another sharing, tied or wide, a max_factor that is no positive integer, or
+            options that exclude each other: "low_rank" has no entries that separate_bias could set
+            to zero, and tied="kronecker" keeps wide factors diagonal.
 
     Example:
         >>> KFAC(sharing="reduce")
@@ -141,6 +150,7 @@ class KFAC(Blockwise):
     sharing: str = "expand"
     separate_bias: bool = field(default=False, repr=False)
     max_factor: int = field(default=MAX_FACTOR, repr=False)
+    wide: str = field(default="diagonal", repr=False)
     tied: str = field(default="diagonal", repr=False)
     forward_only: bool = field(default=False, repr=False)
 
@@ -167,6 +177,7 @@ class KFAC(Blockwise):
             k,
             Sharing(self.sharing),
             self.max_factor,
+            Wide(self.wide),
             separate_bias=self.separate_bias,
             forward_only=self.forward_only,
             tied=self.tied,
@@ -184,10 +195,12 @@ class EKFAC(Streamed):
         basis: a KFAC or EKFAC of the same parameters whose eigenbasis is taken instead; one pass.
         separate_bias: as in KFAC.
         max_factor: as in KFAC. A factor that is kept diagonal has the identity as its eigenbasis.
+        wide: as in KFAC. The eigenbasis of a factor of low rank is a product of reflections, and
+            has one eigenvalue for each of its vectors, within the rank or not.
         tied: as in KFAC.
 
     Raises:
-        DataError: an unknown sharing or tied, or a max_factor below one.
+        DataError: as KFAC does, or a basis that is none.
 
     Example:
         >>> import nngeo_lazy as ng
@@ -202,6 +215,7 @@ class EKFAC(Streamed):
     basis: BaseLinearOperator | None = field(default=None, repr=False, compare=False)
     separate_bias: bool = field(default=False, repr=False)
     max_factor: int = field(default=MAX_FACTOR, repr=False)
+    wide: str = field(default="diagonal", repr=False)
     tied: str = field(default="diagonal", repr=False)
 
     def __post_init__(self) -> None:
@@ -222,6 +236,17 @@ class EKFAC(Streamed):
         return _with_options(self)
 
     @property
+    def kfac(self) -> KFAC:
+        """The KFAC whose eigenbasis is taken if none is given."""
+        return KFAC(
+            self.sharing,
+            separate_bias=self.separate_bias,
+            max_factor=self.max_factor,
+            wide=self.wide,
+            tied=self.tied,
+        )
+
+    @property
     def passes(self) -> int:
         """Two, or one in a given basis."""
         return 2 if self.basis is None else 1
@@ -239,19 +264,7 @@ class EKFAC(Streamed):
         if self.basis is not None:
             recipes = [self._in(facts, k, self._bases(facts, facts.parts[k])) for k in indices]
             return (yield from together(recipes))
-        factored = [
-            kronecker_block(
-                facts,
-                k,
-                Sharing(self.sharing),
-                self.max_factor,
-                separate_bias=self.separate_bias,
-                tied=self.tied,
-            )
-            for k in indices
-        ]
-        blocks = yield from together(factored)
-        del factored
+        blocks = yield from self.kfac.recipe(facts, indices)
         known, done = _decomposed(facts, blocks)
         if not known:
             return done
@@ -268,8 +281,9 @@ class EKFAC(Streamed):
         second = []
         for k in dict.fromkeys(f.indices[0] for f in first if isinstance(f, KroneckerFactors)):
             part = matrix_of(facts.parts[k])
-            sizes = (part.layout.groups, part.layout.rows, part.layout.width)
-            unknown = (torch.empty(sizes[0], n, n, device="meta") for n in sizes[1:])
+            sides = part.layout.rows, part.layout.width
+            shapes = (Shape.of(n, self.max_factor, Wide(self.wide)) for n in sides)
+            unknown = (torch.empty((part.layout.groups, *s.basis), device="meta") for s in shapes)
             second.append(SquareSum(k, part, *unknown))
         return [first, second]
 
@@ -402,11 +416,26 @@ def _require_factors(options: KFAC | EKFAC) -> None:
         )
     if options.max_factor < 1:
         raise DataError(f"expected max_factor to be a positive integer, got {options.max_factor!r}")
+    if options.wide not in list(Wide):
+        raise DataError(
+            "expected wide='diagonal', 'split' or 'low_rank', which is what is kept of factors of "
+            f"more than max_factor rows, got {options.wide!r}"
+        )
+    if options.separate_bias and options.wide == Wide.LOW_RANK:
+        raise DataError(
+            "a factor of low rank has no entries that could be set to zero for separate_bias=True: "
+            "take wide='split' or 'diagonal' with it"
+        )
+    if options.tied == "kronecker" and options.wide != Wide.DIAGONAL:
+        raise DataError(
+            "the factors of uses in both layouts are added, and wide ones stay diagonal: take "
+            "wide='diagonal' with tied='kronecker'"
+        )
 
 
 def _with_options(options: KFAC | EKFAC) -> str:
     """As it prints, and the fields that do not print if they are not the defaults."""
     hidden = [f for f in fields(options) if not f.repr and f.name != "basis"]
     given = {f.name: getattr(options, f.name) for f in hidden}
-    more = [f", {f.name}={given[f.name]}" for f in hidden if given[f.name] != f.default]
+    more = [f", {f.name}={given[f.name]!r}" for f in hidden if given[f.name] != f.default]
     return repr(options)[:-1] + "".join(more) + ")"
