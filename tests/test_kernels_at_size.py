@@ -237,9 +237,7 @@ def test_a_disk_that_fills(tmp_path, monkeypatch, one_batch_a_panel):
 
     with monkeypatch.context() as patch:
         patch.setattr(matrix_files.torch, "save", until_full)
-        with pytest.raises(
-            DataError, match=r"No space left.*make room and call again with"
-        ):
+        with pytest.raises(DataError, match=r"No space left.*make room and call again with"):
             ng.NTK(model, batches(x), path=tmp_path)
     assert json.loads((tmp_path / "done.json").read_text()) == [3, 18]
     want = reference(jacobian(model, x))["full"]
