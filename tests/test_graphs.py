@@ -1,4 +1,4 @@
-"""The nodes of one graph as examples: no batch that can be cut, and no axis of its own in a layer."""
+"""The nodes of one graph as examples: a batch that cannot be cut, and layers without an axis."""
 
 import pytest
 import torch
@@ -72,15 +72,23 @@ def test_nodes_are_examples(kind, edges):
     close(F @ v, want @ v)
 
 
-def test_a_graph_among_the_data(edges):
-    """The adjacency matrix has as many rows as there are nodes, and is not cut."""
-    model, x = Convolutions(edges), torch.randn(NODES, FEATURES)
-
-    def forward(model, batch):
-        return model(*batch)
-
-    F = ng.FIM(model, [(x, edges)], "diagonal", likelihood="gaussian", forward=forward)
-    close(F.diagonal(), exact(model, x).diagonal())
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("layout", [torch.strided, torch.sparse_coo, torch.sparse_csr])
+@pytest.mark.parametrize("representation", ["diagonal", "implicit"])
+def test_a_graph_in_the_model_or_among_the_data(representation, layout, edges):
+    """A dense or sparse adjacency matrix has as many rows as there are nodes, and is not cut."""
+    given = edges if layout is torch.strided else edges.to_sparse(layout=layout)
+    model, x = Convolutions(given), torch.randn(NODES, FEATURES)
+    want = exact(model, x)
+    empty, y = Convolutions(None), torch.randint(0, CLASSES, (NODES,))
+    empty.load_state_dict({k: v for k, v in model.state_dict().items() if k != "edges"})
+    for net, data in (
+        (model, x),
+        (empty, ((x, given), y)),
+        (empty, {"x": x, "edges": given, "labels": y}),
+    ):
+        F = ng.FIM(net, data, representation, likelihood="gaussian")
+        close(F.diagonal(), want.diagonal())
 
 
 @pytest.mark.parametrize("limit", [general.MASKED_BYTES, 8 * NODES * CLASSES * 5])
