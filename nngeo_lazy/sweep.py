@@ -206,7 +206,7 @@ class Sweep:
             statistics, totals = read
             totals.require_sound()
         facts = self.finish(totals)
-        if statistics is None:  # this process has no batch
+        if statistics is None:  # this process had no batch
             statistics = make(facts)
         pool_statistics(statistics, facts.group, facts.space.device)
         return facts, statistics

@@ -105,8 +105,8 @@ class _Rest:
     def __init__(self, loader: Any, chunks: Chunks | None) -> None:
         self._loader, self._chunks = loader, chunks
         self.known: dict[int, Tensor] = {}
-        self.numbers: list[int] = []  # of those that were given
-        self.raw: list[Any] = []  # the last of them
+        self.numbers: list[int] = []  # how many examples each batch so far has
+        self.raw: list[Any] = []  # the last batch
 
     def __iter__(self) -> Iterator[Any]:
         self.numbers = []

@@ -27,11 +27,11 @@ __all__ = ["Cutter", "Pass", "Plan", "Recorded", "gradients_at"]
 
 CHUNK_BYTES = 2**22  # gradients of several directions are stacked up to this size
 GENERAL_TILE_BYTES = 2**27  # rows of the general way; a tile costs a pass, so tiles are large
-GENERAL_KEPT_BYTES = 2**28  # of its tiles, which all parts share
-PIECE_BYTES = {"cpu": 2**24}  # layer outputs of a piece of a batch: small memory is fast memory
+GENERAL_KEPT_BYTES = 2**28  # tiles of rows that all parts share take at most this
+PIECE_BYTES = {"cpu": 2**24}  # layer outputs of a piece of a batch: what is small stays in cache
 PIECE_BYTES_ELSEWHERE = 2**30
 PIECE_EXAMPLES = 16  # but no fewer: small products are slow
-HELD_BYTES = 2**26  # of a piece's gradients in all directions, if they are held at once
+HELD_BYTES = 2**26  # a piece's gradients in all directions are held at once up to this
 
 
 @dataclass(frozen=True)
@@ -188,8 +188,8 @@ class Recorded:
     record: Pass
     plan: Plan
     parameters: Mapping[str, Tensor]
-    parts: Sequence[Part]  # of all batches so far: those that the forms are of
-    prove: Callable[[Pass], Plan] | None = None  # if a call speaks that was silent in the proof
+    parts: Sequence[Part]  # of all batches so far; forms are in this order
+    prove: Callable[[Pass], Plan] | None = None  # if a call has a new gradient
     marks: Tensor | None = None  # of the positions (N, S) that are scored, see `positions`
     _inputs: dict[int, list[Inputs | None]] = field(default_factory=dict)
 
