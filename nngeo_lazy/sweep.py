@@ -282,8 +282,11 @@ class Sweep:
         self._kept = None if kept is None else (totals, kept)
         return statistics, totals
 
-    def pieces(self) -> Generator[Piece, None, None]:
+    def pieces(self, start: int = 0) -> Generator[Piece, None, None]:
         """One pass over the data for those who use rows as they pass by: exhaust or close it.
+
+        Args:
+            start: batches before this one are read, but not passed through the network.
 
         Raises:
             NonFiniteError, DataError: something was wrong on a batch, after its last piece.
@@ -292,6 +295,8 @@ class Sweep:
         problem = self.problem
         with recording(self._model, problem.space.parameters(self._model)):
             for number, batch in enumerate(problem.batches):
+                if number < start:
+                    continue
                 totals = Totals(problem.quantity, problem.space.device)
                 generator = problem.draws(batch)
                 for recorded, target in self._record(batch):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,10 +16,12 @@ from ..collectives import Group, seed_of
 from ..data import Batch
 from ..errors import DataError
 from ..network import Network
+from ..operators.factored import FactoredJacobianLinearOperator
 from ..precision import widest
 from ..quantities import Metric
 from ..space import ParamSpace
 from ..sweep import Sweep
+from .form_stack import streamed_rows
 from .single import Diagonal
 
 __all__ = ["NetworkBatch", "NetworkSource"]
@@ -73,6 +75,18 @@ class NetworkSource:
         with torch.inference_mode(False):
             made: Tensor = Diagonal().build(self.sweep.at(self.network.at(parameters))).diagonal()
             return made.to(parameters.dtype)
+
+    def factored(
+        self, parameters: Tensor
+    ) -> Callable[[int], Iterator[FactoredJacobianLinearOperator]] | None:
+        """The rows of each batch from a number on; None after a move, or if they are too many."""
+        problem = self.sweep.problem
+        many = self.num_rows > problem.max_directions * self.num_examples
+        if not self.streams or self.center or self.group.size > 1 or many:
+            return None
+        with torch.inference_mode(False):
+            sweep = self.sweep.at(self.network.at(parameters))
+        return partial(streamed_rows, sweep)
 
     def moved(self, dtype: torch.dtype | None, device: Any) -> NetworkSource:
         """The same in another dtype or on another device."""
