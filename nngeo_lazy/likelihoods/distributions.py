@@ -203,9 +203,10 @@ class FromDistribution(Differentiated, PerLabel):
 
         def slope(g: Tensor) -> Tensor:
             gradient = torch.func.grad(lambda each: summed(_divergence(p, self._of(each))).sum())
-            return (gradient(g) * z).sum()
+            along: Tensor = (gradient(g) * z).sum()
+            return along
 
-        bend = (torch.func.grad(slope)(f) * z).reshape(len(f), -1).sum(1)
+        bend: Tensor = (torch.func.grad(slope)(f) * z).reshape(len(f), -1).sum(1)
         apart = (bend - summed(near)).abs() > 0.01 * (1 + bend.abs())
         if bool((apart & bend.isfinite()).any()):
             raise _no_closed_form(p, "has a kink at zero")

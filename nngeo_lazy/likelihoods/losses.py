@@ -155,9 +155,8 @@ class CallableLoss(Differentiated):
         return next(self._draws(outputs, target, generator, 1))
 
     def _observed(self, outputs: Tensor, target: Any) -> Tensor:
-        gradient: Callable[[Tensor], Tensor]
-        gradient = torch.func.grad(lambda f: self._each(f, target).sum())
-        return gradient(outputs)
+        score: Tensor = torch.func.grad(lambda f: self._each(f, target).sum())(outputs)
+        return score
 
 
 def _of_example(k: Tensor, leaf: Any) -> Any:
