@@ -76,7 +76,7 @@ class Capture:
             raise RuntimeError("no batch has been captured")
         return self._parts
 
-    def __call__(self, raw: Any, target: Tensor | None) -> Iterator[tuple[Recorded, Tensor | None]]:
+    def __call__(self, raw: Any, target: Any) -> Iterator[tuple[Recorded, Any]]:
         """Record a batch with its target, in pieces if it is large, and plan what is new in it.
 
         The pieces are small enough to stay in fast memory. A batch is cut only if the self-check

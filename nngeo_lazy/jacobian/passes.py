@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -180,16 +181,20 @@ class Cutter:
         """Into how many pieces a batch is cut."""
         return max(1, -(-self._examples(raw) // self.size))
 
-    def __call__(self, raw: Any, target: Tensor | None) -> Iterator[tuple[Any, Tensor | None]]:
+    def __call__(self, raw: Any, target: Any) -> Iterator[tuple[Any, Any]]:
         """Pieces of a batch, with their targets."""
         n, count = self._examples(raw), self.pieces(raw)
         for k in range(count):
             where = slice(n * k // count, n * (k + 1) // count)
-            labels = target if target is None or count == 1 else target[where]
+            labels = target if count == 1 else tree.map_leaves(partial(_examples, where), target)
             yield raw if count == 1 else cut(raw, self.leaves, where), labels
 
     def _examples(self, raw: Any) -> int:
         return int(list(tree.leaves(raw))[self.leaves[0]].shape[0])
+
+
+def _examples(where: slice, leaf: Any) -> Any:
+    return leaf[where] if isinstance(leaf, Tensor) else leaf
 
 
 @dataclass(frozen=True)
