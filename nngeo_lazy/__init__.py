@@ -21,6 +21,7 @@ from .numerics.approximate import low_rank, nystrom
 from .numerics.estimation import diagonal, effective_dimension, logdet, trace
 from .numerics.function_space import Eigenfunctions, alignment, eigenfunctions, sample_space
 from .numerics.functions import matrix_function
+from .numerics.inverses import inverse
 from .numerics.results import SingularValues, Solution, Spectrum
 from .numerics.solve import solve
 from .numerics.spectra import eigsh, spectral_density, svds
@@ -61,6 +62,7 @@ __all__ = [
     "ewc_penalty",
     "identity",
     "influences",
+    "inverse",
     "likelihoods",
     "load",
     "logdet",
