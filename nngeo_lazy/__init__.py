@@ -11,6 +11,7 @@ from .comparison import compare
 from .distributed import Distributed
 from .ewc import ewc_penalty
 from .files import load, save
+from .functional import as_module
 from .influence import Queries, influences, self_influence
 from .jacobian.registry import register_layer
 from .jacobian.uses import Grid, Use
@@ -52,6 +53,7 @@ __all__ = [
     "Spectrum",
     "Use",
     "alignment",
+    "as_module",
     "aslinearoperator",
     "compare",
     "diagonal",
