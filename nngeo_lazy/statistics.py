@@ -369,7 +369,8 @@ class KroneckerFactors(Statistic):
             self.tests = [s.test_matrix(zeros[0]) for s in self.shapes]
             return zeros[0], zeros[1]
         self._left = self._right = None  # they are large, and live on in one place only
-        return left.div_(facts.denominator), right.div_(self._positions)
+        positions = max(self.positions, 1)  # none, if no token took the layer
+        return left.div_(facts.denominator), right.div_(positions)
 
     @property
     def positions(self) -> int:
@@ -406,7 +407,11 @@ def pool_statistics(statistics: Sequence[Statistic], group: Group, device: torch
 
 
 def _as_tensor(value: Any, device: torch.device) -> Tensor | None:
-    return value if value is None or isinstance(value, Tensor) else torch.tensor(value).to(device)
+    return (
+        value
+        if value is None or isinstance(value, Tensor)
+        else torch.tensor(value, device="cpu").to(device)
+    )
 
 
 def _grid_kind(name: str, grid: Layout, left: str, right: str) -> str:

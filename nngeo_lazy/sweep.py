@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import tree
 from .arguments import PositiveInt, checked
 from .collectives import ALONE, Group, digest, seed_of, unwrapped
 from .data import Batch, Batches
@@ -97,7 +98,7 @@ class Problem:
             if not replayed:
                 refuse_training_mode(model)
         draws = seed is None and quantity.estimator == "mc"
-        drawn = batches.group.same(int(torch.randint(2**62, ()))) if draws else seed
+        drawn = batches.group.same(int(torch.randint(2**62, (), device="cpu"))) if draws else seed
         if drawn is not None:
             batches.drawn_from(drawn)
         return cls(
@@ -347,7 +348,7 @@ class Sweep:
                     ((forms, _, _),) = recorded.chunks(islice(directions, 1), 1)
                 except PartsChangedError:  # the plan knows it now
                     return self.sampled()
-                labelled = outputs if first.target is None else first.target
+                labelled = [*tree.tensors(first.target), outputs][0]
                 examples = problem.batches.num_examples(labelled.shape[0])
                 count = problem.quantity.count(outputs, target)
                 general = recorded.general_passes(count)
@@ -360,7 +361,7 @@ class Sweep:
             for _ in self._capture(batch.raw, None):
                 pass
 
-    def _record(self, batch: Batch) -> Iterator[tuple[Recorded, Tensor | None]]:
+    def _record(self, batch: Batch) -> Iterator[tuple[Recorded, Any]]:
         for recorded, target in self._capture(batch.raw, batch.target):
             if not self._looked:
                 own = self.problem.space.parameters(self.problem.model)

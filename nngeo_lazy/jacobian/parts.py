@@ -12,11 +12,11 @@ from torch import Tensor
 from ..errors import UnsupportedLayerError
 from ..layout import Layout, Piece
 from ..space import ParamSpace
+from .calls import Call
 from .folds import Fold, Ragged
 from .forms import Form, Outer, Placed, Rows, Stored
 from .inputs import DenseInputs, Inputs
 from .positions import Mark, spread
-from .record import Call
 from .summed import Summed, at_zero
 from .weights import Weight, pull_back
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import tree
 from ..collectives import Group, seed_of
 from ..data import Batch
 from ..errors import DataError
@@ -128,12 +129,17 @@ class NetworkBatch:
             return None
         return replace(self, source=self.source.moved(torch.float64, None))
 
-    def _target(self, like: Tensor) -> Tensor | None:
+    def _target(self, like: Tensor) -> Any:
         """The labels, where the operator was moved to."""
-        target = self.batch.target
-        if target is None or self.source.streams:
-            return target
-        return target.to(like) if target.is_floating_point() else target.to(like.device)
+        if self.source.streams:
+            return self.batch.target
+        return tree.map_leaves(partial(_moved, like), self.batch.target)
+
+
+def _moved(like: Tensor, leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return leaf.to(like) if leaf.is_floating_point() else leaf.to(like.device)
 
 
 def keyed(generator: torch.Generator | None, key: tuple[int, ...]) -> torch.Generator | None:
