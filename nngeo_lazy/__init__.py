@@ -23,6 +23,7 @@ from .numerics.estimation import diagonal, effective_dimension, logdet, trace
 from .numerics.function_space import Eigenfunctions, alignment, eigenfunctions, sample_space
 from .numerics.functions import matrix_function
 from .numerics.inverses import inverse
+from .numerics.least_squares import lstsq
 from .numerics.results import SingularValues, Solution, Spectrum
 from .numerics.solve import solve
 from .numerics.spectra import eigsh, spectral_density, svds
@@ -69,6 +70,7 @@ __all__ = [
     "load",
     "logdet",
     "low_rank",
+    "lstsq",
     "matrix_function",
     "merge",
     "nystrom",
