@@ -114,6 +114,9 @@ class InverseLinearOperator(LazyLinearOperator):
     def _inverse(self) -> BaseLinearOperator:
         return self.base
 
+    def _power(self, p: float) -> BaseLinearOperator:
+        return self.base._power(-p)
+
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
         # perturb and solve: A^-1 of a draw from N(0, A)
         return self._apply(self.base._draw(n, generator))
