@@ -248,7 +248,7 @@ class _Together:
         told = None if error is None else (own, f"{own}: {error}"[:SHOWN])
         known = group.gather((call, told), self._what)
         if error is not None:
-            return  # its own goes on
+            return  # this process raises its own error
         for rank, (_, there) in enumerate(known):
             if there is not None:
                 raise DistributedError(f"rank {rank} of {group.size}: {there[1]}", there[0])

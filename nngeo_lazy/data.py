@@ -45,14 +45,14 @@ class Batch:
     Attributes:
         args: positional arguments of the default call.
         kwargs: keyword arguments of the default call.
-        target: observed labels, or None.
+        target: observed labels, or None; nested tensors, if the likelihood takes several.
         raw: the batch as it was given, moved to the device; what `forward` and `target` receive.
         key: which batch of all processes it is; random draws are made from it.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    target: Tensor | None
+    target: Any
     raw: Any
     key: tuple[int, ...] = (0,)
 
@@ -197,15 +197,15 @@ class Batches:
         if self._target is None:
             return Batch(args, kwargs, _labels(raw, strict=self._forward is None), raw)
         target = self._target(raw)
-        if target is not None:
+        if target is not None and not tree.tensors(target):
             try:
-                target = _move(torch.as_tensor(target), self._device)
+                target = torch.as_tensor(target)
             except (TypeError, ValueError, RuntimeError) as error:
                 raise DataError(
                     "expected target= to return a tensor, numbers or None, got "
                     f"{type(target).__name__}: pass target=lambda batch: batch[1]"
                 ) from error
-        return Batch(args, kwargs, target, raw)
+        return Batch(args, kwargs, _move(target, self._device), raw)
 
     def positions(self, raw: Any) -> Tensor | None:
         """Which positions of a batch exist, a mask (N, ...); None if all do, or nothing says.
@@ -339,13 +339,11 @@ def _from_sequence(loader: Sequence[Any]) -> Sequence[Any]:
     if not len(loader):
         raise DataError(f"expected {FORMS}, but the loader is empty: check how it was made")
     kinds = {_kind(entry) for entry in loader}
-    if "tensor" in kinds and kinds <= {"tensor", "none"}:
+    # (inputs, target), each of which may hold several: a bare tensor here is no batch
+    if "tensor" in kinds and kinds <= {"tensor", "none", "sequence", "mapping"}:
         return [loader]
     if kinds <= {"sequence", "mapping"}:
         return loader
-    # (inputs, target) with several inputs: one batch, since a bare tensor here is no batch
-    if _kind(loader[0]) in ("sequence", "mapping") and kinds <= {"sequence", "mapping", "tensor"}:
-        return [loader]
     raise DataError(
         f"expected {FORMS}, got a sequence of {sorted(kinds)}: convert its entries to tensors"
     )
@@ -392,7 +390,7 @@ def _label(raw: Mapping[Any, Any]) -> str | None:
     return next((name for name in LABELS if name in raw), None)
 
 
-def _labels(raw: Any, strict: bool) -> Tensor | None:
+def _labels(raw: Any, strict: bool) -> Any:
     """The default target; not strict: None if the batch has none that can be read."""
     raw, found = tree.by_field(raw), None
     if isinstance(raw, Mapping):
@@ -400,12 +398,12 @@ def _labels(raw: Any, strict: bool) -> Tensor | None:
         found = None if label is None else raw[label]
     elif _kind(raw) == "sequence" and len(raw) > 1:
         found = raw[1]
-    if found is None or isinstance(found, Tensor):
+    if found is None or tree.tensors(found):
         return found
     if strict:
         raise DataError(
-            "expected the target of a batch (its second entry, or 'labels') to be a tensor, got "
-            f"{type(found).__name__}: pass target=lambda batch: ..."
+            "expected the target of a batch (its second entry, or 'labels') to be a tensor, or to "
+            f"hold some, got {type(found).__name__}: pass target=lambda batch: ..."
         )
     return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .jacobian.forms import Form, Outer
+from .jacobian.summed import Summed
 
 __all__ = ["Chunk", "keep_forms"]
 
@@ -19,7 +20,7 @@ def keep_forms(kept: list[Chunk] | None, chunk: Chunk) -> list[Chunk] | None:
     """
     if kept is None:
         return None
-    forms = [form if isinstance(form, Outer) else None for form in chunk[0]]
+    forms = [form if isinstance(form, Outer | Summed) else None for form in chunk[0]]
     kept.append((list(forms), *chunk[1:]))
     size = sum(_held(form, first) for held, first, _ in kept for form in held)
     return kept if size <= KEPT_BYTES else None
@@ -27,6 +28,8 @@ def keep_forms(kept: list[Chunk] | None, chunk: Chunk) -> list[Chunk] | None:
 
 def _held(form: Form | None, first: bool) -> int:
     """The bytes of a form; its inputs are those of the first chunk of a batch."""
+    if isinstance(form, Summed):
+        return sum(_held(outer, first) for outer in form.outers)
     if not isinstance(form, Outer):
         return 0
     inputs = vars(form.inputs).values() if first and form.inputs is not None else ()

@@ -7,14 +7,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from enum import Enum
 from functools import partial
-from typing import ClassVar, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from . import tree
 from .errors import DataError
 from .likelihoods import Likelihood, check_estimator, resolve, resolve_loss
-from .likelihoods.likelihood import NOT_FINITE
+from .likelihoods.likelihood import NAN_LABELS, NOT_FINITE
 from .likelihoods.losses import CallableLoss, Reduction
 from .precision import widened
 
@@ -163,7 +164,11 @@ class _OfLoss(Quantity):
         )
 
     def flags(self, outputs: Tensor, target: Tensor | None) -> dict[str, Tensor]:
-        return self._known().flags(outputs, self._read(target))
+        known = self._known()
+        flags = known.flags(outputs, self._read(target))
+        if self._fits(outputs, target) and (missing := known.missing(target)) is not None:
+            flags[NAN_LABELS] = missing  # also if labels are not read: their terms would count
+        return flags
 
     def scored(self, outputs: Tensor, target: Tensor | None) -> Tensor | None:
         return self._known().scored(outputs, self._read(target))
@@ -171,18 +176,24 @@ class _OfLoss(Quantity):
     def num_terms(self, outputs: Tensor, target: Tensor | None) -> Tensor | int:
         return self._known().num_terms(outputs, self._read(target))
 
-    def log_likelihood(self, outputs: Tensor, target: Tensor | None) -> Tensor | None:
+    def log_likelihood(self, outputs: Tensor, target: Any) -> Tensor | None:
         known = self._known()
-        if target is None or target.is_complex() or known.reweighted:
-            return None
-        try:
-            known.check(outputs, target)
-        except DataError:  # a target that the matrix does not read may be anything
+        if known.reweighted or not self._fits(outputs, target):
             return None
         outputs = outputs.detach()
         wrong = torch.stack([flag.reshape(()) for flag in known.flags(outputs, target).values()])
         total = widened(known.log_prob(outputs, target)).sum()
         return total.masked_fill(wrong.any(), math.nan)
+
+    def _fits(self, outputs: Tensor, target: Any) -> bool:
+        """Whether there are labels of the likelihood; one that is not read may be anything."""
+        if target is None or any(leaf.is_complex() for leaf in tree.tensors(target)):
+            return False
+        try:
+            self._known().check(outputs, target)
+        except DataError:
+            return False
+        return True
 
     def values(self, outputs: Tensor, target: Tensor | None) -> Tensor:
         return self._losses(outputs, target) if self.estimator == "empirical" else outputs

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import tree
 from .arguments import PositiveInt, checked
 from .collectives import ALONE, Group, digest, seed_of, unwrapped
 from .data import Batch, Batches
@@ -205,7 +206,7 @@ class Sweep:
             statistics, totals = read
             totals.require_sound()
         facts = self.finish(totals)
-        if statistics is None:  # this process has no batch
+        if statistics is None:  # this process had no batch
             statistics = make(facts)
         pool_statistics(statistics, facts.group, facts.space.device)
         return facts, statistics
@@ -281,8 +282,11 @@ class Sweep:
         self._kept = None if kept is None else (totals, kept)
         return statistics, totals
 
-    def pieces(self) -> Generator[Piece, None, None]:
+    def pieces(self, start: int = 0) -> Generator[Piece, None, None]:
         """One pass over the data for those who use rows as they pass by: exhaust or close it.
+
+        Args:
+            start: batches before this one are read, but not passed through the network.
 
         Raises:
             NonFiniteError, DataError: something was wrong on a batch, after its last piece.
@@ -291,6 +295,8 @@ class Sweep:
         problem = self.problem
         with recording(self._model, problem.space.parameters(self._model)):
             for number, batch in enumerate(problem.batches):
+                if number < start:
+                    continue
                 totals = Totals(problem.quantity, problem.space.device)
                 generator = problem.draws(batch)
                 for recorded, target in self._record(batch):
@@ -342,7 +348,7 @@ class Sweep:
                     ((forms, _, _),) = recorded.chunks(islice(directions, 1), 1)
                 except PartsChangedError:  # the plan knows it now
                     return self.sampled()
-                labelled = outputs if first.target is None else first.target
+                labelled = [*tree.tensors(first.target), outputs][0]
                 examples = problem.batches.num_examples(labelled.shape[0])
                 count = problem.quantity.count(outputs, target)
                 general = recorded.general_passes(count)
@@ -355,7 +361,7 @@ class Sweep:
             for _ in self._capture(batch.raw, None):
                 pass
 
-    def _record(self, batch: Batch) -> Iterator[tuple[Recorded, Tensor | None]]:
+    def _record(self, batch: Batch) -> Iterator[tuple[Recorded, Any]]:
         for recorded, target in self._capture(batch.raw, batch.target):
             if not self._looked:
                 own = self.problem.space.parameters(self.problem.model)

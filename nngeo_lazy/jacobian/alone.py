@@ -28,9 +28,9 @@ __all__ = [
 ]
 
 PROBED = 3  # examples that are passed on their own
-SINGLY = 8  # examples of a batch up to which they are single groups
-ROUNDING = 0.5  # a power of eps: within it, outputs are the same
-DOUBTFUL = 0.25  # outputs that nearly cancel carry few digits: within it, gradients tell
+SINGLY = 8  # a batch of at most so many examples is cut into single ones
+ROUNDING = 0.5  # outputs are the same if they differ by at most eps to this power
+DOUBTFUL = 0.25  # up to eps to this power, gradients decide: outputs may nearly cancel
 
 Run = Callable[[Any], Pass]
 
@@ -39,7 +39,7 @@ class Alone(Enum):
     """What the outputs of a batch's examples on their own are like."""
 
     SAME = "same"
-    DOUBTFUL = "doubtful"  # nearly the same: by rounding, or mixed a little
+    DOUBTFUL = "doubtful"  # they differ a little: by rounding, or by mixing
     UNKNOWN = "unknown"  # the batch cannot be cut
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -14,15 +14,19 @@ from ..errors import DataError
 
 __all__ = [
     "ESTIMATORS",
+    "NAN_LABELS",
     "NOT_FINITE",
     "Estimator",
     "Likelihood",
     "NonFinite",
+    "PerLabel",
     "broadcasts",
     "check_estimator",
     "check_outputs",
     "labels_needed",
+    "missing_in",
     "standard_normal",
+    "summed",
     "wide",
 ]
 
@@ -39,6 +43,10 @@ class NonFinite(str):
 NOT_FINITE = NonFinite(
     "expected finite outputs, but the model gives NaN or infinity on some batch: check the inputs, "
     "and the training that led to these parameters"
+)
+NAN_LABELS = (
+    "expected labels that are numbers, but some are NaN: mask them, as in "
+    "likelihoods.Weighted(likelihoods.Gaussian(), nan='mask'), or leave their examples out"
 )
 
 
@@ -65,6 +73,14 @@ class Likelihood(ABC):
     def reweighted(self) -> str:
         """Why the loss is no likelihood, as in "class weights"; empty if it is one."""
         return ""
+
+    def missing(self, target: Any) -> Tensor | None:
+        """Whether labels are NaN that must not be, 0-d; None if there can be none."""
+        return missing_in(target)
+
+    def filled(self, labels: Tensor, where: Tensor, outputs: Tensor) -> Tensor:
+        """Labels with others, which the likelihood takes, where a mask says so."""
+        return labels.masked_fill(where, 0.0)
 
     def require_likelihood(self, estimator: str) -> None:
         """Raise DataError if the estimator draws labels that this loss does not define.
@@ -254,6 +270,50 @@ class Likelihood(ABC):
             yield direction.to(outputs.dtype)
 
 
+class PerLabel(Likelihood):
+    """A likelihood that knows the loss of each label, so that labels can be masked and weighted.
+
+    The *grid* is the shape of the labels' losses, (N, ...).
+    """
+
+    @abstractmethod
+    def grid(self, outputs: Tensor, target: Tensor | None) -> torch.Size:
+        """The shape of the labels of these outputs."""
+
+    @abstractmethod
+    def each(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """-log p of each label up to a constant, shaped like the grid. Differentiable."""
+
+    def log_probs(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """log p of each label itself, normalised, shaped like the grid."""
+        return -self.each(outputs, target)
+
+    def spread(self, numbers: Tensor, outputs: Tensor, target: Tensor | None) -> Tensor:
+        """Numbers of the labels at the outputs that they belong to; broadcasts to the outputs."""
+        return numbers
+
+    def terms(self, outputs: Tensor, target: Tensor | None) -> Tensor:
+        """Which labels are scored, a mask shaped like the grid."""
+        return torch.ones(self.grid(outputs, target), dtype=torch.bool, device=outputs.device)
+
+    def size(self, outputs: Tensor) -> int:
+        """How many numbers one label is."""
+        return 1
+
+    def places(self, terms: Tensor, outputs: Tensor, target: Tensor | None) -> Tensor | None:
+        """Which positions of the outputs have a label of a mask: (N, *positions), or None."""
+        whole = self.spread(terms, outputs, target).expand(outputs.shape)
+        return whole if whole.dim() == 1 else whole.any(-1)
+
+    def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """-log p(y | f) up to a constant, summed over positions: (N,). Differentiable."""
+        return summed(self.each(outputs, target)).to(outputs.dtype)
+
+    def log_prob(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """log p(y | f) itself, normalised over y and summed over positions: (N,)."""
+        return summed(self.log_probs(outputs, target))
+
+
 def check_estimator(estimator: str) -> None:
     """Raise DataError if the estimator is not one of `ESTIMATORS`.
 
@@ -276,8 +336,14 @@ def check_estimator(estimator: str) -> None:
         )
 
 
-def check_outputs(outputs: Tensor) -> None:
-    """Raise DataError if these can be no model's outputs."""
+def check_outputs(outputs: Tensor, target: Any = None) -> None:
+    """Raise DataError if these can be no model's outputs, or a target is no tensor."""
+    if target is not None and not isinstance(target, Tensor):
+        raise DataError(
+            f"expected a target that is one tensor, got {type(target).__name__}: for (labels, "
+            "weights) take likelihoods.Weighted(...), for several heads a likelihood for each, or "
+            "pass target=lambda batch: ..."
+        )
     if outputs.dim() < 1 or not outputs.is_floating_point():
         raise DataError(
             "expected floating-point outputs (N, ...) with the examples in dimension 0, got "
@@ -305,6 +371,18 @@ def labels_needed(weights: str) -> DataError:
         f"the Hessian of a loss with {weights} depends on the labels, but the batch has no target: "
         "pass (inputs, target) batches, or target="
     )
+
+
+def missing_in(target: Any) -> Tensor | None:
+    """Whether a target of real numbers holds NaN, 0-d; None for any other target."""
+    if not isinstance(target, Tensor) or not target.is_floating_point():
+        return None
+    return target.isnan().any()
+
+
+def summed(each: Tensor) -> Tensor:
+    """The sum over all dimensions but that of examples: (N,)."""
+    return each.reshape(each.shape[0], -1).sum(1)
 
 
 def standard_normal(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
@@ -13,7 +13,10 @@ from .categorical import Categorical
 from .dispersed import NegativeBinomial, StudentT
 from .elementwise import Bernoulli, Poisson
 from .gaussian import Gaussian
+from .heteroscedastic import HeteroscedasticGaussian
 from .likelihood import Likelihood
+from .preferences import BradleyTerry
+from .weighted import Weighted
 
 __all__ = ["NAMES", "LikelihoodLike", "described", "resolve"]
 
@@ -27,7 +30,17 @@ NAMES: dict[str, Callable[[], Likelihood]] = {
     "poisson": Poisson,
 }
 
-KINDS = (Bernoulli, Categorical, Gaussian, NegativeBinomial, Poisson, StudentT)
+KINDS = (
+    Bernoulli,
+    BradleyTerry,
+    Categorical,
+    Gaussian,
+    HeteroscedasticGaussian,
+    NegativeBinomial,
+    Poisson,
+    StudentT,
+    Weighted,
+)
 
 
 def resolve(
@@ -88,15 +101,24 @@ def described(text: str) -> Likelihood | None:
         >>> described("Categorical(shift=1)").shift
         1
     """
-    kinds = {kind.__name__: kind for kind in KINDS}
     try:
         call = ast.parse(text, mode="eval").body
     except SyntaxError:
         return None
-    if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)):
+    made = _made(call)
+    return made if isinstance(made, Likelihood) else None
+
+
+def _made(node: ast.expr) -> Any:
+    """What an expression stands for; None if it holds more than literals and likelihoods."""
+    if not isinstance(node, ast.Call):
+        try:
+            return ast.literal_eval(node)
+        except ValueError:
+            return None
+    kinds = {kind.__name__: kind for kind in KINDS}
+    name = node.func.id if isinstance(node.func, ast.Name) else ""
+    options = {str(given.arg): _made(given.value) for given in node.keywords}
+    if name not in kinds or node.args or ("likelihood" in options and not options["likelihood"]):
         return None
-    if call.func.id not in kinds or call.args:
-        return None
-    options = {str(given.arg): ast.literal_eval(given.value) for given in call.keywords}
-    made: Likelihood = kinds[call.func.id](**options)
-    return made
+    return kinds[name](**options)

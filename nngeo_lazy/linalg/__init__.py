@@ -20,7 +20,7 @@ from .krylov import IndefinitePreconditionerError, KrylovResult, default_toleran
 from .lanczos import Lanczos, evaluated
 from .lsmr import lsmr
 from .minres import minres
-from .nystrom import nystrom
+from .nystrom import nystrom, nystrom_from
 from .probes import Probes
 from .results import Estimate, Result
 from .subspace import Search, require_symmetric_products
@@ -47,6 +47,7 @@ __all__ = [
     "matrix_function",
     "minres",
     "nystrom",
+    "nystrom_from",
     "quadrature_trace",
     "require_symmetric_products",
     "signs",

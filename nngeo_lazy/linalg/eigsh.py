@@ -173,10 +173,10 @@ class _Lanczos:
         self._products, self._generator = products, generator
         self._V = torch.empty(capacity, len(block), dtype=block.dtype, device=block.device)
         self._H = torch.zeros(capacity, capacity, dtype=torch.float64)
-        # size, Q and B belong together: an interrupt must not come between them
+        # one assignment, since an interrupt must not come between size, Q and B
         self._now = 0, orthonormal(block), torch.zeros(block.shape[1], 0, dtype=torch.float64)
-        self.whole = True  # whether V and H are those of the size
-        self.norm = 0.0  # of A, from below
+        self.whole = True  # whether V and H belong to this size
+        self.norm = 0.0  # a lower bound of the norm of A
         self.asymmetry = 0.0  # |E|
         self._floor: float | None = None  # what is all rounding, once it is asked for
 

@@ -133,9 +133,9 @@ class _GolubKahan:
         self._products, self._matvec, self._rmatvec = products, matvec, rmatvec
         self._shape, self._capacity, self._generator = shape, capacity, generator
         self._B = torch.zeros(capacity, capacity, dtype=torch.float64)
-        # size, q and g belong together: an interrupt must not come between them
+        # one assignment, since an interrupt must not come between size, q and g
         self._now = 0, torch.empty(0), torch.zeros(0, dtype=torch.float64)
-        self.whole = True  # whether U, V and B are those of the size
+        self.whole = True  # whether U, V and B belong to this size
         self.norm = 0.0
         self._floor = 0.0  # what is all rounding, if the two products seem not to fit
 

@@ -169,6 +169,11 @@ class FactoredJacobianLinearOperator(RectangularLinearOperator):
             first += n
         return self._of(batches)
 
+    def each_batch(self, start: int) -> Iterator[FactoredJacobianLinearOperator]:
+        """The rows of each batch, from the given one on."""
+        for batch in self.batches[start:]:
+            yield self._of([batch])
+
     def columns(self) -> Iterator[Tensor]:
         """J^T, (P, n R) of some examples at a time."""
         for batch, (n, r) in zip(self.batches, self.row_shapes, strict=True):

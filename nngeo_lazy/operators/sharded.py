@@ -85,7 +85,7 @@ class ShardedBlockDiagonalLinearOperator(BlockDiagonalLinearOperator):
             with self.group.together("a call of a sharded operator", *bits):
                 return super()._each(chosen, absent)
         except DistributedError as error:
-            if error.kind == UnsupportedLayerError.__name__:  # all go another way, if there is one
+            if error.kind == UnsupportedLayerError.__name__:  # every process tries the next way
                 raise UnsupportedLayerError(str(error)) from error
             raise
 

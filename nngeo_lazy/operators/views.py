@@ -118,7 +118,7 @@ class InverseLinearOperator(LazyLinearOperator):
         return self.base._power(-p)
 
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
-        # perturb and solve: A^-1 of a draw from N(0, A)
+        # if x is from N(0, A), A^-1 x is from N(0, A^-1)
         return self._apply(self.base._draw(n, generator))
 
 
