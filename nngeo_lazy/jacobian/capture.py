@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from .. import tree
 from ..errors import DataError, NonFiniteError, UnsupportedLayerError
 from ..space import ParamSpace
-<<<<<<< HEAD
 from .alone import (
     PROBED,
     Alone,
@@ -28,12 +27,8 @@ from .alone import (
     require_gradients_alone,
     require_repeatable,
 )
-from .folds import Fold, candidates
-=======
-from .alone import PROBED, Alone, draws, mixed, outputs_alone, require_apart, require_repeatable
 from .calls import Call
 from .folds import Fold, Ragged, candidates
->>>>>>> main
 from .general import Forward, GeneralRows, cut, example_leaves
 from .grouping import make_parts
 from .parts import Kind, Part
