@@ -255,7 +255,7 @@ class Batches:
         """Positional and keyword arguments of the default call."""
         _require_batch(raw)
         raw = tree.by_field(raw)
-        if isinstance(raw, Tensor):
+        if _kind(raw) == "tensor":
             return (raw,), {}
         if isinstance(raw, Mapping):
             label = _label(raw)
@@ -314,7 +314,7 @@ def outputs_of(result: Any, remedy: str) -> Tensor:
 
 
 def _as_batches(loader: Any) -> Iterable[Any]:
-    if isinstance(tree.by_field(loader), (Tensor, Mapping)):
+    if _kind(loader) in ("tensor", "mapping"):
         return [loader]
     if isinstance(loader, torch_data.Dataset):
         raise DataError(

@@ -286,6 +286,12 @@ class GaussNewton(_Reduced):
                 "estimator='empirical')"
             )
 
+    def _resolved(self, outputs: Tensor, target: Tensor | None) -> tuple[Likelihood, Reduction]:
+        known, reduction = super()._resolved(outputs, target)
+        if isinstance(known, CallableLoss):
+            known.require_curved(outputs, target)
+        return known, reduction
+
 
 class LossHessian(_Reduced):
     """The Hessian of a loss in the parameters."""

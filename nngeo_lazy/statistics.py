@@ -407,7 +407,11 @@ def pool_statistics(statistics: Sequence[Statistic], group: Group, device: torch
 
 
 def _as_tensor(value: Any, device: torch.device) -> Tensor | None:
-    return value if value is None or isinstance(value, Tensor) else torch.tensor(value).to(device)
+    return (
+        value
+        if value is None or isinstance(value, Tensor)
+        else torch.tensor(value, device="cpu").to(device)
+    )
 
 
 def _grid_kind(name: str, grid: Layout, left: str, right: str) -> str:

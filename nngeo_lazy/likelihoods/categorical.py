@@ -313,7 +313,7 @@ class Categorical(PerLabel):
 
     @cached_property
     def _weight(self) -> Tensor:
-        return torch.tensor(self.weight, dtype=widest())
+        return torch.tensor(self.weight, dtype=widest(), device="cpu")
 
     def _kappa(self, labels: Tensor, mask: Tensor, target: Tensor | None) -> Tensor:
         """The mass of each position's target, zero if it is masked: (N, T, 1)."""

@@ -95,6 +95,31 @@ class CallableLoss(Differentiated):
                 "reduction='none' and sum over positions"
             )
 
+    def require_curved(self, outputs: Tensor, target: Any) -> None:
+        """Raise DataError if the loss is piecewise linear in the outputs: its Hessian is zero.
+
+        It is looked at in the outputs, near them, and in the target if it is like them, which is
+        where robust losses such as Huber's are curved.
+        """
+        outputs = wide(outputs.detach())
+        generator = torch.Generator(outputs.device).manual_seed(0)
+        noise = torch.empty_like(outputs).normal_(generator=generator)
+        places = [outputs, outputs + noise]
+        if isinstance(target, Tensor) and target.is_floating_point():
+            places += [wide(target)] if target.shape == outputs.shape else []
+        try:
+            curved = any(self._product(f, target)(noise).count_nonzero() for f in places)
+            masked = not self._observed(outputs, target).count_nonzero()
+        except (RuntimeError, ValueError):  # undefined near the outputs; the build tells the rest
+            return
+        if curved or masked:
+            return
+        raise DataError(
+            "the loss is linear in the outputs, so its Gauss-Newton matrix is zero: let the model "
+            "return what is before the logarithm (logits, with nn.CrossEntropyLoss in place of "
+            "NLLLoss), or take Hessian, or FIM(..., estimator='empirical')"
+        )
+
     def loss(self, outputs: Tensor, target: Any) -> Tensor:
         """-log p(y | f) up to a constant, summed over positions: (N,). Differentiable."""
         return self._each(wide(outputs), target).to(outputs.dtype)

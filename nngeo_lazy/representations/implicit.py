@@ -204,7 +204,7 @@ def _require_function(
 ) -> None:
     """Raise unless a batch has the outputs that its examples have in groups."""
     n = len(outputs)
-    half = torch.randperm(n, generator=torch.Generator().manual_seed(1))[: -(-n // 2)]
+    half = torch.randperm(n, generator=torch.Generator().manual_seed(1), device="cpu")[: -(-n // 2)]
     mine = in_groups(batch.raw, outputs, run, half) if n > 1 else None
     if mine is not None and agree(mine, outputs):
         return
