@@ -115,7 +115,7 @@ def test_matrices_without_a_root(monkeypatch):
     for hidden, inputs in ((20, 20), (6, 4)):
         model, x = network(inputs, hidden), torch.randn(20, inputs, dtype=D)
         H = ng.Hessian(model, (x, torch.randint(3, (20,))), loss="categorical")
-        with pytest.raises(NotPositiveDefiniteError, match="negative|semidefinite"):
+        with pytest.raises(NotPositiveDefiniteError, match=r"negative|semidefinite"):
             H.root_decomposition()
     J = ng.Jacobian(model, x)
     with pytest.raises(UnsupportedLayerError, match="symmetric"):
