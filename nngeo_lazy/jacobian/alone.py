@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Any
@@ -141,15 +142,17 @@ def require_gradients_alone(record: Pass, run: Run, parameters: Sequence[Tensor]
     are nearly the same for all examples. The gradients of such outputs are not.
     """
     n, outputs = record.n, record.outputs
-    leaves, generator = example_leaves(record.raw, n), torch.Generator().manual_seed(0)
+    leaves = example_leaves(record.raw, n)
+    generator = torch.Generator(device=outputs.device).manual_seed(0)
     for k in sorted({0, n // 2, n - 1}):
         try:
-            single = run(cut(record.raw, leaves, torch.tensor([k]))).outputs
+            single = run(cut(record.raw, leaves, slice(k, k + 1))).outputs
         except Exception:  # noqa: BLE001 - a model that takes no single example
             return
         if single.shape != (1, *outputs.shape[1:]) or single.grad_fn is None:
             return
-        cotangent = torch.randn(single.shape, generator=generator).to(single)
+        noise = torch.randn(single.shape, generator=generator, device=outputs.device)
+        cotangent = noise.to(single)
         whole = torch.zeros_like(outputs)
         whole[k] = cotangent[0]
         within = gradients_at(outputs, parameters, whole)
@@ -160,13 +163,12 @@ def require_gradients_alone(record: Pass, run: Run, parameters: Sequence[Tensor]
 
 def _alike(some: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> bool:
     """Whether gradients agree for each parameter, up to the rounding of the largest one."""
-    squares = [0 if g is None else g.detach().double().norm().square() for g in others]
-    total = float(sum(squares)) ** 0.5
+    total = math.hypot(*(float(g.detach().norm()) for g in others if g is not None))
     for a, b in zip(some, others, strict=True):
         given = a if b is None else b
         if given is None:
             continue
-        a, b = (torch.zeros(()) if g is None else g.to_dense() for g in (a, b))
+        a, b = ((torch.zeros_like(given) if g is None else g).to_dense() for g in (a, b))
         eps = torch.finfo(given.dtype).eps
         if not bool((a - b).norm() <= eps**DOUBTFUL * b.norm() + eps**0.75 * total):
             return False
