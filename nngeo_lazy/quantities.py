@@ -145,7 +145,7 @@ class _OfLoss(Quantity):
     def _read(self, target: Tensor | None) -> Tensor | None:
         """The target if something is read from it: observed labels, masks or weights."""
         known = self._known()
-        reads = self.estimator == "empirical" or known.masks or bool(known.reweighted)
+        reads = self.estimator.startswith("empirical") or known.masks or bool(known.reweighted)
         return target if reads else None
 
     def _check(self, outputs: Tensor, target: Tensor | None) -> None:

@@ -61,6 +61,13 @@ class CallableLoss(Differentiated):
         check_fields(self)
         require_takes("function", self.function, "outputs", "target")
 
+    def position_dims(self, outputs: Tensor, target: Any) -> tuple[int, ...]:
+        """Refused: a function of an example says nothing of its positions."""
+        raise DataError(
+            "estimator='empirical_positions' needs a loss that is a sum over positions, and a "
+            "function of whole examples does not say so: take a likelihood, or 'empirical'"
+        )
+
     def __repr__(self) -> str:
         """A function that has a name by it, so that it is the same one in another process."""
         return f"CallableLoss({name_of(self.function)})"

@@ -171,6 +171,7 @@ def _fields(sweep: Sweep, options: Implicit) -> dict[str, Any]:
     if problem.center and num_rows % facts.num_examples:
         raise DataError("center=True expects every batch to have outputs of one shape")
     random = quantity.estimator == "mc"
+    held_fixed = quantity.estimator == "empirical_positions"  # scores without a graph
     source = NetworkSource(
         space=space,
         network=network,
@@ -181,7 +182,7 @@ def _fields(sweep: Sweep, options: Implicit) -> dict[str, Any]:
         num_batches=num_batches,
         held=problem.batches.held and not random,
         center=problem.center,
-        random=random,
+        random=random or held_fixed,
         mode=options.mode,
         cache=options.cache,
         chunk_size=options.chunk_size,
