@@ -196,7 +196,7 @@ class Group:
 
     def mean(self, value: float) -> float:
         """Of every process's number."""
-        total = torch.tensor([value], dtype=torch.float64)
+        total = torch.tensor([value], dtype=torch.float64, device="cpu")
         self.sum_([total])
         return float(total) / self.size
 

@@ -262,7 +262,7 @@ class Batches:
         """Positional and keyword arguments of the default call."""
         _require_batch(raw)
         raw = tree.by_field(raw)
-        if isinstance(raw, Tensor):
+        if _kind(raw) == "tensor":
             return (raw,), {}
         if isinstance(raw, Mapping):
             label = _label(raw)
@@ -321,7 +321,7 @@ def outputs_of(result: Any, remedy: str = "pass forward=lambda model, batch: ...
 
 
 def _as_batches(loader: Any) -> Iterable[Any]:
-    if isinstance(tree.by_field(loader), (Tensor, Mapping)):
+    if _kind(loader) in ("tensor", "mapping"):
         return [loader]
     if isinstance(loader, torch_data.Dataset):
         raise DataError(

@@ -311,13 +311,17 @@ def _difference(found: Prediction) -> Prediction:
     return Prediction(apart, left[..., ::2] - left[..., 1::2], found.kind)
 
 
+def _order(shape: torch.Size) -> Tensor:
+    return torch.arange(shape.numel(), device="cpu").view(shape)
+
+
 def _means(shape: torch.Size) -> Tensor:
     """Where the means lie among flat outputs of means and log variances."""
-    return torch.arange(shape.numel()).view(shape).chunk(2, -1)[0].flatten()
+    return _order(shape).chunk(2, -1)[0].flatten()
 
 
 def _variances(shape: torch.Size) -> Tensor:
-    return torch.arange(shape.numel()).view(shape).chunk(2, -1)[1].flatten()
+    return _order(shape).chunk(2, -1)[1].flatten()
 
 
 def _with_noise(likelihood: Likelihood, found: Prediction, shape: torch.Size) -> Prediction:

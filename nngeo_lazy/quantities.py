@@ -161,7 +161,7 @@ class _OfLoss(Quantity):
     def _read(self, target: Tensor | None) -> Tensor | None:
         """The target if something is read from it: observed labels, masks or weights."""
         known = self._known()
-        reads = self.estimator == "empirical" or known.masks or bool(known.reweighted)
+        reads = self.estimator.startswith("empirical") or known.masks or bool(known.reweighted)
         return target if reads else None
 
     def _check(self, outputs: Tensor, target: Tensor | None) -> None:
@@ -299,6 +299,12 @@ class GaussNewton(_Reduced):
                 "is 'exact' or 'mc': for gradients at observed labels take FIM(..., "
                 "estimator='empirical')"
             )
+
+    def _resolved(self, outputs: Tensor, target: Tensor | None) -> tuple[Likelihood, Reduction]:
+        known, reduction = super()._resolved(outputs, target)
+        if isinstance(known, CallableLoss):
+            known.require_curved(outputs, target)
+        return known, reduction
 
 
 class LossHessian(_Reduced):

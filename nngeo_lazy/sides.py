@@ -109,7 +109,9 @@ class Shape:
         if self.wide is not Wide.LOW_RANK:
             return None
         generator = torch.Generator().manual_seed(0)
-        random = torch.randn(self.n, self.size, generator=generator, dtype=torch.float64)
+        random = torch.randn(
+            self.n, self.size, generator=generator, dtype=torch.float64, device="cpu"
+        )
         test: Tensor = torch.linalg.qr(random).Q.to(like)
         return test
 

@@ -247,31 +247,39 @@ class BiasCross(Statistic):
 
 
 class RowSum(Statistic):
-    """Sum of the rows: the mean gradient that centering subtracts."""
+    """Sum of the rows of each direction: the mean gradients that centering subtracts."""
 
     sums = ("_total",)
 
     def __init__(self, index: int, part: Part) -> None:
         super().__init__(index)
         self._size = part.layout.size
-        self._total: Tensor | None = None
+        self._total: Tensor | None = None  # (R,p)
+        self._seen = 0  # directions of the current batch
 
     def costs(self, sample: Sample) -> Iterator[Cost]:
-        """A number for each parameter, of no block of its own."""
+        """A number for each parameter and direction, of no block of its own."""
         (k,) = self.indices
-        yield Cost(k, "", self._size, 2 * sample.directions * sample.positions(k) * self._size)
+        numbers = sample.directions * self._size
+        yield Cost(k, "", numbers, 2 * numbers * sample.positions(k))
 
     def update(self, forms: Sequence[Form | None], first: bool, last: bool) -> None:
         """Add the rows."""
+        self._seen = 0 if first else self._seen
         for form in forms:
             if form is not None:
-                added = form.total()
-                self._total = added if self._total is None else self._total.add_(added)
+                added = form.totals()
+                stop = self._seen + len(added)
+                total = added.new_zeros(0, self._size) if self._total is None else self._total
+                if stop > len(total):
+                    total = torch.cat([total, total.new_zeros(stop - len(total), self._size)])
+                total[self._seen : stop] += added
+                self._total, self._seen = total, stop
 
     def mean(self, facts: Facts) -> Tensor:
-        """(p,), in the part's own coordinates."""
+        """(R, p), in the part's own coordinates."""
         if self._total is None:
-            return torch.zeros(self._size, dtype=facts.dtype, device=facts.space.device)
+            return torch.zeros(1, self._size, dtype=facts.dtype, device=facts.space.device)
         return self._total / facts.denominator
 
 
@@ -407,7 +415,11 @@ def pool_statistics(statistics: Sequence[Statistic], group: Group, device: torch
 
 
 def _as_tensor(value: Any, device: torch.device) -> Tensor | None:
-    return value if value is None or isinstance(value, Tensor) else torch.tensor(value).to(device)
+    return (
+        value
+        if value is None or isinstance(value, Tensor)
+        else torch.tensor(value, device="cpu").to(device)
+    )
 
 
 def _grid_kind(name: str, grid: Layout, left: str, right: str) -> str:

@@ -98,7 +98,7 @@ class Problem:
             if not replayed:
                 refuse_training_mode(model)
         draws = seed is None and quantity.estimator == "mc"
-        drawn = batches.group.same(int(torch.randint(2**62, ()))) if draws else seed
+        drawn = batches.group.same(int(torch.randint(2**62, (), device="cpu"))) if draws else seed
         if drawn is not None:
             batches.drawn_from(drawn)
         return cls(

@@ -74,7 +74,8 @@ def test_labels_under_the_posterior_are_the_mean_over_outputs(kind):
     drawn = la.predictive(x[:4], "weights", samples=400, seed=0)
     if variance is None:
         close(found, want, 0.02)
-        assert drawn.shape == want.shape and bool(drawn.isfinite().all())
+        assert drawn.shape == want.shape
+        assert bool(drawn.isfinite().all())
         return
     close(found.mean, want, 0.02)
     spread = variance(f).mean(0) + mean(f).var(0)
@@ -159,7 +160,8 @@ def test_two_heads_are_one_posterior(representation):
     close(predicted["class"], probit, 1e-7)
     close(predicted["size"].covariance, want[:, 3:, 3:] + 0.5 * torch.eye(2).double(), 1e-7)
     drawn = la.predictive(x[:4], "weights", samples=10, seed=0)
-    assert drawn["class"].shape == (4, 3) and drawn["size"].mean.shape == (4, 2)
+    assert drawn["class"].shape == (4, 3)
+    assert drawn["size"].mean.shape == (4, 2)
     if representation == "implicit":
         return
     fit = -nn.functional.cross_entropy(model(x)["class"], y, reduction="sum")
@@ -189,7 +191,7 @@ class _Joined(nn.Module):
 def evidence(logs, J, r, w, structure):
     """Of the variances and a prior precision, by dense algebra; (C + 1,) logarithms."""
     variance, prior = np.exp(logs[:-1]), np.exp(logs[-1])
-    n, c, p = J.shape
+    n, _, p = J.shape
     precision = prior * np.eye(p) + np.einsum("ncp,c,ncq->pq", J, 1 / variance, J)
     fit = -0.5 * (r**2 / variance).sum() - 0.5 * n * np.log(2 * np.pi * variance).sum()
     return -(
@@ -215,7 +217,7 @@ def test_the_noise_of_each_output_has_most_evidence():
     close(variance, torch.tensor(np.exp(best.x[:2])), 1e-3)
     assert float(found.prior_precision) == pytest.approx(np.exp(best.x[2]), rel=1e-2)
     assert float(found.log_marginal_likelihood()) == pytest.approx(-best.fun, abs=1e-4)
-    assert la.likelihood == la.likelihood and la.likelihood.variance == 1.0
+    assert la.likelihood.variance == 1.0  # as it was
     # one for all is the fit that needs no new F
     one = la.fit_noise((x, y), build, per_output=False, tol=1e-7)
     other = la.fit_prior_precision(noise=True)
@@ -251,8 +253,8 @@ def test_a_noise_that_cannot_be_fitted_is_named():
     covariance = Gaussian(torch.tensor([[1.0, 0.5], [0.5, 1.0]]))
     with pytest.raises(DataError, match="got a covariance: fit_noise starts from"):
         ng.Laplace(model, build(covariance)).fit_noise((x, y), build)
+    weak = ng.Laplace(model, ng.FIM(model, (x[:5], y[:5]), "dense", likelihood=Gaussian(1e-9)))
     with pytest.raises(DataError, match="no noise is left: raise the prior precision"):
-        weak = ng.Laplace(model, ng.FIM(model, (x[:5], y[:5]), "dense", likelihood=Gaussian(1e-9)))
         weak.fit_noise((x[:5], y[:5]), build, structure=None)
 
 

@@ -188,6 +188,8 @@ def test_bad_heads_are_named():
         ng.FIM(model, (x, y, z), likelihood={})
     with pytest.raises(DataError, match="the model's outputs to be a tensor"):
         ng.FIM(model, (x, y), likelihood="categorical")
+    with pytest.raises(DataError, match="no positions in common: take estimator='empirical'"):
+        ng.FIM(model, (x, y, z), likelihood=GIVEN, estimator="empirical_positions")
     with pytest.raises(DataError, match="each is weighted alone"):
         Weighted(Joint((Gaussian(), Gaussian())))
     both = Joint((Gaussian(), Gaussian()))

@@ -225,7 +225,8 @@ class GaussNewtonMap(_JacobianSourceMap):
         if self._source.random and w.requires_grad:
             raise UnsupportedLayerError(
                 "an 'mc' matrix has no derivative in the parameters, since its labels are drawn "
-                "from them: take estimator='exact' or 'empirical', or F.at(w.detach())"
+                "from them, nor has 'empirical_positions', which holds its scores fixed: take "
+                "estimator='exact' or 'empirical', or F.at(w.detach())"
             )
 
     def _run(self, rows: Tensor, w: Tensor, mode: str, taped: bool) -> Tensor:

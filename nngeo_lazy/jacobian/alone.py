@@ -63,7 +63,11 @@ def outputs_alone(record: Pass, run: Run, some: Tensor | None = None) -> tuple[A
     if n == 1:
         require_repeatable(record, run)
         return Alone.SAME, None
-    few = torch.tensor([0, n // 2, n - 1] if n > PROBED else [0]) if some is None else some
+    few = (
+        torch.tensor([0, n // 2, n - 1] if n > PROBED else [0], device="cpu")
+        if some is None
+        else some
+    )
     found: list[Pass] = []
 
     def outputs_of(raw: Any) -> Tensor:
@@ -101,7 +105,7 @@ def in_groups(
     n, leaves = outputs.shape[0], example_leaves(raw, outputs.shape[0])
     if not leaves or ragged(raw, leaves):
         return None
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0), device="cpu")
     others = order[~torch.isin(order, few)]
     count = len(others) if n <= SINGLY else 2
     groups = [few, *others.tensor_split(count)]
@@ -125,7 +129,7 @@ def require_apart(record: Pass, run: Run) -> None:
     """
     generator = torch.Generator().manual_seed(0)
     for _ in range(4 if record.n > 1 else 0):
-        order = torch.randperm(record.n, generator=generator)
+        order = torch.randperm(record.n, generator=generator, device="cpu")
         outputs_alone(record, run, order[: record.n // 2])
 
 

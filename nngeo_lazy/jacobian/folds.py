@@ -66,7 +66,7 @@ class Ragged(Fold):
         sizes: of these dimensions.
     """
 
-    index: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    index: Tensor = field(default_factory=lambda: torch.empty(0, 0, device="cpu"))
     sizes: tuple[int, ...] = ()
 
     @classmethod

@@ -49,6 +49,12 @@ class Form(ABC):
         """Sum over r, n of the rows, (p,)."""
         return torch.stack([self.rows(a, b).sum((0, 1)) for a, b in self.tiles()]).sum(0)
 
+    def totals(self) -> Tensor:
+        """Sum over n of the rows, (R, p)."""
+        r = self.shape[0]
+        each = [self] if r == 1 else [self.direction(k) for k in range(r)]
+        return torch.stack([one.total() for one in each])
+
     @abstractmethod
     def sqsum(self) -> Tensor:
         """Sum over r, n of the squared rows, (p,): the diagonal of the second moment."""

@@ -17,7 +17,7 @@ from ..errors import UnsupportedLayerError
 from .calls import Call
 from .folds import Fold, Ragged
 from .forms import Form, Rows
-from .general import GeneralRows, Way, cut, example_leaves
+from .general import GeneralRows, cut, example_leaves
 from .inputs import Inputs
 from .parts import Gradient, Kind, Part
 from .record import Recorder
@@ -232,7 +232,7 @@ class Recorded:
         """
         step = self._step
         general = self.plan.general
-        masked = general is not None and general.way is Way.MASKED
+        masked = general is not None and general.way.of_whole
         start = self.record.outputs if root is None else root
         recorded, done = self, 0
         while chunk := [d.to(self.record.outputs.dtype) for d in islice(directions, step)]:

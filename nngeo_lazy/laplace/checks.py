@@ -42,7 +42,7 @@ def likelihood_of(F: BaseLinearOperator, given: LikelihoodLike | None) -> Likeli
     text = F.info.quantity.get("loss")
     own = None if text is None else described(str(text))
     if given is not None:
-        given = resolve(of_heads(given), torch.empty(0), None)
+        given = resolve(of_heads(given), torch.empty(0, device="cpu"), None)
         if own is not None and repr(own) != repr(given):
             raise DataError(f"expected the likelihood of F, {own}, got {given}")
         own = given

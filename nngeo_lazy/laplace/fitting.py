@@ -140,7 +140,7 @@ def chosen(
             targets.append(batch.target)
     labels, data = _joined(targets), Held(held)
     best: tuple[float, P] | None = None
-    for prior in torch.logspace(-4, 4, GRID).tolist() if grid is None else grid:
+    for prior in torch.logspace(-4, 4, GRID, device="cpu").tolist() if grid is None else grid:
         candidate = la.with_prior(prior)
         predicted = candidate.predictive(data, method)
         if metric is None:
@@ -167,11 +167,11 @@ def _joined(targets: list[Any]) -> Any:
 def _groups(space: ParamSpace, structure: str) -> dict[tuple[str, ...], Tensor]:
     """The parameters that share a number, with their places in the flat vector."""
     if structure == "scalar":
-        return {space.names: torch.arange(len(space))}
+        return {space.names: torch.arange(len(space), device="cpu")}
     owners: dict[str, list[str]] = {}
     for name in space.names:
         owners.setdefault(space.owner(name), []).append(name)
-    places = torch.arange(len(space))
+    places = torch.arange(len(space), device="cpu")
     return {
         tuple(names): torch.cat([places[space.slices[name]] for name in names])
         for names in owners.values()

@@ -277,6 +277,11 @@ class Categorical(PerLabel):
                 column[:, position, j + 1 :] = -a[:, None] * _ratio(p[:, position, j + 1 :], rest)
                 yield self._embed(column, outputs, target)
 
+    def position_dims(self, outputs: Tensor, target: Tensor | None) -> tuple[int, ...]:
+        """Which dimensions of the outputs are positions, whose losses are summed."""
+        own = self._class_dim(outputs, target)
+        return tuple(dim for dim in range(1, outputs.dim()) if dim != own)
+
     def _sampled(
         self, outputs: Tensor, target: Tensor | None, generator: torch.Generator | None
     ) -> Tensor:
@@ -313,7 +318,7 @@ class Categorical(PerLabel):
 
     @cached_property
     def _weight(self) -> Tensor:
-        return torch.tensor(self.weight, dtype=widest())
+        return torch.tensor(self.weight, dtype=widest(), device="cpu")
 
     def _kappa(self, labels: Tensor, mask: Tensor, target: Tensor | None) -> Tensor:
         """The mass of each position's target, zero if it is masked: (N, T, 1)."""

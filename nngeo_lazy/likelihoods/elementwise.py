@@ -167,7 +167,7 @@ class Bernoulli(EachOutput):
 
     @cached_property
     def _weight(self) -> Tensor:
-        return torch.tensor(self.pos_weight, dtype=widest())
+        return torch.tensor(self.pos_weight, dtype=widest(), device="cpu")
 
     def _root_of_kappa(self, outputs: Tensor, target: Tensor | None) -> Tensor | float:
         """The root of 1 + (w - 1) y, by which the weight multiplies that of the Hessian."""

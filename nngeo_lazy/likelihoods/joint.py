@@ -175,6 +175,13 @@ class Joint(Likelihood):
         """Why the loss is no likelihood, as in "class weights"; empty if it is one."""
         return " and ".join({each.reweighted: 1 for _, each in self._named() if each.reweighted})
 
+    def position_dims(self, outputs: Tensor, target: Any) -> tuple[int, ...]:
+        """Refused: heads may have other positions."""
+        raise DataError(
+            "estimator='empirical_positions' needs the positions of one head, and several heads "
+            "have no positions in common: take estimator='empirical'"
+        )
+
     def missing(self, target: Any) -> Tensor | None:
         """Whether labels are NaN that must not be, 0-d; None if there can be none."""
         pairs = zip(self._named(), self.targets(target), strict=True)

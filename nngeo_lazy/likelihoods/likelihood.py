@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from itertools import product
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -30,7 +31,7 @@ __all__ = [
     "wide",
 ]
 
-Estimator: TypeAlias = Literal["exact", "mc", "empirical"]
+Estimator: TypeAlias = Literal["exact", "mc", "empirical", "empirical_positions"]
 ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
 
 
@@ -222,6 +223,9 @@ class Likelihood(ABC):
     ) -> int:
         """How many directions there are: the columns of S_n."""
         counts = {"mc": samples, "empirical": 1}
+        if estimator == "empirical_positions":
+            dims = self.position_dims(outputs, target)
+            return math.prod(outputs.shape[dim] for dim in dims)
         return counts[estimator] if estimator in counts else self._num_exact(outputs, target)
 
     def directions(
@@ -239,7 +243,7 @@ class Likelihood(ABC):
             outputs: (N, ...).
             target: the observed labels; needed by "empirical", otherwise read only for masks and
                 weights.
-            estimator: "exact", "mc" or "empirical".
+            estimator: one of `ESTIMATORS`.
             samples: label draws for "mc", each scaled by 1/sqrt(samples).
             generator: of the draws, on the outputs' device.
 
@@ -257,17 +261,34 @@ class Likelihood(ABC):
             made = (draw * scale for draw in self._draws(work, target, generator, samples))
         elif target is None:
             raise DataError(
-                "estimator='empirical' needs observed labels, but the batch has no target: pass "
+                f"estimator={estimator!r} needs observed labels, but the batch has no target: pass "
                 "(inputs, target) batches, or target="
             )
         else:
             made = iter([self._observed(work, target)])
+            if estimator == "empirical_positions":
+                made = self._each_position(next(made), self.position_dims(work, target))
         while True:
             with torch.no_grad():
                 direction = next(made, None)
             if direction is None:
                 return
             yield direction.to(outputs.dtype)
+
+    def position_dims(self, outputs: Tensor, target: Tensor | None) -> tuple[int, ...]:
+        """Which dimensions of the outputs are positions, whose losses are summed."""
+        return tuple(range(1, outputs.dim() - 1))
+
+    @staticmethod
+    def _each_position(score: Tensor, dims: Sequence[int]) -> Iterator[Tensor]:
+        """The score of one position after the other, zero elsewhere."""
+        for index in product(*(range(score.shape[dim]) for dim in dims)):
+            where = [slice(None)] * score.dim()
+            for dim, k in zip(dims, index, strict=True):
+                where[dim] = slice(k, k + 1)
+            direction = torch.zeros_like(score)
+            direction[tuple(where)] = score[tuple(where)]
+            yield direction
 
 
 class PerLabel(Likelihood):

@@ -61,6 +61,13 @@ class CallableLoss(Differentiated):
         check_fields(self)
         require_takes("function", self.function, "outputs", "target")
 
+    def position_dims(self, outputs: Tensor, target: Any) -> tuple[int, ...]:
+        """Refused: a function of an example says nothing of its positions."""
+        raise DataError(
+            "estimator='empirical_positions' needs a loss that is a sum over positions, and a "
+            "function of whole examples does not say so: take a likelihood, or 'empirical'"
+        )
+
     def __repr__(self) -> str:
         """A function that has a name by it, so that it is the same one in another process."""
         return f"CallableLoss({name_of(self.function)})"
@@ -94,6 +101,31 @@ class CallableLoss(Differentiated):
                 f"expected per-example losses ({outputs.shape[0]},), got {got}: use "
                 "reduction='none' and sum over positions"
             )
+
+    def require_curved(self, outputs: Tensor, target: Any) -> None:
+        """Raise DataError if the loss is piecewise linear in the outputs: its Hessian is zero.
+
+        It is looked at in the outputs, near them, and in the target if it is like them, which is
+        where robust losses such as Huber's are curved.
+        """
+        outputs = wide(outputs.detach())
+        generator = torch.Generator(outputs.device).manual_seed(0)
+        noise = torch.empty_like(outputs).normal_(generator=generator)
+        places = [outputs, outputs + noise]
+        if isinstance(target, Tensor) and target.is_floating_point():
+            places += [wide(target)] if target.shape == outputs.shape else []
+        try:
+            curved = any(self._product(f, target)(noise).count_nonzero() for f in places)
+            masked = not self._observed(outputs, target).count_nonzero()
+        except (RuntimeError, ValueError):  # undefined near the outputs; the build tells the rest
+            return
+        if curved or masked:
+            return
+        raise DataError(
+            "the loss is linear in the outputs, so its Gauss-Newton matrix is zero: let the model "
+            "return what is before the logarithm (logits, with nn.CrossEntropyLoss in place of "
+            "NLLLoss), or take Hessian, or FIM(..., estimator='empirical')"
+        )
 
     def loss(self, outputs: Tensor, target: Any) -> Tensor:
         """-log p(y | f) up to a constant, summed over positions: (N,). Differentiable."""

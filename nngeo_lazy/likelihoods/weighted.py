@@ -148,6 +148,10 @@ class Weighted(Likelihood):
         kept = known.terms(outputs, labels) & (weights != 0)
         return kept.count_nonzero() * known.size(outputs)
 
+    def position_dims(self, outputs: Tensor, target: Any) -> tuple[int, ...]:
+        """Which dimensions of the outputs are positions, whose losses are summed."""
+        return self.likelihood.position_dims(outputs, self.parts(outputs, target)[0])
+
     def scored(self, outputs: Tensor, target: Any) -> Tensor | None:
         """Which positions of the outputs are scored, a mask (N, *positions); None if all are."""
         known, (labels, weights) = self.likelihood, self.parts(outputs, target)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from numbers import Number
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from linear_operator.operators import (
@@ -296,6 +296,12 @@ class ContractLinearOperator(PrimitiveLinearOperator):
         if func in TORCH_FUNCTIONS and args and isinstance(args[0], ContractLinearOperator):
             return TORCH_FUNCTIONS[func](*args, **(kwargs or {}))
         return super().__torch_function__(func, types, args, kwargs)
+
+    def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TypeError(
+            f"{self.__class__.__name__} is no numpy array: take F.to_scipy() for its products, or "
+            "F.to_dense().numpy() if it fits"
+        )
 
     def __repr__(self) -> str:
         known = "" if self.space is None else f", {len(self.space.names)} parameters"

@@ -126,7 +126,7 @@ def _(A: ScipyOperator) -> BaseLinearOperator:
 @rules.as_operator.register(scipy.sparse.linalg.LinearOperator)
 def _(A: scipy.sparse.linalg.LinearOperator) -> BaseLinearOperator:
     wide = np.promote_types(A.dtype, np.float32) == np.float64
-    like = torch.empty(0, dtype=torch.float64 if wide else torch.float32)
+    like = torch.empty(0, dtype=torch.float64 if wide else torch.float32, device="cpu")
     return FromScipyLinearOperator(like, operator=A)
 
 

@@ -30,7 +30,7 @@ __all__ = [
     "rows_of_an_example",
 ]
 
-PANEL_BYTES = 2**28  # of rows that are held while the other ones pass by
+PANEL_BYTES = 2**27  # of rows that are held while the other ones pass by
 
 Rows = Callable[[int], Iterator[FactoredJacobianLinearOperator]]  # of the batches from a number on
 Product = Callable[[FactoredJacobianLinearOperator, FactoredJacobianLinearOperator], Tensor]
@@ -103,8 +103,11 @@ def panels(
         start: where to begin.
     """
     while held := _panel(left, start.batch, directions):
-        yield _after(start, held, directions), _tiles(held, left, right, product, directions, start)
-        start = _after(start, held, directions)
+        after = _after(start, held, directions)
+        tiles = _tiles(held, left, right, product, directions, start)
+        del held  # before the next panel is made
+        yield after, tiles
+        start = after
 
 
 def _after(start: Place, held: list[FactoredJacobianLinearOperator], directions: str) -> Place:
@@ -129,7 +132,7 @@ def _panel(rows: Rows, start: int, directions: str) -> list[FactoredJacobianLine
 def _settled(J: FactoredJacobianLinearOperator, directions: str) -> FactoredJacobianLinearOperator:
     """With the rows themselves, if inner products are made from them."""
     return J._of(
-        [[form and settled(form, directions, PANEL_BYTES // 4) for form in b] for b in J.batches]
+        [[form and settled(form, directions, PANEL_BYTES // 2) for form in b] for b in J.batches]
     )
 
 

@@ -102,7 +102,11 @@ class ShardedBlockDiagonalLinearOperator(BlockDiagonalLinearOperator):
         return cast(Tensor, cast(Any, _Copied).apply(tensor, self.group))
 
     def _generators(self, generator: torch.Generator | None) -> list[torch.Generator | None]:
-        drawn = int(torch.randint(2**62, ())) if generator is None else generator.initial_seed()
+        drawn = (
+            int(torch.randint(2**62, (), device="cpu"))
+            if generator is None
+            else generator.initial_seed()
+        )
         seed = self.group.same(drawn)
         device = self.device
         return [

@@ -244,7 +244,7 @@ class BroadcastLinearOperator(LazyLinearOperator):
 
     def _getitem(self, row_index: Any, col_index: Any, *batch_indices: Any) -> Any:
         # an empty tensor of the batch shape knows how its indices change it
-        probe = torch.empty(*self.repeats, 0)
+        probe = torch.empty(*self.repeats, 0, device="cpu")
         shape = probe[batch_indices].shape[:-1] if batch_indices else self.repeats
         base = self.base
         if not (_is_noop_index(row_index) and _is_noop_index(col_index)):

@@ -77,7 +77,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         agree(self._group, self.param_groups, self._options, self._kind)
         self._steps = 0
         self._started = 0  # the step that the present parameters were first watched at
-        self._skipped = torch.zeros((), dtype=torch.int64)
+        self._skipped = torch.zeros((), dtype=torch.int64, device="cpu")
         self._warned = 0
         self._watch(None)
 

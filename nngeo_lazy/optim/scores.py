@@ -45,6 +45,11 @@ class HeadScores:
 
     def __init__(self, given: LossLike | None, estimator: str) -> None:
         check_estimator(estimator)
+        if estimator == "empirical_positions":
+            raise DataError(
+                "an optimizer sees one gradient of each example: take estimator='empirical', 'mc' "
+                "or 'exact'"
+            )
         if isinstance(given, str) and given not in NAMES:
             raise DataError(
                 f"unknown likelihood {given!r}: expected one of {sorted(NAMES)}, an object from "

@@ -126,10 +126,12 @@ def moment_blocks(facts: Facts, groups: Sequence[Sequence[int]]) -> Recipe:
         matrix = moment.matrix(facts)
         layout = flat_layout(facts, group)
         if facts.center:
-            mean = torch.cat([each.mean(facts) for each in means])
+            known = [each.mean(facts) for each in means]
+            most = max(map(len, known))  # a part that no output uses has one row of zeros
+            mean = torch.cat([one.expand(most, -1) for one in known], -1)
             where = torch.cat([facts.parts[k].layout.positions() for k in group]).argsort()
-            mean = mean[where.to(mean.device)]
-            matrix = matrix - torch.outer(mean, mean)
+            mean = mean[:, where.to(mean.device)]
+            matrix = matrix - mean.mT @ mean
         require_finite(matrix, block_name(facts, group))
         blocks.append(Block(tuple(group), layout, DenseLinearOperator(matrix)))
     return blocks
@@ -158,8 +160,8 @@ def quasi_diagonal_block(facts: Facts, k: int) -> Recipe:
     if facts.center:
         mean = sums.mean(facts)
         diagonal = centered(diagonal, mean)
-        grid = mean.view(-1, width)
-        coupling = coupling - grid[:, :-1] * grid[:, -1:]
+        grid = mean.view(len(mean), -1, width)
+        coupling = coupling - (grid[..., :-1] * grid[..., -1:]).sum(0)
     operator = QuasiDiagonalLinearOperator.of(diagonal.view(-1, width), coupling)
     return [Block((k,), part.layout, operator)]
 
@@ -257,8 +259,8 @@ def _flops_of_eigh(factor: Tensor) -> float:
 
 
 def centered(squares: Tensor, mean: Tensor) -> Tensor:
-    """Variances from mean squares and means; what cancels entirely is zero, not its rounding."""
-    return (squares - mean.square()).clamp_min(0)
+    """Variances (p,) from mean squares and means (R, p); what cancels is zero, not its rounding."""
+    return (squares - mean.square().sum(0)).clamp_min(0)
 
 
 # --- operators from blocks ------------------------------------------------------------------------

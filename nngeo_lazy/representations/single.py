@@ -305,7 +305,7 @@ class EKFAC(Streamed):
         grid = (part.layout.groups, part.layout.rows, part.layout.width)
         eigen = EigenKroneckerLinearOperator(values.view(grid), *given)
         if facts.center:
-            values = centered(values, eigen.rotate(sums.mean(facts).unsqueeze(-1)).squeeze(-1))
+            values = centered(values, eigen.rotate(sums.mean(facts).mT).mT)
             eigen = EigenKroneckerLinearOperator(values.view(grid), *given)
         return [Block((k,), part.layout, eigen, positions, note)]
 
