@@ -427,6 +427,7 @@ def make_sweep(
             target=target,
             positions=positions,
             progress=progress,
+            **quantity.reading(),
         )
     return Sweep(Problem.of(model, space, batches, quantity, **options))
 
