@@ -11,16 +11,19 @@ from .comparison import compare
 from .distributed import Distributed
 from .ewc import ewc_penalty
 from .files import load, save
+from .functional import as_module
 from .influence import Queries, influences, self_influence
 from .jacobian.registry import register_layer
 from .jacobian.uses import Grid, Use
 from .kernels import NTK
-from .laplace import Laplace
+from .laplace import FunctionalLaplace, Laplace
 from .linalg import Estimate, Probes, SpectralDensity
 from .numerics.approximate import low_rank, nystrom
 from .numerics.estimation import diagonal, effective_dimension, logdet, trace
 from .numerics.function_space import Eigenfunctions, alignment, eigenfunctions, sample_space
 from .numerics.functions import matrix_function
+from .numerics.inverses import inverse
+from .numerics.least_squares import lstsq
 from .numerics.results import SingularValues, Solution, Spectrum
 from .numerics.solve import solve
 from .numerics.spectra import eigsh, spectral_density, svds
@@ -37,6 +40,7 @@ __all__ = [
     "Distributed",
     "Eigenfunctions",
     "Estimate",
+    "FunctionalLaplace",
     "Grid",
     "Hessian",
     "Jacobian",
@@ -51,6 +55,7 @@ __all__ = [
     "Spectrum",
     "Use",
     "alignment",
+    "as_module",
     "aslinearoperator",
     "compare",
     "diagonal",
@@ -61,10 +66,12 @@ __all__ = [
     "ewc_penalty",
     "identity",
     "influences",
+    "inverse",
     "likelihoods",
     "load",
     "logdet",
     "low_rank",
+    "lstsq",
     "matrix_function",
     "merge",
     "nystrom",

@@ -40,6 +40,7 @@ __all__ = [
     "check_fields",
     "checked",
     "described",
+    "name_of",
     "named",
     "require_options",
     "require_sequence",
@@ -310,6 +311,12 @@ def require_sequence(name: str, values: Any) -> None:
         raise DataError(
             f"expected a list of {name}, got {type(values).__name__}: put it into a list"
         )
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """Where a function that has a name is defined; any other one by its repr."""
+    name = getattr(function, "__qualname__", "<")
+    return repr(function) if "<" in name else f"{getattr(function, '__module__', '')}.{name}"
 
 
 def described(value: Any) -> str:

@@ -15,6 +15,7 @@ from .operators.factors import factor_eigh
 from .operators.info import Info
 from .operators.kronecker import EigenKroneckerLinearOperator, KroneckerLinearOperator
 from .pooling import pool
+from .sides import is_dense, overlapped
 from .space import ParamSpace
 
 __all__ = [
@@ -57,7 +58,7 @@ def share_decompositions(F: BaseLinearOperator, group: Group) -> None:
         (block, side, factor)
         for block in blocks
         for side, factor in (("left", block.left), ("right", block.right))
-        if factor.dim() == 3
+        if is_dense(factor)
     ]
     if not factors:
         return
@@ -96,9 +97,9 @@ def require_semidefinite(F: BaseLinearOperator) -> None:
     for name, (value, size) in zip(lowest, values, strict=True):
         if value < -rounding * size:
             raise NotPositiveDefiniteError(
-                f"the curvature of {name} has a negative eigenvalue {value:.3g}: its statistics "
-                "are no averages of squares any more. Train in a wider dtype, or make a new "
-                "optimizer in the place of this state"
+                f"the curvature of {name} has a negative eigenvalue {value:.3g}, which an average "
+                "of squares cannot have: rounding is larger than the curvature. Train in a wider "
+                "dtype, or make a new optimizer in place of this state"
             )
 
 
@@ -117,20 +118,12 @@ def rebased(E: BaseLinearOperator, F: BaseLinearOperator) -> BaseLinearOperator:
             new, (KroneckerLinearOperator, EigenKroneckerLinearOperator)
         ):
             left, right = new.bases()
-            values = old.values  # (G,o,i)
-            if left.dim() == 3:
-                values = _overlaps(left, old.left_basis) @ values
-            if right.dim() == 3:
-                values = values @ _overlaps(right, old.right_basis).mT
+            values = overlapped(left, old.left_basis, old.values)  # (G,o,i)
+            values = overlapped(right, old.right_basis, values.mT).mT
             blocks.append(EigenKroneckerLinearOperator(values, left, right))
         else:
             blocks.append(old)
     return E._of(blocks)
-
-
-def _overlaps(new: Tensor, old: Tensor) -> Tensor:
-    """Squared inner products of two bases' vectors, (G, n, n)."""
-    return (new.mT @ old).square()
 
 
 def extended(F: BaseLinearOperator, space: ParamSpace) -> BaseLinearOperator:

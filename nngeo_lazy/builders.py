@@ -12,7 +12,7 @@ from .costs import BuildCost, cost_of
 from .distributed import refuse_processes
 from .errors import DataError
 from .fingerprints import refuse_shuffling
-from .likelihoods import Estimator, Likelihood, LikelihoodLike
+from .likelihoods import Estimator, Gaussian, LikelihoodLike
 from .operators import BaseLinearOperator
 from .quantities import (
     Fisher,
@@ -23,7 +23,7 @@ from .quantities import (
     MatrixKind,
     Outputs,
 )
-from .representations import Representation, RepresentationLike
+from .representations import Implicit, Representation, RepresentationLike
 from .representations import resolve as resolve_representation
 from .selectors import Selector
 from .sweep import Sweep, make_sweep
@@ -67,16 +67,20 @@ def FIM(
         representation: "kfac", "ekfac", "diagonal", "quasi_diagonal", "block_diagonal", "low_rank",
             "dense", or an options object from `nngeo_lazy.representations`.
         likelihood: "categorical", "bernoulli", "gaussian", "poisson", or an object from
-            `nngeo_lazy.likelihoods`; None means categorical, and the first batch must show it.
-        estimator: "exact" (expectation over the model's labels), "mc" (sampled labels) or
-            "empirical" (observed labels).
+            `nngeo_lazy.likelihoods`; None means categorical, and the first batch must show it. One
+            for each of several heads, by name or in a sequence, if the model returns several.
+        estimator: "exact" (expectation over the model's labels), "mc" (sampled labels),
+            "empirical" (observed labels, one score of each example), or "empirical_positions" (one
+            score of each position: T directions, as if positions were examples of their own).
         samples: label draws for each example, for "mc".
         seed: of the draws; a two-pass build re-uses each example's draws.
         params: which parameters; by default those that require a gradient.
         forward: `(model, batch) -> outputs` in place of the default call.
         target: `batch -> target` in place of the default; read only for observed labels and masks.
         positions: `batch -> mask (N, T)` of those that exist, in place of "attention_mask".
-        center: for "empirical", whether the mean gradient is subtracted (their covariance).
+        center: for "empirical", whether the mean gradient is subtracted (their covariance). For an
+            exact Fisher of a Gaussian likelihood, whether the mean Jacobian of each output is: the
+            covariance of the outputs' gradients, divided by the variance.
         max_directions: the most output directions of one example in an exact computation.
         progress: whether to show a progress bar.
 
@@ -369,19 +373,26 @@ def _fisher(
     loader: Any,
     representation: str | Representation = "kfac",
     *,
-    likelihood: str | Likelihood | None = None,
+    likelihood: LikelihoodLike | None = None,
     estimator: str = "exact",
     samples: PositiveInt = 1,
     center: bool = False,
     **data: Any,
 ) -> Prepared:
     quantity = Fisher(likelihood, estimator, samples)
-    if center and estimator != "empirical":
+    of_outputs = likelihood == "gaussian" or isinstance(likelihood, Gaussian)
+    if center and estimator != "empirical" and not (of_outputs and estimator == "exact"):
         raise DataError(
             f"center=True subtracts the mean gradient, which an {estimator!r} Fisher does not have "
-            "(its scores have mean zero): take estimator='empirical'"
+            "(its scores have mean zero): take estimator='empirical', or likelihood='gaussian' "
+            "for the covariance of the outputs' gradients"
         )
     wanted = resolve_representation(representation)
+    if center and of_outputs and isinstance(wanted, Implicit):
+        raise DataError(
+            "'implicit' does not center the gradients of outputs: take a stored representation, "
+            "such as 'low_rank'"
+        )
     return wanted, make_sweep(quantity, model, loader, center=center, **data)
 
 

@@ -12,7 +12,7 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from .switches import callers_autocast, under_autocast
 __all__ = ["Batch", "Batches", "outputs_of"]
 
 LABELS = ("labels", "label")
+Outputs: TypeAlias = Callable[[Any], Tensor]
 FORMS = (
     "a DataLoader or another re-iterable of batches, a tensor of inputs, one batch "
     "(inputs, target), or a mapping with 'labels'"
@@ -45,14 +46,14 @@ class Batch:
     Attributes:
         args: positional arguments of the default call.
         kwargs: keyword arguments of the default call.
-        target: observed labels, or None.
+        target: observed labels, or None; nested tensors, if the likelihood takes several.
         raw: the batch as it was given, moved to the device; what `forward` and `target` receive.
         key: which batch of all processes it is; random draws are made from it.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    target: Tensor | None
+    target: Any
     raw: Any
     key: tuple[int, ...] = (0,)
 
@@ -72,6 +73,8 @@ class Batches:
         target: `raw batch -> target` in place of the default; it may return None.
         positions: `raw batch -> mask (N, T)` of the positions that exist, in place of a mapping's
             "attention_mask"; it may return None.
+        outputs: from what the model returned to its outputs (N, ...).
+        labels: how many entries behind the inputs are labels, if a batch has just these.
         progress: whether to show a progress bar.
 
     Raises:
@@ -92,6 +95,8 @@ class Batches:
         forward: Callable[[nn.Module, Any], Any] | None = None,
         target: Callable[[Any], Any] | None = None,
         positions: Callable[[Any], Any] | None = None,
+        outputs: Outputs | None = None,
+        labels: int = 1,
         progress: bool = False,
     ) -> None:
         require_takes("forward", forward, "model", "batch")
@@ -108,6 +113,7 @@ class Batches:
         self._forward, self._autocast = forward, callers_autocast()
         self._target = target
         self._positions = positions
+        self._outputs, self._labels = outputs or outputs_of, labels
         self._progress = progress
         self._gave = False  # a batch, on any pass so far
         self._streams = Streams(self.generators)
@@ -195,17 +201,18 @@ class Batches:
         """How one batch, already on the device, is called."""
         args, kwargs = self._call(raw) if self._forward is None else ((), {})
         if self._target is None:
-            return Batch(args, kwargs, _labels(raw, strict=self._forward is None), raw)
+            found = _labels(raw, self._labels, strict=self._forward is None)
+            return Batch(args, kwargs, found, raw)
         target = self._target(raw)
-        if target is not None:
+        if target is not None and not tree.tensors(target):
             try:
-                target = _move(torch.as_tensor(target), self._device)
+                target = torch.as_tensor(target)
             except (TypeError, ValueError, RuntimeError) as error:
                 raise DataError(
                     "expected target= to return a tensor, numbers or None, got "
                     f"{type(target).__name__}: pass target=lambda batch: batch[1]"
                 ) from error
-        return Batch(args, kwargs, target, raw)
+        return Batch(args, kwargs, _move(target, self._device), raw)
 
     def positions(self, raw: Any) -> Tensor | None:
         """Which positions of a batch exist, a mask (N, ...); None if all do, or nothing says.
@@ -249,13 +256,13 @@ class Batches:
                 f"{str(error).splitlines()[0]!r} for {_sizes(raw)}: check shapes and dtypes of the "
                 "inputs, or pass forward=lambda model, batch: ..."
             ) from error
-        return outputs_of(outputs, "pass forward=lambda model, batch: ...")
+        return self._outputs(outputs)
 
     def _call(self, raw: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments of the default call."""
         _require_batch(raw)
         raw = tree.by_field(raw)
-        if isinstance(raw, Tensor):
+        if _kind(raw) == "tensor":
             return (raw,), {}
         if isinstance(raw, Mapping):
             label = _label(raw)
@@ -290,7 +297,7 @@ def _sizes(raw: Any) -> str:
     return ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in tensors[:4]) or type(raw).__name__
 
 
-def outputs_of(result: Any, remedy: str) -> Tensor:
+def outputs_of(result: Any, remedy: str = "pass forward=lambda model, batch: ...") -> Tensor:
     """The outputs (N, ...) in what a model returned: a tensor, or its logits.
 
     Raises:
@@ -314,7 +321,7 @@ def outputs_of(result: Any, remedy: str) -> Tensor:
 
 
 def _as_batches(loader: Any) -> Iterable[Any]:
-    if isinstance(tree.by_field(loader), (Tensor, Mapping)):
+    if _kind(loader) in ("tensor", "mapping"):
         return [loader]
     if isinstance(loader, torch_data.Dataset):
         raise DataError(
@@ -339,13 +346,11 @@ def _from_sequence(loader: Sequence[Any]) -> Sequence[Any]:
     if not len(loader):
         raise DataError(f"expected {FORMS}, but the loader is empty: check how it was made")
     kinds = {_kind(entry) for entry in loader}
-    if "tensor" in kinds and kinds <= {"tensor", "none"}:
+    # (inputs, target), each of which may hold several: a bare tensor here is no batch
+    if "tensor" in kinds and kinds <= {"tensor", "none", "sequence", "mapping"}:
         return [loader]
     if kinds <= {"sequence", "mapping"}:
         return loader
-    # (inputs, target) with several inputs: one batch, since a bare tensor here is no batch
-    if _kind(loader[0]) in ("sequence", "mapping") and kinds <= {"sequence", "mapping", "tensor"}:
-        return [loader]
     raise DataError(
         f"expected {FORMS}, got a sequence of {sorted(kinds)}: convert its entries to tensors"
     )
@@ -392,20 +397,20 @@ def _label(raw: Mapping[Any, Any]) -> str | None:
     return next((name for name in LABELS if name in raw), None)
 
 
-def _labels(raw: Any, strict: bool) -> Tensor | None:
+def _labels(raw: Any, count: int, strict: bool) -> Any:
     """The default target; not strict: None if the batch has none that can be read."""
     raw, found = tree.by_field(raw), None
     if isinstance(raw, Mapping):
         label = _label(raw)
         found = None if label is None else raw[label]
     elif _kind(raw) == "sequence" and len(raw) > 1:
-        found = raw[1]
-    if found is None or isinstance(found, Tensor):
+        found = tuple(raw[1:]) if len(raw) == 1 + count > 2 else raw[1]
+    if found is None or tree.tensors(found):
         return found
     if strict:
         raise DataError(
-            "expected the target of a batch (its second entry, or 'labels') to be a tensor, got "
-            f"{type(found).__name__}: pass target=lambda batch: ..."
+            "expected the target of a batch (its second entry, or 'labels') to be a tensor, or to "
+            f"hold some, got {type(found).__name__}: pass target=lambda batch: ..."
         )
     return None
 

@@ -7,13 +7,16 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import IO, Any
 
 import torch
 
-__all__ = ["checksum", "replacing"]
+from .errors import DataError
+
+__all__ = ["checksum", "replacing", "require_same_run", "write_whole"]
 
 
 @contextmanager
@@ -55,3 +58,49 @@ def checksum(state: Mapping[str, Any]) -> str:
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         found.update(flat.view(torch.uint8).numpy())
     return found.hexdigest()
+
+
+def write_whole(path: Path, write: Callable[[Any], Any], what: str) -> None:
+    """Write a file that is whole, or not there.
+
+    Raises:
+        DataError: it cannot be written; it says that what was done before is kept.
+    """
+    try:
+        with replacing(path) as file:
+            write(file)
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter
+        raise DataError(
+            f"could not write {path} ({error}): what is finished of {what} is kept there; make "
+            "room and call again with the same path"
+        ) from error
+
+
+def require_same_run(folder: Path, run: dict[str, Any], what: str, same: str) -> None:
+    """Note in a folder what its numbers are made of, or compare with what is noted there.
+
+    Args:
+        folder: made if it is not there.
+        run: in plain words and checksums.
+        what: the folder holds.
+        same: what to pass instead.
+
+    Raises:
+        DataError: the folder is another run's, or cannot be written.
+    """
+    known, text = folder / "run.json", json.dumps(run, sort_keys=True)
+    if not known.exists():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(
+                f"could not make the folder {folder} ({error}): pass another path"
+            ) from error
+        write_whole(known, lambda file: file.write(text.encode()), what)
+    elif known.read_text() != text:
+        before = json.loads(known.read_text())
+        changed = sorted(key for key in run if run[key] != before.get(key))
+        raise DataError(
+            f"expected {folder} to hold {what} of the same run, but {changed} differ: pass another "
+            f"path, or {same}"
+        )

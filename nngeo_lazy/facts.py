@@ -12,6 +12,8 @@ from .collectives import ALONE, Group
 from .jacobian.forms import Form, Outer
 from .jacobian.inputs import IndexInputs
 from .jacobian.parts import Part
+from .jacobian.summed import Summed
+from .layout import Layout
 from .space import ParamSpace
 
 __all__ = ["Cost", "Facts", "Sample"]
@@ -81,12 +83,17 @@ class Sample:
     general: tuple[int, int] = (0, 0)
     proofs: int = 0
 
-    def positions(self, k: int) -> int:
-        """How many positions of an example share a part."""
+    def form(self, k: int, use: Layout | None = None) -> Form | None:
+        """The form of a part, or of some of the uses that it sums."""
         form = self.forms[k]
+        return form.outer_of(use) if use is not None and isinstance(form, Summed) else form
+
+    def positions(self, k: int, use: Layout | None = None) -> int:
+        """How many positions of an example share a part."""
+        form = self.form(k, use)
         return int(form.g.shape[3]) if isinstance(form, Outer) else int(form is not None)
 
-    def indexed(self, k: int) -> bool:
+    def indexed(self, k: int, use: Layout | None = None) -> bool:
         """Whether a part's input factor is a histogram."""
-        form = self.forms[k]
+        form = self.form(k, use)
         return isinstance(form, Outer) and isinstance(form.inputs, IndexInputs)

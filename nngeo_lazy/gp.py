@@ -41,11 +41,14 @@ class _Known:
 class NTKKernel(Kernel):  # type: ignore[misc]
     """The neural tangent kernel of a network as a GPyTorch kernel: `ng.NTK` at the inputs.
 
-    The network is not a submodule: its parameters are not among the kernel's, not trained with the
-    Gaussian process and not in its `state_dict`. A later change of them is seen. Scales, noises
-    and other kernels are trained around it. Jacobians of the last inputs are kept, so that a
-    training loop differentiates the network once. Inputs that require gradients give a dense kernel
-    that has them, an example at a time, as an acquisition function needs.
+    By default the network is not a submodule: its parameters are not among the kernel's, not
+    trained with the Gaussian process and not in its `state_dict`. A later change of them is seen.
+    Scales, noises and other kernels are trained around it. Jacobians of the last inputs are kept,
+    so that a training loop differentiates the network once. Inputs that require gradients give a
+    dense kernel that has them, an example at a time, as an acquisition function needs.
+
+    With `train_network` it is a deep kernel: the network is a submodule, and the kernel is dense
+    and has gradients in its parameters, by second derivatives of the network.
 
     Args:
         model: the network, whose inputs are rows of the inputs (N, D).
@@ -54,9 +57,12 @@ class NTKKernel(Kernel):  # type: ignore[misc]
         params: which parameters.
         forward: `(model, inputs) -> outputs` in place of the call; the place to reshape rows.
         active_dims: which columns of the inputs the network takes; all by default.
+        train_network: whether gradients in the network's parameters are made, and the network's
+            parameters are among the kernel's.
 
     Raises:
-        ValueError: other outputs than these.
+        ValueError: other outputs than these; a deep kernel of a network without any parameter
+            that requires a gradient.
 
     Example:
         >>> kernel = gpytorch.kernels.ScaleKernel(NTKKernel(nn.Linear(3, 1)))
@@ -76,11 +82,20 @@ class NTKKernel(Kernel):  # type: ignore[misc]
         params: Selector | None = None,
         forward: Callable[[nn.Module, Any], Tensor] | None = None,
         active_dims: tuple[int, ...] | None = None,
+        train_network: bool = False,
     ) -> None:
         super().__init__(active_dims=active_dims)
         if outputs not in _OUTPUTS:
             raise ValueError(wrong_option("outputs", outputs, _OUTPUTS, "kernels"))
-        self._network = (model,)  # in a tuple, so that it is no submodule
+        if train_network:
+            if not any(p.requires_grad for p in model.parameters()):
+                raise ValueError(
+                    "train_network=True needs parameters with gradients, but none of the network's "
+                    "requires one: call model.requires_grad_(True), or leave out train_network"
+                )
+            self.network = model
+        self._network = (model,)  # in a tuple, so that it is no submodule by itself
+        self._deep = train_network
         self._outputs, self._params, self._forward = outputs, params, forward
         self._known: list[_Known] = []
 
@@ -118,7 +133,7 @@ class NTKKernel(Kernel):  # type: ignore[misc]
         return int(kernel_of(jacobian, jacobian).shape[0])
 
     def _between(self, x1: Tensor, x2: Tensor, *, diag: bool, dense: bool) -> Any:
-        if torch.is_grad_enabled() and (x1.requires_grad or x2.requires_grad):
+        if torch.is_grad_enabled() and (self._deep or x1.requires_grad or x2.requires_grad):
             taped = self._taped(x1, x2)
             if diag:
                 return taped.diagonal()
@@ -130,14 +145,17 @@ class NTKKernel(Kernel):  # type: ignore[misc]
         return kernel.to_dense() if dense else kernel
 
     def _taped(self, x1: Tensor, x2: Tensor) -> Tensor:
-        """The dense kernel with a graph to the inputs."""
+        """The dense kernel with a graph to the inputs, and to the network if it is trained."""
         (model,) = self._network
-        space = space_of(model, self._params)
+        names = space_of(model, self._params).names
+        others = [name for name, p in model.named_parameters() if p.requires_grad]
+        space = space_of(model, [*names, *others])  # all that the kernel depends on
         batches = Batches(x1.detach(), device=space.device, forward=self._forward)
         network = Network(model, space, batches.forward)
         point = space.values(model)
-        outputs, first = network.taped_rows(point, x1)
-        second = first if x1 is x2 else network.taped_rows(point, x2)[1]
+        point = point if self._deep else point.detach()
+        outputs, first = network.taped_rows(point, x1, names)
+        second = first if x1 is x2 else network.taped_rows(point, x2, names)[1]
         full = first @ second.mT
         if self._outputs == "full":
             return full

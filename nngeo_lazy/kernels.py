@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
@@ -14,8 +15,10 @@ from .data import Batches
 from .distributed import refuse_processes
 from .errors import DataError, TooLargeError, wrong_option
 from .fingerprints import refuse_shuffling
+from .matrix_files import written
 from .operators import BaseLinearOperator
-from .operators.kernel import KINDS, kernel_of
+from .operators.kernel import KINDS, KernelLinearOperator, kernel_of
+from .operators.panels import rows_of_an_example
 from .quantities import Outputs
 from .representations import Implicit
 from .representations.form_stack import factored_rows
@@ -40,6 +43,7 @@ def NTK(
     params: Selector | None = None,
     forward: Callable[[nn.Module, Any], Tensor] | None = None,
     max_directions: PositiveInt = 1000,
+    path: str | Path | None = None,
     progress: bool = False,
 ) -> BaseLinearOperator:
     r"""The neural tangent kernel of a network of finite width, J(x1) J(x2)^T, as a lazy operator.
@@ -61,6 +65,10 @@ def NTK(
         params: which parameters.
         forward: in place of the default call.
         max_directions: the most outputs of one example, unless matrix-free.
+        path: a folder, to which the kernel is written as `kernel.npy`, in panels of examples. Each
+            example is differentiated once, and the layers' inputs and output gradients lie in the
+            folder until the end. After an interruption the same call goes on behind the last
+            panel. The result is mapped from the file, not read.
         progress: whether to show a progress bar.
 
     Returns:
@@ -68,7 +76,8 @@ def NTK(
         `outputs(kind)`, solves, and sums and products with any other linear operator.
 
     Raises:
-        DataError: a shuffling loader, no examples, inputs that do not fit each other.
+        DataError: a shuffling loader, no examples, inputs that do not fit each other; a path that
+            holds another kernel, or has no room.
         StochasticModelError: the model is random, or mixes examples.
         NonFiniteError: NaN or infinity in the parameters or the layers.
         TooLargeError: more outputs than `max_directions`, or a dense matrix past its limit.
@@ -102,8 +111,32 @@ def NTK(
             )
             sweeps.append(sweep)
         _require_one_kind([sweep.problem.batches for sweep in sweeps])
+        if path is not None:
+            return _on_disk(sweeps, path, outputs, method)
         jacobians = _jacobians(sweeps, method)
         return kernel_of(jacobians[0], jacobians[-1], outputs=outputs, way=WAYS[method])
+
+
+def _on_disk(
+    sweeps: Sequence[Sweep], path: str | Path, outputs: str, method: str
+) -> BaseLinearOperator:
+    """The kernel in a folder."""
+    if outputs not in ("full", "mean"):
+        raise ValueError(
+            f"path= holds one matrix, and outputs={outputs!r} are several: take 'full' or 'mean'"
+        )
+    jacobians = _jacobians(sweeps, "matrix-free")
+    kernel = kernel_of(jacobians[0], jacobians[-1], outputs=outputs, way=WAYS[method])
+    most, count = sweeps[0].problem.max_directions, rows_of_an_example(jacobians[0])
+    if count > most:
+        raise TooLargeError(
+            f"the rows of {count} outputs take as many backward passes for each batch, more than "
+            f"max_directions={most}: raise max_directions, or leave out path and take products"
+        )
+    inputs = [sweep.problem.batches for sweep in sweeps]
+    held = sweeps[0].problem.model.state_dict().values()
+    state = [value for value in held if isinstance(value, Tensor)]
+    return written(cast(KernelLinearOperator, kernel), path, state, inputs)
 
 
 def _jacobians(sweeps: Sequence[Sweep], method: str) -> list[BaseLinearOperator]:

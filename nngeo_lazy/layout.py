@@ -107,7 +107,7 @@ class Layout:
     def positions(self) -> Tensor:
         """The flat position of each block coordinate, as an index (p,)."""
         stop = max(where.stop for where in self.slices)
-        return self.gather(torch.arange(stop).unsqueeze(-1)).squeeze(-1)
+        return self.gather(torch.arange(stop, device="cpu").unsqueeze(-1)).squeeze(-1)
 
     def shifted(self, starts: dict[int, int]) -> Layout:
         """The same block in another flat vector: `starts` maps old to new piece starts."""

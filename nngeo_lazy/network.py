@@ -83,14 +83,20 @@ class Network:
         with plain_functions(), unfused_attention.used(), without_checkpoints():
             yield
 
-    def taped_rows(self, vector: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Outputs (N, ...) and Jacobian (N C, P) with a graph to the inputs, one by one.
+    def taped_rows(
+        self, vector: Tensor, inputs: Tensor, names: Sequence[str] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Outputs (N, ...) and Jacobian (N C, P) with a graph to inputs and parameters, one by one.
 
         Args:
-            vector: the parameters, flat.
+            vector: the parameters, flat; their graph is continued.
             inputs: a tensor of inputs, whose graph is continued.
+            names: of the parameters whose derivatives are the columns; all by default.
         """
-        values = [v.requires_grad_() for v in self._space.unravel(vector.detach()).values()]
+        vector = vector if vector.requires_grad else vector.detach().requires_grad_()
+        known = self._space.unravel(vector)
+        values = list(known.values())
+        columns = values if names is None else [known[name] for name in names]
         outputs, rows = [], []
         with self.scope(), torch.enable_grad():
             for one in inputs.split(1):
@@ -98,7 +104,7 @@ class Network:
                 outputs.append(found)
                 for output in found.flatten():
                     row = torch.autograd.grad(
-                        output, values, create_graph=True, materialize_grads=True
+                        output, columns, create_graph=True, materialize_grads=True
                     )
                     rows.append(torch.cat([each.flatten() for each in row]))
             return torch.cat(outputs), torch.stack(rows)

@@ -107,19 +107,25 @@ def block_norms(
     owners: dict[str, list[slice]] = {}
     for name in space.names:
         owners.setdefault(space.owner(name), []).append(space.slices[name])
-    where = [torch.cat([torch.arange(s.start, s.stop) for s in each]) for each in owners.values()]
+    where = [
+        torch.cat([torch.arange(s.start, s.stop, device="cpu") for s in each])
+        for each in owners.values()
+    ]
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    norms = torch.zeros(len(where), len(where), dtype=torch.float64)
+    norms = torch.zeros(len(where), len(where), dtype=torch.float64, device="cpu")
     with torch.no_grad():
         for b, columns in enumerate(where):
             k = len(columns)
             if probes is None:
-                inside = torch.eye(k, dtype=torch.float64)
+                inside = torch.eye(k, dtype=torch.float64, device="cpu")
             else:
-                inside = torch.randint(0, 2, (k, probes), generator=generator).double() * 2 - 1
-            total = torch.zeros(len(where), dtype=torch.float64)
+                inside = (
+                    torch.randint(0, 2, (k, probes), generator=generator, device="cpu").double() * 2
+                    - 1
+                )
+            total = torch.zeros(len(where), dtype=torch.float64, device="cpu")
             for part in inside.split(64, 1):
-                z = torch.zeros(len(space), part.shape[1], dtype=torch.float64)
+                z = torch.zeros(len(space), part.shape[1], dtype=torch.float64, device="cpu")
                 z[columns] = part
                 product = (operator @ z.to(operator.device, operator.dtype)).double().cpu()
                 total += torch.stack([product[rows].square().sum() for rows in where])
@@ -164,7 +170,7 @@ def factor_spectra(F: Any, *, ax: Axes | None = None) -> Axes:
         for factor, style, side in ((block.right, "-", "input"), (block.left, "--", "output")):
             values = factor_eigvalsh(factor.detach().double()).flatten()
             values = values.sort(descending=True).values
-            shares = torch.arange(len(values)) / max(1, len(values) - 1)
+            shares = torch.arange(len(values), device="cpu") / max(1, len(values) - 1)
             shown = (values / values.max()).clamp_min(_FLOOR)
             label = f"{name}: {side} ({factor.shape[1]})"
             ax.plot(shares.numpy(), shown.cpu().numpy(), style, color=f"C{k % 10}", label=label)

@@ -17,12 +17,14 @@ from .operators.base import BaseLinearOperator
 from .operators.block_diagonal import BlockDiagonalLinearOperator
 from .operators.dense import DenseLinearOperator
 from .operators.diagonal import DiagonalLinearOperator
+from .operators.factors import factor_of_sketch, sketch_of_factor
 from .operators.info import Info, Origin
 from .operators.kronecker import EigenKroneckerLinearOperator, KroneckerLinearOperator
 from .operators.low_rank import LowRankLinearOperator
 from .operators.quasi_diagonal import QuasiDiagonalLinearOperator
 from .operators.sharded import AbsentLinearOperator
 from .operators.stored import opened
+from .sides import Shape, Wide, is_low_rank
 
 __all__ = ["merge", "pool", "register_pooled"]
 
@@ -269,11 +271,24 @@ def _kronecker(
     if len(known) < len(ops) or sum(known) <= 0:
         raise DataError(
             "the Kronecker factors do not know over how many positions they are means, since they "
-            "were merged with weights= before: merge all at once"
+            "were merged with weights= before, or belong to a tied weight: build one from all of "
+            "the data, or average the matrices with F.lerp(G, w)"
         )
-    left = _mean([op.left for op in ops], weights)
-    right = _mean([op.right for op in ops], [p / sum(known) for p in known])
+    left = _pooled_side([op.left for op in ops], weights)
+    right = _pooled_side([op.right for op in ops], [p / sum(known) for p in known])
     return KroneckerLinearOperator(left, right)
+
+
+def _pooled_side(sides: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """The mean of Kronecker factors; of low rank ones, that of the sketches that they are from."""
+    first = sides[0]
+    if not is_low_rank(first):
+        return _mean(sides, weights)
+    *_, n, columns = first.shape
+    test = Shape(n, Wide.LOW_RANK, columns - 1).test_matrix(first)
+    if test is None:
+        raise TypeError("a side without a rank")
+    return factor_of_sketch(_mean([sketch_of_factor(s, test) for s in sides], weights), test)
 
 
 def _blocks(

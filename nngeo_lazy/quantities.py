@@ -7,15 +7,24 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from enum import Enum
 from functools import partial
-from typing import ClassVar, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from . import tree
 from .errors import DataError
-from .likelihoods import Likelihood, check_estimator, resolve, resolve_loss
-from .likelihoods.likelihood import NOT_FINITE
+from .likelihoods import (
+    Likelihood,
+    LikelihoodLike,
+    check_estimator,
+    of_heads,
+    resolve,
+    resolve_loss,
+)
+from .likelihoods.likelihood import NAN_LABELS, NOT_FINITE
 from .likelihoods.losses import CallableLoss, Reduction
+from .likelihoods.names import Heads, reading_of
 from .precision import widened
 
 __all__ = [
@@ -54,7 +63,7 @@ class Metric(NamedTuple):
     sample: Draw
 
 
-LossLike: TypeAlias = str | Likelihood | nn.Module | Callable[..., Tensor]
+LossLike: TypeAlias = str | Likelihood | nn.Module | Callable[..., Tensor] | Heads
 
 
 class Quantity(ABC):
@@ -71,6 +80,10 @@ class Quantity(ABC):
     estimator: str = "exact"
     fewer: str = "take estimator='mc' (one for each sample)"
     held: bool = False
+
+    def reading(self) -> dict[str, Any]:
+        """How batches are read, as options of `Batches`."""
+        return {}
 
     @abstractmethod
     def fit(self, outputs: Tensor, target: Tensor | None) -> None:
@@ -128,13 +141,17 @@ class Quantity(ABC):
 class _OfLoss(Quantity):
     """Directions of a loss: a likelihood, or what behaves like one."""
 
-    def __init__(self, estimator: str, samples: int) -> None:
+    def __init__(self, given: Any, estimator: str, samples: int) -> None:
         check_estimator(estimator)
         if not isinstance(samples, int) or samples < 1:
             raise DataError(f"expected samples to be a positive integer, got {samples!r}")
+        self._given = of_heads(given)
         self.estimator = estimator
         self.samples = samples
         self.likelihood: Likelihood | None = None
+
+    def reading(self) -> dict[str, Any]:
+        return reading_of(self._given)
 
     def _known(self) -> Likelihood:
         if self.likelihood is None:
@@ -144,7 +161,7 @@ class _OfLoss(Quantity):
     def _read(self, target: Tensor | None) -> Tensor | None:
         """The target if something is read from it: observed labels, masks or weights."""
         known = self._known()
-        reads = self.estimator == "empirical" or known.masks or bool(known.reweighted)
+        reads = self.estimator.startswith("empirical") or known.masks or bool(known.reweighted)
         return target if reads else None
 
     def _check(self, outputs: Tensor, target: Tensor | None) -> None:
@@ -163,7 +180,11 @@ class _OfLoss(Quantity):
         )
 
     def flags(self, outputs: Tensor, target: Tensor | None) -> dict[str, Tensor]:
-        return self._known().flags(outputs, self._read(target))
+        known = self._known()
+        flags = known.flags(outputs, self._read(target))
+        if self._fits(outputs, target) and (missing := known.missing(target)) is not None:
+            flags[NAN_LABELS] = missing  # also if labels are not read: their terms would count
+        return flags
 
     def scored(self, outputs: Tensor, target: Tensor | None) -> Tensor | None:
         return self._known().scored(outputs, self._read(target))
@@ -171,18 +192,24 @@ class _OfLoss(Quantity):
     def num_terms(self, outputs: Tensor, target: Tensor | None) -> Tensor | int:
         return self._known().num_terms(outputs, self._read(target))
 
-    def log_likelihood(self, outputs: Tensor, target: Tensor | None) -> Tensor | None:
+    def log_likelihood(self, outputs: Tensor, target: Any) -> Tensor | None:
         known = self._known()
-        if target is None or target.is_complex() or known.reweighted:
-            return None
-        try:
-            known.check(outputs, target)
-        except DataError:  # a target that the matrix does not read may be anything
+        if known.reweighted or not self._fits(outputs, target):
             return None
         outputs = outputs.detach()
         wrong = torch.stack([flag.reshape(()) for flag in known.flags(outputs, target).values()])
         total = widened(known.log_prob(outputs, target)).sum()
         return total.masked_fill(wrong.any(), math.nan)
+
+    def _fits(self, outputs: Tensor, target: Any) -> bool:
+        """Whether there are labels of the likelihood; one that is not read may be anything."""
+        if target is None or any(leaf.is_complex() for leaf in tree.tensors(target)):
+            return False
+        try:
+            self._known().check(outputs, target)
+        except DataError:
+            return False
+        return True
 
     def values(self, outputs: Tensor, target: Tensor | None) -> Tensor:
         return self._losses(outputs, target) if self.estimator == "empirical" else outputs
@@ -221,9 +248,8 @@ class _OfLoss(Quantity):
 class Fisher(_OfLoss):
     """The Fisher information of a likelihood."""
 
-    def __init__(self, likelihood: str | Likelihood | None, estimator: str, samples: int) -> None:
-        super().__init__(estimator, samples)
-        self._given = likelihood
+    def __init__(self, likelihood: LikelihoodLike | None, estimator: str, samples: int) -> None:
+        super().__init__(likelihood, estimator, samples)
 
     def fit(self, outputs: Tensor, target: Tensor | None) -> None:
         """The first batch decides the likelihood if none is given."""
@@ -237,8 +263,7 @@ class _Reduced(_OfLoss):
     """A matrix of a loss that is divided by what the loss itself is divided by."""
 
     def __init__(self, loss: LossLike, estimator: str, samples: int) -> None:
-        super().__init__(estimator, samples)
-        self._given = loss
+        super().__init__(loss, estimator, samples)
         self._reduction: Reduction | None = None
 
     def fit(self, outputs: Tensor, target: Tensor | None) -> None:
@@ -274,6 +299,12 @@ class GaussNewton(_Reduced):
                 "is 'exact' or 'mc': for gradients at observed labels take FIM(..., "
                 "estimator='empirical')"
             )
+
+    def _resolved(self, outputs: Tensor, target: Tensor | None) -> tuple[Likelihood, Reduction]:
+        known, reduction = super()._resolved(outputs, target)
+        if isinstance(known, CallableLoss):
+            known.require_curved(outputs, target)
+        return known, reduction
 
 
 class LossHessian(_Reduced):
@@ -339,8 +370,7 @@ class LossGradients(_OfLoss):
     kind = MatrixKind.JACOBIAN
 
     def __init__(self, loss: LossLike) -> None:
-        super().__init__("empirical", 1)
-        self._given = loss
+        super().__init__(loss, "empirical", 1)
 
     def fit(self, outputs: Tensor, target: Tensor | None) -> None:
         """The first batch decides how the loss is called."""

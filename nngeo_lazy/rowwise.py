@@ -20,6 +20,7 @@ from .operators import (
     EigenKroneckerLinearOperator,
     KroneckerLinearOperator,
 )
+from .sides import is_diagonal, plain
 
 __all__ = [
     "Piece",
@@ -172,7 +173,10 @@ def _spectrum(layout: Layout, block: BaseLinearOperator) -> Spectrum | None:
         block = block.eigen()
     if not isinstance(block, EigenKroneckerLinearOperator):
         return None
-    left, right = (basis if basis.dim() == 3 else None for basis in block.bases())
+    bases = block.bases()
+    if not all(plain(basis) for basis in bases):
+        return None
+    left, right = (None if is_diagonal(basis) else basis for basis in bases)
     return block.values, left, right
 
 

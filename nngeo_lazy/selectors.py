@@ -7,14 +7,16 @@ from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .arguments import require_takes
 from .collectives import refuse_sharded
-from .errors import SpaceMismatchError
+from .errors import DataError, SpaceMismatchError
 from .space import Lineage, ParamSpace, canonical_name
 
-__all__ = ["Selector", "select", "space_of"]
+__all__ = ["Selector", "require_usable", "select", "space_of"]
 
 Selector: TypeAlias = (
     str | nn.Module | type[nn.Module] | Callable[[str, Tensor], bool] | Sequence["Selector"]
@@ -52,12 +54,40 @@ def space_of(model: nn.Module, selector: Selector | None = None) -> ParamSpace:
 
     Raises:
         SpaceMismatchError: the selector matches nothing.
-        DataError: nothing is trainable, devices or dtypes are mixed, or parameters are sharded.
+        DataError: nothing is trainable, devices or dtypes are mixed, parameters are sharded or
+            without data, or the model is no Python.
     """
-    refuse_sharded(model)
+    require_usable(model)
     if selector is None:
         return ParamSpace.of(model)
     return ParamSpace.of(model, select(ParamSpace.everything(model), selector))
+
+
+def require_usable(model: nn.Module) -> None:
+    """Refuse models whose functions cannot be seen, and parameters that are not all there.
+
+    Raises:
+        DataError: compiled by torch.jit, lazy, on the meta device, or in pieces.
+    """
+    refuse_sharded(model)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise DataError(
+                f"expected a model in Python, but {name or 'it'} is compiled by torch.jit, which "
+                "shows nothing of its layers: pass the module that it was made from"
+            )
+    for name, p in model.named_parameters():
+        if is_lazy(p):
+            raise DataError(
+                f"expected parameters with a shape, but {name} gets its shape from the first "
+                "batch: call the model on a batch first"
+            )
+    kinds = {p.device.type for p in model.parameters()}
+    if kinds == {"meta"}:
+        raise DataError(
+            "expected parameters with numbers, but they are on the meta device: call "
+            "model.to_empty(device='cpu') and model.load_state_dict(...) first"
+        )
 
 
 def _matches(space: ParamSpace, selector: Selector, name: str) -> bool:

@@ -21,8 +21,10 @@ from .jacobian.forms import Form, Outer, second_moment
 from .jacobian.inputs import Inputs
 from .jacobian.parts import Kind, Part
 from .jacobian.positions import counted
+from .jacobian.summed import Summed
 from .jacobian.union import Absent
 from .layout import Layout
+from .sides import Shape, Wide, is_diagonal, is_low_rank, named
 
 __all__ = [
     "MAX_BLOCK_BYTES",
@@ -138,8 +140,7 @@ class SquareSum(Statistic):
     Args:
         index: the part.
         part: its layout says how many coordinates there are.
-        left, right: the eigenbasis of an outer form, (G, o, o) and (G, w, w), or (G, o) and (G, w)
-            if it is the identity.
+        left, right: the eigenbasis of an outer form, in the shapes of `sides`.
     """
 
     sums = ("_total",)
@@ -150,8 +151,9 @@ class SquareSum(Statistic):
         super().__init__(index)
         self._size = part.layout.size
         self._layout = part.layout
-        self._left = left if left is not None and left.dim() == 3 else None
-        self._right = right if right is not None and right.dim() == 3 else None
+        self._in_basis = left is not None
+        self._left = None if left is None or is_diagonal(left) else left
+        self._right = None if right is None or is_diagonal(right) else right
         self._inputs: Inputs | None = None  # of the current batch, prepared for all its directions
         self._squares: Tensor | None = None  # of the current batch, summed over its directions
         self._total: Tensor | None = None
@@ -162,18 +164,29 @@ class SquareSum(Statistic):
         t = sample.positions(k)
         once = 1 if t == 1 else directions  # with one position, directions are summed first
         flops = 2 * t * self._size * once + directions * t * grid.groups * grid.rows
-        kind = f"diagonal {self._size}"
-        if self._left is not None or self._right is not None:
-            right = self._right is None or sample.indexed(k)
-            kind = _grid_kind("eigen-Kronecker", grid, self._left is None, right)
-            flops += 2 * t * grid.groups * (directions * grid.rows**2 + grid.width**2)
-        yield Cost(k, kind, self._size, flops)
+        kind, numbers = f"diagonal {self._size}", self._size
+        if self._in_basis:
+            names = [
+                f"diagonal {n}" if basis is None else named(basis)
+                for n, basis in (
+                    (grid.rows, self._left),
+                    (grid.width, None if sample.indexed(k) else self._right),
+                )
+            ]
+            kind = _grid_kind("eigen-Kronecker", grid, *names)
+            for basis, count in ((self._left, directions), (self._right, 1)):
+                flops += 0 if basis is None else 2 * t * count * basis.numel()
+                if basis is not None and is_low_rank(basis):  # more than its factor has
+                    numbers += basis.numel() // 2 - grid.groups * basis.shape[2]
+        yield Cost(k, kind, numbers, flops)
 
     def update(self, forms: Sequence[Form | None], first: bool, last: bool) -> None:
         """Add the squared rows."""
         for form in forms:
             if isinstance(form, Outer):
                 self._outer(form, first, last)
+            elif isinstance(form, Summed) and not (self._left is None and self._right is None):
+                self._add(form.rotated(self._left, self._right).sqsum())
             elif form is not None:
                 self._add(form.sqsum())
 
@@ -234,31 +247,39 @@ class BiasCross(Statistic):
 
 
 class RowSum(Statistic):
-    """Sum of the rows: the mean gradient that centering subtracts."""
+    """Sum of the rows of each direction: the mean gradients that centering subtracts."""
 
     sums = ("_total",)
 
     def __init__(self, index: int, part: Part) -> None:
         super().__init__(index)
         self._size = part.layout.size
-        self._total: Tensor | None = None
+        self._total: Tensor | None = None  # (R,p)
+        self._seen = 0  # directions of the current batch
 
     def costs(self, sample: Sample) -> Iterator[Cost]:
-        """A number for each parameter, of no block of its own."""
+        """A number for each parameter and direction, of no block of its own."""
         (k,) = self.indices
-        yield Cost(k, "", self._size, 2 * sample.directions * sample.positions(k) * self._size)
+        numbers = sample.directions * self._size
+        yield Cost(k, "", numbers, 2 * numbers * sample.positions(k))
 
     def update(self, forms: Sequence[Form | None], first: bool, last: bool) -> None:
         """Add the rows."""
+        self._seen = 0 if first else self._seen
         for form in forms:
             if form is not None:
-                added = form.total()
-                self._total = added if self._total is None else self._total.add_(added)
+                added = form.totals()
+                stop = self._seen + len(added)
+                total = added.new_zeros(0, self._size) if self._total is None else self._total
+                if stop > len(total):
+                    total = torch.cat([total, total.new_zeros(stop - len(total), self._size)])
+                total[self._seen : stop] += added
+                self._total, self._seen = total, stop
 
     def mean(self, facts: Facts) -> Tensor:
-        """(p,), in the part's own coordinates."""
+        """(R, p), in the part's own coordinates."""
         if self._total is None:
-            return torch.zeros(self._size, dtype=facts.dtype, device=facts.space.device)
+            return torch.zeros(1, self._size, dtype=facts.dtype, device=facts.space.device)
         return self._total / facts.denominator
 
 
@@ -269,18 +290,34 @@ class KroneckerFactors(Statistic):
     reduce: the same of sum_t g and mean_t x, right divided by N.
     If some positions are not scored, the right factor is a mean over those that count
     (`jacobian/positions.py`).
+
+    Args:
+        index: the part.
+        part: its layout says how large the factors are.
+        sharing: of positions.
+        max_factor: a factor of more rows is wide.
+        wide: what is kept of a wide one.
+        use: of a part that sums several uses, the layout of those that are meant.
     """
 
     sums = ("_left", "_right", "_positions")
 
     def __init__(
-        self, index: int, part: Part, sharing: Sharing, max_factor: int = MAX_FACTOR
+        self,
+        index: int,
+        part: Part,
+        sharing: Sharing,
+        max_factor: int = MAX_FACTOR,
+        wide: Wide = Wide.DIAGONAL,
+        use: Layout | None = None,
     ) -> None:
         super().__init__(index)
-        self._layout = part.layout
+        self._use = use
+        self._layout = part.layout if use is None else use
         self._reduce = sharing is Sharing.REDUCE
-        self._diagonal_left = part.layout.rows > max_factor
-        self._diagonal_right = part.layout.width > max_factor
+        sizes = self._layout.rows, self._layout.width
+        self.shapes = tuple(Shape.of(n, max_factor, wide) for n in sizes)
+        self.tests: list[Tensor | None] = [None, None]  # with which sides of low rank are sketched
         self._left: Tensor | None = None
         self._right: Tensor | None = None
         self._positions: Tensor | int = 0
@@ -288,22 +325,21 @@ class KroneckerFactors(Statistic):
 
     def costs(self, sample: Sample) -> Iterator[Cost]:
         """The numbers of both factors."""
-        (k,), grid = self.indices, self._layout
-        t = 1 if self._reduce else sample.positions(k)
-        right = self._diagonal_right or (sample.indexed(k) and not self._reduce)
-        sizes = [
-            (grid.rows, self._diagonal_left, sample.directions * t),
-            (grid.width, right, t),
-        ]
-        numbers = sum(grid.groups * (n if diagonal else n * n) for n, diagonal, _ in sizes)
-        flops = sum(
-            2 * grid.groups * count * (n if diagonal else n * n) for n, diagonal, count in sizes
-        )
-        yield Cost(k, _grid_kind("Kronecker", grid, self._diagonal_left, right), numbers, flops)
+        (k,), grid, (left, right) = self.indices, self._layout, self.shapes
+        t = 1 if self._reduce else sample.positions(k, self._use)
+        if sample.indexed(k, self._use) and not self._reduce:
+            right = Shape(right.n, Wide.DIAGONAL)
+        numbers = grid.groups * (left.numbers + right.numbers)
+        flops = 2 * grid.groups * t * (sample.directions * left.flops + right.flops)
+        kind = _grid_kind("Kronecker", grid, str(left), str(right))
+        helps = self._use is not None and self._use.pieces[0].transposed  # the block is the other's
+        yield Cost(k, "" if helps else kind, numbers, flops)
 
     def update(self, forms: Sequence[Form | None], first: bool, last: bool) -> None:
         """Add the moments of output gradients, and once a batch those of inputs."""
         (form,) = forms
+        if isinstance(form, Summed) and self._use is not None:
+            form = form.outer_of(self._use)
         if not isinstance(form, Outer):
             raise TypeError("Kronecker factors need an outer form")
         if isinstance(form, Absent):
@@ -311,7 +347,9 @@ class KroneckerFactors(Statistic):
         outputs = form
         if self._reduce:
             outputs = Outer(form.g.sum(3, keepdim=True), None, form.bias)
-        self._left = outputs.output_moment(self._diagonal_left, self._left)
+        if self._left is None:
+            self.tests = [s.test_matrix(form.g) for s in self.shapes]
+        self._left = outputs.output_side(self.shapes[0], self.tests[0], self._left)
         if form.marks is None:
             if first:
                 self._add_inputs(form)
@@ -324,21 +362,23 @@ class KroneckerFactors(Statistic):
     def _add_inputs(self, form: Outer) -> None:
         """The inputs of a batch, which are the same for all directions."""
         form = form.reduced() if self._reduce else form
-        self._right = form.input_moment(self._diagonal_right, self._right)
+        self._right = form.input_side(self.shapes[1], self.tests[1], self._right)
         self._positions = self._positions + form.positions
 
     def factors(self, facts: Facts) -> tuple[Tensor, Tensor]:
-        """left (G, o, o) and right (G, w, w); (G, o), (G, w) if diagonal. They are given up."""
+        """left and right, each (G, *sums of its shape); (G, w) of indices. They are given up."""
         left, right = self._left, self._right
         if left is None or right is None:  # no batch used the layer
-            groups, o, w = self._layout.groups, self._layout.rows, self._layout.width
+            groups = self._layout.groups
             zeros = [
-                torch.zeros((groups, n) if diagonal else (groups, n, n), dtype=facts.dtype)
-                for n, diagonal in ((o, self._diagonal_left), (w, self._diagonal_right))
+                torch.zeros((groups, *s.sums), dtype=facts.dtype, device=facts.space.device)
+                for s in self.shapes
             ]
-            return zeros[0].to(facts.space.device), zeros[1].to(facts.space.device)
+            self.tests = [s.test_matrix(zeros[0]) for s in self.shapes]
+            return zeros[0], zeros[1]
         self._left = self._right = None  # they are large, and live on in one place only
-        return left.div_(facts.denominator), right.div_(self._positions)
+        positions = max(self.positions, 1)  # none, if no token took the layer
+        return left.div_(facts.denominator), right.div_(positions)
 
     @property
     def positions(self) -> int:
@@ -375,17 +415,17 @@ def pool_statistics(statistics: Sequence[Statistic], group: Group, device: torch
 
 
 def _as_tensor(value: Any, device: torch.device) -> Tensor | None:
-    return value if value is None or isinstance(value, Tensor) else torch.tensor(value).to(device)
+    return (
+        value
+        if value is None or isinstance(value, Tensor)
+        else torch.tensor(value, device="cpu").to(device)
+    )
 
 
-def _grid_kind(name: str, grid: Layout, left: bool, right: bool) -> str:
-    """As a Kronecker operator names its kind; left and right say which factor is diagonal."""
-    sides = [
-        f"diagonal {n}" if diagonal else f"{n}x{n}"
-        for n, diagonal in ((grid.rows, left), (grid.width, right))
-    ]
+def _grid_kind(name: str, grid: Layout, left: str, right: str) -> str:
+    """As a Kronecker operator names its kind, from the names of its sides."""
     many = f"{grid.groups} x " if grid.groups > 1 else ""
-    return f"{name} {many}({sides[0]}) x ({sides[1]})"
+    return f"{name} {many}({left}) x ({right})"
 
 
 def flat_order(parts: Sequence[Part], chosen: Sequence[Part]) -> Tensor:

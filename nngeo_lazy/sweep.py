@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import tree
 from .arguments import PositiveInt, checked
 from .collectives import ALONE, Group, digest, seed_of, unwrapped
 from .data import Batch, Batches
@@ -21,7 +22,9 @@ from .jacobian.capture import Capture, PartsChangedError, Recorded
 from .jacobian.parts import Part
 from .jacobian.positions import marks_of
 from .jacobian.scopes import recording, refuse_training_mode
-from .kept import Chunk, keep_forms
+from .jacobian.streaming import stream
+from .kept import Feed, Kept
+from .pieces import gathered
 from .quantities import Quantity
 from .rowwise import Piece
 from .selectors import Selector, space_of
@@ -97,7 +100,7 @@ class Problem:
             if not replayed:
                 refuse_training_mode(model)
         draws = seed is None and quantity.estimator == "mc"
-        drawn = batches.group.same(int(torch.randint(2**62, ()))) if draws else seed
+        drawn = batches.group.same(int(torch.randint(2**62, (), device="cpu"))) if draws else seed
         if drawn is not None:
             batches.drawn_from(drawn)
         return cls(
@@ -166,7 +169,7 @@ class Sweep:
         self._finished = False  # a pass
         self._parts: Sequence[Part] = ()
         self._described: Mapping[str, str | int | None] | None = None  # by another process
-        self._kept: tuple[Totals, list[Chunk]] | None = None
+        self._kept: tuple[Totals, Kept] | None = None
 
     @property
     def facts(self) -> Facts:
@@ -205,7 +208,7 @@ class Sweep:
             statistics, totals = read
             totals.require_sound()
         facts = self.finish(totals)
-        if statistics is None:  # this process has no batch
+        if statistics is None:  # this process had no batch
             statistics = make(facts)
         pool_statistics(statistics, facts.group, facts.space.device)
         return facts, statistics
@@ -250,7 +253,7 @@ class Sweep:
         """
         problem = self.problem
         statistics: Sequence[Statistic] | None = None
-        kept: list[Chunk] | None = [] if keep else None
+        kept = Kept(keep)
         totals = Totals(problem.quantity, problem.space.device)
         stale = False
         with recording(self._model, problem.space.parameters(self._model)):
@@ -259,14 +262,15 @@ class Sweep:
                 for recorded, target in self._record(batch):
                     if statistics is None:
                         statistics, parts = make(self.facts), self._parts
+                        feed = Feed(statistics, kept)
                     stale = stale or self._parts != parts
                     if stale:
                         continue
                     totals.add(recorded.outputs, target)
+                    outputs, count = recorded.outputs, self._count(recorded.outputs, target)
+                    directions = problem.quantity.directions(outputs, target, generator)
                     try:
-                        for chunk in self._chunks(recorded, target, generator):
-                            _update(statistics, chunk)
-                            kept = keep_forms(kept, chunk)
+                        stream(recorded, directions, count, feed)
                     except PartsChangedError:
                         self._parts, stale = self._capture.parts, True
         if stale:
@@ -278,11 +282,14 @@ class Sweep:
                 )
             return None
         self._finished = True
-        self._kept = None if kept is None else (totals, kept)
+        self._kept = None if kept.forms is None else (totals, kept)
         return statistics, totals
 
-    def pieces(self) -> Generator[Piece, None, None]:
+    def pieces(self, start: int = 0) -> Generator[Piece, None, None]:
         """One pass over the data for those who use rows as they pass by: exhaust or close it.
+
+        Args:
+            start: batches before this one are read, but not passed through the network.
 
         Raises:
             NonFiniteError, DataError: something was wrong on a batch, after its last piece.
@@ -291,6 +298,8 @@ class Sweep:
         problem = self.problem
         with recording(self._model, problem.space.parameters(self._model)):
             for number, batch in enumerate(problem.batches):
+                if number < start:
+                    continue
                 totals = Totals(problem.quantity, problem.space.device)
                 generator = problem.draws(batch)
                 for recorded, target in self._record(batch):
@@ -342,7 +351,7 @@ class Sweep:
                     ((forms, _, _),) = recorded.chunks(islice(directions, 1), 1)
                 except PartsChangedError:  # the plan knows it now
                     return self.sampled()
-                labelled = outputs if first.target is None else first.target
+                labelled = [*tree.tensors(first.target), outputs][0]
                 examples = problem.batches.num_examples(labelled.shape[0])
                 count = problem.quantity.count(outputs, target)
                 general = recorded.general_passes(count)
@@ -355,7 +364,7 @@ class Sweep:
             for _ in self._capture(batch.raw, None):
                 pass
 
-    def _record(self, batch: Batch) -> Iterator[tuple[Recorded, Tensor | None]]:
+    def _record(self, batch: Batch) -> Iterator[tuple[Recorded, Any]]:
         for recorded, target in self._capture(batch.raw, batch.target):
             if not self._looked:
                 own = self.problem.space.parameters(self.problem.model)
@@ -367,18 +376,13 @@ class Sweep:
             exist = self.problem.batches.positions(recorded.record.raw)
             yield replace(recorded, marks=marks_of(scored, exist)), target
 
-    def _replay(self, make: Make, totals: Totals, kept: list[Chunk]) -> Read:
+    def _replay(self, make: Make, totals: Totals, kept: Kept) -> Read:
         statistics = make(self.facts) if self._parts else None
-        for chunk in kept:
-            _update(statistics or (), chunk)
+        feed = Feed(statistics or (), Kept(False))
+        for form in kept.forms or ():
+            feed(*form)
         self._kept = None
         return statistics, totals
-
-    def _chunks(
-        self, recorded: Recorded, target: Tensor | None, generator: torch.Generator | None
-    ) -> Iterator[Chunk]:
-        outputs, count = recorded.outputs, self._count(recorded.outputs, target)
-        return recorded.chunks(self.problem.quantity.directions(outputs, target, generator), count)
 
     def _count(self, outputs: Tensor, target: Tensor | None) -> int:
         """How many directions a piece has, if they are not too many."""
@@ -413,6 +417,8 @@ def make_sweep(
     group = loader.group if isinstance(loader, Distributed) else None
     with (group or ALONE).together("a build"):
         model = unwrapped(model, group)
+    model = gathered(model, group)
+    with (group or ALONE).together("a build"):
         space = space_of(model, params)
         batches = Batches(
             loader,
@@ -421,14 +427,9 @@ def make_sweep(
             target=target,
             positions=positions,
             progress=progress,
+            **quantity.reading(),
         )
     return Sweep(Problem.of(model, space, batches, quantity, **options))
-
-
-def _update(statistics: Sequence[Statistic], chunk: Chunk) -> None:
-    forms, first, last = chunk
-    for each in statistics:
-        each.update([forms[k] for k in each.indices], first, last)
 
 
 def _require_finite_parameters(model: nn.Module, space: ParamSpace) -> None:

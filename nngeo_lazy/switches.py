@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ContextDecorator, ExitStack, contextmanager
 from contextvars import ContextVar
+from types import FrameType
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ __all__ = [
     "Switch",
     "callers_autocast",
     "eager",
+    "inside_checkpoint",
     "own_arithmetic",
     "plain_attention_modules",
     "under_autocast",
@@ -293,3 +295,14 @@ class without_checkpoints:  # noqa: N801 - a scope, as the functions of contextl
     def __exit__(self, *error: object) -> None:
         _here.depth -= 1
         self._use.__exit__(None, None, None)
+
+
+def inside_checkpoint() -> bool:
+    """Whether what is computed now may be computed again, by a checkpoint's hooks."""
+    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if hooks is not None:
+        return bool(hooks(True) is not None)
+    frame: FrameType | None = sys._getframe()  # before torch 2.8 nothing tells but who called
+    while frame is not None and frame.f_code.co_filename != checkpoint.__file__:
+        frame = frame.f_back
+    return frame is not None and not getattr(_here, "depth", 0)

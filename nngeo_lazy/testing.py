@@ -91,7 +91,9 @@ def check_operator(
     dense = dense.detach()
     check = _Check(op, dense, rtol)
     generator = torch.Generator().manual_seed(0)
-    v = torch.randn(dense.shape[-1], 3, generator=generator, dtype=torch.float64).to(dense)
+    v = torch.randn(dense.shape[-1], 3, generator=generator, dtype=torch.float64, device="cpu").to(
+        dense
+    )
     _check_products(check, v)
     _check_numbers(check, symmetric)
     _check_algebra(check, v)
@@ -341,6 +343,6 @@ def _check_samples(op: BaseLinearOperator, dense: Tensor, n: int = 4000) -> None
     factor = torch.linalg.cholesky(dense)
     white = torch.linalg.solve_triangular(factor, draws.detach().to(dense).mT, upper=False)
     moment = white @ white.mT / n
-    error_ = float((moment - torch.eye(len(moment)).to(moment)).abs().max())
+    error_ = float((moment - torch.eye(len(moment), device="cpu").to(moment)).abs().max())
     if error_ > 7 / n**0.5:  # of a normal of standard deviation sqrt(2 / n): about 5 sigma
         raise AssertionError(f"{type(op).__name__}.sample has a covariance off by {error_:.3g}")

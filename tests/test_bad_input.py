@@ -345,6 +345,46 @@ def test_what_is_no_model(builder, model):
         builder(model, X if builder is ng.NTK else (X, Y), **options)
 
 
+BUILDS = {
+    "fim": lambda model: ng.FIM(model, (X, Y)),
+    "implicit": lambda model: ng.FIM(model, (X, Y), "implicit"),
+    "hessian": lambda model: ng.Hessian(model, (X, Y), loss="categorical"),
+    "ntk": lambda model: ng.NTK(model, X),
+    "plan": lambda model: ng.plan(ng.FIM, model, (X, Y)),
+    "selected": lambda model: ng.FIM(model, (X, Y), params=nn.Linear),
+    "optimizer": ng.optim.NaturalGradient,
+    "preconditioner": ng.optim.Preconditioner,
+}
+
+
+@pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_models_that_cannot_be_looked_into(build):
+    model = net()
+    scripted = torch.jit.script(model)
+    for compiled, name in (
+        (scripted, "it"),
+        (torch.jit.trace(model, X), "it"),
+        (nn.Sequential(scripted, nn.Linear(3, 3)), "0"),
+    ):
+        with pytest.raises(DataError, match=rf"but {name} is compiled by torch.jit, .*: pass the"):
+            build(compiled)
+    build(model)  # the module that it was made from
+
+    lazy = nn.Sequential(nn.LazyLinear(5), nn.Tanh(), nn.Linear(5, 3))
+    with pytest.raises(DataError, match=r"0\.weight gets its shape .*: call the model on a batch"):
+        build(lazy)
+    lazy(X)
+    build(lazy)
+
+    empty = net().to("meta")
+    with pytest.raises(DataError, match=r"on the meta device: call .*to_empty.*load_state_dict"):
+        build(empty)
+    empty = empty.to_empty(device="cpu")
+    empty.load_state_dict(model.state_dict())
+    build(empty)
+
+
 @pytest.mark.parametrize("seed", ["0", 1.5, True, X])
 def test_seeds(seed):
     refused(DataError, "expected seed to be an integer or None", estimator="mc", seed=seed)

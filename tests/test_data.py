@@ -1,12 +1,13 @@
 """What a loader may be."""
 
 import dataclasses
-from collections import UserDict, namedtuple
-from types import SimpleNamespace
+from collections import ChainMap, OrderedDict, UserDict, namedtuple
+from types import MappingProxyType, SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import DataLoader, TensorDataset
 
 import nngeo_lazy as ng
@@ -170,3 +171,64 @@ def test_batches_that_are_dataclasses():
     for data in (Example(x, y), batches):
         F = ng.FIM(model, data, "dense", estimator="empirical", likelihood="categorical")
         torch.testing.assert_close(F.to_dense(), wanted)
+
+
+class Recurrent(nn.Module):
+    """An LSTM over sequences of different lengths, and a linear layer over all of their steps."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps, self.cell = nn.Linear(3, 4), nn.LSTM(4, 4)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, sequences):
+        steps = sequences._replace(data=torch.tanh(self.steps(sequences.data)))
+        return self.head(self.cell(steps)[1][0][-1])
+
+
+def packed(sequences):
+    return pack_sequence(list(sequences), enforce_sorted=False)
+
+
+@pytest.mark.usefixtures("float64")
+def test_packed_sequences_in_every_place():
+    """Alone, with labels, in a mapping, and from a loader: a batch of as many examples."""
+    model = Recurrent()
+    sequences = [torch.randn(n, 3) for n in (5, 2, 4, 3)]
+    labels = torch.randint(0, 2, (4,))
+    rows = []
+    for sequence in sequences:
+        for f in model(packed([sequence]))[0]:
+            found = torch.autograd.grad(f, list(model.parameters()), retain_graph=True)
+            rows.append(torch.cat([g.flatten() for g in found]))
+    want = torch.stack(rows).mT @ torch.stack(rows) / 4
+    loader = DataLoader(sequences, batch_size=2, collate_fn=packed)
+    for data in (
+        packed(sequences),
+        (packed(sequences), labels),
+        {"sequences": packed(sequences), "labels": labels},
+        [(packed(sequences[:3]), labels[:3]), (packed(sequences[3:]), labels[3:])],
+        loader,
+    ):
+        for representation in ("dense", "implicit"):
+            F = ng.FIM(model, data, representation, likelihood="gaussian")
+            torch.testing.assert_close(F.to_dense(), want)
+            assert F.num_examples == 4
+    report = ng.FIM(model, loader, "kfac", likelihood="gaussian").report()
+    (row,) = [row for row in report if row.parameter == "steps.weight"]
+    assert row.block == "Kronecker (4x4) x (4x4)"
+
+
+@pytest.mark.parametrize(
+    "as_mapping",
+    [OrderedDict, UserDict, ChainMap, MappingProxyType],
+)
+def test_mappings_of_every_kind(as_mapping):
+    model, x, y = nn.Linear(4, 3), torch.randn(6, 4), torch.randint(3, (6,))
+    options = {"estimator": "empirical", "likelihood": "categorical"}
+    wanted = ng.FIM(model, (x, y), "dense", **options).to_dense()
+    whole = as_mapping({"input": x, "labels": y})
+    parts = [as_mapping({"input": x[s], "labels": y[s]}) for s in (slice(0, 4), slice(4, 6))]
+    for data in (whole, parts):
+        found = ng.FIM(model, data, "dense", **options).to_dense()
+        torch.testing.assert_close(found, wanted)

@@ -14,8 +14,7 @@ from nngeo_lazy.jacobian import registry
 from nngeo_lazy.likelihoods.elementwise import Elementwise
 from nngeo_lazy.operators import DenseLinearOperator, LazyLinearOperator
 from nngeo_lazy.pooling import register_pooled
-from nngeo_lazy.representations import Block, Mixed, Streamed
-from nngeo_lazy.representations.recipes import together
+from nngeo_lazy.representations import Block, Blockwise, Mixed
 from nngeo_lazy.statistics import Statistic
 
 import oracle
@@ -101,10 +100,7 @@ class Band(Statistic):
 
 
 @dataclass(frozen=True)
-class Tridiagonal(Streamed):
-    def recipe(self, facts, indices):
-        return (yield from together([self.block(facts, k) for k in indices]))
-
+class Tridiagonal(Blockwise):
     def block(self, facts, k):
         band = Band(k, facts.parts[k])
         facts = yield [band]

@@ -182,6 +182,50 @@ def test_a_loss_without_a_second_derivative():
         ng.GGN(model, (x, y), "dense", loss=nn.MultiMarginLoss(p=2))
 
 
+def of_soft_labels(f, y):
+    return -(f * y).sum(1)
+
+
+@pytest.mark.parametrize(
+    ("loss", "labels"),
+    [
+        (nn.NLLLoss(), torch.tensor([0, 1, 2, 0, 1, 2])),
+        (nn.KLDivLoss(reduction="batchmean"), torch.rand(6, 3).softmax(-1)),
+        (nn.L1Loss(), torch.randn(6, 3)),
+        (of_soft_labels, torch.rand(6, 3)),
+    ],
+    ids=["nll", "kl", "l1", "callable"],
+)
+@pytest.mark.parametrize("representation", ["dense", "kfac", "implicit"])
+def test_losses_that_are_linear_in_the_outputs_are_refused(loss, labels, representation):
+    inner = nn.Linear(4, 3)
+    model, x = nn.Sequential(inner, nn.LogSoftmax(-1)), torch.randn(6, 4)
+    with pytest.raises(DataError, match=r"linear in the outputs.* zero: let the model return what"):
+        ng.GGN(model, (x, labels), representation, loss=loss)
+    # each remedy that the message names
+    curved = {"loss": "categorical"} if labels.dtype == torch.int64 else {"loss": "gaussian"}
+    assert ng.GGN(inner, (x, labels), representation, **curved).trace() > 0
+    exact = ng.Hessian(model, (x, labels), "dense", loss=loss)
+    likelihood = "categorical" if labels.dtype == torch.int64 else "gaussian"
+    empirical = {"estimator": "empirical", "likelihood": likelihood}
+    assert ng.FIM(model, (x, labels), representation, **empirical).trace() > 0
+    assert exact.to_dense().isfinite().all()
+
+
+@pytest.mark.parametrize("far", [0.0, 1e6])
+def test_losses_that_are_linear_in_places_are_not_refused(far):
+    model, x = nn.Linear(4, 3), torch.randn(6, 4)
+    y = model(x).detach() + far
+    for loss in (nn.HuberLoss(), lambda f, y: F.huber_loss(f, y, reduction="none").sum(1)):
+        assert (ng.GGN(model, (x, y), "dense", loss=loss).trace() > 0) == (far == 0)
+    ignored = torch.full((6,), -100)
+    batches = [(x, ignored), (x, torch.zeros(6, dtype=torch.int64))]
+    loss = nn.CrossEntropyLoss(label_smoothing=0.1)
+    each = lambda f, y: F.cross_entropy(f, y, reduction="none")  # noqa: E731
+    assert ng.GGN(model, batches, "dense", loss=each).trace() > 0
+    assert ng.GGN(model, batches, "dense", loss=loss).trace() > 0
+
+
 def test_losses_that_mix_examples_are_refused():
     model, x = nn.Linear(2, 1), torch.randn(8, 2)
     y = model(x).detach()

@@ -171,8 +171,9 @@ def compare_passes(kind, estimator, formless, monkeypatch):
         return out
 
     def grad(roots, *args, **options):
+        many = len(args[1]) if options.get("is_grads_batched") else 1  # passes in one
         for root in [roots] if isinstance(roots, torch.Tensor) else roots:
-            seen["backward"].extend(len(out) for out in seen["outputs"] if out is root)
+            seen["backward"].extend(many * len(out) for out in seen["outputs"] if out is root)
         return gradients(roots, *args, **options)
 
     options = {"forward": call, "likelihood": "categorical", "estimator": estimator}

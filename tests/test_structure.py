@@ -1,6 +1,7 @@
 """The house: rooms of a size that one can read, and no import that goes in a circle or hides."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -92,10 +93,36 @@ def test_no_room_and_no_file_is_too_large():
     assert not long, f"more than 450 lines: {long}"
 
 
+MAKERS = {"arange", "empty", "eye", "full", "linspace", "logspace", "ones", "tensor", "zeros"}
+MAKERS |= {"rand", "randint", "randn", "randperm"}
+
+
+def without_a_device(tree):
+    """Lines of calls that make a tensor on whatever device is the default at that moment."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            torchs = ast.unparse(node.func.value) == "torch" and node.func.attr in MAKERS
+            if torchs and not any(key.arg in ("device", None) for key in node.keywords):
+                yield node.lineno
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_no_tensor_is_made_on_the_default_device(path):
+    """A user may have set it (torch.set_default_device): the model's tensors are elsewhere."""
+    lines = list(without_a_device(ast.parse(path.read_text())))
+    assert not lines, f"say device= in lines {lines}"
+
+
 def test_the_checks_see_what_they_forbid(tmp_path):
+    assert list(without_a_device(ast.parse("torch.zeros(3)\ntorch.ones(3, device=d)"))) == [1]
     tree = ast.parse("import a\ndef f():\n    import b\nif TYPE_CHECKING:\n    import c\n")
     assert [flags for _, *flags in imports(tree)] == [[False, False], [True, False], [False, True]]
     assert "nngeo_lazy.operators.rules" in graph()["nngeo_lazy.operators.base"]
+
+
+@cache
+def parsed(path):
+    return ast.parse((PACKAGE.parent / path).read_text())
 
 
 def test_the_slow_tests_exist():
@@ -106,7 +133,7 @@ def test_the_slow_tests_exist():
         if path.endswith("/"):
             assert (PACKAGE.parent / path).is_dir(), f"tests/slow.txt lists {path}: remove it"
             continue
-        body = ast.parse((PACKAGE.parent / path).read_text()).body
+        body = parsed(path).body
         for part in inner:
             found = [node for node in body if getattr(node, "name", None) == part]
             if not found and inner[0] != part:

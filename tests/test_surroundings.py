@@ -1,5 +1,7 @@
 """What surrounds a call: autocast, inference mode, sparse tensors, devices without float64."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch import nn
@@ -119,3 +121,61 @@ def test_a_device_without_float64():
             optimizer = ng.optim.NaturalGradient(model, representation, "categorical", lr=0.1)
             nn.functional.cross_entropy(model(x), y).backward()
             optimizer.step()
+
+
+# --- the default device and dtype -----------------------------------------------------------------
+
+CALLS = {
+    "product": lambda F, b: F @ b,
+    "solve": lambda F, b: F.solve(b, damping=0.1),
+    "logdet": lambda F, b: F.damped(0.1).logdet(),
+    "diagonal": lambda F, b: F.diagonal(),
+    "dense": lambda F, b: F.to_dense(),
+    "entries": lambda F, b: F[[1, 2], [0, 3]],
+    "eigsh": lambda F, b: ng.eigsh(F, 3, seed=0).eigenvalues,
+    "svds": lambda F, b: ng.svds(F, 2, seed=0).S,
+    "sample": lambda F, b: F.damped(0.1).inverse().sample(2, seed=0),
+    "trace": lambda F, b: ng.trace(F, method="xtrace", probes=6, seed=0).value,
+    "density": lambda F, b: ng.spectral_density(F, seed=0)[1],
+}
+
+
+@contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("default", ["device", "dtype"])
+@pytest.mark.parametrize("representation", [*REPRESENTATIONS, "quasi_diagonal", "implicit"])
+def test_the_default_device_and_dtype_say_nothing(representation, default):
+    model, x, y = small(torch.float64)
+
+    def numbers():
+        F = ng.FIM(model, (x, y), representation, estimator="mc", seed=0)
+        b = torch.ones(len(F.space), dtype=torch.float64, device="cpu")
+        return {name: call(F, b) for name, call in CALLS.items()}
+
+    want = numbers()
+    # a tensor that leaves its device or its dtype open is of no use here
+    with default_dtype(torch.float16) if default == "dtype" else torch.device("meta"):
+        found = numbers()
+    for name, value in found.items():
+        assert value.dtype == want[name].dtype, name
+        torch.testing.assert_close(value, want[name], rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_an_optimizer_with_another_default_device():
+    ends = []
+    for default in ("cpu", "meta"):
+        model, x, y = small()
+        optimizer = ng.optim.NaturalGradient(model, seed=0)
+        with torch.device(default):
+            for _ in range(3):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(x), y).backward()
+                optimizer.step()
+        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*ends)

@@ -38,10 +38,10 @@ __all__ = [
     "TransposedMap",
 ]
 
-CACHE_BYTES = 2**31  # of kept graphs, with cache="auto"
+CACHE_BYTES = 2**31  # kept graphs take at most this much, with cache="auto"
 SMALL_GRAPH = {"cpu": 2**22}  # bytes of a batch's graph up to which columns pay beside others
 SMALL_GRAPH_ELSEWHERE = 2**26
-BATCHED_BYTES = {"cpu": 2**26}  # of the graphs of columns that go at once
+BATCHED_BYTES = {"cpu": 2**26}  # graphs of columns that go at once take at most this
 BATCHED_BYTES_ELSEWHERE = 2**30
 
 T = TypeVar("T")
@@ -224,8 +224,9 @@ class GaussNewtonMap(_JacobianSourceMap):
     def _require_differentiable(self, w: Tensor) -> None:
         if self._source.random and w.requires_grad:
             raise UnsupportedLayerError(
-                "an 'mc' matrix has no derivative in the parameters, from which its labels are "
-                "drawn: take estimator='exact' or 'empirical', or F.at(w.detach())"
+                "an 'mc' matrix has no derivative in the parameters, since its labels are drawn "
+                "from them, nor has 'empirical_positions', which holds its scores fixed: take "
+                "estimator='exact' or 'empirical', or F.at(w.detach())"
             )
 
     def _run(self, rows: Tensor, w: Tensor, mode: str, taped: bool) -> Tensor:

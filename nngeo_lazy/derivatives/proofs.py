@@ -27,7 +27,7 @@ def prove_jacobian(
     made: JacobianOf, batch: BatchFunction, parameters: Sequence[Tensor], mode: str
 ) -> None:
     """That both directions differentiate the same function: <u, J v> = <J^T u, v>."""
-    if not bool((made.values < math.inf).all()):  # a class that is ruled out has -infinity
+    if not bool((made.values < math.inf).all()):  # -infinity is right: it rules out a class
         raise NonFiniteError(
             "the network's values hold NaN or infinity: look for it in the inputs and the "
             "layers (torch.autograd.detect_anomaly says where)"
@@ -119,8 +119,8 @@ def _require_equal(
             if made.apart <= _tolerance(made.first.dtype):
                 return
     raise NotDifferentiableError(
-        "the derivative along a vector is not the transpose of the gradient: a backward pass is no "
-        f"derivative, or has a wrong one; the two differ by {apart:.1e} of the product"
+        "the derivative along a vector is not the transpose of the gradient, so some function of "
+        f"the network has a wrong backward pass: the two differ by {apart:.1e} of the product"
     )
 
 

@@ -97,6 +97,9 @@ class Source(Protocol):
     def diagonal(self, parameters: Tensor) -> Tensor | None:
         """The diagonal (P,) at these parameters, from streamed rows; None if they cannot be."""
 
+    def factored(self, parameters: Tensor) -> Callable[[int], Iterator[Any]] | None:
+        """The rows of each batch from a number on, as forms; None if they cannot be streamed."""
+
     def moved(self, dtype: torch.dtype | None, device: Any) -> Source:
         """The same in another dtype or on another device."""
 

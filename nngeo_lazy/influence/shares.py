@@ -34,5 +34,5 @@ def of_shares(own: Batches, columns: Callable[[Any], Tensor]) -> Tensor:
 
 def _num_examples(batch: Batch) -> int:
     """Of a batch that has not been passed through the model."""
-    leaves = [batch.target, *tree_leaves(batch.raw)]
+    leaves = [*tree_leaves(batch.target), *tree_leaves(batch.raw)]
     return next(len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import Batches
-from ..disk import replacing
+from ..disk import require_same_run, write_whole
 from ..errors import DataError, UnsupportedLayerError
 from ..fingerprints import fingerprint
 from ..quantities import LossGradients, LossLike
@@ -46,17 +46,7 @@ class Chunks:
 
     def __init__(self, path: str | Path, run: dict[str, Any]) -> None:
         self._folder = Path(path)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        known, text = self._folder / "run.json", json.dumps(run, sort_keys=True)
-        if not known.exists():
-            self._write(known, lambda file: file.write(text.encode()))
-        elif known.read_text() != text:
-            before = json.loads(known.read_text())
-            changed = sorted(key for key in run if run[key] != before.get(key))
-            raise DataError(
-                f"expected {self._folder} to hold scores of the same run, but {changed} differ: "
-                "pass another path, or the same model, queries and options"
-            )
+        require_same_run(self._folder, run, "scores", "the same model, queries and options")
 
     def read(self, number: int, raw: Any) -> Tensor | None:
         """The scores of a batch; None if they are not there.
@@ -79,20 +69,10 @@ class Chunks:
     def keep(self, number: int, raw: Any, scores: Tensor) -> None:
         """Write the scores of a batch; the file is whole, or not there."""
         held = {"batch": _checksums(raw), "scores": scores.cpu()}
-        self._write(self._path(number), lambda file: torch.save(held, file))
+        write_whole(self._path(number), partial(torch.save, held), "the scores")
 
     def _path(self, number: int) -> Path:
         return self._folder / f"{number:08d}.pt"
-
-    def _write(self, path: Path, write: Callable[[Any], Any]) -> None:
-        try:
-            with replacing(path) as file:
-                write(file)
-        except OSError as error:
-            raise DataError(
-                f"could not write {path} ({error}): the scores of finished batches are kept there; "
-                "make room and call again with the same path"
-            ) from error
 
 
 def _checksums(raw: Any) -> dict[str, int]:
@@ -105,8 +85,8 @@ class _Rest:
     def __init__(self, loader: Any, chunks: Chunks | None) -> None:
         self._loader, self._chunks = loader, chunks
         self.known: dict[int, Tensor] = {}
-        self.numbers: list[int] = []  # of those that were given
-        self.raw: list[Any] = []  # the last of them
+        self.numbers: list[int] = []  # how many examples each batch so far has
+        self.raw: list[Any] = []  # the last batch
 
     def __iter__(self) -> Iterator[Any]:
         self.numbers = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from .. import tree
 from ..errors import StochasticModelError
 from .general import cut, example_leaves
-from .passes import Pass
+from .passes import Pass, gradients_at
 from .proof import agree
 
 __all__ = [
@@ -23,13 +24,14 @@ __all__ = [
     "mixed",
     "outputs_alone",
     "require_apart",
+    "require_gradients_alone",
     "require_repeatable",
 ]
 
 PROBED = 3  # examples that are passed on their own
-SINGLY = 8  # examples of a batch up to which they are single groups
-ROUNDING = 0.5  # a power of eps: within it, outputs are the same
-DOUBTFUL = 0.25  # outputs that nearly cancel carry few digits: within it, gradients tell
+SINGLY = 8  # a batch of at most so many examples is cut into single ones
+ROUNDING = 0.5  # outputs are the same if they differ by at most eps to this power
+DOUBTFUL = 0.25  # up to eps to this power, gradients decide: outputs may nearly cancel
 
 Run = Callable[[Any], Pass]
 
@@ -38,7 +40,7 @@ class Alone(Enum):
     """What the outputs of a batch's examples on their own are like."""
 
     SAME = "same"
-    DOUBTFUL = "doubtful"  # nearly the same: by rounding, or mixed a little
+    DOUBTFUL = "doubtful"  # they differ a little: by rounding, or by mixing
     UNKNOWN = "unknown"  # the batch cannot be cut
 
 
@@ -63,7 +65,11 @@ def outputs_alone(record: Pass, run: Run, some: Tensor | None = None) -> tuple[A
     if n == 1:
         require_repeatable(record, run)
         return Alone.SAME, None
-    few = torch.tensor([0, n // 2, n - 1] if n > PROBED else [0]) if some is None else some
+    few = (
+        torch.tensor([0, n // 2, n - 1] if n > PROBED else [0], device="cpu")
+        if some is None
+        else some
+    )
     found: list[Pass] = []
 
     def outputs_of(raw: Any) -> Tensor:
@@ -101,7 +107,7 @@ def in_groups(
     n, leaves = outputs.shape[0], example_leaves(raw, outputs.shape[0])
     if not leaves or ragged(raw, leaves):
         return None
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0), device="cpu")
     others = order[~torch.isin(order, few)]
     count = len(others) if n <= SINGLY else 2
     groups = [few, *others.tensor_split(count)]
@@ -125,8 +131,48 @@ def require_apart(record: Pass, run: Run) -> None:
     """
     generator = torch.Generator().manual_seed(0)
     for _ in range(4 if record.n > 1 else 0):
-        order = torch.randperm(record.n, generator=generator)
+        order = torch.randperm(record.n, generator=generator, device="cpu")
         outputs_alone(record, run, order[: record.n // 2])
+
+
+def require_gradients_alone(record: Pass, run: Run, parameters: Sequence[Tensor]) -> None:
+    """Raise if an example that is passed on its own has other gradients.
+
+    Outputs that nearly agree do not tell rounding from a little mixing: those of saturated units
+    are nearly the same for all examples. The gradients of such outputs are not.
+    """
+    n, outputs = record.n, record.outputs
+    leaves = example_leaves(record.raw, n)
+    generator = torch.Generator(device=outputs.device).manual_seed(0)
+    for k in sorted({0, n // 2, n - 1}):
+        try:
+            single = run(cut(record.raw, leaves, slice(k, k + 1))).outputs
+        except Exception:  # noqa: BLE001 - a model that takes no single example
+            return
+        if single.shape != (1, *outputs.shape[1:]) or single.grad_fn is None:
+            return
+        noise = torch.randn(single.shape, generator=generator, device=outputs.device)
+        cotangent = noise.to(single)
+        whole = torch.zeros_like(outputs)
+        whole[k] = cotangent[0]
+        within = gradients_at(outputs, parameters, whole)
+        by_itself = gradients_at(single, parameters, cotangent)
+        if not _alike(within, by_itself):
+            raise mixed(1, n)
+
+
+def _alike(some: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> bool:
+    """Whether gradients agree for each parameter, up to the rounding of the largest one."""
+    total = math.hypot(*(float(g.detach().norm()) for g in others if g is not None))
+    for a, b in zip(some, others, strict=True):
+        given = a if b is None else b
+        if given is None:
+            continue
+        a, b = ((torch.zeros_like(given) if g is None else g).to_dense() for g in (a, b))
+        eps = torch.finfo(given.dtype).eps
+        if not bool((a - b).norm() <= eps**DOUBTFUL * b.norm() + eps**0.75 * total):
+            return False
+    return True
 
 
 def require_repeatable(record: Pass, run: Run) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..switches import inside_checkpoint
 from .layers import linear
 from .uses import Grid, Record, Use, composite
 
@@ -30,7 +31,7 @@ def attention(call: Mapping[str, Any], record: Record) -> Any:
     query, key, value = call["query"], call["key"], call["value"]
     if query.dim() != 3 or query.is_nested:
         return "attention of one unbatched sequence, or of nested ones"
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+    if inside_checkpoint():
         # A checkpoint repeats torch's own function: it must have seen the same one.
         return "attention inside a checkpoint"
     if call.get("use_separate_proj_weight", False):

@@ -17,8 +17,18 @@ from torch import Tensor, nn
 from .. import tree
 from ..errors import DataError, NonFiniteError, UnsupportedLayerError
 from ..space import ParamSpace
-from .alone import PROBED, Alone, draws, mixed, outputs_alone, require_apart, require_repeatable
-from .folds import Fold, candidates
+from .alone import (
+    PROBED,
+    Alone,
+    draws,
+    mixed,
+    outputs_alone,
+    require_apart,
+    require_gradients_alone,
+    require_repeatable,
+)
+from .calls import Call
+from .folds import Fold, Ragged, candidates
 from .general import Forward, GeneralRows, cut, example_leaves
 from .grouping import make_parts
 from .parts import Kind, Part
@@ -75,7 +85,7 @@ class Capture:
             raise RuntimeError("no batch has been captured")
         return self._parts
 
-    def __call__(self, raw: Any, target: Tensor | None) -> Iterator[tuple[Recorded, Tensor | None]]:
+    def __call__(self, raw: Any, target: Any) -> Iterator[tuple[Recorded, Any]]:
         """Record a batch with its target, in pieces if it is large, and plan what is new in it.
 
         The pieces are small enough to stay in fast memory. A batch is cut only if the self-check
@@ -96,6 +106,7 @@ class Capture:
             yield self._recorded(record, plan), labels
 
     def _recorded(self, record: Pass, plan: Plan) -> Recorded:
+        record = record.split(plan.split)
         return Recorded(record, plan, self._parameters, self.parts, self._reproved)
 
     def prove(self, raw: Any) -> list[Part]:
@@ -138,7 +149,7 @@ class Capture:
         believed = record.signature.alike and plan is not None and not (plan.silent or plan.ragged)
         if plan is None or not (proved or believed):
             return None
-        return Recorded(record, plan, self._parameters, self.parts)
+        return Recorded(record.split(plan.split), plan, self._parameters, self.parts)
 
     def _sampled_plan(self, raw: Any) -> bool:
         """Plan from the first examples of a batch; whether it can be cut.
@@ -256,6 +267,8 @@ class Capture:
                 "and check that the forward pass does not run under no_grad or detach"
             )
         alone, few = outputs_alone(record, self._record)
+        if alone is Alone.DOUBTFUL:
+            require_gradients_alone(record, self._record, list(self._parameters.values()))
         if few is None or record.n <= PROBED or not _comparable(few, record):
             few = None
         if few is not None and few.examples != record.examples:
@@ -277,7 +290,7 @@ class Capture:
         """Look closer if a layer's output, cut into examples as it can be, reaches others'."""
         meet = any(
             fold is None and any(candidates(call.shape[: call.use.leading], record.n))
-            for call, fold in zip(record.calls, plan.folds, strict=True)
+            for call, fold in zip(record.split(plan.split).calls, plan.folds, strict=True)
         )
         if meet and alone is Alone.DOUBTFUL:
             raise mixed(1, record.n)
@@ -304,6 +317,14 @@ class Capture:
         if self._plan is None and all(g is None for g in found):
             raise DataError("the outputs do not depend on any selected parameter")
         folds = probe_folds(calls, probe)
+        split = self._to_split(calls, folds)
+        before = [
+            k for k, call in enumerate(calls) for _ in range(call.pieces if k in split else 1)
+        ]
+        record, probe = record.split(split), probe.of_calls(before)
+        routed = {j for j, k in enumerate(before) if k in split} | self._routed(record)
+        if routed:
+            folds = probe_folds(record.calls, probe, routed)
         parts = self._demote(record, folds, probe, gradients)
         names = [name for part in parts if part.kind is Kind.GENERAL for name in part.names]
         general = None
@@ -311,7 +332,23 @@ class Capture:
             without = {name: self._parameters[name] for name in names}
             general = GeneralRows(self._model, without, self._forward)
             general.probe(record.raw, outputs, cotangent, sorted({0, n // 2, n - 1}))
-        return Plan(record.keys, parts, folds, general, n, record.examples, probe.silent)
+        examples, quiet = record.examples, probe.silent
+        return Plan(record.keys, parts, folds, general, n, examples, quiet, split=split)
+
+    def _to_split(self, calls: Sequence[Call], folds: Sequence[Fold | None]) -> frozenset[int]:
+        """Calls of stacked weights (experts) whose examples lie elsewhere for each of the stack."""
+        known: frozenset[int] = frozenset() if self._plan is None else self._plan.split
+        return frozenset(
+            k
+            for k, (call, fold) in enumerate(zip(calls, folds, strict=True))
+            if call.split is not None and (fold is None or k in known)
+        )
+
+    def _routed(self, record: Pass) -> set[int]:
+        """Calls whose positions had an owner each in another batch like this one."""
+        if self._plan is None or self._plan.keys != record.keys:
+            return set()
+        return {k for k, fold in enumerate(self._plan.folds) if isinstance(fold, Ragged)}
 
     def _demote(
         self,

@@ -82,6 +82,7 @@ def contraction(
         gradients=gradients,
         inputs=factor,
         view=lambda g: g.permute(behind),
+        matrices=size[mine[0]] if groups == [mine[0]] else 0,
     )
 
 

@@ -77,7 +77,8 @@ def elementwise(
     kind, functional = ELEMENTWISE[function]
     if slot >= len(args):
         return f"{getattr(function, '__name__', function)} with a weight as a keyword"
-    shape = (*(1,) * (output.dim() - weight.dim()), *weight.shape)
+    first = output.dim() - weight.dim()
+    shape = (*(1,) * first, *weight.shape)
     repeated = [k for k, size in enumerate(shape) if size == 1 or output.shape[k] == 1]
     own = [k for k in range(output.dim()) if k not in repeated]
     order = (*repeated, *own)
@@ -104,6 +105,7 @@ def elementwise(
         x=x.permute(order),
         rows=rows,
         view=_permuting(order),
+        matrices=weight.shape[0] if weight.dim() > 1 and own[:1] == [first] else 0,
     )
 
 

@@ -66,16 +66,16 @@ class Ragged(Fold):
         sizes: of these dimensions.
     """
 
-    index: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    index: Tensor = field(default_factory=lambda: torch.empty(0, 0, device="cpu"))
     sizes: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, owners: Tensor, n: int, sizes: Sequence[int]) -> Ragged:
-        """From the example (positions,) that owns each position."""
-        counts = torch.bincount(owners, minlength=n)
-        order = owners.argsort(stable=True)
+        """From the example (positions,) that owns each position; -1 if none does."""
+        counts = torch.bincount(owners[owners >= 0], minlength=n)
+        order = owners.argsort(stable=True)[int((owners < 0).sum()) :]
         start = counts.cumsum(0) - counts
-        place = torch.arange(len(owners), device=owners.device) - start[owners[order]]
+        place = torch.arange(len(order), device=owners.device) - start[owners[order]]
         index = owners.new_full((n, max(1, int(counts.max()))), -1)
         index[owners[order], place] = order
         return cls(0, Axis.WHOLE, index, tuple(sizes))

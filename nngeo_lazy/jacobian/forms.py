@@ -19,8 +19,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .inputs import DenseInputs, IndexInputs, Inputs, rotate
-from .moments import moment
+from ..sides import Shape, Wide
+from .inputs import DenseInputs, IndexInputs, Inputs, rotate, with_bias
+from .moments import moment, wide_moment
 
 __all__ = ["Form", "Outer", "Placed", "Rows", "Stored", "second_moment"]
 
@@ -47,6 +48,12 @@ class Form(ABC):
     def total(self) -> Tensor:
         """Sum over r, n of the rows, (p,)."""
         return torch.stack([self.rows(a, b).sum((0, 1)) for a, b in self.tiles()]).sum(0)
+
+    def totals(self) -> Tensor:
+        """Sum over n of the rows, (R, p)."""
+        r = self.shape[0]
+        each = [self] if r == 1 else [self.direction(k) for k in range(r)]
+        return torch.stack([one.total() for one in each])
 
     @abstractmethod
     def sqsum(self) -> Tensor:
@@ -311,6 +318,26 @@ class Outer(Form):
             corner = out[:, -1] if diagonal or out.dim() == 2 else out[:, -1, -1]
             corner -= (~self.kept).sum()
         return _added(out, into) if diagonal else out
+
+    def output_side(self, shape: Shape, test: Tensor | None, into: Tensor | None) -> Tensor:
+        """`output_moment` in the shape that is kept of it; a sketch needs its test matrix."""
+        if shape.wide in (None, Wide.DIAGONAL):
+            return self.output_moment(shape.wide is Wide.DIAGONAL, into)
+        return wide_moment(self.g.flatten(0, 1), shape, test, into)
+
+    def input_side(self, shape: Shape, test: Tensor | None, into: Tensor | None) -> Tensor:
+        """`input_moment` in the shape that is kept of it; that of indices stays a histogram."""
+        inputs = self.inputs
+        if inputs is None or isinstance(inputs, IndexInputs) or shape.wide in (None, Wide.DIAGONAL):
+            return self.input_moment(shape.wide is Wide.DIAGONAL, into)
+        for a, b in inputs.tiles():
+            x = inputs.dense(a, b)
+            x = with_bias(x) if self.bias else x
+            x = x if self.kept is None else x * self.kept[a:b, None, :, None]
+            into = wide_moment(x, shape, test, into)
+        if into is None:
+            raise ValueError("a form without examples")
+        return into
 
     @property
     def positions(self) -> Tensor | int:

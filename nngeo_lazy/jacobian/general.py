@@ -1,8 +1,9 @@
 """Per-example gradients of any parameters of any model: the way that always works.
 
-Of three ways, the first that reproduces autograd's gradients on probed examples is kept. They are
-`vmap` of the gradient over examples, one forward for each example, and a masked backward of the
-whole batch for each example. The last one needs no batch that can be cut.
+Of four ways, the first that reproduces autograd's gradients on probed examples is kept. Two cut the
+batch: `vmap` of the gradient over examples, and one forward for each example. Two mask it: backward
+passes of the whole batch, many together (`vmap` again) or one by one. These take the nodes of a
+graph, too.
 """
 
 from __future__ import annotations
@@ -32,6 +33,16 @@ class Way(Enum):
     VMAP = "vmap"
     SLICES = "slices"
     MASKED = "masked"
+    SINGLY = "singly"
+
+    @property
+    def of_whole(self) -> bool:
+        """Whether it differentiates the outputs of the whole batch, whose graph it needs."""
+        return self in (Way.MASKED, Way.SINGLY)
+
+
+MASKED_BYTES = 2**23  # of cotangents that are differentiated together
+MASKED_EXAMPLES = 64
 
 
 def example_leaves(raw: Any, n: int) -> tuple[int, ...]:
@@ -112,15 +123,16 @@ class GeneralRows:
             chunks: into which they are cut.
             n: the examples of the batch.
         """
-        forward = {Way.VMAP: directions, Way.SLICES: chunks, Way.MASKED: 0}
-        return forward[self.way], directions * (n if self.way is Way.MASKED else 1)
+        forward = {Way.VMAP: directions, Way.SLICES: chunks}
+        return forward.get(self.way, 0), directions * (n if self.way.of_whole else 1)
 
     def __call__(
         self, raw: Any, outputs: Tensor, directions: Tensor, start: int, stop: int
     ) -> Tensor:
         """Rows (R, n, p) of a range of examples; directions (R, N, *outputs)."""
-        make = {Way.VMAP: self._vmap, Way.SLICES: self._slices, Way.MASKED: self._masked}
-        return make[self.way](raw, outputs, directions, start, stop)
+        make = {Way.VMAP: self._vmap, Way.SLICES: self._slices}
+        made: Tensor = make.get(self.way, self._masked)(raw, outputs, directions, start, stop)
+        return made
 
     def _vmap(self, raw: Any, outputs: Tensor, directions: Tensor, start: int, stop: int) -> Tensor:
         leaves = list(tree.leaves(raw))
@@ -160,21 +172,37 @@ class GeneralRows:
     def _masked(
         self, raw: Any, outputs: Tensor, directions: Tensor, start: int, stop: int
     ) -> Tensor:
+        many = max(1, MASKED_BYTES // max(1, directions.nbytes))
+        step = 1 if self.way is Way.SINGLY else min(many, MASKED_EXAMPLES)
         rows = []
-        for k in range(start, stop):
-            alone = torch.zeros_like(directions)
-            alone[:, k] = directions[:, k]
-            rows.append(torch.stack([self._flat(outputs, d) for d in alone]))
-        return torch.stack(rows, 1)
+        for first in range(start, stop, step):
+            examples = torch.arange(first, min(first + step, stop), device=outputs.device)
+            own = torch.arange(len(examples), device=outputs.device)
+            alone = directions.new_zeros(len(directions), len(own), *outputs.shape)
+            alone[:, own, examples] = directions[:, examples]
+            flat = alone.flatten(0, 1)  # (R n,N,...)
+            if self.way is Way.SINGLY:
+                made = torch.stack([self._flat(outputs, one) for one in flat])
+            else:
+                made = self._flat(outputs, flat, batched=True)
+            rows.append(made.unflatten(0, alone.shape[:2]))
+        return torch.cat(rows, 1)
 
-    def _flat(self, out: Tensor, cotangent: Tensor) -> Tensor:
-        parameters = list(self.parameters.values())
+    def _flat(self, out: Tensor, cotangent: Tensor, *, batched: bool = False) -> Tensor:
+        """The gradients of all parameters, side by side; for each of a batch of cotangents."""
+        parameters, lead = list(self.parameters.values()), cotangent.shape[: int(batched)]
         grads = torch.autograd.grad(
-            out, parameters, cotangent, retain_graph=True, allow_unused=True
+            out,
+            parameters,
+            cotangent,
+            retain_graph=True,
+            allow_unused=True,
+            is_grads_batched=batched,
         )
         return torch.cat(
             [
-                torch.zeros_like(p).flatten() if g is None else g.flatten()
+                p.new_zeros(*lead, p.numel()) if g is None else g.reshape(*lead, -1)
                 for p, g in zip(parameters, grads, strict=True)
-            ]
+            ],
+            -1,
         )

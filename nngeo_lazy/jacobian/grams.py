@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from ..layout import Layout, assemble
-from .forms import Form, Outer, Rows
+from .forms import Form, Outer, Rows, Stored
 from .inputs import DenseInputs, IndexInputs, Inputs, with_bias
 
-__all__ = ["add_products", "met", "mirror", "over", "row_products", "row_squares"]
+__all__ = ["add_products", "met", "mirror", "over", "row_products", "row_squares", "settled"]
 
 PAIR_NUMBERS = 2**21  # of a tile of g g'^T, small enough to stay in cache
 LEAST_NUMBERS = 2**17  # of a smaller tile, made for symmetry's sake
@@ -49,6 +49,23 @@ def add_products(
         _from_pairs(left, right, directions, out, half)
     else:
         _from_outer_rows(left, right, directions, out, half)
+
+
+def settled(form: Form, directions: str, limit: int) -> Form:
+    """The rows of a form that will meet many others, if products are made from them.
+
+    Args:
+        form: (R, N, p).
+        directions: "all" or "same".
+        limit: how many bytes the rows may take.
+    """
+    if not isinstance(form, Outer) or _pairs_are_cheaper(form, form, directions, False):
+        return form
+    r, n, size = form.shape
+    if r * n * size * form.dtype.itemsize > limit:
+        return form
+    rows = form.rows().transpose(0, 1).contiguous()  # (N,R,p) in memory, as products want them
+    return Stored(rows.transpose(0, 1))
 
 
 def row_squares(form: Form) -> Tensor:

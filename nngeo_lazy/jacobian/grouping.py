@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 
 from ..layout import Layout
 from ..space import ParamSpace
+from .calls import Call
 from .parts import Kind, Member, Part, Segment, gaps, piece_of, segment_of
-from .record import Call
 
 __all__ = ["make_parts"]
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..sides import is_dense, rows_times, size_of
 from .moments import add_border, moment
 from .patches import Geometry, live_taps, patch_moment, unfold
 
@@ -32,6 +33,8 @@ def with_bias(x: Tensor) -> Tensor:
 
 def rotate(x: Tensor, basis: Tensor) -> Tensor:
     """(..., G, T, i), (G, i, w) -> (..., G, T, w); one large product if there is one group."""
+    if basis.dim() > 3 or basis.shape[1] > basis.shape[2]:  # no matrix (`sides`)
+        return rows_times(x, basis)
     if basis.shape[0] > 1 or x.stride(-1) != 1:
         return x @ basis
     return (x.reshape(-1, x.shape[-1]) @ basis[0]).view(*x.shape[:-1], -1)
@@ -401,7 +404,7 @@ class RotatedInputs(Inputs):
     @property
     def shape(self) -> tuple[int, int, int, int]:
         n, groups, t, _ = self.base.shape
-        return n, groups, t, self.basis.shape[-1]
+        return n, groups, t, size_of(self.basis)
 
     def examples(self, start: int, stop: int) -> RotatedInputs:
         return replace(self, base=self.base.examples(start, stop))
@@ -413,6 +416,8 @@ class RotatedInputs(Inputs):
         x = self.base.dense(start, stop)
         if not self.bias:
             return rotate(x, self.basis)
+        if not is_dense(self.basis):
+            return rotate(with_bias(x), self.basis)
         return rotate(x, self.basis[:, :-1]).add_(self.basis[:, -1:])
 
     def moment(self, bias: bool, into: Tensor | None = None) -> Tensor:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-__all__ = ["add_border", "add_products", "moment"]
+from ..sides import Shape, Wide
+
+__all__ = ["add_border", "add_products", "moment", "wide_moment"]
 
 SPLIT_WIDTH = 256  # below it a product is too small to be worth halving
 SUMMED_BYTES = 2**24  # products for each example are stored up to this size, then summed
@@ -32,6 +34,28 @@ def moment(x: Tensor, bias: bool = False, into: Tensor | None = None) -> Tensor:
     if bias:
         add_border(full, x.sum((0, 2)), n * t, beta)
     return full
+
+
+def wide_moment(x: Tensor, shape: Shape, test: Tensor | None, into: Tensor | None) -> Tensor:
+    """What is kept of `moment` for a side that is split or sketched, added to `into` if given.
+
+    Args:
+        x: (N, G, T, n).
+        shape: of the side.
+        test: with which it is sketched (n, k).
+        into: (G, n, s), or (G, n, k + 1), the diagonal last.
+    """
+    groups, n = x.shape[1], shape.n
+    out = x.new_zeros(groups, *shape.sums) if into is None else into
+    if shape.wide is Wide.SPLIT:
+        for start in range(0, n, shape.size):
+            stop = min(start + shape.size, n)
+            moment(x[..., start:stop], into=out[:, start:stop, : stop - start])
+    elif test is not None:
+        joined = x.transpose(0, 1).flatten(1, 2)  # (G, N T, n)
+        out[..., :-1].baddbmm_(joined.mT, joined @ test)
+        out[..., -1] += x.square().sum((0, 2))
+    return out
 
 
 def add_products(x: Tensor, out: Tensor, beta: int = 1) -> None:

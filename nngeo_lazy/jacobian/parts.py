@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 import torch
@@ -12,12 +12,12 @@ from torch import Tensor
 from ..errors import UnsupportedLayerError
 from ..layout import Layout, Piece
 from ..space import ParamSpace
+from .calls import Call
 from .folds import Fold, Ragged
 from .forms import Form, Outer, Placed, Rows, Stored
 from .inputs import DenseInputs, Inputs
 from .positions import Mark, spread
-from .record import Call
-from .summed import Summed
+from .summed import Summed, at_zero
 from .weights import Weight, pull_back
 
 __all__ = ["Gradient", "Kind", "Member", "Part", "Segment", "gaps", "piece_of", "segment_of"]
@@ -84,6 +84,30 @@ class Part:
         return tuple(member.call for member in self.members)
 
     @property
+    def grids(self) -> tuple[Layout, ...]:
+        """How the uses of a SUMMED part lie in its weight, each way once (see `Summed`)."""
+        if self.kind is not Kind.SUMMED:
+            return ()
+        return tuple(dict.fromkeys(at_zero(member.layout) for member in self.members))
+
+    @property
+    def as_matrix(self) -> Part | None:
+        """The part of a weight in the grid of a matrix, as it is stored.
+
+        None if a use takes it as something else, such as a stack of groups.
+        """
+        shapes = {
+            (grid.width, grid.rows) if grid.pieces[0].transposed else (grid.rows, grid.width)
+            for grid in self.grids
+            if grid.groups == 1 and grid.pieces[0].inner == 1
+        }
+        if len(shapes) != 1 or any(g.groups > 1 or g.pieces[0].inner > 1 for g in self.grids):
+            return None
+        ((rows, width),) = shapes
+        piece = Piece(self.layout.pieces[0].start, width)
+        return replace(self, layout=Layout(1, rows, (piece,)))
+
+    @property
     def form_name(self) -> str:
         """How the Jacobian is computed, in words."""
         return "zero" if self.kind is Kind.UNUSED else f"{self.function}: {self.kind.value}"
@@ -134,11 +158,12 @@ class Part:
             _outer(member.roles, x, gradients[member.call], marks)
             for member, x in zip(self.members, inputs, strict=True)
         ]
-        if len(outers) == 1 and self.kind is Kind.OUTER:
-            return outers[0]
         if self.kind is Kind.OUTER:
             return _concatenated(outers)
-        return _summed(outers, [member.layout for member in self.members])
+        alike: dict[Layout, list[Outer]] = {}
+        for member, outer in zip(self.members, outers, strict=True):
+            alike.setdefault(at_zero(member.layout), []).append(outer)
+        return Summed(tuple(map(_concatenated, alike.values())), tuple(alike))
 
     def _norm_rows(
         self,
@@ -347,6 +372,8 @@ def _check(
 def _concatenated(outers: Sequence[Outer]) -> Outer:
     """Several uses of one weight as one form: positions one after the other."""
     first, *others = outers
+    if not others:
+        return first
     g = torch.cat([outer.g for outer in outers], 3)
     marks = None
     if any(outer.marks is not None for outer in outers):
@@ -362,12 +389,6 @@ def _all_marks(outer: Outer) -> Tensor:
         return outer.marks
     n, t = outer.g.shape[1], outer.g.shape[3]
     return torch.full((n, t), Mark.SCORED, dtype=torch.int64, device=outer.g.device)
-
-
-def _summed(outers: Sequence[Outer], layouts: Sequence[Layout]) -> Summed:
-    """Uses of one weight in different grids."""
-    moved = [layout.shifted({piece.start: 0 for piece in layout.pieces}) for layout in layouts]
-    return Summed(tuple(outers), tuple(moved))
 
 
 def segment_of(call: Call, role: str) -> Segment | None:

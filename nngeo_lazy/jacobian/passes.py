@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -13,12 +14,13 @@ from torch.autograd.graph import GradientEdge
 
 from .. import tree
 from ..errors import UnsupportedLayerError
+from .calls import Call
 from .folds import Fold, Ragged
 from .forms import Form, Rows
-from .general import GeneralRows, Way, cut, example_leaves
+from .general import GeneralRows, cut, example_leaves
 from .inputs import Inputs
 from .parts import Gradient, Kind, Part
-from .record import Call, Recorder
+from .record import Recorder
 from .signature import Signature, signature_of
 from .union import form_of
 
@@ -26,11 +28,11 @@ __all__ = ["Cutter", "Pass", "Plan", "Recorded", "gradients_at"]
 
 CHUNK_BYTES = 2**22  # gradients of several directions are stacked up to this size
 GENERAL_TILE_BYTES = 2**27  # rows of the general way; a tile costs a pass, so tiles are large
-GENERAL_KEPT_BYTES = 2**28  # of its tiles, which all parts share
-PIECE_BYTES = {"cpu": 2**24}  # layer outputs of a piece of a batch: small memory is fast memory
+GENERAL_KEPT_BYTES = 2**28  # tiles of rows that all parts share take at most this
+PIECE_BYTES = {"cpu": 2**24}  # layer outputs of a piece of a batch: what is small stays in cache
 PIECE_BYTES_ELSEWHERE = 2**30
 PIECE_EXAMPLES = 16  # but no fewer: small products are slow
-HELD_BYTES = 2**26  # of a piece's gradients in all directions, if they are held at once
+HELD_BYTES = 2**26  # a piece's gradients in all directions are held at once up to this
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Pass:
         signature: what it did.
         idle: parameters that only calls without a position received.
         drawn: whether it drew random numbers.
+        whole: the same before some of its calls were split.
     """
 
     raw: Any
@@ -56,6 +59,7 @@ class Pass:
     signature: Signature
     idle: frozenset[str]
     drawn: bool = False
+    whole: Pass | None = None
 
     @classmethod
     def of(
@@ -92,6 +96,15 @@ class Pass:
         """What each call was, in order."""
         return [call.key for call in self.calls]
 
+    def split(self, which: frozenset[int]) -> Pass:
+        """The same with some calls split, as far as they can be."""
+        if not which or self.whole is not None:
+            return self
+        calls: list[Call] = []
+        for k, call in enumerate(self.calls):
+            calls += [call] if k not in which or call.split is None else call.split()
+        return replace(self, calls=calls, whole=self)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -106,6 +119,7 @@ class Plan:
         constants: which constants were taken for data.
         silent: calls whose gradient was zero there, which proves nothing.
         cutter: cuts batches into pieces, if examples alone are as within the batch.
+        split: which of a pass's calls are split: the numbers above count what they are split into.
     """
 
     keys: list[tuple[str, ...]]
@@ -116,9 +130,11 @@ class Plan:
     constants: list[bool]
     silent: frozenset[int] = frozenset()
     cutter: Cutter | None = None
+    split: frozenset[int] = frozenset()
 
     def fits(self, record: Pass) -> bool:
         """Whether a pass calls the same layers, with room for its examples."""
+        record = record.split(self.split)
         if self.examples == 1 and record.n > 1:  # one example shows no example axis
             return False
         return record.keys == self.keys and all(
@@ -134,6 +150,7 @@ class Plan:
 
     def bytes(self, record: Pass) -> int:
         """What the gradients at the layers' outputs take, for one direction."""
+        record = record.split(self.split)
         used = {k for part in self.parts for k in part.calls}
         return sum(record.calls[k].shape.numel() for k in used) * record.outputs.element_size()
 
@@ -164,16 +181,20 @@ class Cutter:
         """Into how many pieces a batch is cut."""
         return max(1, -(-self._examples(raw) // self.size))
 
-    def __call__(self, raw: Any, target: Tensor | None) -> Iterator[tuple[Any, Tensor | None]]:
+    def __call__(self, raw: Any, target: Any) -> Iterator[tuple[Any, Any]]:
         """Pieces of a batch, with their targets."""
         n, count = self._examples(raw), self.pieces(raw)
         for k in range(count):
             where = slice(n * k // count, n * (k + 1) // count)
-            labels = target if target is None or count == 1 else target[where]
+            labels = target if count == 1 else tree.map_leaves(partial(_examples, where), target)
             yield raw if count == 1 else cut(raw, self.leaves, where), labels
 
     def _examples(self, raw: Any) -> int:
         return int(list(tree.leaves(raw))[self.leaves[0]].shape[0])
+
+
+def _examples(where: slice, leaf: Any) -> Any:
+    return leaf[where] if isinstance(leaf, Tensor) else leaf
 
 
 @dataclass(frozen=True)
@@ -183,8 +204,8 @@ class Recorded:
     record: Pass
     plan: Plan
     parameters: Mapping[str, Tensor]
-    parts: Sequence[Part]  # of all batches so far: those that the forms are of
-    prove: Callable[[Pass], Plan] | None = None  # if a call speaks that was silent in the proof
+    parts: Sequence[Part]  # of all batches so far; forms are in this order
+    prove: Callable[[Pass], Plan] | None = None  # if a call has a new gradient
     marks: Tensor | None = None  # of the positions (N, S) that are scored, see `positions`
     _inputs: dict[int, list[Inputs | None]] = field(default_factory=dict)
 
@@ -211,7 +232,7 @@ class Recorded:
         """
         step = self._step
         general = self.plan.general
-        masked = general is not None and general.way is Way.MASKED
+        masked = general is not None and general.way.of_whole
         start = self.record.outputs if root is None else root
         recorded, done = self, 0
         while chunk := [d.to(self.record.outputs.dtype) for d in islice(directions, step)]:
@@ -221,7 +242,7 @@ class Recorded:
                 keep = root is not None or masked or done < count or bool(self.plan.silent)
                 collected.append(gradients_at(start, recorded.edges, direction, keep))
             believed = recorded._believed(collected)
-            if believed._used != recorded._used:
+            if believed.used != recorded.used:
                 collected = [gradients_at(start, believed.edges, d) for d in chunk]
             recorded = believed
             yield recorded.forms(collected, chunk), done == len(chunk), done == count
@@ -233,17 +254,19 @@ class Recorded:
         speaking = [
             g.any()
             for each in collected
-            for k, g in zip(self._used, each, strict=True)
+            for k, g in zip(self.used, each, strict=True)
             if k in self.plan.silent and g is not None
         ]
         if not speaking or not bool(torch.stack(speaking).any()):
             return self
-        return replace(self, plan=self.prove(self.record), _inputs={})
+        record = self.record if self.record.whole is None else self.record.whole
+        plan = self.prove(record)
+        return replace(self, record=record.split(plan.split), plan=plan, _inputs={})
 
     @property
     def _step(self) -> int:
         """How many directions are stacked."""
-        one = sum(self.record.calls[k].shape.numel() for k in self._used) * self.dtype.itemsize
+        one = sum(self.record.calls[k].shape.numel() for k in self.used) * self.dtype.itemsize
         return max(1, CHUNK_BYTES // max(1, one))
 
     def general_passes(self, directions: int) -> tuple[int, int]:
@@ -261,10 +284,11 @@ class Recorded:
     @property
     def edges(self) -> list[GradientEdge]:
         """Where the output gradients of the layers arrive."""
-        return [self.record.calls[k].edge for k in self._used]
+        return [self.record.calls[k].edge for k in self.used]
 
     @property
-    def _used(self) -> list[int]:
+    def used(self) -> list[int]:
+        """The calls that parts are made of."""
         return sorted({k for part in self.plan.parts for k in part.calls})
 
     def forms(
@@ -276,32 +300,55 @@ class Recorded:
             collected: for each direction the gradients at the `edges`, None if they are zero.
             directions: what they are the gradients of; read for parts on the general way alone.
         """
-        calls, folds, n = self.record.calls, self.plan.folds, self.record.n
         gradients = {
-            k: Gradient(calls[k], folds[k], [each[j] for each in collected], n, self.dtype)
-            for j, k in enumerate(self._used)
+            k: self.gradient(k, [each[j] for each in collected]) for j, k in enumerate(self.used)
         }
         forms: list[Form | None] = []
-        general = self._general(directions)
+        general = self.general(directions)
         for k, part in enumerate(self.plan.parts):
             if part.kind is Kind.UNUSED:
                 forms.append(None)
             elif part.kind is Kind.GENERAL:
                 forms.append(next(general))
             else:
-                if k not in self._inputs:
-                    made = part.inputs(calls, folds, n)
-                    self._inputs[k] = [None if x is None else x.to(self.dtype) for x in made]
-                forms.append(
-                    part.form(calls, folds, self._inputs[k], gradients, self.parameters, self.marks)
-                )
+                forms.append(self.form(k, gradients))
         if self.parts is self.plan.parts:
             return forms
         like = torch.zeros((), dtype=self.dtype, device=self.record.outputs.device)
-        shape = (len(collected), n)
+        shape = (len(collected), self.record.n)
         return [form_of(part, self.plan.parts, forms, shape, like) for part in self.parts]
 
-    def _general(self, chunk: Sequence[Tensor]) -> Iterator[Rows]:
+    def gradient(self, call: int, given: Sequence[Tensor | None]) -> Gradient:
+        """What arrived at a call's output, for each direction."""
+        fold = self.plan.folds[call]
+        return Gradient(self.record.calls[call], fold, given, self.record.n, self.dtype)
+
+    def form(self, k: int, gradients: Mapping[int, Gradient]) -> Form:
+        """The form of a part, from the gradients at its calls."""
+        part, calls, folds = self.plan.parts[k], self.record.calls, self.plan.folds
+        inputs = self._inputs.get(k)
+        if inputs is None:
+            made = part.inputs(calls, folds, self.record.n)
+            inputs = self._inputs[k] = [None if x is None else x.to(self.dtype) for x in made]
+        return part.form(calls, folds, inputs, gradients, self.parameters, self.marks)
+
+    @property
+    def streams(self) -> bool:
+        """Whether `streaming` can hand over one form after the other, and it is worth it."""
+        known = self.parts is self.plan.parts and not self.plan.silent
+        return known and self._step == 1 and len(self.used) > 1
+
+    def drop_inputs(self, k: int) -> None:
+        """Forget the inputs of a part as they were converted."""
+        self._inputs.pop(k, None)
+
+    def drop(self, call: int) -> None:
+        """Forget the input of a call: no form can be made of it any more."""
+        known = self.record.calls[call]
+        empty = replace(known.use, x=known.use.x.new_empty(0))
+        self.record.calls[call] = replace(known, use=empty)
+
+    def general(self, chunk: Sequence[Tensor]) -> Iterator[Rows]:
         """The rows of each part without a form, in order: one pass makes those of all."""
         make = self.plan.general
         if make is None:

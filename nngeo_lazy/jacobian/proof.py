@@ -10,18 +10,19 @@ example a row belongs to.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..space import ParamSpace
-from .folds import Fold, Ragged, candidates
+from .calls import Call
+from .folds import Axis, Fold, Ragged, candidates
 from .forms import Form
 from .inputs import Inputs
 from .parts import Gradient, Kind, Part
-from .record import Call
 
 __all__ = ["Probe", "Probed", "agree", "probe_folds", "scales_of"]
 
@@ -35,6 +36,13 @@ class Probe:
     at_calls: Sequence[Tensor | None]
     scaled: Sequence[Tensor | None]
     rounding: float = 0.0  # the coarsest on the way
+
+    def of_calls(self, which: Sequence[int]) -> Probe:
+        """The same at some of the calls, which may come several times."""
+        at_calls, scaled = self.at_calls, self.scaled
+        return replace(
+            self, at_calls=[at_calls[k] for k in which], scaled=[scaled[k] for k in which]
+        )
 
     @property
     def silent(self) -> frozenset[int]:
@@ -62,8 +70,17 @@ def scales_of(outputs: Tensor, generator: torch.Generator) -> Tensor:
     return (sizes[order] * signs).to(outputs.dtype)
 
 
-def probe_folds(calls: Sequence[Call], probe: Probe) -> list[Fold | None]:
-    """The example axis of each call, or None if no axis confines gradients."""
+def probe_folds(
+    calls: Sequence[Call], probe: Probe, routed: Collection[int] = ()
+) -> list[Fold | None]:
+    """The example axis of each call, or None if no axis confines gradients.
+
+    Args:
+        calls: the recorded calls.
+        probe: gradients at them.
+        routed: calls of which it is known that each position has an owner of its own, also if an
+            axis fits by accident.
+    """
     n = len(probe.scales)
     folds: list[Fold | None] = []
     for k, call in enumerate(calls):
@@ -72,22 +89,37 @@ def probe_folds(calls: Sequence[Call], probe: Probe) -> list[Fold | None]:
             for fold in candidates(call.shape[: call.use.leading], n)
             if _confined(fold, call, k, probe)
         )
-        folds.append(next(fitting, None) or _ragged(call, k, probe))
+        fold = next(fitting, None)
+        by_accident = fold is not None and n > 1 and _has_empty_places(fold, call, k, probe)
+        if k in routed or by_accident or (fold is None and n > 1):
+            fold = _ragged(call, k, probe) or fold
+        folds.append(fold)
     return folds
+
+
+def _has_empty_places(fold: Fold, call: Call, k: int, probe: Probe) -> bool:
+    """Whether flat positions have places without input and gradient, as those of experts do."""
+    plain = probe.at_calls[k]
+    if fold.kind is Axis.WHOLE or call.use.leading != 1 or plain is None:
+        return False
+    dead = ~call.arranged(plain.unsqueeze(0))[0].flatten(1).any(1)
+    return bool(dead.any()) and bool((dead & _without_input(call, call.shape[:1])).any())
 
 
 def _ragged(call: Call, k: int, probe: Probe) -> Ragged | None:
     """The owner of each position: by whose number its gradient is multiplied.
 
-    A position without a gradient goes to the owner of the one before: it has no part in rows.
+    A position without a gradient goes to the owner of the one before: it has no part in rows. If
+    its input is zero as well, it is an empty place, such as those of an expert that more tokens
+    might have chosen, and goes to nobody.
     """
     plain, scaled, scales = probe.at_calls[k], probe.scaled[k], probe.scales
     n, leading = len(scales), 1 if call.use.local is not None else call.use.leading
-    if n == 1 or not 1 <= leading <= len(call.shape):
+    if not 1 <= leading <= len(call.shape):
         return None
     sizes = call.shape[:leading]
+    none = torch.zeros(sizes.numel(), dtype=torch.int64, device=scales.device)
     if plain is None or scaled is None:
-        none = torch.zeros(sizes.numel(), dtype=torch.int64, device=scales.device)
         return Ragged.of(none, n, sizes)
     dtype = torch.promote_types(plain.dtype, torch.float32)
     both = call.arranged(torch.stack([plain, scaled])).flatten(1, leading)
@@ -95,11 +127,13 @@ def _ragged(call: Call, k: int, probe: Probe) -> Ragged | None:
     size = ours.norm(dim=1)
     precision = max(probe.rounding, _precision(scales, [plain]))
     alive = size > 16 * precision * size.max()
+    empty = (size == 0) & _without_input(call, sizes)
     if not bool(alive.any()):  # no gradient, or one that is not finite
-        none = torch.zeros(len(size), dtype=torch.int64, device=size.device)
-        return None if bool(size.any()) else Ragged.of(none, n, sizes)
+        return None if bool(size.any()) else Ragged.of(none.masked_fill(empty, -1), n, sizes)
     ratio = (ours * theirs).sum(1) / size.square().clamp_min(torch.finfo(dtype).tiny)
     numbers, order = scales.to(dtype).sort()
+    if n == 1:
+        return Ragged.of(none.masked_fill(empty, -1), n, sizes)
     middles = (numbers[1:] + numbers[:-1]) / 2
     place = torch.bucketize(ratio, middles)
     gap = (numbers[1:] - numbers[:-1]).min()
@@ -111,7 +145,15 @@ def _ragged(call: Call, k: int, probe: Probe) -> Ragged | None:
         return None
     last = torch.where(alive, torch.arange(len(alive), device=alive.device), -1).cummax(0).values
     last = torch.where(last < 0, alive.int().argmax(), last)
-    return Ragged.of(order[place[last]], n, sizes)
+    return Ragged.of(order[place[last]].masked_fill(empty, -1), n, sizes)
+
+
+def _without_input(call: Call, sizes: Sequence[int]) -> Tensor:
+    """Which of the flattened positions have an input of zeros."""
+    x = call.use.x
+    if not x.is_floating_point() or tuple(x.shape[: len(sizes)]) != tuple(sizes):
+        return torch.zeros(math.prod(sizes), dtype=torch.bool, device=x.device)
+    return ~x.flatten(0, len(sizes) - 1).flatten(1).any(1)
 
 
 def _confined(fold: Fold, call: Call, k: int, probe: Probe) -> bool:

@@ -8,17 +8,17 @@ sees them all.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .. import tree
 from ..errors import StochasticModelError
+from .calls import Call, arranged, edge_of
 from .layers import BATCH_STATISTICS
 from .local import results_apart
 from .lookups import Lookup, by_number, chosen, grouped, lookup_of, table
@@ -28,48 +28,7 @@ from .scopes import in_build, refuse_renormalisation
 from .uses import Use
 from .weights import Weight, derived, sources_of
 
-__all__ = ["Call", "Recorder"]
-
-
-@dataclass(frozen=True)
-class Call:
-    """A layer's call: its form, its selected weights by role, and its output's gradient edge.
-
-    Attributes:
-        function: what was called.
-        weights: those that are made of selected parameters.
-        use: its form.
-        edge: where the gradient at its output arrives.
-        output: the shape of that gradient.
-        shape: the same in the order of the form: (*leading, *features).
-        note: why the function has no closed form.
-    """
-
-    function: str
-    weights: Mapping[str, Weight]
-    use: Use
-    edge: GradientEdge
-    output: torch.Size
-    shape: torch.Size
-    note: str = ""
-
-    @property
-    def key(self) -> tuple[str, ...]:
-        """What must be the same in every batch."""
-        return (self.function, *(_label(w, self.use) for w in self.weights.values()))
-
-    def arranged(self, gradients: Tensor) -> Tensor:
-        """Gradients (R, *as they arrive) in the order of the form."""
-        gradients = gradients.reshape(len(gradients), *self.output)
-        return gradients if self.use.view is None else self.use.view(gradients)
-
-
-def _label(weight: Weight, use: Use) -> str:
-    names = ", ".join(weight.names)
-    if use.grid is None or weight.selection is None:
-        return names
-    part = weight.selection
-    return f"{names}[{part.start}:{part.size}]" if part.start else names
+__all__ = ["Recorder"]
 
 
 class Recorder(TorchFunctionMode):
@@ -256,7 +215,8 @@ class Recorder(TorchFunctionMode):
                 self.formless.update(dict.fromkeys(names, use))
                 return output
             reason = use
-        meeting = Meeting(func, before, kwargs, meant, self._weight_of, self._cut)
+        tell = self._weight_of, self._cut, lambda value: id(value) in self._constants
+        meeting = Meeting(func, before, kwargs, meant, *tell)
         if self._looked_up(meeting, names):
             return output
         apart = [(use, meant) for use in grouped(func, before, kwargs, meant, self._pick)]
@@ -387,20 +347,21 @@ class Recorder(TorchFunctionMode):
             self.formless.update(dict.fromkeys(made, f"{function} with a weight made of others"))
             weights = {role: w for role, w in weights.items() if w.selection is not None}
         if weights:
-            edge, shape = _edge(output), output.shape
-            if use.view is not None:
-                empty = torch.empty(0, *shape, device="meta")
-                shape = use.view(empty).shape[1:]
-            self.calls.append(Call(function, weights, use, edge, output.shape, shape, note))
+            edge, shape = edge_of(output), arranged(use, output.shape)
+            call = Call(function, weights, use, edge, output.shape, shape, note)
+            whole = use.weight
+            if use.matrices and whole is not None and id(whole) in self._weights:
+                call = replace(call, split=lambda: self._split(call, whole))
+            self.calls.append(call)
 
-
-def _edge(output: Tensor) -> GradientEdge:
-    """Where the gradient at an output arrives, also if it is a view that is changed in place."""
-    base = output._base if output._is_view() else None
-    whole = base is not None and base.grad_fn is not None and base.numel() == output.numel()
-    if base is not None and whole and base.is_contiguous() and output.is_contiguous():
-        return get_gradient_edge(base)
-    return get_gradient_edge(output)
+    def _split(self, call: Call, whole: Tensor) -> list[Call]:
+        made = []
+        for k in range(call.use.matrices):
+            use = call.use.one(k, self._pick(whole, k))
+            shape = arranged(use, call.output)
+            weights = self._role_weights(use)
+            made.append(replace(call, weights=weights, use=use, shape=shape, split=None))
+        return made
 
 
 def _in_place(func: Callable[..., Any]) -> bool:

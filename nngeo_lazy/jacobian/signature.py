@@ -21,13 +21,13 @@ __all__ = ["Signature", "signature_of"]
 class _Reach(NamedTuple):
     """Attributes of a node: the sizes of what it was given, and the dimensions that it joins."""
 
-    sizes: str | None  # None: those of its result
-    dims: str | None  # None: all of them
+    sizes: str | None  # None: the sizes of its result
+    dims: str | None  # None: all dimensions
 
 
 _SIZES = "_saved_self_sym_sizes"
 
-# To these, an example is like any other only if they act along another axis than theirs.
+# These treat each example alone only if they act along another axis than that of the examples.
 _ALONG = {
     "SelectBackward0": _Reach(_SIZES, "_saved_dim"),
     "SliceBackward0": _Reach(_SIZES, "_saved_dim"),
@@ -40,7 +40,7 @@ _ALONG = {
     "RollBackward0": _Reach(None, "_saved_dims"),
 }
 
-# Which example meets which is told by the shapes: entry by entry, or as a layer has it.
+# For these, the shapes tell which example meets which.
 _NAMES = """
 Abs Acos Acosh AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D AdaptiveMaxPool3D Add
 Addcdiv Addcmul Addmm Addmv Alias Amax Amin Asin Asinh Atan Atan2 Atanh AvgPool2D AvgPool3D

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..layout import Layout
 from .forms import Form, Outer
 
-__all__ = ["Summed"]
+__all__ = ["Summed", "at_zero"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,19 @@ class Summed(Form):
                 out += one.rows(a, b).square_().sum((0, 1))
         return out
 
+    def rotated(self, left: Tensor | None, right: Tensor | None) -> Summed:
+        """The same in the basis left kron right of the weight's matrix (see `Outer.prepared`)."""
+        outers = []
+        for outer, layout in zip(self.outers, self.layouts, strict=True):
+            own = (right, left) if layout.pieces[0].transposed else (left, right)
+            x = None if outer.inputs is None else outer.inputs.prepared(own[1], bias=False)
+            outers.append(outer.prepared(x, False, own[0]))
+        return replace(self, outers=tuple(outers))
+
+    def outer_of(self, layout: Layout) -> Outer:
+        """The uses that lie in the weight in one way."""
+        return self.outers[self.layouts.index(layout)]
+
     def jvp(self, vectors: Tensor) -> Tensor:
         """Rows times columns: (p, k) -> (R, N, k)."""
         parts = [
@@ -86,3 +99,8 @@ class Summed(Form):
         if total is None:
             raise ValueError("a sum of no forms")
         return total
+
+
+def at_zero(layout: Layout) -> Layout:
+    """The layout of one piece in a vector that begins with it."""
+    return layout.shifted({piece.start: 0 for piece in layout.pieces})

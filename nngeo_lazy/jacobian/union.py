@@ -12,6 +12,7 @@ from ..space import ParamSpace
 from .forms import Form, Outer, Rows
 from .inputs import DenseInputs
 from .parts import Kind, Part, gaps
+from .summed import Summed
 
 __all__ = ["Absent", "form_of", "joined", "same"]
 
@@ -25,7 +26,7 @@ class Absent(Outer):
 
 def same(a: Part, b: Part) -> bool:
     """Whether the forms of two parts can be summed as they are."""
-    outer = (a.kind is Kind.OUTER) == (b.kind is Kind.OUTER)
+    outer = (a.kind is Kind.OUTER) == (b.kind is Kind.OUTER) and {*a.grids} == {*b.grids}
     unused = (a.kind is Kind.UNUSED) == (b.kind is Kind.UNUSED)
     return a.names == b.names and a.layout == b.layout and outer and unused
 
@@ -95,10 +96,13 @@ def form_of(
     for k in found:
         if same(others[k], part):
             return forms[k]
-    # what is left is unused by this batch, or rows
+    # this batch does not use the part, or has rows of it alone
     sources = [(form, others[k]) for k in found if (form := forms[k]) is not None]
     if not sources and part.kind is Kind.OUTER:
-        return _empty(part, shape, like)
+        return _empty(part.layout, part.members[0].roles, shape, like)
+    if not sources and part.grids:
+        empty = [_empty(grid, part.members[0].roles, shape, like) for grid in part.grids]
+        return Summed(tuple(empty), part.grids)
     size = part.layout.size
     placed = [(form, *_meeting(other.layout, part.layout, like)) for form, other in sources]
 
@@ -142,9 +146,9 @@ def _meeting(theirs: Layout, mine: Layout, like: Tensor) -> tuple[Tensor, Tensor
     return inside.to(like.device), where[inside].to(like.device)
 
 
-def _empty(part: Part, shape: tuple[int, int], like: Tensor) -> Absent:
+def _empty(layout: Layout, roles: Sequence[str], shape: tuple[int, int], like: Tensor) -> Absent:
     """The outer form of a batch that does not use the layer."""
-    (r, n), layout, roles = shape, part.layout, part.members[0].roles
+    r, n = shape
     g = like.new_zeros(r, n, layout.groups, 1, layout.rows)
     bias = "bias" in roles
     x = like.new_zeros(n, layout.groups, 1, layout.width - bias)

@@ -9,7 +9,7 @@ also covers subclasses, functional code and keyword calls.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -71,6 +71,8 @@ class Use:
             in that order as they come.
         local: rows of a function of which nothing is known but itself, in the place of `rows`.
         slots: the weights of such a function by role, if they are more than one.
+        matrices: how many tensors the weight is a stack of, if the first feature of the output (and
+            of x) says which of them it was made with; 0 if it is no such stack.
 
     Raises:
         ValueError: it has both `rows` and a grid, or neither, or a part of these is missing.
@@ -94,6 +96,7 @@ class Use:
     view: Callable[[Tensor], Tensor] | None = None
     local: Local | None = None
     slots: Mapping[str, Tensor] | None = None
+    matrices: int = 0
 
     def __post_init__(self) -> None:
         if self.x.layout is not torch.strided:
@@ -115,6 +118,27 @@ class Use:
         """The parameters' dtype."""
         given = self.weight if self.weight is not None else self.bias
         return self.x.dtype if given is None else given.dtype
+
+    def one(self, k: int, weight: Tensor) -> Use:
+        """The use of one tensor of a stack: of its features k at all positions."""
+        lead, whole, grid = self.leading, self.view, self.grid
+
+        def view(g: Tensor) -> Tensor:
+            return (g if whole is None else whole(g)).select(lead + 1, k)
+
+        x = self.x.select(lead, k)
+        if grid is None:
+            return replace(self, weight=weight, x=x, view=view, matrices=0)
+        return replace(
+            self,
+            weight=weight,
+            x=x,
+            grid=replace(grid, groups=1),
+            gradients=lambda g: g.reshape(*g.shape[:2], 1, g.shape[2], -1),
+            inputs=lambda x: x.reshape(x.shape[0], 1, x.shape[1], -1),
+            view=view,
+            matrices=0,
+        )
 
     def mismatch(self) -> str:
         """How the grid does not fit the parameters; empty if it does."""

@@ -34,7 +34,7 @@ def chosen_parameters(space: ParamSpace, given: Any) -> Tensor | None:
             raise DataError(f"expected a mask of parameters {list(own)}, got one of {unknown}")
         given = torch.cat(
             [
-                given.get(name, torch.zeros(zero.shape)).flatten().bool()
+                given.get(name, torch.zeros(zero.shape, device="cpu")).flatten().bool()
                 for name, zero in own.items()
             ]
         )

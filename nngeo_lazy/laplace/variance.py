@@ -39,12 +39,12 @@ def log_likelihood(
         noise: the wanted multiple.
     """
     if isinstance(own, float) and own == 1.0 and isinstance(noise, float) and noise == 1.0:
-        return torch.tensor(known, dtype=widest())
+        return torch.tensor(known, dtype=widest(), device="cpu")
     base = scaled(likelihood, 1 / float(own))
     count, examples = F.num_terms, F.num_examples
     if count is None or examples is None or not examples:
         raise DataError("expected F to know how many labels it was built from: build it again")
-    zeros = torch.zeros(1, count // examples, dtype=widest())  # an example's labels
+    zeros = torch.zeros(1, count // examples, dtype=widest(), device="cpu")  # an example's labels
     constant = examples * float(base.log_prob(zeros, zeros))  # log p of residuals that are zero
     spread = torch.as_tensor(noise, dtype=widest())
     return (known - constant) / spread + constant - count / 2 * spread.log()

@@ -10,28 +10,39 @@ from __future__ import annotations
 
 from .categorical import Categorical
 from .dispersed import NegativeBinomial, StudentT
+from .distributions import FromDistribution
 from .elementwise import Bernoulli, Poisson
 from .gaussian import Gaussian
+from .heteroscedastic import HeteroscedasticGaussian
+from .joint import Joint
 from .likelihood import ESTIMATORS, Estimator, Likelihood, check_estimator
 from .losses import CallableLoss, Reduction, resolve_loss
-from .names import NAMES, LikelihoodLike, described, resolve
+from .names import NAMES, LikelihoodLike, described, of_heads, resolve
+from .preferences import BradleyTerry
+from .weighted import Weighted
 
 __all__ = [
     "ESTIMATORS",
     "NAMES",
     "Bernoulli",
+    "BradleyTerry",
     "CallableLoss",
     "Categorical",
     "Estimator",
+    "FromDistribution",
     "Gaussian",
+    "HeteroscedasticGaussian",
+    "Joint",
     "Likelihood",
     "LikelihoodLike",
     "NegativeBinomial",
     "Poisson",
     "Reduction",
     "StudentT",
+    "Weighted",
     "check_estimator",
     "described",
+    "of_heads",
     "resolve",
     "resolve_loss",
 ]

@@ -14,13 +14,20 @@ from torch.nn import functional as F
 from ..arguments import as_numbers, check_fields
 from ..errors import DataError
 from ..precision import widened, widest
-from .likelihood import NOT_FINITE, Likelihood, check_outputs, labels_needed, standard_normal, wide
+from .likelihood import (
+    NOT_FINITE,
+    PerLabel,
+    check_outputs,
+    labels_needed,
+    standard_normal,
+    wide,
+)
 
 __all__ = ["Categorical"]
 
 
 @dataclass(frozen=True)
-class Categorical(Likelihood):
+class Categorical(PerLabel):
     r"""Softmax over classes: the loss is cross-entropy, outputs are logits.
 
     .. math:: \ell = -\sum_c q_c \log p_c, \qquad \nabla \ell = \kappa p - q, \qquad
@@ -91,7 +98,7 @@ class Categorical(Likelihood):
 
     def check(self, outputs: Tensor, target: Tensor | None) -> None:
         """Raise DataError if outputs or target cannot be this likelihood's."""
-        check_outputs(outputs)
+        check_outputs(outputs, target)
         dim = self._class_dim(outputs, target)
         classes = outputs.shape[dim]
         if classes < 2:
@@ -162,8 +169,29 @@ class Categorical(Likelihood):
         wrong, where = p.max(dim, keepdim=True)
         return wide(gradient).gather(dim, where).sum() / wrong.sum()
 
-    def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
-        """-log p(y | f) up to a constant, summed over positions: (N,). Differentiable."""
+    def grid(self, outputs: Tensor, target: Tensor | None) -> torch.Size:
+        """The shape of the labels: that of the outputs without the classes."""
+        dim = self._class_dim(outputs, target)
+        return torch.Size(size for k, size in enumerate(outputs.shape) if k != dim)
+
+    def spread(self, numbers: Tensor, outputs: Tensor, target: Tensor | None) -> Tensor:
+        """Numbers of the labels at the outputs that they belong to; broadcasts to the outputs."""
+        dim = self._class_dim(outputs, target)
+        if self.shift:  # label t is scored at t - shift
+            numbers = torch.cat([numbers[:, self.shift :], numbers[:, : self.shift]], 1)
+        return numbers.unsqueeze(dim)
+
+    def places(self, terms: Tensor, outputs: Tensor, target: Tensor | None) -> Tensor:
+        """Which positions of the outputs have a label of a mask: (N, *positions)."""
+        return self.spread(terms, outputs, target).squeeze(self._class_dim(outputs, target))
+
+    def terms(self, outputs: Tensor, target: Tensor | None) -> Tensor:
+        """Which labels are scored, a mask shaped like the grid."""
+        _, _, mask = self._canonical(outputs, target)
+        return self._as_grid(mask, outputs, target) != 0
+
+    def each(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """-log p of each label up to a constant, shaped like the grid. Differentiable."""
         logits, labels, mask = self._canonical(wide(outputs), target)
         log_p = logits.log_softmax(-1)
         losses = -log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
@@ -172,7 +200,7 @@ class Categorical(Likelihood):
         if self._smooth:
             uniform = -(log_p if self.weight is None else log_p * self._weight.to(log_p)).mean(-1)
             losses = losses.lerp(uniform, self.label_smoothing)
-        return (losses * mask).sum(1).to(outputs.dtype)
+        return self._as_grid(losses * mask, outputs, target)
 
     def hessian_product(self, outputs: Tensor, target: Tensor | None, vectors: Tensor) -> Tensor:
         """H_n v_n with H_n the Hessian of the loss in the outputs, shaped like vectors."""
@@ -195,14 +223,7 @@ class Categorical(Likelihood):
         """Which positions of the outputs are scored, a mask (N, *positions); None if all are."""
         if target is None and not self.shift:
             return None
-        _, _, mask = self._canonical(outputs.detach(), target)
-        shape = list(outputs.shape)
-        del shape[self._class_dim(outputs, target)]
-        if not self.shift:
-            return mask.reshape(shape) != 0
-        shape[1] -= self.shift
-        grid = mask.reshape(*shape[:2], -1)
-        return F.pad(grid, (0, 0, 0, self.shift)) != 0
+        return self.places(self.terms(outputs.detach(), target), outputs, target)
 
     def label_weights(self, outputs: Tensor, target: Tensor | None) -> Tensor:
         """The weight of each position's label, zero if it is masked: (N, T).
@@ -256,6 +277,11 @@ class Categorical(Likelihood):
                 column[:, position, j + 1 :] = -a[:, None] * _ratio(p[:, position, j + 1 :], rest)
                 yield self._embed(column, outputs, target)
 
+    def position_dims(self, outputs: Tensor, target: Tensor | None) -> tuple[int, ...]:
+        """Which dimensions of the outputs are positions, whose losses are summed."""
+        own = self._class_dim(outputs, target)
+        return tuple(dim for dim in range(1, outputs.dim()) if dim != own)
+
     def _sampled(
         self, outputs: Tensor, target: Tensor | None, generator: torch.Generator | None
     ) -> Tensor:
@@ -292,7 +318,7 @@ class Categorical(Likelihood):
 
     @cached_property
     def _weight(self) -> Tensor:
-        return torch.tensor(self.weight, dtype=widest())
+        return torch.tensor(self.weight, dtype=widest(), device="cpu")
 
     def _kappa(self, labels: Tensor, mask: Tensor, target: Tensor | None) -> Tensor:
         """The mass of each position's target, zero if it is masked: (N, T, 1)."""
@@ -362,6 +388,14 @@ class Categorical(Likelihood):
         labels = labels.reshape(labels.shape[0], -1)
         mask = labels != self.ignore_index
         return logits, labels.clamp(0, logits.shape[-1] - 1), mask.to(logits.dtype)
+
+    def _as_grid(self, canonical: Tensor, outputs: Tensor, target: Tensor | None) -> Tensor:
+        """(N, T) to the shape of the labels, zero for those that the shift leaves out."""
+        grid = self.grid(outputs, target)
+        if not self.shift:
+            return canonical.reshape(grid)
+        kept = canonical.reshape(grid[0], grid[1] - self.shift, *grid[2:])
+        return torch.cat([kept.new_zeros(grid[0], self.shift, *grid[2:]), kept], 1)
 
     def _embed(self, canonical: Tensor, outputs: Tensor, target: Tensor | None) -> Tensor:
         """(*lead, N, T, C) back to (*lead, *outputs.shape), zero if the shift leaves out."""

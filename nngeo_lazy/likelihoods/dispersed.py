@@ -10,13 +10,13 @@ from torch import Tensor
 
 from ..arguments import check_fields
 from ..errors import DataError
-from .elementwise import Elementwise
+from .elementwise import EachOutput
 
 __all__ = ["NegativeBinomial", "StudentT"]
 
 
 @dataclass(frozen=True)
-class NegativeBinomial(Elementwise):
+class NegativeBinomial(EachOutput):
     r"""Each output is the log mean of a count of variance m + m^2 / r.
 
     .. math:: \ell = (y + r) \log(r + e^f) - y f, \qquad
@@ -45,17 +45,16 @@ class NegativeBinomial(Elementwise):
         check_fields(self)
         _require_positive("concentration", self.concentration)
 
-    def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
-        """-log p(y | f) up to a constant, summed over positions: (N,). Differentiable."""
+    def each(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """-log p of each label up to a constant, shaped like the grid. Differentiable."""
         y, r = target.to(outputs), self.concentration
-        each = (y + r) * _log_of_sum(outputs, r) - y * outputs
-        return each.reshape(outputs.shape[0], -1).sum(1)
+        return (y + r) * _log_of_sum(outputs, r) - y * outputs
 
-    def log_prob(self, outputs: Tensor, target: Tensor) -> Tensor:
-        """log p(y | f) itself, normalised over y and summed over positions: (N,)."""
+    def log_probs(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """log p of each label itself, normalised, shaped like the grid."""
         y, r = target.to(outputs), self.concentration
         constant = torch.lgamma(y + r) - torch.lgamma(y + 1) - math.lgamma(r) + r * math.log(r)
-        return constant.reshape(outputs.shape[0], -1).sum(1) - self.loss(outputs, target)
+        return constant - self.each(outputs, target)
 
     def flags(self, outputs: Tensor, target: Tensor | None) -> dict[str, Tensor]:
         """What is wrong in a way that only the device knows: message -> 0-d bool tensor."""
@@ -90,7 +89,7 @@ class NegativeBinomial(Elementwise):
 
 
 @dataclass(frozen=True)
-class StudentT(Elementwise):
+class StudentT(EachOutput):
     r"""Each output is the centre of a label with heavy tails, so that outliers count less.
 
     .. math:: \ell = \tfrac{\nu + 1}2 \log\Bigl(1 + \frac{(y - f)^2}{\nu s^2}\Bigr), \qquad
@@ -121,18 +120,16 @@ class StudentT(Elementwise):
         _require_positive("df", self.df)
         _require_positive("scale", self.scale)
 
-    def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
-        """-log p(y | f) up to a constant, summed over positions: (N,). Differentiable."""
+    def each(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """-log p of each label up to a constant, shaped like the grid. Differentiable."""
         apart = (target.to(outputs) - outputs) / self.scale
-        each = (self.df + 1) / 2 * (apart.square() / self.df).log1p()
-        return each.reshape(outputs.shape[0], -1).sum(1)
+        return (self.df + 1) / 2 * (apart.square() / self.df).log1p()
 
-    def log_prob(self, outputs: Tensor, target: Tensor) -> Tensor:
-        """log p(y | f) itself, normalised over y and summed over positions: (N,)."""
-        nu, count = self.df, math.prod(outputs.shape[1:])
-        constant = math.lgamma((nu + 1) / 2) - math.lgamma(nu / 2)
-        constant -= math.log(nu * math.pi) / 2 + math.log(self.scale)
-        return count * constant - self.loss(outputs, target)
+    def log_probs(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """log p of each label itself, normalised, shaped like the grid."""
+        constant = math.lgamma((self.df + 1) / 2) - math.lgamma(self.df / 2)
+        constant -= math.log(self.df * math.pi) / 2 + math.log(self.scale)
+        return constant - self.each(outputs, target)
 
     def _root(self, outputs: Tensor, target: Tensor | None) -> Tensor:
         root = ((self.df + 1) / (self.df + 3)) ** 0.5 / self.scale

@@ -20,6 +20,7 @@ from .likelihood import (
     NOT_FINITE,
     Likelihood,
     NonFinite,
+    PerLabel,
     broadcasts,
     check_outputs,
     labels_needed,
@@ -27,7 +28,7 @@ from .likelihood import (
     wide,
 )
 
-__all__ = ["Bernoulli", "Elementwise", "Poisson"]
+__all__ = ["Bernoulli", "EachOutput", "Elementwise", "Poisson"]
 
 COUNTED = 1e9  # up to this rate labels are counts; past it they are normal to within rounding
 
@@ -44,7 +45,7 @@ class Elementwise(Likelihood):
 
     def check(self, outputs: Tensor, target: Tensor | None) -> None:
         """Raise DataError if outputs or target cannot be this likelihood's."""
-        check_outputs(outputs)
+        check_outputs(outputs, target)
         if target is not None and target.shape != outputs.shape:
             raise DataError(
                 f"expected a target shaped like the outputs {tuple(outputs.shape)}, got "
@@ -80,8 +81,16 @@ class Elementwise(Likelihood):
             yield column.view(outputs.shape)
 
 
+class EachOutput(PerLabel, Elementwise):
+    """Every output has a label of its own, whose loss is known alone."""
+
+    def grid(self, outputs: Tensor, target: Tensor | None) -> torch.Size:
+        """The shape of the labels of these outputs."""
+        return outputs.shape
+
+
 @dataclass(frozen=True)
-class Bernoulli(Elementwise):
+class Bernoulli(EachOutput):
     r"""Each output is the logit of a label in [0, 1]; the loss is binary cross-entropy.
 
     .. math:: \ell = -w\, y \log p - (1 - y) \log(1 - p), \qquad
@@ -138,15 +147,14 @@ class Bernoulli(Elementwise):
         most = torch.where(gradient > 0, up, 1 - up)
         return (wide(gradient).abs() / most.clamp_min(1e-3)).max()
 
-    def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
-        """-log p(y | f) up to a constant, summed over positions: (N,). Differentiable."""
-        each = F.binary_cross_entropy_with_logits(
+    def each(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """-log p of each label up to a constant, shaped like the grid. Differentiable."""
+        return F.binary_cross_entropy_with_logits(
             outputs,
             target.to(outputs),
             reduction="none",
             pos_weight=None if self.pos_weight is None else self._weight.to(outputs),
         )
-        return each.reshape(outputs.shape[0], -1).sum(1)
 
     def flags(self, outputs: Tensor, target: Tensor | None) -> dict[str, Tensor]:
         """What is wrong in a way that only the device knows: message -> 0-d bool tensor."""
@@ -159,7 +167,7 @@ class Bernoulli(Elementwise):
 
     @cached_property
     def _weight(self) -> Tensor:
-        return torch.tensor(self.pos_weight, dtype=widest())
+        return torch.tensor(self.pos_weight, dtype=widest(), device="cpu")
 
     def _root_of_kappa(self, outputs: Tensor, target: Tensor | None) -> Tensor | float:
         """The root of 1 + (w - 1) y, by which the weight multiplies that of the Hessian."""
@@ -189,7 +197,7 @@ class Bernoulli(Elementwise):
 
 
 @dataclass(frozen=True)
-class Poisson(Elementwise):
+class Poisson(EachOutput):
     r"""Each output is the log rate of a count; the loss is exp(f) - y f.
 
     .. math:: \ell = e^f - y f, \qquad \nabla \ell = e^f - y, \qquad \nabla^2 \ell = e^f
@@ -219,15 +227,13 @@ class Poisson(Elementwise):
         whole = (counts - counts.round()).abs() <= 0.01 * (1 + rate)
         return torch.where(whole.all() & (c > 0), c, torch.full_like(c, float("nan")))
 
-    def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
-        """-log p(y | f) up to a constant, summed over positions: (N,). Differentiable."""
-        each = outputs.exp() - target.to(outputs) * outputs
-        return each.reshape(outputs.shape[0], -1).sum(1)
+    def each(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """-log p of each label up to a constant, shaped like the grid. Differentiable."""
+        return outputs.exp() - target.to(outputs) * outputs
 
-    def log_prob(self, outputs: Tensor, target: Tensor) -> Tensor:
-        """log p(y | f) itself, normalised over y and summed over positions: (N,)."""
-        factorials = torch.lgamma(target.to(outputs) + 1)
-        return -self.loss(outputs, target) - factorials.reshape(outputs.shape[0], -1).sum(1)
+    def log_probs(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """log p of each label itself, normalised, shaped like the grid."""
+        return -self.each(outputs, target) - torch.lgamma(target.to(outputs) + 1)
 
     def flags(self, outputs: Tensor, target: Tensor | None) -> dict[str, Tensor]:
         """What is wrong in a way that only the device knows: message -> 0-d bool tensor."""

@@ -14,14 +14,14 @@ from torch import Tensor
 from ..arguments import as_numbers, check_fields
 from ..errors import DataError
 from ..precision import widened
-from .elementwise import Elementwise
+from .elementwise import EachOutput
 from .likelihood import broadcasts, standard_normal, wide
 
 __all__ = ["Gaussian"]
 
 
 @dataclass(frozen=True, eq=False)
-class Gaussian(Elementwise):
+class Gaussian(EachOutput):
     r"""The loss is a squared error, in units of the labels' variance or covariance.
 
     .. math:: \ell = \tfrac12 (y - f)^T \Sigma^{-1} (y - f), \qquad
@@ -95,21 +95,31 @@ class Gaussian(Elementwise):
             residual = work / self._curvature(wide(outputs), None)
         return (work * residual).mean()
 
-    def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
-        """-log p(y | f) up to a constant, summed over positions: (N,). Differentiable."""
+    def grid(self, outputs: Tensor, target: Tensor | None) -> torch.Size:
+        """The shape of the labels: correlated outputs have one label together."""
+        return outputs.shape[:-1] if self._correlated(outputs) else outputs.shape
+
+    def size(self, outputs: Tensor) -> int:
+        """How many numbers one label is."""
+        return outputs.shape[-1] if self._correlated(outputs) else 1
+
+    def spread(self, numbers: Tensor, outputs: Tensor, target: Tensor | None) -> Tensor:
+        """Numbers of the labels at the outputs that they belong to; broadcasts to the outputs."""
+        return numbers.unsqueeze(-1) if self._correlated(outputs) else numbers
+
+    def each(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """-log p of each label up to a constant, shaped like the grid. Differentiable."""
         residual = target - outputs
         each = residual * self.hessian_product(outputs, target, residual) / 2
-        return each.reshape(outputs.shape[0], -1).sum(1)
+        return each.sum(-1) if self._correlated(outputs) else each
 
-    def log_prob(self, outputs: Tensor, target: Tensor) -> Tensor:
-        """log p(y | f) itself, normalised over y and summed over positions: (N,)."""
+    def log_probs(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """log p of each label itself, normalised, shaped like the grid."""
         if self._correlated(outputs):
-            positions = outputs[0].numel() // outputs.shape[-1]
-            logdet = 2 * positions * self._root_of_precision.diagonal().log().sum().to(outputs)
+            logs = self._root_of_precision.diagonal().log().to(outputs).sum()
         else:
-            logdet = 2 * self._root(outputs[0], None).log().sum()
-        constant = (logdet - outputs[0].numel() * math.log(2 * math.pi)) / 2
-        return constant - self.loss(outputs, target)
+            logs = self._root(outputs, None).log()
+        return logs - self.size(outputs) / 2 * math.log(2 * math.pi) - self.each(outputs, target)
 
     def hessian_product(self, outputs: Tensor, target: Tensor | None, vectors: Tensor) -> Tensor:
         """H_n v_n with H_n the Hessian of the loss in the outputs, shaped like vectors."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Literal, TypeAlias, get_args
+from itertools import product
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -14,19 +15,23 @@ from ..errors import DataError
 
 __all__ = [
     "ESTIMATORS",
+    "NAN_LABELS",
     "NOT_FINITE",
     "Estimator",
     "Likelihood",
     "NonFinite",
+    "PerLabel",
     "broadcasts",
     "check_estimator",
     "check_outputs",
     "labels_needed",
+    "missing_in",
     "standard_normal",
+    "summed",
     "wide",
 ]
 
-Estimator: TypeAlias = Literal["exact", "mc", "empirical"]
+Estimator: TypeAlias = Literal["exact", "mc", "empirical", "empirical_positions"]
 ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
 
 
@@ -39,6 +44,10 @@ class NonFinite(str):
 NOT_FINITE = NonFinite(
     "expected finite outputs, but the model gives NaN or infinity on some batch: check the inputs, "
     "and the training that led to these parameters"
+)
+NAN_LABELS = (
+    "expected labels that are numbers, but some are NaN: mask them, as in "
+    "likelihoods.Weighted(likelihoods.Gaussian(), nan='mask'), or leave their examples out"
 )
 
 
@@ -65,6 +74,14 @@ class Likelihood(ABC):
     def reweighted(self) -> str:
         """Why the loss is no likelihood, as in "class weights"; empty if it is one."""
         return ""
+
+    def missing(self, target: Any) -> Tensor | None:
+        """Whether labels are NaN that must not be, 0-d; None if there can be none."""
+        return missing_in(target)
+
+    def filled(self, labels: Tensor, where: Tensor, outputs: Tensor) -> Tensor:
+        """Labels with others, which the likelihood takes, where a mask says so."""
+        return labels.masked_fill(where, 0.0)
 
     def require_likelihood(self, estimator: str) -> None:
         """Raise DataError if the estimator draws labels that this loss does not define.
@@ -206,6 +223,9 @@ class Likelihood(ABC):
     ) -> int:
         """How many directions there are: the columns of S_n."""
         counts = {"mc": samples, "empirical": 1}
+        if estimator == "empirical_positions":
+            dims = self.position_dims(outputs, target)
+            return math.prod(outputs.shape[dim] for dim in dims)
         return counts[estimator] if estimator in counts else self._num_exact(outputs, target)
 
     def directions(
@@ -223,7 +243,7 @@ class Likelihood(ABC):
             outputs: (N, ...).
             target: the observed labels; needed by "empirical", otherwise read only for masks and
                 weights.
-            estimator: "exact", "mc" or "empirical".
+            estimator: one of `ESTIMATORS`.
             samples: label draws for "mc", each scaled by 1/sqrt(samples).
             generator: of the draws, on the outputs' device.
 
@@ -241,17 +261,78 @@ class Likelihood(ABC):
             made = (draw * scale for draw in self._draws(work, target, generator, samples))
         elif target is None:
             raise DataError(
-                "estimator='empirical' needs observed labels, but the batch has no target: pass "
+                f"estimator={estimator!r} needs observed labels, but the batch has no target: pass "
                 "(inputs, target) batches, or target="
             )
         else:
             made = iter([self._observed(work, target)])
+            if estimator == "empirical_positions":
+                made = self._each_position(next(made), self.position_dims(work, target))
         while True:
             with torch.no_grad():
                 direction = next(made, None)
             if direction is None:
                 return
             yield direction.to(outputs.dtype)
+
+    def position_dims(self, outputs: Tensor, target: Tensor | None) -> tuple[int, ...]:
+        """Which dimensions of the outputs are positions, whose losses are summed."""
+        return tuple(range(1, outputs.dim() - 1))
+
+    @staticmethod
+    def _each_position(score: Tensor, dims: Sequence[int]) -> Iterator[Tensor]:
+        """The score of one position after the other, zero elsewhere."""
+        for index in product(*(range(score.shape[dim]) for dim in dims)):
+            where = [slice(None)] * score.dim()
+            for dim, k in zip(dims, index, strict=True):
+                where[dim] = slice(k, k + 1)
+            direction = torch.zeros_like(score)
+            direction[tuple(where)] = score[tuple(where)]
+            yield direction
+
+
+class PerLabel(Likelihood):
+    """A likelihood that knows the loss of each label, so that labels can be masked and weighted.
+
+    The *grid* is the shape of the labels' losses, (N, ...).
+    """
+
+    @abstractmethod
+    def grid(self, outputs: Tensor, target: Tensor | None) -> torch.Size:
+        """The shape of the labels of these outputs."""
+
+    @abstractmethod
+    def each(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """-log p of each label up to a constant, shaped like the grid. Differentiable."""
+
+    def log_probs(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """log p of each label itself, normalised, shaped like the grid."""
+        return -self.each(outputs, target)
+
+    def spread(self, numbers: Tensor, outputs: Tensor, target: Tensor | None) -> Tensor:
+        """Numbers of the labels at the outputs that they belong to; broadcasts to the outputs."""
+        return numbers
+
+    def terms(self, outputs: Tensor, target: Tensor | None) -> Tensor:
+        """Which labels are scored, a mask shaped like the grid."""
+        return torch.ones(self.grid(outputs, target), dtype=torch.bool, device=outputs.device)
+
+    def size(self, outputs: Tensor) -> int:
+        """How many numbers one label is."""
+        return 1
+
+    def places(self, terms: Tensor, outputs: Tensor, target: Tensor | None) -> Tensor | None:
+        """Which positions of the outputs have a label of a mask: (N, *positions), or None."""
+        whole = self.spread(terms, outputs, target).expand(outputs.shape)
+        return whole if whole.dim() == 1 else whole.any(-1)
+
+    def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """-log p(y | f) up to a constant, summed over positions: (N,). Differentiable."""
+        return summed(self.each(outputs, target)).to(outputs.dtype)
+
+    def log_prob(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """log p(y | f) itself, normalised over y and summed over positions: (N,)."""
+        return summed(self.log_probs(outputs, target))
 
 
 def check_estimator(estimator: str) -> None:
@@ -276,8 +357,14 @@ def check_estimator(estimator: str) -> None:
         )
 
 
-def check_outputs(outputs: Tensor) -> None:
-    """Raise DataError if these can be no model's outputs."""
+def check_outputs(outputs: Tensor, target: Any = None) -> None:
+    """Raise DataError if these can be no model's outputs, or a target is no tensor."""
+    if target is not None and not isinstance(target, Tensor):
+        raise DataError(
+            f"expected a target that is one tensor, got {type(target).__name__}: for (labels, "
+            "weights) take likelihoods.Weighted(...), for several heads a likelihood for each, or "
+            "pass target=lambda batch: ..."
+        )
     if outputs.dim() < 1 or not outputs.is_floating_point():
         raise DataError(
             "expected floating-point outputs (N, ...) with the examples in dimension 0, got "
@@ -305,6 +392,18 @@ def labels_needed(weights: str) -> DataError:
         f"the Hessian of a loss with {weights} depends on the labels, but the batch has no target: "
         "pass (inputs, target) batches, or target="
     )
+
+
+def missing_in(target: Any) -> Tensor | None:
+    """Whether a target of real numbers holds NaN, 0-d; None for any other target."""
+    if not isinstance(target, Tensor) or not target.is_floating_point():
+        return None
+    return target.isnan().any()
+
+
+def summed(each: Tensor) -> Tensor:
+    """The sum over all dimensions but that of examples: (N,)."""
+    return each.reshape(each.shape[0], -1).sum(1)
 
 
 def standard_normal(

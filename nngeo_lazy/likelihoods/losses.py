@@ -4,38 +4,32 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_fields, require_takes
-from ..errors import (
-    DataError,
-    NNGeoError,
-    NonFiniteError,
-    NotPositiveDefiniteError,
-    UnsupportedLayerError,
-)
+from .. import tree
+from ..arguments import check_fields, name_of, require_takes
+from ..errors import DataError
 from ..precision import widened, widest
 from .categorical import Categorical
+from .differentiated import Differentiated
 from .elementwise import Bernoulli, Poisson
 from .gaussian import Gaussian
-from .likelihood import NOT_FINITE, Likelihood, broadcasts, check_outputs, standard_normal, wide
+from .likelihood import NOT_FINITE, Likelihood, broadcasts, check_outputs, wide
 from .names import NAMES, resolve
 
 __all__ = ["CallableLoss", "Reduction", "resolve_loss"]
 
-TILE_BYTES = 2**26  # of Hessians that are decomposed in float64 at a time
 Count: TypeAlias = Callable[[Tensor, Tensor | None], Tensor | int]
 
 
 @dataclass(frozen=True)
-class CallableLoss(Likelihood):
+class CallableLoss(Differentiated):
     r"""Any loss that is convex in the outputs, from a function of a batch.
 
     .. math:: S_n S_n^T = \nabla^2_f \ell(f_n, y_n)
@@ -47,7 +41,7 @@ class CallableLoss(Likelihood):
     Args:
         function: `(outputs (N, ...), target) -> losses (N,)`, summed over positions; the loss of
             an example depends on that example alone. It is called with outputs that are at least
-            float32, and with target None if batches have none.
+            float32, and with target None if batches have none; a target may be nested tensors.
 
     Raises:
         DataError: it is no function of (outputs, target).
@@ -67,16 +61,25 @@ class CallableLoss(Likelihood):
         check_fields(self)
         require_takes("function", self.function, "outputs", "target")
 
+    def position_dims(self, outputs: Tensor, target: Any) -> tuple[int, ...]:
+        """Refused: a function of an example says nothing of its positions."""
+        raise DataError(
+            "estimator='empirical_positions' needs a loss that is a sum over positions, and a "
+            "function of whole examples does not say so: take a likelihood, or 'empirical'"
+        )
+
     def __repr__(self) -> str:
         """A function that has a name by it, so that it is the same one in another process."""
-        name = getattr(self.function, "__qualname__", "<")
-        named = f"{getattr(self.function, '__module__', '')}.{name}"
-        return f"CallableLoss({repr(self.function) if '<' in name else named})"
+        return f"CallableLoss({name_of(self.function)})"
 
     @property
     def reweighted(self) -> str:
         """Why the loss is no likelihood, as in "class weights"; empty if it is one."""
         return "a function in place of a density"
+
+    def missing(self, target: Any) -> Tensor | None:
+        """None: the function says itself what NaN means."""
+        return None
 
     def require_likelihood(self, estimator: str) -> None:
         """Raise DataError if the estimator draws labels that this loss does not define."""
@@ -87,7 +90,7 @@ class CallableLoss(Likelihood):
                 "GGN(..., loss=...), estimator='empirical', or a likelihood"
             )
 
-    def check(self, outputs: Tensor, target: Tensor | None) -> None:
+    def check(self, outputs: Tensor, target: Any) -> None:
         """Raise DataError if outputs or target cannot be this likelihood's."""
         check_outputs(outputs)
         with torch.no_grad():
@@ -99,21 +102,40 @@ class CallableLoss(Likelihood):
                 "reduction='none' and sum over positions"
             )
 
-    def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
+    def require_curved(self, outputs: Tensor, target: Any) -> None:
+        """Raise DataError if the loss is piecewise linear in the outputs: its Hessian is zero.
+
+        It is looked at in the outputs, near them, and in the target if it is like them, which is
+        where robust losses such as Huber's are curved.
+        """
+        outputs = wide(outputs.detach())
+        generator = torch.Generator(outputs.device).manual_seed(0)
+        noise = torch.empty_like(outputs).normal_(generator=generator)
+        places = [outputs, outputs + noise]
+        if isinstance(target, Tensor) and target.is_floating_point():
+            places += [wide(target)] if target.shape == outputs.shape else []
+        try:
+            curved = any(self._product(f, target)(noise).count_nonzero() for f in places)
+            masked = not self._observed(outputs, target).count_nonzero()
+        except (RuntimeError, ValueError):  # undefined near the outputs; the build tells the rest
+            return
+        if curved or masked:
+            return
+        raise DataError(
+            "the loss is linear in the outputs, so its Gauss-Newton matrix is zero: let the model "
+            "return what is before the logarithm (logits, with nn.CrossEntropyLoss in place of "
+            "NLLLoss), or take Hessian, or FIM(..., estimator='empirical')"
+        )
+
+    def loss(self, outputs: Tensor, target: Any) -> Tensor:
         """-log p(y | f) up to a constant, summed over positions: (N,). Differentiable."""
         return self._each(wide(outputs), target).to(outputs.dtype)
 
-    def hessian_product(self, outputs: Tensor, target: Tensor | None, vectors: Tensor) -> Tensor:
-        """Reverse over reverse, one vector at a time: a loss may have no forward mode or vmap."""
-        product = self._product(wide(outputs), target)
-        flat = wide(vectors).reshape(-1, *outputs.shape)
-        return torch.stack([product(v) for v in flat]).view(vectors.shape).to(vectors.dtype)
-
-    def num_terms(self, outputs: Tensor, target: Tensor | None) -> Tensor:
+    def num_terms(self, outputs: Tensor, target: Any) -> Tensor:
         """How many scalar labels are scored, a 0-d integer tensor."""
         return torch.tensor(outputs.shape[0], device=outputs.device)
 
-    def flags(self, outputs: Tensor, target: Tensor | None) -> dict[str, Tensor]:
+    def flags(self, outputs: Tensor, target: Any) -> dict[str, Tensor]:
         """What is wrong in a way that only the device knows: message -> 0-d bool tensor."""
         outputs = outputs.detach()
         flags: dict[str, Tensor] = {NOT_FINITE: ~outputs.isfinite().all()}
@@ -125,13 +147,13 @@ class CallableLoss(Likelihood):
             ] = self._mixes(wide(outputs), target)
         return flags
 
-    def _mixes(self, outputs: Tensor, target: Tensor | None) -> Tensor:
+    def _mixes(self, outputs: Tensor, target: Any) -> Tensor:
         """Whether the largest loss is another without the other examples, past rounding."""
         with torch.no_grad():
             every = self._each(outputs, target)
             k = every.detach().abs().argmax().reshape(1)  # a small loss would hide a small change
             together, outputs = every[k], outputs[k]
-            alone = self._each(outputs, None if target is None else target[k])
+            alone = self._each(outputs, tree.map_leaves(partial(_of_example, k), target))
             if alone.shape != together.shape:
                 return torch.ones((), dtype=torch.bool, device=outputs.device)
             # The terms of a loss are of the size of the outputs, or of the sum.
@@ -139,18 +161,18 @@ class CallableLoss(Likelihood):
             apart: Tensor = (together - alone).abs() > torch.finfo(outputs.dtype).eps ** 0.5 * size
             return apart.any()
 
-    def _num_exact(self, outputs: Tensor, target: Tensor | None) -> int:
-        return math.prod(outputs.shape[1:])
+    def _each(self, outputs: Tensor, target: Any) -> Tensor:
+        """The losses, of targets that are as wide as the outputs."""
+        losses: Tensor = self.function(outputs, tree.map_leaves(_widened, target))
+        return losses
 
-    def _exact(self, outputs: Tensor, target: Tensor | None) -> Iterator[Tensor]:
-        roots = self._roots(outputs, target)
-        for j in range(roots.shape[-1]):
-            yield roots[..., j].reshape(outputs.shape)
+    def _curved(self, outputs: Tensor, target: Any) -> Callable[[Tensor], Tensor]:
+        return lambda g: self._each(g, target)
 
     def _draws(
         self,
         outputs: Tensor,
-        target: Tensor | None,
+        target: Any,
         generator: torch.Generator | None,
         samples: int,
     ) -> Iterator[Tensor]:
@@ -161,101 +183,20 @@ class CallableLoss(Likelihood):
             bits = torch.randint(2, shape, device=roots.device, generator=generator)
             yield (roots @ (2 * bits - 1).to(roots)).view(outputs.shape)
 
-    def _sampled(
-        self, outputs: Tensor, target: Tensor | None, generator: torch.Generator | None
-    ) -> Tensor:
+    def _sampled(self, outputs: Tensor, target: Any, generator: torch.Generator | None) -> Tensor:
         return next(self._draws(outputs, target, generator, 1))
 
-    def _normal(
-        self, outputs: Tensor, target: Tensor | None, n: int, generator: torch.Generator | None
-    ) -> Tensor:
-        roots = self._roots(outputs, target)
-        z = standard_normal(n, (*roots.shape[:2], 1), roots, generator)
-        return (roots @ z).view(n, *outputs.shape)
-
-    def _observed(self, outputs: Tensor, target: Tensor) -> Tensor:
-        return self._gradient(target)(outputs)
-
-    def _each(self, outputs: Tensor, target: Tensor | None) -> Tensor:
-        """The losses, of targets that are as wide as the outputs."""
-        floating = target is not None and target.is_floating_point()
-        return self.function(outputs, wide(target) if floating else target)  # type: ignore[arg-type]
-
-    def _gradient(self, target: Tensor | None) -> Callable[[Tensor], Tensor]:
-        gradient: Callable[[Tensor], Tensor] = torch.func.grad(
-            lambda f: self._each(f, target).sum()
-        )
-        return gradient
-
-    def _product(self, outputs: Tensor, target: Tensor | None) -> Callable[[Tensor], Tensor]:
-        """H v for the Hessian H of the losses in the outputs."""
-        with _deriving():
-            pullback: Callable[[Tensor], tuple[Tensor, ...]]
-            pullback = torch.func.vjp(self._gradient(target), outputs)[1]
-
-        def product(vector: Tensor) -> Tensor:
-            with _deriving():
-                found: Tensor = pullback(vector)[0]
-            return found
-
-        return product
-
-    def _roots(self, outputs: Tensor, target: Tensor | None) -> Tensor:
-        """S (N, D, D) with S S^T the Hessian of each example.
-
-        Raises:
-            NotPositiveDefiniteError: an eigenvalue is negative beyond rounding.
-            NonFiniteError: the Hessian is not finite though the outputs are.
-        """
-        n, size = outputs.shape[0], math.prod(outputs.shape[1:])
-        product = self._product(outputs, target)
-        hessians = outputs.new_zeros(n, size, size)
-        for j in range(size):  # each is far cheaper than direction j's pass through the model
-            unit = torch.zeros_like(outputs).reshape(n, size)
-            unit[:, j] = 1
-            hessians[..., j] = product(unit.view(outputs.shape)).reshape(n, size)
-        finite = hessians.isfinite().all() | ~outputs.isfinite().all()
-        hessians.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)  # outputs that are not are flagged
-        convex = torch.ones_like(finite)
-        # Entries cancel: their errors are of the size of their terms, which may be of order one
-        # even if all entries are small.
-        rounding = 10 * math.sqrt(size) * torch.finfo(outputs.dtype).eps
-        for tile in hessians.split(max(1, TILE_BYTES // max(8 * size * size, 1))):
-            values, vectors = torch.linalg.eigh(widened(tile))
-            floor = -rounding * values.abs().amax(-1, keepdim=True).clamp(min=1)
-            convex &= (values >= floor).all()
-            tile.copy_(vectors * values.clamp(min=0).sqrt().unsqueeze(-2))
-        # One wait for the device in each batch: a negative curvature must not be dropped, and
-        # flags, which are read without the Hessian, cannot tell.
-        is_finite, is_convex = torch.stack([finite, convex]).tolist()
-        if not is_finite:
-            raise NonFiniteError(
-                "expected a loss with a finite Hessian in the outputs, but on some batch it is NaN "
-                "or infinite though the outputs are finite: check the loss there (a root or a norm "
-                "at zero?)"
-            )
-        if not is_convex:
-            raise NotPositiveDefiniteError(
-                "the loss is not convex in the outputs (its Hessian has a negative eigenvalue), so "
-                "its Gauss-Newton matrix is not positive semidefinite: take Hessian, or a convex "
-                "loss"
-            )
-        return hessians
+    def _observed(self, outputs: Tensor, target: Any) -> Tensor:
+        score: Tensor = torch.func.grad(lambda f: self._each(f, target).sum())(outputs)
+        return score
 
 
-@contextmanager
-def _deriving() -> Iterator[None]:
-    """Inside, a loss that is known to have values is differentiated: an error is about that."""
-    try:
-        yield
-    except (NNGeoError, RecursionError, torch.OutOfMemoryError):
-        raise
-    except RuntimeError as error:
-        reason = str(error).split("\n")[0]
-        raise UnsupportedLayerError(
-            f"the loss cannot be differentiated twice in the outputs ({reason}): write it with "
-            "other functions of torch"
-        ) from error
+def _of_example(k: Tensor, leaf: Any) -> Any:
+    return leaf[k] if isinstance(leaf, Tensor) else leaf
+
+
+def _widened(leaf: Any) -> Any:
+    return wide(leaf) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 | module | has |
 |---|---|
-| `cg`, `minres`, `lsmr` | solutions of linear systems |
+| `cg`, `minres`, `lsmr`, `neumann` | solutions of linear systems |
 | `eigsh`, `svds`, `subspace` | the ends of a spectrum, by Lanczos; the options of the search |
 | `lanczos` | Krylov spaces side by side, and their quadrature |
 | `functions`, `density` | f(A) v, and the density of a spectrum |
@@ -20,7 +20,8 @@ from .krylov import IndefinitePreconditionerError, KrylovResult, default_toleran
 from .lanczos import Lanczos, evaluated
 from .lsmr import lsmr
 from .minres import minres
-from .nystrom import nystrom
+from .neumann import neumann
+from .nystrom import nystrom, nystrom_from
 from .probes import Probes
 from .results import Estimate, Result
 from .subspace import Search, require_symmetric_products
@@ -46,7 +47,9 @@ __all__ = [
     "lsmr",
     "matrix_function",
     "minres",
+    "neumann",
     "nystrom",
+    "nystrom_from",
     "quadrature_trace",
     "require_symmetric_products",
     "signs",

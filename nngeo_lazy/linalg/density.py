@@ -156,9 +156,13 @@ class SpectralDensity(Result, tuple[Tensor, Tensor], items=2):
                 )
             low = max(low, 1e-8 * high)
             low, high = math.log10(low / 2), math.log10(2 * high)
-            return torch.logspace(low, high, points, dtype=torch.float64).to(self.nodes)
+            return torch.logspace(low, high, points, dtype=torch.float64, device="cpu").to(
+                self.nodes
+            )
         margin = 6 * self._width(False)  # there a Gaussian is below 1e-7 of its height
-        grid = torch.linspace(low - margin, high + margin, points, dtype=torch.float64)
+        grid = torch.linspace(
+            low - margin, high + margin, points, dtype=torch.float64, device="cpu"
+        )
         return grid.to(self.nodes)
 
     def _width(self, log: bool) -> float:
@@ -221,8 +225,8 @@ def spectral_density(
     nodes, weights, probe = [], [], []
     if known is not None:
         nodes.append(known[0].double().cpu())
-        weights.append(torch.full((found,), 1 / n, dtype=torch.float64))
-        probe.append(torch.full((found,), _DEFLATED))
+        weights.append(torch.full((found,), 1 / n, dtype=torch.float64, device="cpu"))
+        probe.append(torch.full((found,), _DEFLATED, device="cpu"))
 
     def product(v: Tensor) -> Tensor:
         w = products(v)
@@ -252,7 +256,9 @@ def spectral_density(
                 theta, w = run.quadrature()
                 nodes.append(theta.flatten())
                 weights.append(w.flatten() * (n - found) / n)
-                probe.append(torch.arange(done, done + k).repeat_interleave(run.steps))
+                probe.append(
+                    torch.arange(done, done + k, device="cpu").repeat_interleave(run.steps)
+                )
                 done += k
     of, each = torch.cat(probe), torch.cat(weights)
     each[of != _DEFLATED] /= max(done, 1)

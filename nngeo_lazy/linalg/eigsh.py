@@ -60,13 +60,15 @@ def wanted(values: Tensor, k: int, which: str) -> Tensor:
     n = len(values)
     k = min(k, n)
     if which == "SA":
-        return torch.arange(k)
+        return torch.arange(k, device="cpu")
     if which == "LA":
-        return torch.arange(n - k, n)
+        return torch.arange(n - k, n, device="cpu")
     if which == "LM":
         return values.abs().argsort(stable=True)[n - k :].sort().values
     high = (k + 1) // 2  # one more at the upper end, as scipy has it
-    return torch.cat([torch.arange(k - high), torch.arange(n - high, n)])
+    return torch.cat(
+        [torch.arange(k - high, device="cpu"), torch.arange(n - high, n, device="cpu")]
+    )
 
 
 def eigsh(
@@ -172,11 +174,15 @@ class _Lanczos:
     ) -> None:
         self._products, self._generator = products, generator
         self._V = torch.empty(capacity, len(block), dtype=block.dtype, device=block.device)
-        self._H = torch.zeros(capacity, capacity, dtype=torch.float64)
-        # size, Q and B belong together: an interrupt must not come between them
-        self._now = 0, orthonormal(block), torch.zeros(block.shape[1], 0, dtype=torch.float64)
-        self.whole = True  # whether V and H are those of the size
-        self.norm = 0.0  # of A, from below
+        self._H = torch.zeros(capacity, capacity, dtype=torch.float64, device="cpu")
+        # one assignment, since an interrupt must not come between size, Q and B
+        self._now = (
+            0,
+            orthonormal(block),
+            torch.zeros(block.shape[1], 0, dtype=torch.float64, device="cpu"),
+        )
+        self.whole = True  # whether V and H belong to this size
+        self.norm = 0.0  # a lower bound of the norm of A
         self.asymmetry = 0.0  # |E|
         self._floor: float | None = None  # what is all rounding, once it is asked for
 
@@ -267,7 +273,7 @@ class _Lanczos:
         self._H[start:stop, :start] = coupling.mT
         self._H[start:stop, start:stop] = (inside[start:] + inside[start:].mT) / 2
         Q, R = self._next(W, basis)
-        B = torch.zeros(Q.shape[1], stop, dtype=torch.float64)
+        B = torch.zeros(Q.shape[1], stop, dtype=torch.float64, device="cpu")
         B[: len(R), start:] = R
         self._now = stop, Q, B
 

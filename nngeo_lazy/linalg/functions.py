@@ -57,7 +57,7 @@ def matrix_function(
     with Products(matvec, "f(A) v", progress=progress) as products:
         run = Lanczos(products, v, max_steps, reorthogonalize=True, method="f(A) v")
         last: Tensor | None = None
-        change = torch.full((v.shape[1],), torch.inf, dtype=torch.float64)
+        change = torch.full((v.shape[1],), torch.inf, dtype=torch.float64, device="cpu")
         following = 4
         while not run.finished and not bool((change <= tol).all()):
             run.step()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import NonFiniteError, NotPositiveDefiniteError
 
-__all__ = ["nystrom"]
+__all__ = ["nystrom", "nystrom_from"]
 
 
 def nystrom(
@@ -60,11 +60,35 @@ def nystrom(
     test = torch.randn(n, rank, dtype=dtype, device=device, generator=generator)
     test = torch.linalg.qr(test).Q
     sketch = torch.cat([matmat(part) for part in test.split(chunk or rank, dim=1)], dim=1)
+    return nystrom_from(sketch, test)
+
+
+def nystrom_from(sketch: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
+    """The approximation of `nystrom` from the sketch A Omega (n, rank), and Omega.
+
+    Args:
+        sketch: A times the test matrix.
+        test: orthonormal columns (n, rank).
+
+    Returns:
+        U with orthonormal columns, and the eigenvalues, falling and not negative.
+
+    Raises:
+        NotPositiveDefiniteError: A has a direction of negative curvature.
+        NonFiniteError: NaN or infinity in the sketch.
+
+    Example:
+        >>> import torch
+        >>> test = torch.eye(3)[:, :1]
+        >>> nystrom_from(4 * test, test)[1]
+        tensor([4.])
+    """
+    rank, dtype = test.shape[1], test.dtype
     size = float(sketch.abs().max())
     if not size < float("inf"):
         raise NonFiniteError("nystrom: NaN or infinity in a product with the matrix")
     if size == 0:
-        return test, torch.zeros(rank, dtype=dtype, device=device)
+        return test, torch.zeros(rank, dtype=dtype, device=test.device)
     y = (sketch / size).double()  # near one, so that no shift is absolute
     core = test.double().mT @ y
     core = (core + core.mT) / 2

@@ -132,10 +132,14 @@ class _GolubKahan:
     ) -> None:
         self._products, self._matvec, self._rmatvec = products, matvec, rmatvec
         self._shape, self._capacity, self._generator = shape, capacity, generator
-        self._B = torch.zeros(capacity, capacity, dtype=torch.float64)
-        # size, q and g belong together: an interrupt must not come between them
-        self._now = 0, torch.empty(0), torch.zeros(0, dtype=torch.float64)
-        self.whole = True  # whether U, V and B are those of the size
+        self._B = torch.zeros(capacity, capacity, dtype=torch.float64, device="cpu")
+        # one assignment, since an interrupt must not come between size, q and g
+        self._now = (
+            0,
+            torch.empty(0, device="cpu"),
+            torch.zeros(0, dtype=torch.float64, device="cpu"),
+        )
+        self.whole = True  # whether U, V and B belong to this size
         self.norm = 0.0
         self._floor = 0.0  # what is all rounding, if the two products seem not to fit
 
@@ -213,7 +217,7 @@ class _GolubKahan:
         self._B[:j, j] = self._g
         self._B[j, j] = alpha
         w, inside = orthogonalised(self._products.through(self._rmatvec, u), self._V[: j + 1].mT)
-        q, g = self._q, torch.zeros(j + 1, dtype=torch.float64)
+        q, g = self._q, torch.zeros(j + 1, dtype=torch.float64, device="cpu")
         if j + 1 < self._shape[1]:
             q, g[j] = self._unit(w, self._V[: j + 1].mT)
         self._now = j + 1, q, g

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from numbers import Number
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from linear_operator.operators import (
@@ -24,7 +24,7 @@ from ..arguments import PositiveInt, checked, described
 from ..errors import DataError, NotPositiveDefiniteError, SpaceMismatchError
 from . import rules
 from .info import joint
-from .primitives import PrimitiveLinearOperator, tensors_of, within
+from .primitives import PrimitiveLinearOperator, roots_by_products, tensors_of, within
 from .report import operator_html
 from .torch_functions import TORCH_FUNCTIONS
 from .vectors import columns, require_left, require_tensor
@@ -94,21 +94,28 @@ class ContractLinearOperator(PrimitiveLinearOperator):
         return self._draw(num_samples, None).movedim(-1, 0)
 
     def root_decomposition(self, method: str | None = None) -> Any:
-        """F as R R^T, with R = F^1/2."""
-        return RootLinearOperator(self._power(0.5))
+        """F as R R^T, with R = F^1/2.
+
+        Without a closed form the root is made from products: of the whole matrix, or of as many
+        directions as give R R^T to a relative 1e-8 (1e-4 in float32), which is checked.
+        """
+        with roots_by_products():
+            return RootLinearOperator(self._power(0.5))
 
     def root_inv_decomposition(
         self, initial_vectors: Any = None, test_vectors: Any = None, method: str | None = None
     ) -> Any:
         """F^-1 as R R^T, with R = F^-1/2."""
-        return RootLinearOperator(self._power(-0.5))
+        with roots_by_products():
+            return RootLinearOperator(self._power(-0.5))
 
     @checked
     def sqrt_inv_matmul(self, rhs: Tensor, lhs: Tensor | None = None) -> Any:
         """F^-1/2 rhs; with lhs, lhs F^-1/2 rhs and the diagonal of lhs F^-1 lhs^T."""
         if lhs is not None:
             require_left(self._this(), lhs, 2)
-        root = self._power(-0.5)
+        with roots_by_products():
+            root = self._power(-0.5)
         x = root @ rhs
         if lhs is None:
             return x
@@ -296,6 +303,12 @@ class ContractLinearOperator(PrimitiveLinearOperator):
         if func in TORCH_FUNCTIONS and args and isinstance(args[0], ContractLinearOperator):
             return TORCH_FUNCTIONS[func](*args, **(kwargs or {}))
         return super().__torch_function__(func, types, args, kwargs)
+
+    def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TypeError(
+            f"{self.__class__.__name__} is no numpy array: take F.to_scipy() for its products, or "
+            "F.to_dense().numpy() if it fits"
+        )
 
     def __repr__(self) -> str:
         known = "" if self.space is None else f", {len(self.space.names)} parameters"

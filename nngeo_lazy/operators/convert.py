@@ -57,7 +57,7 @@ def aslinearoperator(A: Any) -> BaseLinearOperator:
     """
     operator: BaseLinearOperator
     if isinstance(A, Tensor) and A.dim() == 2 and A.shape[0] == A.shape[1]:
-        symmetric = torch.allclose(A, A.mT, rtol=1e-5, atol=1e-6 * float(A.abs().max()))
+        symmetric = torch.allclose(A, A.mT, rtol=1e-5, atol=1e-6 * float(A.detach().abs().max()))
         operator = rules.as_operator(A) if symmetric else MatrixLinearOperator(A)
     elif isinstance(A, np.ndarray):
         operator = aslinearoperator(torch.from_numpy(A))
@@ -126,7 +126,7 @@ def _(A: ScipyOperator) -> BaseLinearOperator:
 @rules.as_operator.register(scipy.sparse.linalg.LinearOperator)
 def _(A: scipy.sparse.linalg.LinearOperator) -> BaseLinearOperator:
     wide = np.promote_types(A.dtype, np.float32) == np.float64
-    like = torch.empty(0, dtype=torch.float64 if wide else torch.float32)
+    like = torch.empty(0, dtype=torch.float64 if wide else torch.float32, device="cpu")
     return FromScipyLinearOperator(like, operator=A)
 
 

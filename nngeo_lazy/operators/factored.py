@@ -139,14 +139,17 @@ class FactoredJacobianLinearOperator(RectangularLinearOperator):
         placed = []
         for k, layout in enumerate(self.layouts):
             total = torch.zeros(layout.size, dtype=self.dtype, device=self.device)
-            mean = torch.zeros_like(total)
+            mean = torch.zeros(
+                self.row_shapes[0][1], layout.size, dtype=self.dtype, device=self.device
+            )
             for batch in self.batches:
                 form = batch[k]
                 if form is not None:
                     total += form.sqsum()
-                    mean += form.total()
-            if self.center:  # with one row for each example
-                total = (total - mean.square() / n).clamp_min(0)
+                    if self.center:
+                        mean += form.totals()
+            if self.center:
+                total = (total - mean.square().sum(0) / n).clamp_min(0)
             placed += layout.scatter(total.unsqueeze(-1))
         return assemble(placed).squeeze(-1)
 
@@ -168,6 +171,11 @@ class FactoredJacobianLinearOperator(RectangularLinearOperator):
                 batches.append([form and form.examples(a, b) for form in batch])
             first += n
         return self._of(batches)
+
+    def each_batch(self, start: int) -> Iterator[FactoredJacobianLinearOperator]:
+        """The rows of each batch, from the given one on."""
+        for batch in self.batches[start:]:
+            yield self._of([batch])
 
     def columns(self) -> Iterator[Tensor]:
         """J^T, (P, n R) of some examples at a time."""

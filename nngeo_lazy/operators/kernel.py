@@ -22,6 +22,7 @@ from .factored import (
 from .info import Info
 from .lazy import LazyLinearOperator, require_products
 from .matrix_free import JacobianLinearOperator, TransposedLinearOperator
+from .panels import START, Keep, Panels, Place, of_output, panels, rows_of, rows_of_an_example
 from .stack import StackLinearOperator
 
 __all__ = ["KINDS", "KernelLinearOperator", "kernel_of", "rows_of_an_example"]
@@ -254,12 +255,43 @@ class KernelLinearOperator(LazyLinearOperator):
         )
 
     def _tiles(self) -> Tensor | None:
-        """The matrix before it is centered, if forms are known."""
+        """The matrix before it is centered, if rows are known."""
         left, right = self.left, self.right
-        if not isinstance(left, FactoredJacobianLinearOperator) or not isinstance(
+        if isinstance(left, FactoredJacobianLinearOperator) and isinstance(
             right, FactoredJacobianLinearOperator
         ):
+            return self._between(left, right)
+        made = self.panels()
+        if made is None:
             return None
+        require_products(self, "the matrix")
+        out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        for _, tiles in made:
+            for tile in tiles:
+                tile.write(out)
+        return out
+
+    def panels(self, start: Place = START, keep: Keep | None = None) -> Panels | None:
+        """The tiles of each panel of rows, before it is centered; None if only products are known.
+
+        Args:
+            start: where to begin.
+            keep: what keeps rows that are made anew, so that they are made once.
+        """
+        left = rows_of(self.left)
+        right = left if self.symmetric else rows_of(self.right)
+        if left is None or right is None:
+            return None
+        if keep is not None:
+            left, right = keep(left, 0), keep(right, 0 if self.symmetric else 1)
+        directions = "same" if self.kind == "mean" else "all"
+        columns = None if self.symmetric else right
+        return panels(left, columns, self._between, directions, start)
+
+    def _between(
+        self, left: FactoredJacobianLinearOperator, right: FactoredJacobianLinearOperator
+    ) -> Tensor:
+        """The entries between the rows of some examples."""
         mean, c = self.kind == "mean", self.num_outputs
         if self.middle is None:
             made = inner_products(left, right, "same" if mean else "all", self.way)
@@ -273,16 +305,24 @@ class KernelLinearOperator(LazyLinearOperator):
         made = torch.cat(parts, 1)
         return made / c if mean else made
 
+    def _batches(self) -> Iterator[FactoredJacobianLinearOperator] | None:
+        """The rows of one set of inputs, a batch at a time, if they are known."""
+        if isinstance(self.left, FactoredJacobianLinearOperator):
+            return iter([self.left])
+        rows = rows_of(self.left)
+        return None if rows is None else rows(0)
+
     def _raw_diagonal(self) -> Tensor:
-        left = self.left
-        if not (self.symmetric and isinstance(left, FactoredJacobianLinearOperator)):
+        batches = self._batches() if self.symmetric else None
+        if batches is None:
             plain = self._with(centered=False)
             diagonal: Tensor = LazyLinearOperator._diagonal(plain)
             return diagonal
         if self.middle is None:
-            full = left.row_squares()
+            full = torch.cat([rows.row_squares() for rows in batches])
         else:
-            full = torch.cat([(c * self.middle._apply(c)).sum(0) for c in left.columns()])
+            each = (c for rows in batches for c in rows.columns())
+            full = torch.cat([(c * self.middle._apply(c)).sum(0) for c in each])
         if self.kind == "full":
             return full
         mean: Tensor = full.unflatten(0, (-1, self.num_outputs)).mean(1)
@@ -290,14 +330,12 @@ class KernelLinearOperator(LazyLinearOperator):
 
     def _example_blocks(self) -> Tensor:
         """The diagonal blocks (N, C, C)."""
-        c, left = self.num_outputs, self.left
-        plain = self.middle is None and not self.centered
-        if plain and isinstance(left, FactoredJacobianLinearOperator):
-            products: Tensor = left.row_products()
-            return products
-        uncentered = self.middle is not None and not self.centered
-        if uncentered and isinstance(left, FactoredJacobianLinearOperator):
-            return torch.cat([_within(self.middle, rows, c) for rows in left.columns()])
+        c, batches = self.num_outputs, None if self.centered else self._batches()
+        if batches is not None and self.middle is None:
+            return torch.cat([rows.row_products() for rows in batches])
+        if batches is not None:
+            each = (columns for rows in batches for columns in rows.columns())
+            return torch.cat([_within(self.middle, columns, c) for columns in each])
         blocks = []
         for start in range(0, self.shape[0], c):
             unit = torch.zeros(self.shape[0], c, dtype=self.dtype, device=self.device)
@@ -310,9 +348,9 @@ class KernelLinearOperator(LazyLinearOperator):
         known = {**self._kwargs, "outputs": "full", "num_outputs": 1}
         more = () if self.middle is None else (self.middle,)
         for c in range(self.num_outputs):
-            left = _of_output(self.left, c, self.num_outputs)
+            left = of_output(self.left, c, self.num_outputs)
             if not self.symmetric:
-                right = _of_output(self.right, c, self.num_outputs)
+                right = of_output(self.right, c, self.num_outputs)
                 yield KernelLinearOperator(left, right, *more, **known)
             else:
                 yield KernelLinearOperator(left, *more, **known)
@@ -410,23 +448,3 @@ def _within(middle: BaseLinearOperator | None, rows: Tensor, c: int) -> Tensor:
     products = rows if middle is None else middle._apply(rows)
     by_example = [each.unflatten(1, (-1, c)) for each in (rows, products)]
     return torch.einsum("pnc,pnd->ncd", *by_example)
-
-
-def rows_of_an_example(J: BaseLinearOperator) -> int:
-    """How many rows of a Jacobian each example has."""
-    if isinstance(J, FactoredJacobianLinearOperator):
-        return J.row_shapes[0][1]
-    if not J.num_examples:
-        raise SpaceMismatchError("a kernel needs Jacobians that know how many examples they have")
-    rows: int = J.shape[0]
-    return rows // J.num_examples
-
-
-def _of_output(J: BaseLinearOperator, c: int, count: int) -> BaseLinearOperator:
-    """The rows of one output."""
-    if count == 1:
-        return J
-    if isinstance(J, FactoredJacobianLinearOperator):
-        return J.direction(c)
-    rows: BaseLinearOperator = J._getitem(slice(c, None, count), slice(None))
-    return rows

@@ -7,9 +7,10 @@ from typing import TypeGuard, cast
 import torch
 from torch import Tensor
 
+from .. import sides
 from ..errors import NotPositiveDefiniteError, UnsupportedLayerError
 from . import rules
-from .base import BaseLinearOperator
+from .base import BaseLinearOperator, Krylov
 from .damping import Damping
 from .decompose import Decomposition, eps, matrix_power, rounding
 from .factors import (
@@ -21,6 +22,7 @@ from .factors import (
     factor_null,
     factor_shifted,
     factor_trace,
+    inverse_factors,
     sizes,
 )
 from .info import Info
@@ -39,9 +41,9 @@ class KroneckerLinearOperator(SpectralLinearOperator):
     the decomposition of the factors, which is made once, when something first needs it.
 
     Args:
-        left: (G, o, o), or (G, o) if it is diagonal. Note that a matrix of one group is
-            (1, o, o).
-        right: (G, i, i), or (G, i) if it is diagonal.
+        left: (G, o, o), or (G, o) if it is diagonal; `sides` has more shapes, for wide factors.
+            Note that a matrix of one group is (1, o, o).
+        right: (G, i, i), or (G, i) if it is diagonal, or as `left`.
         shift: s, a 0-d tensor; none by default.
         info: what is known besides the numbers.
 
@@ -73,11 +75,11 @@ class KroneckerLinearOperator(SpectralLinearOperator):
         self.left, self.right, self.shift = left, right, shift
 
     def _size(self) -> torch.Size:
-        size = self.left.shape[0] * self.left.shape[1] * self.right.shape[1]
+        size = torch.Size(self._grid()).numel()
         return torch.Size((size, size))
 
     def _transpose_nonbatch(self) -> BaseLinearOperator:
-        left, right = (f.mT if f.dim() == 3 else f for f in (self.left, self.right))
+        left, right = (sides.transposed(f) for f in (self.left, self.right))
         return KroneckerLinearOperator(left, right, self.shift, info=self.info)
 
     def _apply(self, v: Tensor) -> Tensor:
@@ -127,11 +129,11 @@ class KroneckerLinearOperator(SpectralLinearOperator):
         return cast(BaseLinearOperator, wide._shifted(self.shift.double()))
 
     def _own_rounding(self) -> Tensor:
-        sides = [values for values, _ in self._decomposition()]
-        left, right = (v.abs().amax(-1) for v in sides)
+        spectra = [values for values, _ in self._decomposition()]
+        left, right = (v.abs().amax(-1) for v in spectra)
         noise = [
-            rounding(v).squeeze(-1) if factor.dim() == 3 else torch.zeros_like(v[..., 0])
-            for v, factor in zip(sides, (self.left, self.right), strict=True)
+            torch.zeros_like(v[..., 0]) if sides.is_diagonal(factor) else rounding(v).squeeze(-1)
+            for v, factor in zip(spectra, (self.left, self.right), strict=True)
         ]
         return (noise[0] * right + left * noise[1]).max()
 
@@ -146,7 +148,7 @@ class KroneckerLinearOperator(SpectralLinearOperator):
         self._decomposed.get(side, lambda: found, self.left if side == "left" else self.right)
 
     def _grid(self) -> tuple[int, int, int]:
-        return self.left.shape[0], self.left.shape[1], self.right.shape[1]
+        return self.left.shape[0], sides.size_of(self.left), sides.size_of(self.right)
 
     def _taped(self) -> bool:
         factors = (self.left, self.right)
@@ -171,7 +173,7 @@ class KroneckerLinearOperator(SpectralLinearOperator):
         ):
             if p != int(p) and bool((own < 0).any()):
                 raise NotPositiveDefiniteError(f"power {p}: a factor has a negative eigenvalue")
-            diagonal = factor.dim() == 2
+            diagonal = sides.is_diagonal(factor)
             powers.append(factor.pow(p) if diagonal else matrix_power(factor, own, vectors, p))
             systems.append((own.pow(p), vectors))
         power = KroneckerLinearOperator(*powers, info=self.info)
@@ -179,11 +181,20 @@ class KroneckerLinearOperator(SpectralLinearOperator):
             power._decomposed.get(side, lambda known=system: known, factor)  # type: ignore[misc]
         return power
 
+    def _solve_columns(self, v: Tensor, krylov: Krylov) -> Tensor:
+        if self.shift is None and not self._taped() and not self._decomposed.holds("left", "right"):
+            inverses = self._decomposed.get(
+                "inverses", lambda: inverse_factors(self.left, self.right)
+            )
+            if inverses is not None:
+                return apply_factors(*inverses, v.to(inverses[0].dtype)).to(v.dtype)
+        return super()._solve_columns(v, krylov)
+
     def _inverse(self) -> BaseLinearOperator:
         if self._taped() and self.shift is not None:
             inverse: BaseLinearOperator = rules.inverses(self)
             return inverse
-        if self.shift is None:
+        if self.shift is None and sides.plain(self.left) and sides.plain(self.right):
             self._require_regular()
             return self._factor_powers(-1.0)
         return super()._inverse()
@@ -192,7 +203,7 @@ class KroneckerLinearOperator(SpectralLinearOperator):
         (left, _), (right, _) = self._decomposition()
         if rcond is None and self.shift is None:
             nulls = [
-                factor_null(values, factor.dim() == 2)
+                factor_null(values, sides.is_diagonal(factor))
                 for values, factor in ((left, self.left), (right, self.right))
             ]
             return (nulls[0][:, :, None] | nulls[1][:, None, :]).reshape(-1)
@@ -202,11 +213,7 @@ class KroneckerLinearOperator(SpectralLinearOperator):
         return sizes <= tol * sizes.max()
 
     def _frobenius(self) -> Tensor:
-        axes = [tuple(range(1, f.dim())) for f in (self.left, self.right)]
-        norms = [
-            torch.linalg.vector_norm(f, dim=axis)
-            for f, axis in zip((self.left, self.right), axes, strict=True)
-        ]
+        norms = [sides.norm(factor) for factor in (self.left, self.right)]
         product: Tensor = torch.linalg.vector_norm(norms[0] * norms[1])
         if self.shift is None:
             return product
@@ -226,8 +233,8 @@ class KroneckerLinearOperator(SpectralLinearOperator):
     def _damp_factors(self, d: Tensor, damping: Damping) -> BaseLinearOperator | None:
         if self.shift is not None:
             return None
-        mean_left = factor_trace(self.left) / self.left.shape[1]
-        mean_right = factor_trace(self.right) / self.right.shape[1]
+        _, o, i = self._grid()
+        mean_left, mean_right = factor_trace(self.left) / o, factor_trace(self.right) / i
         zero = (mean_left <= 0) | (mean_right <= 0)  # no ratio: pi = 1
         ones = torch.ones_like(mean_left)
         zero |= torch.full_like(zero, not damping.use_pi)
@@ -242,7 +249,12 @@ class KroneckerLinearOperator(SpectralLinearOperator):
 
     def _scale(self, c: float | Tensor) -> BaseLinearOperator:
         shift = None if self.shift is None else self.shift * c
-        return KroneckerLinearOperator(self.left * c, self.right, shift, info=self.info)
+        left, right = self.left, self.right
+        if not sides.is_low_rank(left):
+            return KroneckerLinearOperator(left * c, right, shift, info=self.info)
+        if not sides.is_low_rank(right):
+            return KroneckerLinearOperator(left, right * c, shift, info=self.info)
+        return self.eigen()._scale(c)  # U U^T + c I has no sign
 
     def _diagonal(self) -> Tensor:
         left, right = factor_diagonal(self.left), factor_diagonal(self.right)
@@ -250,7 +262,7 @@ class KroneckerLinearOperator(SpectralLinearOperator):
         return diagonal if self.shift is None else diagonal + self.shift
 
     def _dense(self) -> Tensor:
-        left, right = (f if f.dim() == 3 else f.diag_embed() for f in (self.left, self.right))
+        left, right = sides.to_dense(self.left), sides.to_dense(self.right)
         groups, o, i = self._grid()  # torch.kron fails on some transposed factors
         products = left[:, :, None, :, None] * right[:, None, :, None, :]  # (G,o,i,o,i)
         blocks = products.reshape(groups, o * i, o * i)
@@ -260,11 +272,11 @@ class KroneckerLinearOperator(SpectralLinearOperator):
         return matrix + self.shift.expand(matrix.shape[0]).diag_embed()
 
     def _principal(self, index: Tensor, columns: Tensor | None, info: Info) -> BaseLinearOperator:
-        if columns is None:
+        if columns is None or not sides.plain(self.right):
             restricted: BaseLinearOperator = rules.selections(self, index, None, info)
             return restricted
         right = self.right[:, columns]
-        if right.dim() == 3:
+        if sides.is_dense(self.right):
             right = right[:, :, columns]
         return KroneckerLinearOperator(self.left, right, self.shift, info=info)
 
@@ -305,7 +317,7 @@ class EigenKroneckerLinearOperator(SpectralLinearOperator):
         info: Info | None = None,
     ) -> None:
         check_factors(left_basis, right_basis, "basis")
-        grid = (left_basis.shape[0], left_basis.shape[1], right_basis.shape[1])
+        grid = (left_basis.shape[0], sides.size_of(left_basis), sides.size_of(right_basis))
         if eigenvalues.shape != grid:
             raise ValueError(
                 f"expected eigenvalues of shape {grid}, got {tuple(eigenvalues.shape)}"
@@ -372,7 +384,8 @@ class EigenKroneckerLinearOperator(SpectralLinearOperator):
             # the rounding of sums and of a decomposition: zero is the square of that.
             _, o, i = self.values.shape
             bases = self.left_basis, self.right_basis
-            off = max(2 * (o + i), 16 * sum(len(b[0]) for b in bases if b.dim() == 3))
+            rotated = [sides.size_of(b) for b in bases if not sides.is_diagonal(b)]
+            off = max(2 * (o + i), 16 * sum(rotated))
             rcond = min((off * eps(sizes)) ** 2, eps(sizes))
         return sizes <= rcond * sizes.max()
 
@@ -390,11 +403,9 @@ class EigenKroneckerLinearOperator(SpectralLinearOperator):
         return self._with_values(self.values * c)
 
     def _diagonal(self) -> Tensor:
-        left, right = (b if b.dim() == 2 else b.square() for b in self.bases())
-        y = self.values  # (G,o,o),(G,o,i),(G,i,i) -> (G,o,i)
-        y = left @ y if left.dim() == 3 else y
-        y = y @ right.mT if right.dim() == 3 else y
-        return y.reshape(-1)
+        left, right = self.bases()  # (G,o,o),(G,o,i),(G,i,i) -> (G,o,i)
+        y = sides.overlapped(None, left, self.values)
+        return sides.overlapped(None, right, y.mT).mT.reshape(-1)
 
     def _dense(self) -> Tensor:
         eye = torch.eye(self.values.numel(), dtype=self.dtype, device=self.device)

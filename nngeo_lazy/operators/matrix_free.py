@@ -167,6 +167,12 @@ class JacobianLinearOperator(RectangularLinearOperator, ImplicitLinearOperator):
     def _map(self) -> Map:
         return JacobianMap(self.source, self.memory)
 
+    def each_batch(self) -> Any:
+        """The rows of each batch from a number on, differentiated anew; None if they cannot be."""
+        if self.parameters.requires_grad and torch.is_grad_enabled():
+            return None  # products have a gradient
+        return self.source.factored(self.parameters.detach())
+
     def _apply_transposed(self, u: Tensor) -> Tensor:
         return _apply(TransposedMap(self.source, self.memory), u, self.parameters)
 

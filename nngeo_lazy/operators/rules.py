@@ -127,10 +127,10 @@ class Rule:
         self._complete = True
         for one, other in combinations(self._answers, 2):
             if _fits(one, other) or _fits(other, one):
-                continue  # one is more specific
+                continue  # the more specific one is taken
             pairs = list(zip(one, other, strict=True))
             if not all(issubclass(a, b) or issubclass(b, a) for a, b in pairs):
-                continue  # no operands fit both
+                continue  # no pair of operands fits both
             both = tuple(a if issubclass(a, b) else b for a, b in pairs)
             if both not in self._answers:
                 raise RuleError(

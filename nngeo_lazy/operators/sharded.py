@@ -85,7 +85,7 @@ class ShardedBlockDiagonalLinearOperator(BlockDiagonalLinearOperator):
             with self.group.together("a call of a sharded operator", *bits):
                 return super()._each(chosen, absent)
         except DistributedError as error:
-            if error.kind == UnsupportedLayerError.__name__:  # all go another way, if there is one
+            if error.kind == UnsupportedLayerError.__name__:  # every process tries the next way
                 raise UnsupportedLayerError(str(error)) from error
             raise
 
@@ -102,7 +102,11 @@ class ShardedBlockDiagonalLinearOperator(BlockDiagonalLinearOperator):
         return cast(Tensor, cast(Any, _Copied).apply(tensor, self.group))
 
     def _generators(self, generator: torch.Generator | None) -> list[torch.Generator | None]:
-        drawn = int(torch.randint(2**62, ())) if generator is None else generator.initial_seed()
+        drawn = (
+            int(torch.randint(2**62, (), device="cpu"))
+            if generator is None
+            else generator.initial_seed()
+        )
         seed = self.group.same(drawn)
         device = self.device
         return [

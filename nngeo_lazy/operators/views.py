@@ -114,8 +114,11 @@ class InverseLinearOperator(LazyLinearOperator):
     def _inverse(self) -> BaseLinearOperator:
         return self.base
 
+    def _power(self, p: float) -> BaseLinearOperator:
+        return self.base._power(-p)
+
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
-        # perturb and solve: A^-1 of a draw from N(0, A)
+        # if x is from N(0, A), A^-1 x is from N(0, A^-1)
         return self._apply(self.base._draw(n, generator))
 
 
@@ -244,7 +247,7 @@ class BroadcastLinearOperator(LazyLinearOperator):
 
     def _getitem(self, row_index: Any, col_index: Any, *batch_indices: Any) -> Any:
         # an empty tensor of the batch shape knows how its indices change it
-        probe = torch.empty(*self.repeats, 0)
+        probe = torch.empty(*self.repeats, 0, device="cpu")
         shape = probe[batch_indices].shape[:-1] if batch_indices else self.repeats
         base = self.base
         if not (_is_noop_index(row_index) and _is_noop_index(col_index)):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..collectives import replicated
 from ..errors import DataError, NonFiniteError, NonFiniteWarning
+from ..likelihoods.heads import Heads
 from ..operators import BaseLinearOperator
 from ..operators.report import Report, Row
 from ..operators.warn import warn
@@ -22,7 +23,6 @@ from .curvature import Curvature
 from .direction import Direction
 from .exact import exact_curvature, mean_eigenvalue
 from .framing import Framing
-from .heads import Heads
 from .loop import Loop
 from .measure import Loss, Reading, Touched, changed, read
 from .options import Options
@@ -77,7 +77,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         agree(self._group, self.param_groups, self._options, self._kind)
         self._steps = 0
         self._started = 0  # the step that the present parameters were first watched at
-        self._skipped = torch.zeros((), dtype=torch.int64)
+        self._skipped = torch.zeros((), dtype=torch.int64, device="cpu")
         self._warned = 0
         self._watch(None)
 

@@ -19,6 +19,7 @@ from ..operators import (
     DiagonalLinearOperator,
     EigenKroneckerLinearOperator,
 )
+from ..sides import plain
 from ..space import ParamSpace
 
 __all__ = ["Coordinates", "EigenFrame", "Frame", "has_eigenvectors"]
@@ -348,7 +349,16 @@ class EigenFrame(Frame):
 def has_eigenvectors(F: BaseLinearOperator) -> bool:
     """Whether an `EigenFrame` can be made of it."""
     kinds = (EigenKroneckerLinearOperator, DiagonalLinearOperator, DenseLinearOperator)
-    return all(isinstance(member, kinds) for _, _, member in _parts(F))
+    return all(
+        isinstance(member, kinds)
+        and (not isinstance(member, EigenKroneckerLinearOperator) or _plain(member))
+        for _, _, member in _parts(F)
+    )
+
+
+def _plain(member: EigenKroneckerLinearOperator) -> bool:
+    """Whether its bases are matrices, or the identity."""
+    return all(plain(basis) for basis in member.bases())
 
 
 def _parts(F: BaseLinearOperator) -> list[tuple[str, Layout, BaseLinearOperator]]:

@@ -56,7 +56,9 @@ class Curvature:
         self._loop, self._group = loop, group
         factors = options.damping_method == "factored"
         self._running = Running(representation, schedule.factor_decay, factors)
-        drawn = int(torch.randint(2**62, ())) if options.seed is None else options.seed
+        drawn = (
+            int(torch.randint(2**62, (), device="cpu")) if options.seed is None else options.seed
+        )
         self._seed = group.same(drawn)
         self._generator = torch.Generator(device=loop.space.device)
         self._begun: tuple[Facts, Forms] | None = None
@@ -147,7 +149,7 @@ class Curvature:
                     "model and loss.backward() again"
                 )
         heads = self.scores.heads
-        like = torch.zeros((), dtype=torch.promote_types(space.dtype, torch.float32))
+        like = torch.zeros((), dtype=torch.promote_types(space.dtype, torch.float32), device="cpu")
         own = [(head, float(part)) for head, part in parts]
         sums = reading.sums(own, len(heads), like.to(space.device))
         sums[-1, 3] = float(bad)

@@ -243,7 +243,7 @@ class NaturalGradient(CurvatureOptimizer):
         tried = max(1.0, 1 / most) if most and self._measuring(direction) else 1.0
         for weights, change, lr in made:
             torch._foreach_sub_(weights, change, alpha=tried * lr)
-        if most and self._measuring(direction):  # of a rate of one at least, so that lr scales all
+        if most and self._measuring(direction):  # at a rate of at least one, so that lr scales all
             stays = self._measured(direction, tried * most)
             for weights, change, lr in made:
                 torch._foreach_add_(weights, torch._foreach_mul(change, tried - stays), alpha=lr)

@@ -20,7 +20,6 @@ from ..jacobian.forms import Rows, Stored
 from ..operators import BaseLinearOperator
 from ..representations import (
     EKFAC,
-    KFAC,
     NAMES,
     Diagonal,
     Factored,
@@ -67,9 +66,7 @@ class Running:
         self._free = isinstance(representation, (Diagonal, EKFAC, Factored, QuasiDiagonal))
         self._representation = representation
         if isinstance(representation, EKFAC):
-            self._representation = KFAC(
-                representation.sharing, separate_bias=representation.separate_bias
-            )
+            self._representation = representation.kfac
         self._recipes: list[tuple[Streamed, Recipe]] = []
 
     @property

@@ -13,6 +13,7 @@ from ..likelihoods import (
     Gaussian,
     Likelihood,
     Poisson,
+    Weighted,
     check_estimator,
     resolve_loss,
 )
@@ -26,6 +27,7 @@ from .recognise import placed, recognised
 
 __all__ = ["HeadScores", "Scores"]
 
+UNSEEN = (CallableLoss, Weighted)  # losses that read what a gradient does not show
 MAX_DIRECTIONS = 1000  # of one example, in an exact curvature
 
 
@@ -43,13 +45,18 @@ class HeadScores:
 
     def __init__(self, given: LossLike | None, estimator: str) -> None:
         check_estimator(estimator)
+        if estimator == "empirical_positions":
+            raise DataError(
+                "an optimizer sees one gradient of each example: take estimator='empirical', 'mc' "
+                "or 'exact'"
+            )
         if isinstance(given, str) and given not in NAMES:
             raise DataError(
                 f"unknown likelihood {given!r}: expected one of {sorted(NAMES)}, an object from "
                 "nngeo_lazy.likelihoods, or a torch.nn loss module"
             )
         fits = given is None or isinstance(given, (str, Likelihood, nn.Module))
-        if not fits or isinstance(given, CallableLoss):
+        if not fits or isinstance(given, UNSEEN):
             raise DataError(
                 "expected a likelihood or a torch.nn loss module, whose curvature can be told from "
                 f"outputs and gradients, got {given!r}, which needs targets that the optimizer "

@@ -12,7 +12,7 @@ from ..arguments import described
 from ..collectives import Group, digest
 from ..errors import DataError, SpaceMismatchError
 from ..representations import Factored, Representation, Streamed, resolve
-from ..selectors import space_of
+from ..selectors import require_usable, space_of
 from .options import Damping, HessianFree, LevenbergMarquardt, Options
 
 __all__ = [
@@ -49,6 +49,7 @@ def require_whole(model: Any) -> None:
             f"expected the model itself, whose passes are watched, got {type(model).__name__}: "
             "parameters are selected with params="
         )
+    require_usable(model)
     if isinstance(model, nn.DataParallel):
         raise DataError(
             "expected a model with one replica in each process, got DataParallel, which makes its "

@@ -137,7 +137,7 @@ class Solver:
         if self._inverse is None or held is None or held[0] is not F or held[1] != dampings:
             damped = F.damped(dampings.on(F, self._space), self._method)
             try:
-                damped.logdet()  # is defined: no eigenvalue is negative
+                damped.logdet()  # raises if an eigenvalue is negative
                 self._inverse = damped.inverse()
             except NotPositiveDefiniteError as error:
                 raise NotPositiveDefiniteError(
@@ -167,7 +167,7 @@ def conjugate_gradients(
     """
     if preconditioner is not None and F.space is not None:
         preconditioner = extended(preconditioner, F.space)
-    with warnings.catch_warnings():  # to be cut off is no surprise here
+    with warnings.catch_warnings():  # max_iter cuts it off on purpose
         warnings.simplefilter("ignore", ConvergenceWarning)
         found: Tensor = solve(
             F,

@@ -10,11 +10,11 @@ from torch import Tensor
 
 __all__ = ["Trust"]
 
-SLOW = 0.95  # of running averages of squared norms
-SUDDEN = 0.25  # of a squared norm, which the average must not fall below
+SLOW = 0.95  # the decay of running averages of squared norms
+SUDDEN = 0.5  # of the last squared norm, which the average must not fall below
 NOISE = 1.0  # how much of a step may be noise
-RATE, TURN, WIDEST = 0.03, 2.0, 2.5  # of the logarithm of the radius
-FAR, LEAST, MOST = 4.0, 1e-4, 3.0  # a step that is cut, and bounds of the calibration
+RATE, TURN, WIDEST = 0.03, 2.0, 2.5  # how the logarithm of the radius moves, and its bound
+FAR, LEAST, MOST = 4.0, 1e-4, 3.0  # from where a step is cut; bounds of the calibration
 
 
 class Trust:

@@ -12,7 +12,7 @@ from .form_stack import Factored
 from .implicit import Implicit
 from .mixed import NAMES, Mixed, RepresentationLike, resolve
 from .recipes import Block, Recipe
-from .representation import Representation, Streamed
+from .representation import Blockwise, Representation, Streamed
 from .sharded import Sharded
 from .single import EKFAC, KFAC, BlockDiagonal, Diagonal, LowRank, QuasiDiagonal
 from .stored import Stored
@@ -23,6 +23,7 @@ __all__ = [
     "NAMES",
     "Block",
     "BlockDiagonal",
+    "Blockwise",
     "Dense",
     "Diagonal",
     "Factored",

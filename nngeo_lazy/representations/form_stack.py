@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import ClassVar, cast
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ..errors import DataError, TooLargeError
 from ..facts import Cost, Facts, Sample
+from ..jacobian.capture import PartsChangedError
 from ..jacobian.forms import Form, Outer, Rows, Stored
 from ..jacobian.parts import Part
 from ..jacobian.summed import Summed
@@ -25,7 +27,7 @@ from ..sweep import Sweep
 from .recipes import Block, Recipe, block_name, flat_layout, info_of, require_finite, whole
 from .representation import Streamed
 
-__all__ = ["Factored", "FormStack", "factored_rows", "joined", "stored"]
+__all__ = ["Factored", "FormStack", "factored_rows", "joined", "stored", "streamed_rows"]
 
 
 class FormStack(Statistic):
@@ -190,6 +192,48 @@ def factored_rows(sweep: Sweep, limit: int | None = None) -> FactoredJacobianLin
     factored = _jacobian_of(facts, indices, cast(FormStack, stack), info_of(facts, []))
     require_finite(factored, "the network")
     return factored
+
+
+def streamed_rows(sweep: Sweep, start: int) -> Iterator[FactoredJacobianLinearOperator]:
+    """The rows of each batch from a number on, which are made when they are asked for.
+
+    Raises:
+        NonFiniteError: NaN or infinity in them.
+    """
+    again: int | None = start
+    while again is not None:
+        again = yield from _until_parts_change(sweep, again)
+
+
+def _until_parts_change(
+    sweep: Sweep, start: int
+) -> Generator[FactoredJacobianLinearOperator, None, int | None]:
+    """The rows of some batches; returns the one at which the plan turned out to be another one."""
+    number, held, known = start, list[list[Form | None]](), None
+    info = Info(sweep.problem.space)
+
+    def made(parts: Sequence[Part]) -> FactoredJacobianLinearOperator:
+        rows = FactoredJacobianLinearOperator.of(held, [part.layout for part in parts], info)
+        require_finite(rows, "the network")
+        return rows
+
+    with torch.inference_mode(False), closing(sweep.pieces(start)) as pieces:
+        try:
+            for piece in pieces:
+                if piece.batch != number and known is not None:
+                    yield made(known)
+                    held = []
+                if held and piece.parts != known:
+                    return piece.batch
+                number, known = piece.batch, piece.parts
+                with torch.no_grad():
+                    chunks = [[stored(form) for form in forms] for forms in piece.forms()]
+                held.append([joined(each) for each in zip(*chunks, strict=True)])
+        except PartsChangedError:  # the plan knows it now
+            return number
+        if known is not None:
+            yield made(known)
+    return None
 
 
 def _scaled(form: Form | None, scale: float) -> Form | None:

@@ -171,6 +171,7 @@ def _fields(sweep: Sweep, options: Implicit) -> dict[str, Any]:
     if problem.center and num_rows % facts.num_examples:
         raise DataError("center=True expects every batch to have outputs of one shape")
     random = quantity.estimator == "mc"
+    held_fixed = quantity.estimator == "empirical_positions"  # scores without a graph
     source = NetworkSource(
         space=space,
         network=network,
@@ -181,7 +182,7 @@ def _fields(sweep: Sweep, options: Implicit) -> dict[str, Any]:
         num_batches=num_batches,
         held=problem.batches.held and not random,
         center=problem.center,
-        random=random,
+        random=random or held_fixed,
         mode=options.mode,
         cache=options.cache,
         chunk_size=options.chunk_size,
@@ -204,7 +205,7 @@ def _require_function(
 ) -> None:
     """Raise unless a batch has the outputs that its examples have in groups."""
     n = len(outputs)
-    half = torch.randperm(n, generator=torch.Generator().manual_seed(1))[: -(-n // 2)]
+    half = torch.randperm(n, generator=torch.Generator().manual_seed(1), device="cpu")[: -(-n // 2)]
     mine = in_groups(batch.raw, outputs, run, half) if n > 1 else None
     if mine is not None and agree(mine, outputs):
         return

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import tree
 from ..collectives import Group, seed_of
 from ..data import Batch
 from ..errors import DataError
 from ..network import Network
+from ..operators.factored import FactoredJacobianLinearOperator
 from ..precision import widest
 from ..quantities import Metric
 from ..space import ParamSpace
 from ..sweep import Sweep
+from .form_stack import streamed_rows
 from .single import Diagonal
 
 __all__ = ["NetworkBatch", "NetworkSource"]
@@ -72,6 +76,18 @@ class NetworkSource:
             made: Tensor = Diagonal().build(self.sweep.at(self.network.at(parameters))).diagonal()
             return made.to(parameters.dtype)
 
+    def factored(
+        self, parameters: Tensor
+    ) -> Callable[[int], Iterator[FactoredJacobianLinearOperator]] | None:
+        """The rows of each batch from a number on; None after a move, or if they are too many."""
+        problem = self.sweep.problem
+        many = self.num_rows > problem.max_directions * self.num_examples
+        if not self.streams or self.center or self.group.size > 1 or many:
+            return None
+        with torch.inference_mode(False):
+            sweep = self.sweep.at(self.network.at(parameters))
+        return partial(streamed_rows, sweep)
+
     def moved(self, dtype: torch.dtype | None, device: Any) -> NetworkSource:
         """The same in another dtype or on another device."""
         dtype, device = dtype or self.space.dtype, torch.device(device or self.space.device)
@@ -113,12 +129,17 @@ class NetworkBatch:
             return None
         return replace(self, source=self.source.moved(torch.float64, None))
 
-    def _target(self, like: Tensor) -> Tensor | None:
+    def _target(self, like: Tensor) -> Any:
         """The labels, where the operator was moved to."""
-        target = self.batch.target
-        if target is None or self.source.streams:
-            return target
-        return target.to(like) if target.is_floating_point() else target.to(like.device)
+        if self.source.streams:
+            return self.batch.target
+        return tree.map_leaves(partial(_moved, like), self.batch.target)
+
+
+def _moved(like: Tensor, leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return leaf.to(like) if leaf.is_floating_point() else leaf.to(like.device)
 
 
 def keyed(generator: torch.Generator | None, key: tuple[int, ...]) -> torch.Generator | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..collectives import Group, owners
 from ..errors import NonFiniteError
 from ..facts import Facts
-from ..jacobian.parts import Kind
+from ..jacobian.parts import Kind, Part
 from ..layout import Layout
 from ..operators import (
     BaseLinearOperator,
@@ -24,7 +24,13 @@ from ..operators import (
     Origin,
     QuasiDiagonalLinearOperator,
 )
-from ..operators.factors import factor_eigh
+from ..operators.factors import (
+    factor_diagonal,
+    factor_eigh,
+    factor_of_sketch,
+    joint_factors,
+)
+from ..sides import Wide, is_diagonal, is_low_rank, size_of
 from ..statistics import (
     MAX_FACTOR,
     BiasCross,
@@ -48,6 +54,7 @@ __all__ = [
     "flat_layout",
     "info_of",
     "kronecker_block",
+    "matrix_of",
     "moment_blocks",
     "quasi_diagonal_block",
     "require_finite",
@@ -66,6 +73,7 @@ class Block:
         layout: where its coordinates lie in the flat vector.
         operator: the block.
         positions: how many positions of all examples share the part; None if they are not counted.
+        note: what the report says of it, in the place of the part's note.
 
     Example:
         >>> import torch
@@ -79,6 +87,7 @@ class Block:
     layout: Layout
     operator: BaseLinearOperator
     positions: int | None = None
+    note: str | None = None
 
 
 # It yields the statistics of a pass, is sent what is known after it, and returns the blocks.
@@ -117,10 +126,12 @@ def moment_blocks(facts: Facts, groups: Sequence[Sequence[int]]) -> Recipe:
         matrix = moment.matrix(facts)
         layout = flat_layout(facts, group)
         if facts.center:
-            mean = torch.cat([each.mean(facts) for each in means])
+            known = [each.mean(facts) for each in means]
+            most = max(map(len, known))  # a part that no output uses has one row of zeros
+            mean = torch.cat([one.expand(most, -1) for one in known], -1)
             where = torch.cat([facts.parts[k].layout.positions() for k in group]).argsort()
-            mean = mean[where.to(mean.device)]
-            matrix = matrix - torch.outer(mean, mean)
+            mean = mean[:, where.to(mean.device)]
+            matrix = matrix - mean.mT @ mean
         require_finite(matrix, block_name(facts, group))
         blocks.append(Block(tuple(group), layout, DenseLinearOperator(matrix)))
     return blocks
@@ -149,8 +160,8 @@ def quasi_diagonal_block(facts: Facts, k: int) -> Recipe:
     if facts.center:
         mean = sums.mean(facts)
         diagonal = centered(diagonal, mean)
-        grid = mean.view(-1, width)
-        coupling = coupling - grid[:, :-1] * grid[:, -1:]
+        grid = mean.view(len(mean), -1, width)
+        coupling = coupling - (grid[..., :-1] * grid[..., -1:]).sum(0)
     operator = QuasiDiagonalLinearOperator.of(diagonal.view(-1, width), coupling)
     return [Block((k,), part.layout, operator)]
 
@@ -160,24 +171,60 @@ def kronecker_block(
     k: int,
     sharing: Sharing,
     max_factor: int = MAX_FACTOR,
+    wide: Wide = Wide.DIAGONAL,
     *,
     separate_bias: bool = False,
     forward_only: bool = False,
+    tied: str = "diagonal",
 ) -> Recipe:
     """A Kronecker block for one part, if it has such a form."""
     part = facts.parts[k]
+    if tied == "kronecker" and part.as_matrix is not None:
+        return (yield from _tied_block(facts, k, sharing, max_factor, forward_only))
     if part.kind is not Kind.OUTER:
         return (yield from diagonal_block(facts, k))
-    factors = KroneckerFactors(k, part, sharing, max_factor)
+    factors = KroneckerFactors(k, part, sharing, max_factor, wide)
     facts = yield [factors]
-    left, right = factors.factors(facts)
-    if separate_bias and right.dim() == 3 and len(part.names) > 1:
-        right[:, -1, :-1] = 0  # the block diagonal of weight and bias is a Kronecker product, too
-        right[:, :-1, -1] = 0
+    left, right = (
+        mean if test is None or is_diagonal(mean) else factor_of_sketch(mean, test)
+        for mean, test in zip(factors.factors(facts), factors.tests, strict=True)
+    )
+    if separate_bias and not is_diagonal(right) and len(part.names) > 1:
+        last = (size_of(right) - 1) % right.shape[2]  # the bias's column, in its block
+        first = size_of(right) - 1 - last
+        right[:, -1, :last] = 0  # the block diagonal of weight and bias is a Kronecker product, too
+        right[:, first:-1, last] = 0
     if forward_only:
         left = torch.ones(left.shape[:2], dtype=left.dtype, device=left.device)
     operator = KroneckerLinearOperator(left, right)
     return [Block((k,), part.layout, operator, factors.positions)]
+
+
+def _tied_block(
+    facts: Facts, k: int, sharing: Sharing, max_factor: int, forward_only: bool
+) -> Recipe:
+    """One Kronecker product for a matrix that is used in both layouts, as it is stored.
+
+    Each use has its factors. In the layout of the matrix the two change sides if a use takes it
+    transposed: the rows of an embedding are its inputs.
+    """
+    part = facts.parts[k]
+    uses = [KroneckerFactors(k, part, sharing, max_factor, use=use) for use in part.grids]
+    facts = yield uses
+    products = []
+    for use, grid in zip(uses, part.grids, strict=True):
+        left, right = use.factors(facts)
+        if forward_only:
+            left = torch.ones(left.shape[:2], dtype=left.dtype, device=left.device)
+        products.append((right, left) if grid.pieces[0].transposed else (left, right))
+    operator = KroneckerLinearOperator(*joint_factors(products))
+    layout = matrix_of(part).layout
+    return [Block((k,), layout, operator, note="one Kronecker product for uses in both layouts")]
+
+
+def matrix_of(part: Part) -> Part:
+    """The part in the layout that its Kronecker block has."""
+    return part.as_matrix or part
 
 
 def shared_bases(factors: list[list[Tensor]], group: Group) -> list[tuple[Tensor, Tensor]]:
@@ -189,26 +236,31 @@ def shared_bases(factors: list[list[Tensor]], group: Group) -> list[tuple[Tensor
     owner = owners([_flops_of_eigh(pair[side]) for pair, side in places], group.size)
     with group.together("eigendecompositions"):
         for (pair, side), rank in zip(places, owner, strict=True):
-            if rank == group.rank or pair[side].dim() == 2:
+            if rank == group.rank or is_diagonal(pair[side]):
                 basis = factor_eigh(pair[side])[1]
                 # bits depend on the order in memory, which must not depend on the owner
                 pair[side] = basis if group.size == 1 else basis.contiguous()
+            elif is_low_rank(pair[side]):
+                groups, _, n, k = pair[side].shape
+                pair[side] = pair[side].new_empty(groups, 2, n, k - 1)
             else:
                 pair[side] = pair[side].contiguous()
     for rank in range(group.size):
         own = [pair[side] for (pair, side), r in zip(places, owner, strict=True) if r == rank]
-        group.send([basis for basis in own if basis.dim() == 3], rank)
+        group.send([basis for basis in own if not is_diagonal(basis)], rank)
     return [(left, right) for left, right in factors]
 
 
 def _flops_of_eigh(factor: Tensor) -> float:
-    """In proportion, for (G, n, n); nothing for a diagonal one."""
-    return float(factor.shape[0] * factor.shape[1] ** 3) if factor.dim() == 3 else 0.0
+    """In proportion; nothing for a diagonal one."""
+    if is_diagonal(factor):
+        return 0.0
+    return float(factor.shape[0] * size_of(factor) * factor.shape[-1] ** 2)
 
 
 def centered(squares: Tensor, mean: Tensor) -> Tensor:
-    """Variances from mean squares and means; what cancels entirely is zero, not its rounding."""
-    return (squares - mean.square()).clamp_min(0)
+    """Variances (p,) from mean squares and means (R, p); what cancels is zero, not its rounding."""
+    return (squares - mean.square().sum(0)).clamp_min(0)
 
 
 # --- operators from blocks ------------------------------------------------------------------------
@@ -234,6 +286,7 @@ def block_diagonal(facts: Facts, blocks: Sequence[Block]) -> BaseLinearOperator:
 def info_of(facts: Facts, blocks: Sequence[Block]) -> Info:
     """What an operator made of these blocks knows."""
     positions = {k: block.positions for block in blocks for k in block.indices}
+    notes = {k: block.note for block in blocks for k in block.indices if block.note is not None}
     counts: dict[str, list[int | None]] = {}
     for k, part in enumerate(facts.parts):
         for name in part.names:
@@ -243,7 +296,7 @@ def info_of(facts: Facts, blocks: Sequence[Block]) -> Info:
         each = counts[part.names[0]]
         known = [0 if count is None else count for count in each]
         shared = each[0] if len(set(each)) == 1 else tuple(known)
-        origin = Origin(_layer(facts, k), part.form_name, part.note, shared)
+        origin = Origin(_layer(facts, k), part.form_name, notes.get(k, part.note), shared)
         first = {name for name in part.names if name not in origins}
         origins.update(dict.fromkeys(part.names if part.members else first, origin))
     space = facts.space.to(dtype=facts.dtype)
@@ -293,7 +346,7 @@ def require_finite(statistic: Tensor | BaseLinearOperator, layer: str) -> None:
     tensors = [statistic] if isinstance(statistic, Tensor) else statistic.representation()
     if isinstance(statistic, KroneckerLinearOperator):
         # sums of x x^T: if an entry overflows, so does one of the diagonal (Cauchy-Schwarz)
-        tensors = [t.diagonal(dim1=-2, dim2=-1) if t.dim() == 3 else t for t in tensors]
+        tensors = [factor_diagonal(t) if t.dim() > 1 else t for t in tensors]
     if not all(bool(all_finite(t)) for t in tensors):
         raise NonFiniteError(
             f"the statistics of {layer} contain NaN or infinity: its inputs or output gradients "

@@ -13,9 +13,9 @@ from ..operators.info import Info
 from ..quantities import MatrixKind
 from ..statistics import Statistic
 from ..sweep import Make, Sweep
-from .recipes import Block, Recipe, block_diagonal
+from .recipes import Block, Recipe, block_diagonal, together
 
-__all__ = ["Representation", "Run", "Streamed"]
+__all__ = ["Blockwise", "Representation", "Run", "Streamed"]
 
 Run: TypeAlias = Callable[[Make, bool], tuple[Facts, Sequence[Statistic]]]
 
@@ -133,6 +133,31 @@ class Streamed(Representation):
             facts, _ = run(_always(wanted), False)
         known: BaseLinearOperator = operator._with_info(self.sign(operator.info))
         return known
+
+
+class Blockwise(Streamed):
+    """A representation with a block of its own for each part.
+
+    A new one says how a `block` is made.
+
+    Example:
+        >>> import nngeo_lazy as ng
+        >>> isinstance(ng.representations.KFAC(), Blockwise)
+        True
+    """
+
+    @abstractmethod
+    def block(self, facts: Facts, k: int) -> Recipe:
+        """Yield the statistics of a part, then return its block in a list.
+
+        Args:
+            facts: what the first batch shows. Each `yield` returns what is known after its pass.
+            k: the part, as a position in `facts.parts`.
+        """
+
+    def recipe(self, facts: Facts, indices: Sequence[int]) -> Recipe:
+        """The blocks of all parts, side by side."""
+        return (yield from together([self.block(facts, k) for k in indices]))
 
 
 def _always(statistics: Sequence[Statistic]) -> Make:

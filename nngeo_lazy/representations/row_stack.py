@@ -87,7 +87,11 @@ class RowStack(Statistic):
         self._bytes = sum(group.gather(self._bytes))
         self._require_room()
         shapes = group.gather([rows.shape for rows in self._rows])
-        own = torch.cat([r.flatten() for r in self._rows]) if self._rows else torch.empty(0)
+        own = (
+            torch.cat([r.flatten() for r in self._rows])
+            if self._rows
+            else torch.empty(0, device="cpu")
+        )
         joint: list[Tensor] = []
         for known, flat in zip(shapes, group.collect(own.to(device)), strict=True):
             parts = flat.split([shape.numel() for shape in known])

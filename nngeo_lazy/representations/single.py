@@ -23,6 +23,7 @@ from ..operators import (
     ShardedBlockDiagonalLinearOperator,
 )
 from ..operators.stored import opened
+from ..sides import Shape, Wide
 from ..statistics import MAX_FACTOR, KroneckerFactors, RowSum, Sharing, SquareSum, Statistic
 from .recipes import (
     Block,
@@ -35,6 +36,7 @@ from .recipes import (
     flat_layout,
     info_of,
     kronecker_block,
+    matrix_of,
     moment_blocks,
     quasi_diagonal_block,
     require_finite,
@@ -42,7 +44,7 @@ from .recipes import (
     together,
     whole,
 )
-from .representation import Streamed
+from .representation import Blockwise, Streamed
 from .row_stack import RowStack
 
 __all__ = ["EKFAC", "KFAC", "BlockDiagonal", "Diagonal", "LowRank", "QuasiDiagonal"]
@@ -68,7 +70,7 @@ class BlockDiagonal(Streamed):
 
 
 @dataclass(frozen=True)
-class Diagonal(Streamed):
+class Diagonal(Blockwise):
     """The diagonal. Memory P.
 
     Example:
@@ -79,9 +81,9 @@ class Diagonal(Streamed):
         True
     """
 
-    def recipe(self, facts: Facts, indices: Sequence[int]) -> Recipe:
-        """Squared rows of each part."""
-        return (yield from together([diagonal_block(facts, k) for k in indices]))
+    def block(self, facts: Facts, k: int) -> Recipe:
+        """Squared rows."""
+        return diagonal_block(facts, k)
 
     def finish(self, facts: Facts, blocks: Sequence[Block]) -> BaseLinearOperator:
         """One diagonal of all parameters."""
@@ -90,7 +92,7 @@ class Diagonal(Streamed):
 
 
 @dataclass(frozen=True)
-class QuasiDiagonal(Streamed):
+class QuasiDiagonal(Blockwise):
     """The diagonal, with each output's weights coupled to its bias (Ollivier 2015, section 2.3).
 
     For each output row diag(F_kk - F_k0^2 / F_00) + f_0 f_0^T / F_00: the matrix's diagonal and
@@ -104,13 +106,13 @@ class QuasiDiagonal(Streamed):
         >>> torch.testing.assert_close(F.diagonal(), exact.diagonal())
     """
 
-    def recipe(self, facts: Facts, indices: Sequence[int]) -> Recipe:
-        """Squared rows and couplings of each part."""
-        return (yield from together([quasi_diagonal_block(facts, k) for k in indices]))
+    def block(self, facts: Facts, k: int) -> Recipe:
+        """Squared rows and couplings."""
+        return quasi_diagonal_block(facts, k)
 
 
 @dataclass(frozen=True)
-class KFAC(Streamed):
+class KFAC(Blockwise):
     """Kronecker-factored blocks, G kron A for each weight (with its bias).
 
     Martens and Grosse (2015), Grosse and Martens (2016) for convolutions; weight sharing as in
@@ -122,12 +124,23 @@ class KFAC(Streamed):
     Args:
         sharing: "expand" or "reduce".
         separate_bias: whether a weight and its bias have no covariance.
-        max_factor: a factor of more rows is kept diagonal, such as the one of a vocabulary.
+        max_factor: a factor of more rows is wide, such as the one of a vocabulary.
+        wide: what is kept of a wide factor. "diagonal": its diagonal. "split": diagonal blocks of
+            max_factor rows at most, of one size but for the last (Grosse et al. 2023, Studying
+            large language model generalization with influence functions, appendix A).
+            "low_rank": U U^T + c I, with the Nystrom approximation of rank min(256, max_factor)
+            and the mean c of what it leaves of the trace (Frangella, Tropp and Udell 2021). The
+            histogram of an embedding's inputs is diagonal as it is.
+        tied: what a matrix gets that is used in both layouts, such as an embedding that is the
+            head, too: its exact "diagonal", or one "kronecker" product of all uses. That product
+            has the partial traces of the sum of the uses' blocks. It cannot be merged.
         forward_only: whether G is the identity, so that only inputs count (FOOF: Benzing 2022,
             Gradient descent on neurons and its link to approximate second-order optimization).
 
     Raises:
-        DataError: another sharing, a max_factor that is no positive integer.
+        DataError: another sharing, tied or wide, a max_factor that is no positive integer, or
+            options that exclude each other: "low_rank" has no entries that separate_bias could set
+            to zero, and tied="kronecker" keeps wide factors diagonal.
 
     Example:
         >>> KFAC(sharing="reduce")
@@ -137,11 +150,13 @@ class KFAC(Streamed):
     sharing: str = "expand"
     separate_bias: bool = field(default=False, repr=False)
     max_factor: int = field(default=MAX_FACTOR, repr=False)
+    wide: str = field(default="diagonal", repr=False)
+    tied: str = field(default="diagonal", repr=False)
     forward_only: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         check_fields(self)
-        _require_factors(self.sharing, self.max_factor)
+        _require_factors(self)
 
     def described(self) -> str:
         """With other options only if they are not the defaults."""
@@ -155,12 +170,18 @@ class KFAC(Streamed):
                 "'ekfac', 'diagonal', 'block_diagonal', 'dense' or 'low_rank' with center=True"
             )
 
-    def recipe(self, facts: Facts, indices: Sequence[int]) -> Recipe:
-        """Kronecker factors of each part."""
-        options = {"separate_bias": self.separate_bias, "forward_only": self.forward_only}
-        sharing, most = Sharing(self.sharing), self.max_factor
-        recipes = [kronecker_block(facts, k, sharing, most, **options) for k in indices]
-        return (yield from together(recipes))
+    def block(self, facts: Facts, k: int) -> Recipe:
+        """Kronecker factors."""
+        return kronecker_block(
+            facts,
+            k,
+            Sharing(self.sharing),
+            self.max_factor,
+            Wide(self.wide),
+            separate_bias=self.separate_bias,
+            forward_only=self.forward_only,
+            tied=self.tied,
+        )
 
 
 @dataclass(frozen=True)
@@ -174,9 +195,12 @@ class EKFAC(Streamed):
         basis: a KFAC or EKFAC of the same parameters whose eigenbasis is taken instead; one pass.
         separate_bias: as in KFAC.
         max_factor: as in KFAC. A factor that is kept diagonal has the identity as its eigenbasis.
+        wide: as in KFAC. The eigenbasis of a factor of low rank is a product of reflections, and
+            has one eigenvalue for each of its vectors, within the rank or not.
+        tied: as in KFAC.
 
     Raises:
-        DataError: an unknown sharing, or a max_factor below one.
+        DataError: as KFAC does, or a basis that is none.
 
     Example:
         >>> import nngeo_lazy as ng
@@ -191,10 +215,12 @@ class EKFAC(Streamed):
     basis: BaseLinearOperator | None = field(default=None, repr=False, compare=False)
     separate_bias: bool = field(default=False, repr=False)
     max_factor: int = field(default=MAX_FACTOR, repr=False)
+    wide: str = field(default="diagonal", repr=False)
+    tied: str = field(default="diagonal", repr=False)
 
     def __post_init__(self) -> None:
         check_fields(self)
-        _require_factors(self.sharing, self.max_factor)
+        _require_factors(self)
         if self.basis is not None and not isinstance(self.basis, BlockDiagonalLinearOperator):
             raise DataError(
                 f"expected basis= to be a KFAC or an EKFAC Fisher, got {type(self.basis).__name__}"
@@ -208,6 +234,17 @@ class EKFAC(Streamed):
     def described(self) -> str:
         """With other options only if they are not the defaults."""
         return _with_options(self)
+
+    @property
+    def kfac(self) -> KFAC:
+        """The KFAC whose eigenbasis is taken if none is given."""
+        return KFAC(
+            self.sharing,
+            separate_bias=self.separate_bias,
+            max_factor=self.max_factor,
+            wide=self.wide,
+            tied=self.tied,
+        )
 
     @property
     def passes(self) -> int:
@@ -227,11 +264,7 @@ class EKFAC(Streamed):
         if self.basis is not None:
             recipes = [self._in(facts, k, self._bases(facts, facts.parts[k])) for k in indices]
             return (yield from together(recipes))
-        sharing = Sharing(self.sharing)
-        options = {"separate_bias": self.separate_bias}
-        factored = [kronecker_block(facts, k, sharing, self.max_factor, **options) for k in indices]
-        blocks = yield from together(factored)
-        del factored
+        blocks = yield from self.kfac.recipe(facts, indices)
         known, done = _decomposed(facts, blocks)
         if not known:
             return done
@@ -246,13 +279,12 @@ class EKFAC(Streamed):
         if self.basis is not None:
             return [first]
         second = []
-        for factors in first:
-            if isinstance(factors, KroneckerFactors):
-                (k,) = factors.indices
-                part = facts.parts[k]
-                sizes = (part.layout.groups, part.layout.rows, part.layout.width)
-                unknown = (torch.empty(sizes[0], n, n, device="meta") for n in sizes[1:])
-                second.append(SquareSum(k, part, *unknown))
+        for k in dict.fromkeys(f.indices[0] for f in first if isinstance(f, KroneckerFactors)):
+            part = matrix_of(facts.parts[k])
+            sides = part.layout.rows, part.layout.width
+            shapes = (Shape.of(n, self.max_factor, Wide(self.wide)) for n in sides)
+            unknown = (torch.empty((part.layout.groups, *s.basis), device="meta") for s in shapes)
+            second.append(SquareSum(k, part, *unknown))
         return [first, second]
 
     def _in(
@@ -261,25 +293,26 @@ class EKFAC(Streamed):
         k: int,
         given: tuple[Tensor, Tensor] | None,
         positions: int | None = None,
+        note: str | None = None,
     ) -> Recipe:
         """The best diagonal in a given basis."""
-        part = facts.parts[k]
         if given is None:
             return (yield from diagonal_block(facts, k))
+        part = matrix_of(facts.parts[k])
         squares, sums = SquareSum(k, part, *given), RowSum(k, part)
         facts = yield [squares, sums] if facts.center else [squares]
         values = squares.diagonal(facts)
         grid = (part.layout.groups, part.layout.rows, part.layout.width)
         eigen = EigenKroneckerLinearOperator(values.view(grid), *given)
         if facts.center:
-            values = centered(values, eigen.rotate(sums.mean(facts).unsqueeze(-1)).squeeze(-1))
+            values = centered(values, eigen.rotate(sums.mean(facts).mT).mT)
             eigen = EigenKroneckerLinearOperator(values.view(grid), *given)
-        return [Block((k,), part.layout, eigen, positions)]
+        return [Block((k,), part.layout, eigen, positions, note)]
 
     def _bases(self, facts: Facts, part: Part) -> tuple[Tensor, Tensor] | None:
         """The eigenbasis that the given operator has for a part, None if it is diagonal."""
         for _, layout, member in self.basis.parts:  # type: ignore[union-attr]
-            if layout == part.layout:
+            if layout in (part.layout, matrix_of(part).layout):
                 block = opened(member)
                 if isinstance(block, (KroneckerLinearOperator, EigenKroneckerLinearOperator)):
                     left, right = block.bases()
@@ -349,8 +382,8 @@ class LowRank(Streamed):
 
 def _decomposed(
     facts: Facts, blocks: list[Block]
-) -> tuple[dict[int, tuple[tuple[Tensor, Tensor], int | None]], list[Block]]:
-    """The eigenbases and positions of Kronecker blocks by part, and the blocks without any.
+) -> tuple[dict[int, tuple[tuple[Tensor, Tensor], int | None, str | None]], list[Block]]:
+    """The eigenbases, positions and notes of Kronecker blocks by part, and the other blocks.
 
     The list is emptied, so that each block's factors go when its bases are there.
     """
@@ -363,26 +396,46 @@ def _decomposed(
             found.append((block, block.operator))
         else:
             done.append(block)
-    kept = [(block.indices[0], block.positions) for block, _ in found]
+    kept = [(block.indices[0], block.positions, block.note) for block, _ in found]
     factors = [[operator.left, operator.right] for _, operator in found]
     del found, block
     bases = shared_bases(factors, facts.group)
-    return {k: (own, n) for (k, n), own in zip(kept, bases, strict=True)}, done
+    return {k: (own, n, note) for (k, n, note), own in zip(kept, bases, strict=True)}, done
 
 
-def _require_factors(sharing: str, max_factor: int) -> None:
-    if sharing not in list(Sharing):
+def _require_factors(options: KFAC | EKFAC) -> None:
+    if options.sharing not in list(Sharing):
         raise DataError(
-            f"expected sharing='expand' or 'reduce', got {sharing!r}; docs/conventions.md "
+            f"expected sharing='expand' or 'reduce', got {options.sharing!r}; docs/conventions.md "
             "explains them"
         )
-    if max_factor < 1:
-        raise DataError(f"expected max_factor to be a positive integer, got {max_factor!r}")
+    if options.tied not in ("diagonal", "kronecker"):
+        raise DataError(
+            f"expected tied='diagonal' or 'kronecker', got {options.tied!r}: the exact diagonal of "
+            "a tied weight, or one Kronecker product for all of its uses"
+        )
+    if options.max_factor < 1:
+        raise DataError(f"expected max_factor to be a positive integer, got {options.max_factor!r}")
+    if options.wide not in list(Wide):
+        raise DataError(
+            "expected wide='diagonal', 'split' or 'low_rank', which is what is kept of factors of "
+            f"more than max_factor rows, got {options.wide!r}"
+        )
+    if options.separate_bias and options.wide == Wide.LOW_RANK:
+        raise DataError(
+            "a factor of low rank has no entries that could be set to zero for separate_bias=True: "
+            "take wide='split' or 'diagonal' with it"
+        )
+    if options.tied == "kronecker" and options.wide != Wide.DIAGONAL:
+        raise DataError(
+            "the factors of uses in both layouts are added, and wide ones stay diagonal: take "
+            "wide='diagonal' with tied='kronecker'"
+        )
 
 
 def _with_options(options: KFAC | EKFAC) -> str:
     """As it prints, and the fields that do not print if they are not the defaults."""
     hidden = [f for f in fields(options) if not f.repr and f.name != "basis"]
     given = {f.name: getattr(options, f.name) for f in hidden}
-    more = [f", {f.name}={given[f.name]}" for f in hidden if given[f.name] != f.default]
+    more = [f", {f.name}={given[f.name]!r}" for f in hidden if given[f.name] != f.default]
     return repr(options)[:-1] + "".join(more) + ")"

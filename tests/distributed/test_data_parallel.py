@@ -58,6 +58,18 @@ def test_a_convolutional_network(pool, representation, estimator):
     same_bits(found)
 
 
+@pytest.mark.parametrize("wide", ["split", "low_rank"])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_wide_factors(pool, wide, sharded):
+    inner = ng.representations.EKFAC(max_factor=3, wide=wide)
+    made = ng.representations.Sharded(inner) if sharded else inner
+    found = pool.run(tasks.fisher, 2, "smooth", made, "exact")
+    expected, _, _ = tasks.alone("smooth", inner, "exact")
+    for matrix, _, _ in found:
+        close(matrix, expected, 1e-9)
+    assert torch.equal(found[0][0], found[1][0])
+
+
 def test_a_centered_matrix(pool):
     for representation in ("ekfac", "diagonal", "dense", "low_rank"):
         options = {"center": True}

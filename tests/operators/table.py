@@ -131,6 +131,7 @@ def operators() -> dict[str, BaseLinearOperator]:
             KroneckerLinearOperator(spd(2, g)[None], spd(4, g)[None]), spd(4, g)
         ),
         "matrix": MatrixLinearOperator(randn(5, N)),
+        "iterated_inverse": ng.inverse(spd(N, g), method="cg"),
         "foreign": rules.as_operator(
             theirs.ToeplitzLinearOperator(2.0 ** -torch.arange(N).double())
         ),

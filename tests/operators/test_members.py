@@ -428,6 +428,16 @@ def test_scipy_krylov(name):
     assert F.requires_grad_(True).to_scipy().matvec(b).shape == b.shape
 
 
+@pytest.mark.parametrize("name", EVERY_SYMMETRIC)
+def test_no_operator_becomes_an_array_unasked(name):
+    F = EVERY_SYMMETRIC[name]()
+    b = np.ones(F.shape[-1])
+    for call in (lambda: np.asarray(F), lambda: b @ F, lambda: np.linalg.norm(F)):
+        with pytest.raises(TypeError, match=r"is no numpy array: take F\.to_scipy.*F\.to_dense"):
+            call()
+    np.testing.assert_allclose(F.to_scipy() @ b, F.to_dense().numpy() @ b, atol=1e-12)
+
+
 def test_scipy_of_a_product_has_its_transpose():
     P = examples.product()
     A, b = examples.matrix(P).numpy(), np.linspace(1, 2, 18)
