@@ -245,6 +245,18 @@ def test_predictions_that_are_certain_and_wrong():
     train(optimizer, model, x, torch.randint(10, (32,)), 3)
 
 
+def test_curvature_that_is_zero():
+    """All predictions are certain, and some are wrong: a gradient, but an exact Fisher of zero."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 3), torch.randn(20, 4)
+    with torch.no_grad():
+        model.bias.copy_(torch.tensor([3e3, 0.0, 0.0]))
+    losses = train(
+        NaturalGradient(model, "implicit", "categorical"), model, x, torch.ones(20).long(), 5
+    )
+    assert losses[-1] <= losses[0]
+
+
 def test_logits_of_minus_infinity():
     """Actions that are not allowed."""
     model, x, _ = problem()
