@@ -16,7 +16,7 @@ from .influence import Queries, influences, self_influence
 from .jacobian.registry import register_layer
 from .jacobian.uses import Grid, Use
 from .kernels import NTK
-from .laplace import Laplace
+from .laplace import FunctionalLaplace, Laplace
 from .linalg import Estimate, Probes, SpectralDensity
 from .numerics.approximate import low_rank, nystrom
 from .numerics.estimation import diagonal, effective_dimension, logdet, trace
@@ -40,6 +40,7 @@ __all__ = [
     "Distributed",
     "Eigenfunctions",
     "Estimate",
+    "FunctionalLaplace",
     "Grid",
     "Hessian",
     "Jacobian",

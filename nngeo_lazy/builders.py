@@ -12,7 +12,7 @@ from .costs import BuildCost, cost_of
 from .distributed import refuse_processes
 from .errors import DataError
 from .fingerprints import refuse_shuffling
-from .likelihoods import Estimator, Gaussian, Likelihood, LikelihoodLike
+from .likelihoods import Estimator, Gaussian, LikelihoodLike
 from .operators import BaseLinearOperator
 from .quantities import (
     Fisher,
@@ -67,7 +67,8 @@ def FIM(
         representation: "kfac", "ekfac", "diagonal", "quasi_diagonal", "block_diagonal", "low_rank",
             "dense", or an options object from `nngeo_lazy.representations`.
         likelihood: "categorical", "bernoulli", "gaussian", "poisson", or an object from
-            `nngeo_lazy.likelihoods`; None means categorical, and the first batch must show it.
+            `nngeo_lazy.likelihoods`; None means categorical, and the first batch must show it. One
+            for each of several heads, by name or in a sequence, if the model returns several.
         estimator: "exact" (expectation over the model's labels), "mc" (sampled labels),
             "empirical" (observed labels, one score of each example), or "empirical_positions" (one
             score of each position: T directions, as if positions were examples of their own).
@@ -372,7 +373,7 @@ def _fisher(
     loader: Any,
     representation: str | Representation = "kfac",
     *,
-    likelihood: str | Likelihood | None = None,
+    likelihood: LikelihoodLike | None = None,
     estimator: str = "exact",
     samples: PositiveInt = 1,
     center: bool = False,

@@ -12,7 +12,7 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from .switches import callers_autocast, under_autocast
 __all__ = ["Batch", "Batches", "outputs_of"]
 
 LABELS = ("labels", "label")
+Outputs: TypeAlias = Callable[[Any], Tensor]
 FORMS = (
     "a DataLoader or another re-iterable of batches, a tensor of inputs, one batch "
     "(inputs, target), or a mapping with 'labels'"
@@ -72,6 +73,8 @@ class Batches:
         target: `raw batch -> target` in place of the default; it may return None.
         positions: `raw batch -> mask (N, T)` of the positions that exist, in place of a mapping's
             "attention_mask"; it may return None.
+        outputs: from what the model returned to its outputs (N, ...).
+        labels: how many entries behind the inputs are labels, if a batch has just these.
         progress: whether to show a progress bar.
 
     Raises:
@@ -92,6 +95,8 @@ class Batches:
         forward: Callable[[nn.Module, Any], Any] | None = None,
         target: Callable[[Any], Any] | None = None,
         positions: Callable[[Any], Any] | None = None,
+        outputs: Outputs | None = None,
+        labels: int = 1,
         progress: bool = False,
     ) -> None:
         require_takes("forward", forward, "model", "batch")
@@ -108,6 +113,7 @@ class Batches:
         self._forward, self._autocast = forward, callers_autocast()
         self._target = target
         self._positions = positions
+        self._outputs, self._labels = outputs or outputs_of, labels
         self._progress = progress
         self._gave = False  # a batch, on any pass so far
         self._streams = Streams(self.generators)
@@ -195,7 +201,8 @@ class Batches:
         """How one batch, already on the device, is called."""
         args, kwargs = self._call(raw) if self._forward is None else ((), {})
         if self._target is None:
-            return Batch(args, kwargs, _labels(raw, strict=self._forward is None), raw)
+            found = _labels(raw, self._labels, strict=self._forward is None)
+            return Batch(args, kwargs, found, raw)
         target = self._target(raw)
         if target is not None and not tree.tensors(target):
             try:
@@ -249,7 +256,7 @@ class Batches:
                 f"{str(error).splitlines()[0]!r} for {_sizes(raw)}: check shapes and dtypes of the "
                 "inputs, or pass forward=lambda model, batch: ..."
             ) from error
-        return outputs_of(outputs, "pass forward=lambda model, batch: ...")
+        return self._outputs(outputs)
 
     def _call(self, raw: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments of the default call."""
@@ -290,7 +297,7 @@ def _sizes(raw: Any) -> str:
     return ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in tensors[:4]) or type(raw).__name__
 
 
-def outputs_of(result: Any, remedy: str) -> Tensor:
+def outputs_of(result: Any, remedy: str = "pass forward=lambda model, batch: ...") -> Tensor:
     """The outputs (N, ...) in what a model returned: a tensor, or its logits.
 
     Raises:
@@ -390,14 +397,14 @@ def _label(raw: Mapping[Any, Any]) -> str | None:
     return next((name for name in LABELS if name in raw), None)
 
 
-def _labels(raw: Any, strict: bool) -> Any:
+def _labels(raw: Any, count: int, strict: bool) -> Any:
     """The default target; not strict: None if the batch has none that can be read."""
     raw, found = tree.by_field(raw), None
     if isinstance(raw, Mapping):
         label = _label(raw)
         found = None if label is None else raw[label]
     elif _kind(raw) == "sequence" and len(raw) > 1:
-        found = raw[1]
+        found = tuple(raw[1:]) if len(raw) == 1 + count > 2 else raw[1]
     if found is None or tree.tensors(found):
         return found
     if strict:

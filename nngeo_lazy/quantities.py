@@ -14,9 +14,17 @@ from torch import Tensor, nn
 
 from . import tree
 from .errors import DataError
-from .likelihoods import Likelihood, check_estimator, resolve, resolve_loss
+from .likelihoods import (
+    Likelihood,
+    LikelihoodLike,
+    check_estimator,
+    of_heads,
+    resolve,
+    resolve_loss,
+)
 from .likelihoods.likelihood import NAN_LABELS, NOT_FINITE
 from .likelihoods.losses import CallableLoss, Reduction
+from .likelihoods.names import Heads, reading_of
 from .precision import widened
 
 __all__ = [
@@ -55,7 +63,7 @@ class Metric(NamedTuple):
     sample: Draw
 
 
-LossLike: TypeAlias = str | Likelihood | nn.Module | Callable[..., Tensor]
+LossLike: TypeAlias = str | Likelihood | nn.Module | Callable[..., Tensor] | Heads
 
 
 class Quantity(ABC):
@@ -72,6 +80,10 @@ class Quantity(ABC):
     estimator: str = "exact"
     fewer: str = "take estimator='mc' (one for each sample)"
     held: bool = False
+
+    def reading(self) -> dict[str, Any]:
+        """How batches are read, as options of `Batches`."""
+        return {}
 
     @abstractmethod
     def fit(self, outputs: Tensor, target: Tensor | None) -> None:
@@ -129,13 +141,17 @@ class Quantity(ABC):
 class _OfLoss(Quantity):
     """Directions of a loss: a likelihood, or what behaves like one."""
 
-    def __init__(self, estimator: str, samples: int) -> None:
+    def __init__(self, given: Any, estimator: str, samples: int) -> None:
         check_estimator(estimator)
         if not isinstance(samples, int) or samples < 1:
             raise DataError(f"expected samples to be a positive integer, got {samples!r}")
+        self._given = of_heads(given)
         self.estimator = estimator
         self.samples = samples
         self.likelihood: Likelihood | None = None
+
+    def reading(self) -> dict[str, Any]:
+        return reading_of(self._given)
 
     def _known(self) -> Likelihood:
         if self.likelihood is None:
@@ -232,9 +248,8 @@ class _OfLoss(Quantity):
 class Fisher(_OfLoss):
     """The Fisher information of a likelihood."""
 
-    def __init__(self, likelihood: str | Likelihood | None, estimator: str, samples: int) -> None:
-        super().__init__(estimator, samples)
-        self._given = likelihood
+    def __init__(self, likelihood: LikelihoodLike | None, estimator: str, samples: int) -> None:
+        super().__init__(likelihood, estimator, samples)
 
     def fit(self, outputs: Tensor, target: Tensor | None) -> None:
         """The first batch decides the likelihood if none is given."""
@@ -248,8 +263,7 @@ class _Reduced(_OfLoss):
     """A matrix of a loss that is divided by what the loss itself is divided by."""
 
     def __init__(self, loss: LossLike, estimator: str, samples: int) -> None:
-        super().__init__(estimator, samples)
-        self._given = loss
+        super().__init__(loss, estimator, samples)
         self._reduction: Reduction | None = None
 
     def fit(self, outputs: Tensor, target: Tensor | None) -> None:
@@ -356,8 +370,7 @@ class LossGradients(_OfLoss):
     kind = MatrixKind.JACOBIAN
 
     def __init__(self, loss: LossLike) -> None:
-        super().__init__("empirical", 1)
-        self._given = loss
+        super().__init__(loss, "empirical", 1)
 
     def fit(self, outputs: Tensor, target: Tensor | None) -> None:
         """The first batch decides how the loss is called."""

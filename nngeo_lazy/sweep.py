@@ -22,7 +22,8 @@ from .jacobian.capture import Capture, PartsChangedError, Recorded
 from .jacobian.parts import Part
 from .jacobian.positions import marks_of
 from .jacobian.scopes import recording, refuse_training_mode
-from .kept import Chunk, keep_forms
+from .jacobian.streaming import stream
+from .kept import Feed, Kept
 from .quantities import Quantity
 from .rowwise import Piece
 from .selectors import Selector, space_of
@@ -167,7 +168,7 @@ class Sweep:
         self._finished = False  # a pass
         self._parts: Sequence[Part] = ()
         self._described: Mapping[str, str | int | None] | None = None  # by another process
-        self._kept: tuple[Totals, list[Chunk]] | None = None
+        self._kept: tuple[Totals, Kept] | None = None
 
     @property
     def facts(self) -> Facts:
@@ -251,7 +252,7 @@ class Sweep:
         """
         problem = self.problem
         statistics: Sequence[Statistic] | None = None
-        kept: list[Chunk] | None = [] if keep else None
+        kept = Kept(keep)
         totals = Totals(problem.quantity, problem.space.device)
         stale = False
         with recording(self._model, problem.space.parameters(self._model)):
@@ -260,14 +261,15 @@ class Sweep:
                 for recorded, target in self._record(batch):
                     if statistics is None:
                         statistics, parts = make(self.facts), self._parts
+                        feed = Feed(statistics, kept)
                     stale = stale or self._parts != parts
                     if stale:
                         continue
                     totals.add(recorded.outputs, target)
+                    outputs, count = recorded.outputs, self._count(recorded.outputs, target)
+                    directions = problem.quantity.directions(outputs, target, generator)
                     try:
-                        for chunk in self._chunks(recorded, target, generator):
-                            _update(statistics, chunk)
-                            kept = keep_forms(kept, chunk)
+                        stream(recorded, directions, count, feed)
                     except PartsChangedError:
                         self._parts, stale = self._capture.parts, True
         if stale:
@@ -279,7 +281,7 @@ class Sweep:
                 )
             return None
         self._finished = True
-        self._kept = None if kept is None else (totals, kept)
+        self._kept = None if kept.forms is None else (totals, kept)
         return statistics, totals
 
     def pieces(self, start: int = 0) -> Generator[Piece, None, None]:
@@ -373,18 +375,13 @@ class Sweep:
             exist = self.problem.batches.positions(recorded.record.raw)
             yield replace(recorded, marks=marks_of(scored, exist)), target
 
-    def _replay(self, make: Make, totals: Totals, kept: list[Chunk]) -> Read:
+    def _replay(self, make: Make, totals: Totals, kept: Kept) -> Read:
         statistics = make(self.facts) if self._parts else None
-        for chunk in kept:
-            _update(statistics or (), chunk)
+        feed = Feed(statistics or (), Kept(False))
+        for form in kept.forms or ():
+            feed(*form)
         self._kept = None
         return statistics, totals
-
-    def _chunks(
-        self, recorded: Recorded, target: Tensor | None, generator: torch.Generator | None
-    ) -> Iterator[Chunk]:
-        outputs, count = recorded.outputs, self._count(recorded.outputs, target)
-        return recorded.chunks(self.problem.quantity.directions(outputs, target, generator), count)
 
     def _count(self, outputs: Tensor, target: Tensor | None) -> int:
         """How many directions a piece has, if they are not too many."""
@@ -427,14 +424,9 @@ def make_sweep(
             target=target,
             positions=positions,
             progress=progress,
+            **quantity.reading(),
         )
     return Sweep(Problem.of(model, space, batches, quantity, **options))
-
-
-def _update(statistics: Sequence[Statistic], chunk: Chunk) -> None:
-    forms, first, last = chunk
-    for each in statistics:
-        each.update([forms[k] for k in each.indices], first, last)
 
 
 def _require_finite_parameters(model: nn.Module, space: ParamSpace) -> None:

@@ -153,6 +153,21 @@ def test_bad_distributions_are_named():
         FromDistribution(lambda: None)
 
 
+def test_scores_of_positions():
+    model, x = network(2)
+    x = x.view(3, 3, 3)
+    y = distributions.Gamma(1.0, 1.0).sample((3, 3)).double()
+    known = FromDistribution(gamma)
+    rows = []
+    for one in gamma(model(x)).log_prob(y).flatten():
+        g = torch.autograd.grad(one, list(model.parameters()), retain_graph=True)
+        rows.append(torch.cat([each.flatten() for each in g]))
+    rows = torch.stack(rows)
+    options = {"likelihood": known, "estimator": "empirical_positions"}
+    F = ng.FIM(model, (x, y), "dense", **options)
+    close(F.to_dense(), rows.mT @ rows / 3)
+
+
 def test_bad_pairs_and_variances_are_named():
     model, x = network(3)
     with pytest.raises(DataError, match=r"outputs \(N, ..., 2\), the scores of two"):

@@ -242,7 +242,7 @@ class Recorded:
                 keep = root is not None or masked or done < count or bool(self.plan.silent)
                 collected.append(gradients_at(start, recorded.edges, direction, keep))
             believed = recorded._believed(collected)
-            if believed._used != recorded._used:
+            if believed.used != recorded.used:
                 collected = [gradients_at(start, believed.edges, d) for d in chunk]
             recorded = believed
             yield recorded.forms(collected, chunk), done == len(chunk), done == count
@@ -254,7 +254,7 @@ class Recorded:
         speaking = [
             g.any()
             for each in collected
-            for k, g in zip(self._used, each, strict=True)
+            for k, g in zip(self.used, each, strict=True)
             if k in self.plan.silent and g is not None
         ]
         if not speaking or not bool(torch.stack(speaking).any()):
@@ -266,7 +266,7 @@ class Recorded:
     @property
     def _step(self) -> int:
         """How many directions are stacked."""
-        one = sum(self.record.calls[k].shape.numel() for k in self._used) * self.dtype.itemsize
+        one = sum(self.record.calls[k].shape.numel() for k in self.used) * self.dtype.itemsize
         return max(1, CHUNK_BYTES // max(1, one))
 
     def general_passes(self, directions: int) -> tuple[int, int]:
@@ -284,10 +284,11 @@ class Recorded:
     @property
     def edges(self) -> list[GradientEdge]:
         """Where the output gradients of the layers arrive."""
-        return [self.record.calls[k].edge for k in self._used]
+        return [self.record.calls[k].edge for k in self.used]
 
     @property
-    def _used(self) -> list[int]:
+    def used(self) -> list[int]:
+        """The calls that parts are made of."""
         return sorted({k for part in self.plan.parts for k in part.calls})
 
     def forms(
@@ -299,32 +300,55 @@ class Recorded:
             collected: for each direction the gradients at the `edges`, None if they are zero.
             directions: what they are the gradients of; read for parts on the general way alone.
         """
-        calls, folds, n = self.record.calls, self.plan.folds, self.record.n
         gradients = {
-            k: Gradient(calls[k], folds[k], [each[j] for each in collected], n, self.dtype)
-            for j, k in enumerate(self._used)
+            k: self.gradient(k, [each[j] for each in collected]) for j, k in enumerate(self.used)
         }
         forms: list[Form | None] = []
-        general = self._general(directions)
+        general = self.general(directions)
         for k, part in enumerate(self.plan.parts):
             if part.kind is Kind.UNUSED:
                 forms.append(None)
             elif part.kind is Kind.GENERAL:
                 forms.append(next(general))
             else:
-                if k not in self._inputs:
-                    made = part.inputs(calls, folds, n)
-                    self._inputs[k] = [None if x is None else x.to(self.dtype) for x in made]
-                forms.append(
-                    part.form(calls, folds, self._inputs[k], gradients, self.parameters, self.marks)
-                )
+                forms.append(self.form(k, gradients))
         if self.parts is self.plan.parts:
             return forms
         like = torch.zeros((), dtype=self.dtype, device=self.record.outputs.device)
-        shape = (len(collected), n)
+        shape = (len(collected), self.record.n)
         return [form_of(part, self.plan.parts, forms, shape, like) for part in self.parts]
 
-    def _general(self, chunk: Sequence[Tensor]) -> Iterator[Rows]:
+    def gradient(self, call: int, given: Sequence[Tensor | None]) -> Gradient:
+        """What arrived at a call's output, for each direction."""
+        fold = self.plan.folds[call]
+        return Gradient(self.record.calls[call], fold, given, self.record.n, self.dtype)
+
+    def form(self, k: int, gradients: Mapping[int, Gradient]) -> Form:
+        """The form of a part, from the gradients at its calls."""
+        part, calls, folds = self.plan.parts[k], self.record.calls, self.plan.folds
+        inputs = self._inputs.get(k)
+        if inputs is None:
+            made = part.inputs(calls, folds, self.record.n)
+            inputs = self._inputs[k] = [None if x is None else x.to(self.dtype) for x in made]
+        return part.form(calls, folds, inputs, gradients, self.parameters, self.marks)
+
+    @property
+    def streams(self) -> bool:
+        """Whether `streaming` can hand over one form after the other, and it is worth it."""
+        known = self.parts is self.plan.parts and not self.plan.silent
+        return known and self._step == 1 and len(self.used) > 1
+
+    def drop_inputs(self, k: int) -> None:
+        """Forget the inputs of a part as they were converted."""
+        self._inputs.pop(k, None)
+
+    def drop(self, call: int) -> None:
+        """Forget the input of a call: no form can be made of it any more."""
+        known = self.record.calls[call]
+        empty = replace(known.use, x=known.use.x.new_empty(0))
+        self.record.calls[call] = replace(known, use=empty)
+
+    def general(self, chunk: Sequence[Tensor]) -> Iterator[Rows]:
         """The rows of each part without a form, in order: one pass makes those of all."""
         make = self.plan.general
         if make is None:

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from .posterior import Laplace
+from .process import FunctionalLaplace
 
-__all__ = ["Laplace"]
+__all__ = ["FunctionalLaplace", "Laplace"]

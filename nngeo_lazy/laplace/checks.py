@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError, NotPositiveDefiniteError, SpaceMismatchError
-from ..likelihoods import Likelihood, described, resolve
+from ..likelihoods import Likelihood, LikelihoodLike, described, of_heads, resolve
 from ..likelihoods.losses import PER_EXAMPLE
 from ..operators import BaseLinearOperator
 from ..operators.damping import DampingLike, resolve_damping
@@ -37,12 +37,12 @@ def num_examples_of(F: Any) -> int:
     return F.num_examples
 
 
-def likelihood_of(F: BaseLinearOperator, given: str | Likelihood | None) -> Likelihood | None:
+def likelihood_of(F: BaseLinearOperator, given: LikelihoodLike | None) -> Likelihood | None:
     """The likelihood of F's build, or the given one if that is not known."""
     text = F.info.quantity.get("loss")
     own = None if text is None else described(str(text))
     if given is not None:
-        given = resolve(given, torch.empty(0, device="cpu"), None)
+        given = resolve(of_heads(given), torch.empty(0, device="cpu"), None)
         if own is not None and repr(own) != repr(given):
             raise DataError(f"expected the likelihood of F, {own}, got {given}")
         own = given

@@ -13,6 +13,7 @@ import torch
 from scipy import optimize
 from torch import Tensor, nn
 
+from .. import tree
 from ..data import Batches
 from ..errors import (
     ConvergenceWarning,
@@ -22,6 +23,7 @@ from ..errors import (
     wrong_option,
 )
 from ..likelihoods import Likelihood
+from ..likelihoods.names import reading_of
 from ..operators import BaseLinearOperator
 from ..operators.damping import DampingLike
 from ..prediction import nll
@@ -46,7 +48,6 @@ class Posterior(Protocol):
     _noise: float | Tensor
 
     def _evidence(self, given: DampingLike, noise: float | Tensor) -> Tensor: ...
-    def predictive(self, x: Any, method: str) -> Any: ...
     def with_prior(self, prior_precision: DampingLike) -> Any: ...
     def _require_likelihood(self, what: str) -> Likelihood: ...
 
@@ -126,7 +127,8 @@ def chosen(
     """The posterior that predicts held-out labels best; see `Laplace.grid_search`."""
     likelihood = la._require_likelihood("a grid search")
     held, targets = [], []
-    batches = Batches(loader, device=la.space.device, forward=forward, target=target)
+    reading = reading_of(likelihood)
+    batches = Batches(loader, device=la.space.device, forward=forward, target=target, **reading)
     with closing(iter(batches)) as each:
         for batch in each:
             if batch.target is None:
@@ -136,7 +138,7 @@ def chosen(
                 )
             held.append(batch.raw)
             targets.append(batch.target)
-    labels, data = torch.cat(targets), Held(held)
+    labels, data = _joined(targets), Held(held)
     best: tuple[float, P] | None = None
     for prior in torch.logspace(-4, 4, GRID, device="cpu").tolist() if grid is None else grid:
         candidate = la.with_prior(prior)
@@ -153,6 +155,13 @@ def chosen(
             "there is none: check the metric, and that the grid is not empty"
         )
     return best[1]
+
+
+def _joined(targets: list[Any]) -> Any:
+    """The targets of all batches as one."""
+    leaves = zip(*[tree.leaves(each) for each in targets], strict=True)
+    whole = {k: torch.cat(parts) for k, parts in enumerate(leaves) if isinstance(parts[0], Tensor)}
+    return tree.replaced(targets[0], whole)
 
 
 def _groups(space: ParamSpace, structure: str) -> dict[tuple[str, ...], Tensor]:

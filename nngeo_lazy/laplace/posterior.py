@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from contextlib import closing
 from functools import cached_property
 from typing import Any, cast
@@ -11,21 +11,27 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..arguments import NonNegativeInt, PositiveInt, checked
+from ..arguments import PositiveInt, checked
 from ..data import Batches
-from ..errors import DataError, wrong_option
-from ..likelihoods import Likelihood
+from ..errors import wrong_option
+from ..likelihoods import LikelihoodLike
+from ..likelihoods.names import reading_of
 from ..network import Network
 from ..operators import BaseLinearOperator
 from ..operators.damping import DampingLike
 from ..operators.vectors import VectorLike
-from ..precision import widest
-from ..prediction import METHODS, Prediction, labels, labels_of_draws, needs_all_pairs
+from ..prediction import (
+    METHODS,
+    Prediction,
+    heads_of,
+    labels,
+    labels_of_draws,
+    needs_all_pairs,
+)
 from .checks import flat_vector, likelihood_of, num_examples_of, positive, space_in
-from .fitting import chosen, maximised
+from .evidence import Evidence
 from .outputs import Linearised
-from .subset import chosen_parameters, embedded, principal
-from .variance import log_likelihood, scaled
+from .subset import chosen_parameters, embedded
 
 __all__ = ["Laplace"]
 
@@ -33,7 +39,7 @@ COVARIANCES = ("full", "diagonal")
 MOST = 10_000  # outputs of an example whose variances take a backward pass each, by default
 
 
-class Laplace:
+class Laplace(Evidence):
     r"""The Laplace approximation of a network's posterior, by any representation of its Fisher.
 
     .. math:: p(w | D) \approx N(\hat w, \Sigma), \qquad
@@ -83,7 +89,7 @@ class Laplace:
         prior_mean: VectorLike | None = None,
         temperature: float = 1.0,
         subset: VectorLike | None = None,
-        likelihood: str | Likelihood | None = None,
+        likelihood: LikelihoodLike | None = None,
         forward: Callable[[nn.Module, Any], Tensor] | None = None,
     ) -> None:
         if not 0 < temperature < math.inf:
@@ -92,12 +98,13 @@ class Laplace:
         self.num_examples = num_examples_of(F)
         self.likelihood = likelihood_of(F, likelihood)
         self._noise: float | Tensor = 1.0  # the likelihood's variance, in units of F's own
-        self._forward = forward
         space = self.space = space_in(model, F)
         self.mean = space.values(model).detach().clone().to(F.dtype)
         self.prior_mean = flat_vector(space, prior_mean, self.mean, "prior_mean")
         self.subset = chosen_parameters(space, subset)
-        batches = Batches(self.mean, device=self.mean.device, forward=forward)
+        reading = reading_of(self.likelihood)
+        batches = Batches(self.mean, device=self.mean.device, forward=forward, **reading)
+        self._forward = batches.forward if reading else forward  # joins the outputs of heads
         self._network = Network(model, space, batches.forward)
         positive(F, prior_precision)
 
@@ -198,6 +205,17 @@ class Laplace:
         found, _ = self._functional(x, covariance, joint, max_directions)
         return found
 
+    def heads(self, found: Prediction) -> Any:
+        """A distribution of all outputs as one for each head, by name or in their order.
+
+        Args:
+            found: what `functional` returned.
+
+        Returns:
+            `Prediction`s as the likelihoods of F are given; of one head, what was given.
+        """
+        return heads_of(self.likelihood, found)
+
     @checked
     def predictive(
         self,
@@ -209,7 +227,7 @@ class Laplace:
         covariance: str | None = None,
         joint: bool = False,
         max_directions: PositiveInt = MOST,
-    ) -> Tensor | Prediction:
+    ) -> Any:
         r"""What the posterior predicts for the labels of new inputs, the mean over its parameters.
 
         Args:
@@ -228,9 +246,11 @@ class Laplace:
             max_directions: as in `functional`.
 
         Returns:
-            Categorical: probabilities (N, C). Bernoulli: the probability of label 1 (N, C).
-            Poisson: expected counts (N, C), exp(m + v / 2). Gaussian: a `Prediction` of the labels,
-            with their noise.
+            Categorical: probabilities (N, C). Bernoulli: the probability of label 1 (N, C), and
+            BradleyTerry: that the first is preferred. Poisson and NegativeBinomial: expected counts
+            (N, C), exp(m + v / 2). Gaussian, StudentT, HeteroscedasticGaussian: a `Prediction` of
+            the labels, with their noise. FromDistribution: the mean of the labels, over draws. Of
+            several heads one of these for each, by name or in order.
 
         Raises:
             DataError: outputs that do not fit the likelihood, or a loss that is none.
@@ -250,160 +270,7 @@ class Laplace:
         found, shape = self._functional(x, covariance, joint, max_directions)
         return labels(likelihood, found, shape, method, samples=samples, seed=seed)
 
-    # --- evidence --------------------------------------------------------------------------------
-
-    def log_marginal_likelihood(self, prior_precision: DampingLike | None = None) -> Tensor:
-        r"""The Laplace approximation of the evidence log p(D), a 0-d tensor in float64.
-
-        .. math:: \tfrac1T \log p(D | \hat w) - \tfrac12 |\hat w - \mu_0|_\Lambda^2
-            + \tfrac12 \log\det \Lambda - \tfrac12 \log\det(N F / T + \Lambda)
-
-        Differentiable in the prior precision. Exact for a linear model with a Gaussian likelihood
-        at its posterior mean.
-
-        Args:
-            prior_precision: Lambda, as in the constructor; its own by default.
-
-        Raises:
-            DataError: F was built from batches without labels.
-
-        Source: MacKay (1992), Bayesian interpolation, eq. 2.10.
-        """
-        given = self.prior_precision if prior_precision is None else prior_precision
-        return self._evidence(given, self._noise)
-
-    def _evidence(self, given: DampingLike, noise: float | Tensor) -> Tensor:
-        """At a prior precision, and a variance of the labels in units of F's own."""
-        likelihood = self._require_likelihood("the evidence")
-        known = self.operator.info.log_likelihood
-        if known is None:
-            raise DataError(
-                "the evidence needs log p(D | w) of the labels, but F was built from batches "
-                "without labels (or with some that do not fit its likelihood): build it from "
-                "(inputs, target) batches, or with target="
-            )
-        F, terms, prior = self._accurate, self._terms(noise), self._prior(given)
-        fit = log_likelihood(likelihood, self._noise, known, self.operator, noise)
-        offset = self._own(self.mean - self.prior_mean).to(F.dtype)
-        logdet = F.damped(self._damping(given, noise)).logdet() - (prior / terms).log().sum()
-        squares = (prior * offset.square()).sum()
-        evidence: Tensor = fit / self.temperature - squares / 2 - logdet / 2
-        return evidence
-
-    @checked
-    def fit_prior_precision(
-        self,
-        structure: str = "scalar",
-        *,
-        noise: bool = False,
-        bounds: tuple[float, float] = (1e-6, 1e6),
-        max_iter: NonNegativeInt = 200,
-    ) -> Laplace:
-        """The same posterior with the prior precision that maximises the evidence.
-
-        By L-BFGS over its logarithm, from the one it has.
-
-        Args:
-            structure: "scalar": one number; "layer": one for each module that owns parameters;
-                "diagonal": one for each parameter.
-            noise: whether the variance of normal labels is fitted with it, as a multiple of the one
-                that F was built with. The new posterior's `likelihood` has it.
-            bounds: of each number. A group of parameters that the data do not need goes to the
-                upper one.
-            max_iter: of L-BFGS.
-
-        Returns:
-            A new `Laplace`; this one stays as it is.
-
-        Raises:
-            UnsupportedLayerError: the log-determinant of F is only known as an estimate.
-            DataError: as `log_marginal_likelihood`; a noise to fit if the labels are not normal.
-
-        Warns:
-            ConvergenceWarning: the search ended before its tolerance.
-        """
-        prior, multiple = maximised(self, structure, noise, bounds, max_iter)
-        found = self.with_prior(prior)
-        if noise:
-            found.likelihood = scaled(self._require_likelihood("a noise"), multiple / self._noise)
-            found._noise = multiple
-        return found
-
-    def grid_search(
-        self,
-        loader: Any,
-        *,
-        grid: Iterable[DampingLike] | None = None,
-        metric: Callable[[Any, Tensor], Any] | None = None,
-        method: str = "probit",
-        target: Callable[[Any], Tensor] | None = None,
-    ) -> Laplace:
-        """The same posterior with the prior precision that predicts held-out labels best.
-
-        Args:
-            loader: held-out data with labels.
-            grid: the prior precisions; by default 21 numbers from 1e-4 to 1e4.
-            metric: (what `predictive` returns for all of the data, their labels) -> a number, the
-                lower the better; by default the mean of -log p(y).
-            method: of `predictive`.
-            target: `batch -> target` in place of the default.
-
-        Raises:
-            DataError: no labels, or a metric that is no number for any of the grid.
-        """
-        return chosen(self, loader, grid, metric, method, target, self._forward)
-
-    def with_prior(self, prior_precision: DampingLike) -> Laplace:
-        """The same posterior with another prior precision, as in the constructor."""
-        positive(self.operator, prior_precision)
-        made = object.__new__(type(self))
-        kept = {k: v for k, v in vars(self).items() if k not in ("covariance", "_uncertain")}
-        made.__dict__.update(kept)
-        made.prior_precision = prior_precision
-        return made
-
     # --- parts -----------------------------------------------------------------------------------
-
-    @cached_property
-    def _inner(self) -> BaseLinearOperator:
-        """F, over the parameters that are uncertain."""
-        return self.operator if self.subset is None else principal(self.operator, self.subset)
-
-    @cached_property
-    def _accurate(self) -> BaseLinearOperator:
-        """F in float64 if it is stored.
-
-        The evidence is a difference of large sums, and a weak prior is below single precision's
-        rounding of F.
-        """
-        return self._inner if self._inner.iterates else self._inner.to(widest(self._inner.device))
-
-    def _terms(self, noise: Any = None) -> Any:
-        """How often F counts: N, less if the posterior is warm or the labels are noisy."""
-        noise = self._noise if noise is None else noise
-        return self.num_examples / (self.temperature * noise)
-
-    def _damping(self, prior: DampingLike, noise: Any = None) -> Any:
-        """The damping of F that stands for a prior precision."""
-        n = self._terms(noise)
-        if self.subset is not None:
-            return self._prior(prior) / n
-        if isinstance(prior, Mapping):
-            return {selector: _divided(value, n) for selector, value in prior.items()}
-        return _divided(prior, n)
-
-    def _prior(self, given: DampingLike) -> Tensor:
-        """The diagonal of a prior precision, of the parameters that are uncertain, in float64."""
-        whole = (
-            self.operator
-            if self.operator.iterates
-            else self.operator.to(widest(self.operator.device))
-        )
-        return self._own(positive(whole, given))
-
-    def _own(self, vector: Tensor) -> Tensor:
-        """The entries of a flat vector that are uncertain."""
-        return vector if self.subset is None else vector[self.subset]
 
     def _functional(
         self, x: Any, covariance: str, joint: bool, most: int
@@ -424,16 +291,3 @@ class Laplace:
             parts = [torch.stack([self._network(w, b.raw) for w in draws]) for b in each]
         outputs = torch.cat(parts, 1)
         return outputs.reshape(*outputs.shape[:2], -1), outputs.shape[2:]
-
-    def _require_likelihood(self, what: str) -> Likelihood:
-        if self.likelihood is None:
-            raise DataError(
-                f"{what} needs a likelihood, and F does not say which one it is of: pass "
-                "likelihood=; a loss that is no likelihood has none"
-            )
-        return self.likelihood
-
-
-def _divided(value: float | Tensor, n: Any) -> Any:
-    """In float64, whatever F's own precision is."""
-    return value.double() / n if isinstance(value, Tensor) else value / n

@@ -14,9 +14,10 @@ from .distributions import FromDistribution
 from .elementwise import Bernoulli, Poisson
 from .gaussian import Gaussian
 from .heteroscedastic import HeteroscedasticGaussian
+from .joint import Joint
 from .likelihood import ESTIMATORS, Estimator, Likelihood, check_estimator
 from .losses import CallableLoss, Reduction, resolve_loss
-from .names import NAMES, LikelihoodLike, described, resolve
+from .names import NAMES, LikelihoodLike, described, of_heads, resolve
 from .preferences import BradleyTerry
 from .weighted import Weighted
 
@@ -31,6 +32,7 @@ __all__ = [
     "FromDistribution",
     "Gaussian",
     "HeteroscedasticGaussian",
+    "Joint",
     "Likelihood",
     "LikelihoodLike",
     "NegativeBinomial",
@@ -40,6 +42,7 @@ __all__ = [
     "Weighted",
     "check_estimator",
     "described",
+    "of_heads",
     "resolve",
     "resolve_loss",
 ]

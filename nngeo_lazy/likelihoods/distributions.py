@@ -109,6 +109,15 @@ class FromDistribution(Differentiated, PerLabel):
             )
         return numbers.reshape(*numbers.shape, *(1,) * (outputs.dim() - numbers.dim()))
 
+    def position_dims(self, outputs: Tensor, target: Tensor | None) -> tuple[int, ...]:
+        """Which dimensions of the outputs are positions, whose losses are summed."""
+        if not self._apart(wide(outputs.detach())):
+            raise DataError(
+                "estimator='empirical_positions' needs labels that depend on the outputs at their "
+                "own place alone, but the distribution of each does not: take 'empirical'"
+            )
+        return super().position_dims(outputs, target)
+
     def places(self, terms: Tensor, outputs: Tensor, target: Tensor | None) -> Tensor | None:
         """Which positions of the outputs have a label of a mask: (N, *positions), or None."""
         apart = self._apart(wide(outputs.detach()))

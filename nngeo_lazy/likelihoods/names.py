@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
@@ -14,14 +14,16 @@ from .dispersed import NegativeBinomial, StudentT
 from .elementwise import Bernoulli, Poisson
 from .gaussian import Gaussian
 from .heteroscedastic import HeteroscedasticGaussian
+from .joint import Joint
 from .likelihood import Likelihood
 from .preferences import BradleyTerry
 from .weighted import Weighted
 
-__all__ = ["NAMES", "LikelihoodLike", "described", "resolve"]
+__all__ = ["NAMES", "Heads", "LikelihoodLike", "described", "of_heads", "reading_of", "resolve"]
 
 Name: TypeAlias = Literal["categorical", "bernoulli", "gaussian", "poisson"]
-LikelihoodLike: TypeAlias = Name | Likelihood
+Heads: TypeAlias = Mapping[str, str | Likelihood] | Sequence[str | Likelihood]
+LikelihoodLike: TypeAlias = Name | Likelihood | Heads
 
 NAMES: dict[str, Callable[[], Likelihood]] = {
     "categorical": Categorical,
@@ -36,11 +38,48 @@ KINDS = (
     Categorical,
     Gaussian,
     HeteroscedasticGaussian,
+    Joint,
     NegativeBinomial,
     Poisson,
     StudentT,
     Weighted,
 )
+
+
+def of_heads(given: Any) -> Any:
+    """A mapping or a sequence of likelihoods as one likelihood of several heads; else as it is.
+
+    Args:
+        given: what a user gave as likelihood or loss.
+
+    Returns:
+        A `Joint`, or what was given.
+
+    Raises:
+        DataError: a head without a likelihood.
+
+    Example:
+        >>> of_heads(("poisson", Gaussian(0.5)))
+        Joint(heads=(Poisson(), Gaussian(variance=0.5)))
+        >>> of_heads("poisson")
+        'poisson'
+    """
+    if isinstance(given, Mapping):
+        return Joint({name: _named(each) for name, each in given.items()})
+    if isinstance(given, Sequence) and not isinstance(given, str):
+        return Joint([_named(each) for each in given])
+    return given
+
+
+def reading_of(likelihood: Any) -> dict[str, Any]:
+    """How batches are read for a likelihood, as options of `Batches`."""
+    if not isinstance(likelihood, Joint):
+        return {}
+    return {"outputs": likelihood.outputs, "labels": len(likelihood.heads)}
+
+
+def _named(given: Any) -> Any:
+    return NAMES[given]() if isinstance(given, str) and given in NAMES else given
 
 
 def resolve(
@@ -111,6 +150,12 @@ def described(text: str) -> Likelihood | None:
 
 def _made(node: ast.expr) -> Any:
     """What an expression stands for; None if it holds more than literals and likelihoods."""
+    if isinstance(node, ast.Dict):
+        keys = [None if key is None else _made(key) for key in node.keys]
+        return dict(zip(keys, map(_made, node.values), strict=True))
+    if isinstance(node, ast.Tuple | ast.List):
+        made = [_made(each) for each in node.elts]
+        return made if isinstance(node, ast.List) else tuple(made)
     if not isinstance(node, ast.Call):
         try:
             return ast.literal_eval(node)
@@ -119,6 +164,9 @@ def _made(node: ast.expr) -> Any:
     kinds = {kind.__name__: kind for kind in KINDS}
     name = node.func.id if isinstance(node.func, ast.Name) else ""
     options = {str(given.arg): _made(given.value) for given in node.keywords}
-    if name not in kinds or node.args or ("likelihood" in options and not options["likelihood"]):
+    if name not in kinds or node.args:
         return None
-    return kinds[name](**options)
+    try:
+        return kinds[name](**options)
+    except DataError:  # it holds a loss that is not known by its text
+        return None

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..arguments import check_fields
 from ..errors import DataError
+from .joint import Joint
 from .likelihood import Likelihood, PerLabel, summed
 
 __all__ = ["Weighted"]
@@ -66,10 +67,10 @@ class Weighted(Likelihood):
     def __post_init__(self) -> None:
         check_fields(self)
         known = self.likelihood
-        if not isinstance(known, Likelihood) or isinstance(known, Weighted):
+        if not isinstance(known, Likelihood) or isinstance(known, (Joint, Weighted)):
             raise DataError(
                 "expected a likelihood object, as in Weighted(likelihoods.Gaussian()), got "
-                f"{known!r}"
+                f"{known!r}; of several heads each is weighted alone"
             )
         if self.nan not in ("refuse", "mask"):
             raise DataError(f"expected nan to be 'refuse' or 'mask', got {self.nan!r}")
@@ -117,7 +118,7 @@ class Weighted(Likelihood):
 
     def loss(self, outputs: Tensor, target: Any) -> Tensor:
         """The weighted -log p(y | f) up to a constant, summed over positions: (N,)."""
-        labels, weights = self._parts(outputs, target)
+        labels, weights = self.parts(outputs, target)
         if weights is None:
             return self.likelihood.loss(outputs, labels)  # type: ignore[arg-type]
         each = self._each(outputs, labels)
@@ -125,7 +126,7 @@ class Weighted(Likelihood):
 
     def log_prob(self, outputs: Tensor, target: Any) -> Tensor:
         """The weighted log p(y | f), normalised over y and summed over positions: (N,)."""
-        labels, weights = self._parts(outputs, target)
+        labels, weights = self.parts(outputs, target)
         if weights is None:
             return self.likelihood.log_prob(outputs, labels)  # type: ignore[arg-type]
         known = self.likelihood
@@ -141,7 +142,7 @@ class Weighted(Likelihood):
 
     def num_terms(self, outputs: Tensor, target: Any) -> Tensor:
         """How many scalar labels are scored, a 0-d integer tensor."""
-        known, (labels, weights) = self.likelihood, self._parts(outputs, target)
+        known, (labels, weights) = self.likelihood, self.parts(outputs, target)
         if weights is None or not isinstance(known, PerLabel):
             return known.num_terms(outputs, labels)
         kept = known.terms(outputs, labels) & (weights != 0)
@@ -149,11 +150,11 @@ class Weighted(Likelihood):
 
     def position_dims(self, outputs: Tensor, target: Any) -> tuple[int, ...]:
         """Which dimensions of the outputs are positions, whose losses are summed."""
-        return self.likelihood.position_dims(outputs, self._parts(outputs, target)[0])
+        return self.likelihood.position_dims(outputs, self.parts(outputs, target)[0])
 
     def scored(self, outputs: Tensor, target: Any) -> Tensor | None:
         """Which positions of the outputs are scored, a mask (N, *positions); None if all are."""
-        known, (labels, weights) = self.likelihood, self._parts(outputs, target)
+        known, (labels, weights) = self.likelihood, self.parts(outputs, target)
         if weights is None or not isinstance(known, PerLabel):
             return known.scored(outputs, labels)
         return known.places(known.terms(outputs, labels) & (weights != 0), outputs, labels)
@@ -161,7 +162,7 @@ class Weighted(Likelihood):
     def flags(self, outputs: Tensor, target: Any) -> dict[str, Tensor]:
         """What is wrong in a way that only the device knows: message -> 0-d bool tensor."""
         labels, weights = _pair(target)
-        clean, _ = self._parts(outputs, target)
+        clean, _ = self.parts(outputs, target)
         flags = self.likelihood.flags(outputs, clean)
         if weights is not None:
             real = weights.to(torch.promote_types(weights.dtype, torch.float32))
@@ -181,7 +182,7 @@ class Weighted(Likelihood):
         known = self.likelihood
         return (known.each if isinstance(known, PerLabel) else known.loss)(outputs, labels)
 
-    def _parts(self, outputs: Tensor, target: Any) -> _Parts:
+    def parts(self, outputs: Tensor, target: Any) -> _Parts:
         """Labels that are numbers, and weights that broadcast to their grid."""
         labels, weights = _pair(target)
         grid = self._grid(outputs, labels)
@@ -195,7 +196,7 @@ class Weighted(Likelihood):
 
     def _spread(self, outputs: Tensor, target: Any) -> _Parts:
         """Labels, and the weights at the outputs that they belong to."""
-        known, (labels, weights) = self.likelihood, self._parts(outputs, target)
+        known, (labels, weights) = self.likelihood, self.parts(outputs, target)
         if weights is None:
             return _Parts(labels, None)
         if not isinstance(known, PerLabel) or not any(size > 1 for size in weights.shape[1:]):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..collectives import replicated
 from ..errors import DataError, NonFiniteError, NonFiniteWarning
+from ..likelihoods.heads import Heads
 from ..operators import BaseLinearOperator
 from ..operators.report import Report, Row
 from ..operators.warn import warn
@@ -22,7 +23,6 @@ from .curvature import Curvature
 from .direction import Direction
 from .exact import exact_curvature, mean_eigenvalue
 from .framing import Framing
-from .heads import Heads
 from .loop import Loop
 from .measure import Loss, Reading, Touched, changed, read
 from .options import Options

@@ -20,9 +20,9 @@ from ..jacobian.passes import gradients_at
 from ..jacobian.record import Recorder
 from ..jacobian.registry import whole_modules
 from ..jacobian.scopes import in_build, plain_functions, recording
+from ..likelihoods.heads import Heads, joint
 from ..operators.warn import warn
 from ..space import ParamSpace
-from .heads import Heads, joint
 from .hooks import Hooks
 from .passed import Mark, Passed, Run
 from .replay import Replay, float_math

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..arguments import NonNegativeInt, check_fields
 from ..errors import DataError
+from ..likelihoods import Joint
 from ..quantities import LossLike
 from ..representations import Implicit, Representation
 
@@ -192,6 +193,8 @@ class Options:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if isinstance(self.likelihood, Joint):
+            object.__setattr__(self, "likelihood", self.likelihood.heads)
         for name, most in (("momentum", 1.0), ("radius", math.inf), ("eps", math.inf)):
             value = getattr(self, name)
             if value is not None and not 0 <= value < most:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import DataError
+from ..likelihoods.heads import Heads
 from ..space import ParamSpace
-from .heads import Heads
 from .hooks import Hooks
 
 __all__ = ["RandomState", "Replay", "float_math"]
