@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -135,7 +136,7 @@ def bands(
     ax = axes(ax)
     (line,) = ax.plot(at.numpy(), centre.numpy(), label=label)
     for level in sorted(levels, reverse=True):
-        width = spread * 2**0.5 * float(torch.erfinv(torch.tensor(level, dtype=torch.float64)))
+        width = spread * NormalDist().inv_cdf((1 + level) / 2)
         low, high = (centre - width).numpy(), (centre + width).numpy()
         ax.fill_between(
             at.numpy(), low, high, color=line.get_color(), alpha=0.2, linewidth=0,
@@ -188,10 +189,10 @@ def reliability(
         confidence, guess = p.detach().double().cpu().max(1)
         right = (guess == labels.cpu()).double()
         where = (confidence * bins).long().clamp_max(bins - 1)
-        counts = torch.zeros(bins, dtype=torch.float64).index_add(0, where, torch.ones_like(right))
+        counts = where.bincount(minlength=bins).double()
         used = counts > 0
         sure, often = (
-            torch.zeros(bins, dtype=torch.float64).index_add(0, where, each)[used] / counts[used]
+            where.bincount(each, minlength=bins)[used] / counts[used]
             for each in (confidence, right)
         )
         error = float((counts[used] / len(labels) * (often - sure).abs()).sum())
