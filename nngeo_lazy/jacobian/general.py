@@ -1,9 +1,9 @@
 """Per-example gradients of any parameters of any model: the way that always works.
 
-Of four ways, the first that reproduces autograd's gradients on probed examples is kept. The first
-two are `vmap` of the gradient over examples, and one forward for each example. The other two are
-masked backward passes of the whole batch, one for each example: of many examples together (`vmap`
-again), or one by one. They need no batch that can be cut: the nodes of a graph.
+Of four ways, the first that reproduces autograd's gradients on probed examples is kept. Two cut the
+batch: `vmap` of the gradient over examples, and one forward for each example. Two mask it: backward
+passes of the whole batch, many together (`vmap` again) or one by one. These take the nodes of a
+graph, too.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ __all__ = ["Decomposition", "eigh", "eigvalsh", "eps", "matrix_power", "rounding
 
 T = TypeVar("T")
 _HALF = (torch.float16, torch.bfloat16)
+DIGITS = 1e-3  # what rounding may change of a result before it is computed in float64
 _SLACK = 10  # times n eps: what a decomposition may be off by
 
 
@@ -59,6 +60,13 @@ class Decomposition:
         fresh = compute()
         self._entries[key] = versions, fresh
         return fresh
+
+    def holds(self, *keys: str) -> bool:
+        """Whether all of these results are there, and current."""
+        current = tuple(t._version for t in self._tensors if not t.is_inference())
+        return all(
+            key in self._entries and set(self._entries[key][0]) <= set(current) for key in keys
+        )
 
     def shifted(self, total: Tensor, d: Tensor) -> Decomposition:
         """That of the tensor total = A + d I, which keeps a d that is below the rounding of A."""

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from .. import sides
 from ..errors import NonFiniteError
 from ..linalg import nystrom_from
-from ..precision import widened
-from .decompose import eigh, eigvalsh, eps
+from ..precision import widened, widest
+from .decompose import DIGITS, eigh, eigvalsh, eps
 
 __all__ = [
     "apply_factors",
@@ -24,6 +24,7 @@ __all__ = [
     "factor_of_sketch",
     "factor_shifted",
     "factor_trace",
+    "inverse_factors",
     "joint_factors",
     "sketch_of_factor",
 ]
@@ -200,6 +201,34 @@ def factor_null(values: Tensor, diagonal: bool) -> Tensor:
     if diagonal or sizes.numel() == 0:
         return sizes == 0
     return sizes <= sizes.shape[-1] * eps(sizes) * sizes.amax(-1, keepdim=True)
+
+
+def inverse_factors(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The inverses of two factors, if rounding leaves digits of them; in float64 if it must be.
+
+    No eigenvectors are needed for them. None if there are none: eigenvalues then tell why.
+    """
+    half = left.dtype in (torch.float16, torch.bfloat16)
+    for dtype in dict.fromkeys((torch.float32 if half else left.dtype, widest(left.device))):
+        one, other = (_inverse(f.detach().to(dtype)) for f in (left, right))
+        if one is None or other is None:
+            continue
+        if bool((one[1] * other[1] * torch.finfo(dtype).eps <= DIGITS).all()):
+            return one[0], other[0]
+    return None
+
+
+def _inverse(factor: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The inverse of a positive definite factor, and a bound (G,) of its condition number."""
+    if factor.dim() == 2:
+        inverse = factor.reciprocal()
+        return (inverse, factor.amax(-1) * inverse.amax(-1)) if bool((factor > 0).all()) else None
+    root, info = torch.linalg.cholesky_ex(factor)
+    if bool(info.any()):
+        return None
+    inverse = torch.cholesky_inverse(root)
+    norms = [torch.linalg.vector_norm(f, dim=(-2, -1)) for f in (factor, inverse)]
+    return inverse, norms[0] * norms[1]
 
 
 def factor_shifted(factor: Tensor, d: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import sides
 from ..errors import NotPositiveDefiniteError, UnsupportedLayerError
 from . import rules
-from .base import BaseLinearOperator
+from .base import BaseLinearOperator, Krylov
 from .damping import Damping
 from .decompose import Decomposition, eps, matrix_power, rounding
 from .factors import (
@@ -22,6 +22,7 @@ from .factors import (
     factor_null,
     factor_shifted,
     factor_trace,
+    inverse_factors,
     sizes,
 )
 from .info import Info
@@ -179,6 +180,15 @@ class KroneckerLinearOperator(SpectralLinearOperator):
         for side, factor, system in zip(("left", "right"), powers, systems, strict=True):
             power._decomposed.get(side, lambda known=system: known, factor)  # type: ignore[misc]
         return power
+
+    def _solve_columns(self, v: Tensor, krylov: Krylov) -> Tensor:
+        if self.shift is None and not self._taped() and not self._decomposed.holds("left", "right"):
+            inverses = self._decomposed.get(
+                "inverses", lambda: inverse_factors(self.left, self.right)
+            )
+            if inverses is not None:
+                return apply_factors(*inverses, v.to(inverses[0].dtype)).to(v.dtype)
+        return super()._solve_columns(v, krylov)
 
     def _inverse(self) -> BaseLinearOperator:
         if self._taped() and self.shift is not None:

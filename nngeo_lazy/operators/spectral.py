@@ -13,12 +13,10 @@ from ..precision import widest
 from . import rules
 from .base import BaseLinearOperator, Krylov, flat_positions
 from .damping import Damping, collapse
-from .decompose import eps
+from .decompose import DIGITS, eps
 from .warn import warn
 
 __all__ = ["SpectralLinearOperator"]
-
-_DIGITS = 1e-3  # what rounding may change of a result before it is computed in float64
 
 
 class SpectralLinearOperator(BaseLinearOperator):
@@ -217,7 +215,7 @@ def _well_conditioned(values: Tensor) -> bool:
     if values.numel() == 0:
         return True
     sizes = values.detach().abs()
-    return float(sizes.min()) * _DIGITS >= float(sizes.max()) * eps(values)
+    return float(sizes.min()) * DIGITS >= float(sizes.max()) * eps(values)
 
 
 def _least(values: Tensor) -> str:
