@@ -32,6 +32,7 @@ ROUNDING = 0.5  # outputs are the same if they differ by at most eps to this pow
 DOUBTFUL = 0.25  # up to eps to this power, gradients decide: outputs may nearly cancel
 
 Run = Callable[[Any], Pass]
+Plain = Callable[[Any], Tensor]  # the same without a record
 
 
 class Alone(Enum):
@@ -50,8 +51,16 @@ def draws(device: torch.device) -> list[Tensor]:
     return states
 
 
-def outputs_alone(record: Pass, run: Run, some: Tensor | None = None) -> tuple[Alone, Pass | None]:
+def outputs_alone(
+    record: Pass, run: Run | None, plain: Plain, some: Tensor | None = None
+) -> tuple[Alone, Pass | None]:
     """Pass some examples of a batch again on their own, a few if not given, and then the others.
+
+    Args:
+        record: of the batch.
+        run: records the pass of some; None if nobody wants it.
+        plain: a forward pass, for all else.
+        some: which examples.
 
     Returns:
         What the outputs are like, and the pass of some.
@@ -61,7 +70,7 @@ def outputs_alone(record: Pass, run: Run, some: Tensor | None = None) -> tuple[A
     """
     n, outputs = record.n, record.outputs.detach()
     if n == 1:
-        require_repeatable(record, run)
+        require_repeatable(record, plain)
         return Alone.SAME, None
     few = (
         torch.tensor([0, n // 2, n - 1] if n > PROBED else [0], device="cpu")
@@ -71,16 +80,18 @@ def outputs_alone(record: Pass, run: Run, some: Tensor | None = None) -> tuple[A
     found: list[Pass] = []
 
     def outputs_of(raw: Any) -> Tensor:
+        if run is None or found:
+            return plain(raw)
         found.append(run(raw))
-        return found[-1].outputs
+        return found[0].outputs
 
     mine = in_groups(record.raw, outputs, outputs_of, few)
     if mine is None:
-        require_repeatable(record, run)
+        require_repeatable(record, plain)
         return Alone.UNKNOWN, None
     if agree(mine, outputs, ROUNDING):
-        return Alone.SAME, found[0]
-    require_repeatable(record, run)
+        return Alone.SAME, next(iter(found), None)
+    require_repeatable(record, plain)
     if record.drawn:  # two passes may draw alike
         raise _random()
     if agree(mine, outputs, DOUBTFUL):
@@ -122,7 +133,7 @@ def in_groups(
     return torch.cat(made)[back]
 
 
-def require_apart(record: Pass, run: Run) -> None:
+def require_apart(record: Pass, plain: Plain) -> None:
     """Raise if the outputs of random halves of a batch are not what they are within it.
 
     Any two examples are apart in one of the halves with a probability of 15/16.
@@ -130,12 +141,12 @@ def require_apart(record: Pass, run: Run) -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(4 if record.n > 1 else 0):
         order = torch.randperm(record.n, generator=generator, device="cpu")
-        outputs_alone(record, run, order[: record.n // 2])
+        outputs_alone(record, None, plain, order[: record.n // 2])
 
 
-def require_repeatable(record: Pass, run: Run) -> None:
+def require_repeatable(record: Pass, plain: Plain) -> None:
     """Raise if a second pass of the same batch differs."""
-    if not agree(run(record.raw).outputs, record.outputs, ROUNDING):
+    if not agree(plain(record.raw), record.outputs, ROUNDING):
         raise _random()
 
 
