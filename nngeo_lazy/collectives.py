@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, TypeVar, cast
 
 import torch
@@ -23,6 +24,7 @@ __all__ = [
     "ALONE",
     "Group",
     "Traffic",
+    "cut_like",
     "digest",
     "in_processes",
     "owners",
@@ -89,6 +91,11 @@ class Group:
                 "members alone"
             )
         return cls(known)
+
+    @property
+    def members(self) -> list[int]:
+        """The ranks of all of them, among all processes."""
+        return [0] if self._pg is None else sorted(dist.get_process_group_ranks(self._pg))
 
     def __deepcopy__(self, memo: Any) -> Group:
         return self  # a process group is a connection
@@ -318,6 +325,14 @@ def unwrapped(model: nn.Module, group: Group | None) -> nn.Module:
             "rank's data alone"
         )
     return cast(nn.Module, model.module)
+
+
+def cut_like(whole: Tensor, piece: Any) -> Tensor:
+    """A tensor that all processes have, in the pieces of a DTensor."""
+    tensors = import_module("torch.distributed.tensor")  # takes seconds, and is there by now
+    everywhere = [tensors.Replicate()] * piece.device_mesh.ndim
+    spread = tensors.DTensor.from_local(whole, piece.device_mesh, everywhere, run_check=False)
+    return cast(Tensor, spread.redistribute(piece.device_mesh, piece.placements))
 
 
 def replicated(model: nn.Module) -> tuple[nn.Module, Group]:

@@ -24,6 +24,7 @@ from .jacobian.positions import marks_of
 from .jacobian.scopes import recording, refuse_training_mode
 from .jacobian.streaming import stream
 from .kept import Feed, Kept
+from .pieces import gathered
 from .quantities import Quantity
 from .rowwise import Piece
 from .selectors import Selector, space_of
@@ -416,6 +417,8 @@ def make_sweep(
     group = loader.group if isinstance(loader, Distributed) else None
     with (group or ALONE).together("a build"):
         model = unwrapped(model, group)
+    model = gathered(model, group)
+    with (group or ALONE).together("a build"):
         space = space_of(model, params)
         batches = Batches(
             loader,

@@ -414,3 +414,38 @@ def test_autocast_with_outputs_of_any_dtype(wide):
     assert all("Kronecker" in row.block and not row.note for row in F_.report())
     plain = ng.FIM(net, (x, y), "kfac")
     assert abs(F_.trace() / plain.trace() - 1) < 0.02
+
+
+class Cell(nn.Module):
+    """A recurrent cell, of which the input weight may be a parameter or a buffer."""
+
+    def __init__(self, buffer):
+        super().__init__()
+        self.cell, self.head = nn.RNNCell(2, 2), nn.Linear(2, 3)
+        if buffer:
+            weight = self.cell.weight_ih.detach()
+            del self.cell.weight_ih
+            self.cell.register_buffer("weight_ih", weight)
+
+    def forward(self, x):
+        return self.head(self.cell(x, self.cell(x.sin())))
+
+
+@pytest.mark.parametrize("buffer", [False, True])
+def test_constants_that_are_as_long_as_a_later_batch(buffer):
+    """A weight that is not selected, or a buffer, is no data if a batch has as many examples."""
+    model, data = Cell(buffer), [(torch.randn(n, 2),) for n in (3, 2, 4)]
+    names = ["cell.weight_hh", "head.bias"]
+    chosen = [dict(model.named_parameters())[name] for name in names]
+    total = 0
+    for x in torch.cat([x for (x,) in data]):
+        outputs = model(x.unsqueeze(0))[0]
+        rows = [torch.autograd.grad(o, chosen, retain_graph=True) for o in outputs]
+        J = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+        total = total + J.mT @ J
+    for representation in ("dense", "block_diagonal", "implicit"):
+        F_ = ng.FIM(model, data, representation, likelihood=Gaussian(1.0), params=names)
+        if representation == "block_diagonal":
+            close(F_.block("head.bias").to_dense(), total[-3:, -3:] / 9)
+        else:
+            close(F_.to_dense(), total / 9)

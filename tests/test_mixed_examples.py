@@ -61,6 +61,51 @@ def test_examples_that_meet(how, n):
 
 
 @pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("n", [2, 6, 7, 20])
+@pytest.mark.parametrize("how", ["the other way round", "one further", "the last one"])
+def test_examples_that_meet_behind_saturated_units(how, n):
+    """Outputs that are nearly the same for all examples do not show it; their gradients do."""
+    model = Meeting(MEETINGS[how])
+    x, y = batch(n, False)
+    with torch.no_grad():
+        model.a.weight.copy_(torch.eye(4, 3) + 0.2)
+    later = 6.0 + torch.rand(n, 3), y
+    later[0][0, 0] = 10.0
+    for data in ([later], [(x, y), later]):
+        for build in matrices(model, data):
+            with pytest.raises(StochasticModelError, match="treats each example on its own"):
+                build()
+
+
+@pytest.mark.usefixtures("float64")
+def test_outputs_that_nearly_cancel_are_no_meeting():
+    """Outputs that are all rounding differ when examples are alone, and their gradients do not."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    big = 1e7 * torch.randn(2)
+    x, y = torch.randn(20, 3), torch.randint(2, (20,))
+
+    def forward(model, batch):
+        noise = 1e-9 * torch.sin(torch.arange(len(batch[0])) * 1e3).unsqueeze(1)
+        return 1e-4 * (model(batch[0]) + big - big) + noise.detach()
+
+    F = ng.FIM(model, (x, y), "dense", likelihood="gaussian", forward=forward)
+    J = torch.func.jacrev(lambda w: 1e-4 * model_at(model, w, x))(flat(model)).flatten(0, 1)
+    assert torch.allclose(F.to_dense(), J.mT @ J / 20, rtol=1e-6, atol=1e-18)
+
+
+def flat(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def model_at(model, w, x):
+    parts, start = {}, 0
+    for name, p in model.named_parameters():
+        parts[name] = w[start : start + p.numel()].view_as(p)
+        start += p.numel()
+    return torch.func.functional_call(model, parts, (x,))
+
+
+@pytest.mark.usefixtures("float64")
 def test_the_matrix_of_whole_batches():
     """`Implicit(check=False)`, which the message names, takes the outputs of a batch together."""
     model, (x, y) = Meeting(MEETINGS["the mean"]), batch(5, True)

@@ -132,6 +132,22 @@ def test_indefinite(digits):
     close(helped.x, expected, 1e-2)
 
 
+def test_a_definite_product_of_indefinite_factors():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    data = torch.randn(20, 3).double(), torch.randint(2, (20,))
+    H = ng.Hessian(model, data, loss="categorical").damped(0.02)
+    A, b = H.to_dense(), torch.randn(H.shape[0]).double()
+    assert torch.linalg.eigvalsh(A)[0] < 0
+    close((H @ H).solve(b), torch.linalg.solve(A @ A, b), 1e-5)
+    G = ng.FIM(model, data, "dense", likelihood="categorical").damped(0.1)
+    for product in (H @ G, H @ H):
+        with pytest.raises(NotPositiveDefiniteError, match="of a product's factors"):
+            product.solve(b.clone().requires_grad_())
+    inner = ng.solve(H, b, method="minres").x  # the remedy, one factor after the other
+    close(ng.solve(G, inner).x, torch.linalg.solve(A @ G.to_dense(), b), 1e-5)
+
+
 def test_rectangular(digits):
     net, (x, _), _, _, _ = digits
     x = x[:20]

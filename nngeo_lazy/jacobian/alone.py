@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from .. import tree
 from ..errors import StochasticModelError
 from .general import cut, example_leaves
-from .passes import Pass
+from .passes import Pass, gradients_at
 from .proof import agree
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "mixed",
     "outputs_alone",
     "require_apart",
+    "require_gradients_alone",
     "require_repeatable",
 ]
 
@@ -142,6 +144,46 @@ def require_apart(record: Pass, plain: Plain) -> None:
     for _ in range(4 if record.n > 1 else 0):
         order = torch.randperm(record.n, generator=generator, device="cpu")
         outputs_alone(record, None, plain, order[: record.n // 2])
+
+
+def require_gradients_alone(record: Pass, plain: Plain, parameters: Sequence[Tensor]) -> None:
+    """Raise if an example that is passed on its own has other gradients.
+
+    Outputs that nearly agree do not tell rounding from a little mixing: those of saturated units
+    are nearly the same for all examples. The gradients of such outputs are not.
+    """
+    n, outputs = record.n, record.outputs
+    leaves = example_leaves(record.raw, n)
+    generator = torch.Generator(device=outputs.device).manual_seed(0)
+    for k in sorted({0, n // 2, n - 1}):
+        try:
+            single = plain(cut(record.raw, leaves, slice(k, k + 1)))
+        except Exception:  # noqa: BLE001 - a model that takes no single example
+            return
+        if single.shape != (1, *outputs.shape[1:]) or single.grad_fn is None:
+            return
+        noise = torch.randn(single.shape, generator=generator, device=outputs.device)
+        cotangent = noise.to(single)
+        whole = torch.zeros_like(outputs)
+        whole[k] = cotangent[0]
+        within = gradients_at(outputs, parameters, whole)
+        by_itself = gradients_at(single, parameters, cotangent)
+        if not _alike(within, by_itself):
+            raise mixed(1, n)
+
+
+def _alike(some: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> bool:
+    """Whether gradients agree for each parameter, up to the rounding of the largest one."""
+    total = math.hypot(*(float(g.detach().norm()) for g in others if g is not None))
+    for a, b in zip(some, others, strict=True):
+        given = a if b is None else b
+        if given is None:
+            continue
+        a, b = ((torch.zeros_like(given) if g is None else g).to_dense() for g in (a, b))
+        eps = torch.finfo(given.dtype).eps
+        if not bool((a - b).norm() <= eps**DOUBTFUL * b.norm() + eps**0.75 * total):
+            return False
+    return True
 
 
 def require_repeatable(record: Pass, plain: Plain) -> None:

@@ -17,7 +17,16 @@ from torch import Tensor, nn
 from .. import tree
 from ..errors import DataError, NonFiniteError, UnsupportedLayerError
 from ..space import ParamSpace
-from .alone import PROBED, Alone, draws, mixed, outputs_alone, require_apart, require_repeatable
+from .alone import (
+    PROBED,
+    Alone,
+    draws,
+    mixed,
+    outputs_alone,
+    require_apart,
+    require_gradients_alone,
+    require_repeatable,
+)
 from .calls import Call
 from .folds import Fold, Ragged, candidates
 from .general import Forward, GeneralRows, cut, example_leaves
@@ -261,6 +270,8 @@ class Capture:
                 "and check that the forward pass does not run under no_grad or detach"
             )
         alone, few = outputs_alone(record, self._record, self._plain)
+        if alone is Alone.DOUBTFUL:
+            require_gradients_alone(record, self._plain, list(self._parameters.values()))
         if few is None or record.n <= PROBED or not _comparable(few, record):
             few = None
         if few is not None and few.examples != record.examples:

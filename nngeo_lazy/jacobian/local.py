@@ -29,6 +29,7 @@ def local(
     slots: Mapping[int, Tensor],
     result: int | None,
     output: Tensor,
+    is_constant: Callable[[Any], bool],
 ) -> Use:
     """The use of all weights of a function.
 
@@ -39,10 +40,12 @@ def local(
         slots: which leaves of the arguments are weights.
         result: which of the tensors that it returns is meant, None if it returns one.
         output: that tensor.
+        is_constant: tells what a model holds from data, which may happen to be as long.
     """
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     held = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    call = _Call(function, held, spec, tuple(slots), result, [True])
+    fixed = {k for k, leaf in enumerate(leaves) if is_constant(leaf)}
+    call = _Call(function, held, spec, tuple(slots), result, fixed)
     return Use(
         None,
         None,
@@ -68,10 +71,10 @@ class _Call:
         spec: Any,
         slots: Sequence[int],
         result: int | None,
-        batched: list[bool],
+        fixed: set[int],
     ) -> None:
         self._function, self._leaves, self._spec = function, leaves, spec
-        self._slots, self._result = slots, result
+        self._slots, self._result, self._fixed = slots, result, fixed | set(slots)
         self._vmap = True
 
     def rows(self, fold: Fold, n: int, g: Tensor, start: int, stop: int) -> Mapping[str, Tensor]:
@@ -106,7 +109,7 @@ class _Call:
         data = {
             k: rows_alone
             for k, leaf in enumerate(self._leaves)
-            if k not in self._slots and isinstance(leaf, Tensor) and leaf.shape[:1] == (size,)
+            if k not in self._fixed and isinstance(leaf, Tensor) and leaf.shape[:1] == (size,)
         }
         many = []
         for n in range(start, stop):
@@ -122,7 +125,7 @@ class _Call:
     def _axis(self, k: int, fold: Fold, n: int) -> Fold | None:
         """Where an argument has the examples: as the output, or the first axis of their size."""
         leaf = self._leaves[k]
-        if k in self._slots or not isinstance(leaf, Tensor) or not leaf.dim():
+        if k in self._fixed or not isinstance(leaf, Tensor) or not leaf.dim():
             return None
         if fold.fits(leaf.shape, n):
             return fold

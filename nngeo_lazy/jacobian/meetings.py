@@ -29,6 +29,7 @@ class Meeting(NamedTuple):
         output: what it returned, or changed.
         weight_of: tells weights from data.
         cut: a weight without the dimensions along which it is only repeated.
+        is_constant: tells constants from data.
     """
 
     function: Callable[..., Any]
@@ -37,6 +38,7 @@ class Meeting(NamedTuple):
     output: Any
     weight_of: Callable[[Any], Weight | None]
     cut: Callable[[Weight], Tensor]
+    is_constant: Callable[[Any], bool]
 
     def uses(self) -> Iterator[Found | str]:
         """Each use with the output that it is a use at, or the reason why there is none."""
@@ -89,5 +91,6 @@ class Meeting(NamedTuple):
         many = not isinstance(output, Tensor)
         for k, tensor in enumerate(t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)):
             if tensor.grad_fn is not None:
-                use = local(function, self.args, self.kwargs, slots, k if many else None, tensor)
-                yield use, tensor
+                which = k if many else None
+                call = function, self.args, self.kwargs
+                yield local(*call, slots, which, tensor, self.is_constant), tensor

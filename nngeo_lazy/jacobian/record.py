@@ -215,7 +215,8 @@ class Recorder(TorchFunctionMode):
                 self.formless.update(dict.fromkeys(names, use))
                 return output
             reason = use
-        meeting = Meeting(func, before, kwargs, meant, self._weight_of, self._cut)
+        tell = self._weight_of, self._cut, lambda value: id(value) in self._constants
+        meeting = Meeting(func, before, kwargs, meant, *tell)
         if self._looked_up(meeting, names):
             return output
         apart = [(use, meant) for use in grouped(func, before, kwargs, meant, self._pick)]

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..errors import NotPositiveDefiniteError, SpaceMismatchError
+from ..errors import NotPositiveDefiniteError, SpaceMismatchError, UnsupportedLayerError
 from . import rules
 from .base import BaseLinearOperator, Krylov, flat_positions
 from .damping import Damping
@@ -209,7 +209,17 @@ class ProductLinearOperator(LazyLinearOperator):
             raise SpaceMismatchError(
                 "a product is solved factor by factor: it takes no preconditioner= and no x0="
             )
-        return self.right._solve(self.left._solve(v, krylov=krylov), krylov=krylov)
+        try:
+            return self.right._solve(self.left._solve(v, krylov=krylov), krylov=krylov)
+        except NotPositiveDefiniteError as error:
+            # indefinite factors have a product that may be definite, as A A is
+            ours = NotPositiveDefiniteError(f"of a product's factors: {error}")
+        if torch.is_grad_enabled() and (v.requires_grad or self.requires_grad):
+            raise ours
+        try:
+            return super()._solve_columns(v, krylov)
+        except UnsupportedLayerError:  # it is not symmetric
+            raise ours from None
 
     def _logdet(self) -> Tensor:
         if not (self.left.is_square and self.right.is_square):

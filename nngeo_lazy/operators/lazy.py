@@ -5,23 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from math import pi, sqrt
 from typing import Any
 
 import torch
+from linear_operator.operators import RootLinearOperator
 from torch import Tensor
 
 from .. import linalg
-from ..errors import EstimateWarning, UnsupportedLayerError
+from ..errors import EstimateWarning, TooLargeError, UnsupportedLayerError
 from ..linalg.estimates import MIN_STEPS, QUADRATURES
+from ..switches import untraced
 from . import rules
 from .base import BaseLinearOperator, Krylov, flat_positions
 from .damping import Damping
 from .info import Info
+from .primitives import seeded, tensors_of, wants_roots
 from .vectors import flattened
 from .warn import warn, warn_of_estimate, warn_unless_converged, warn_unless_resolved
 
 __all__ = ["LazyLinearOperator", "closed_forms_only", "require_products", "require_symmetric"]
 
+_CHECKS = 10  # random vectors that a root is compared on: it may pass with a chance of 1e-10
 _CHUNK_BYTES = 2**26  # of identity columns at a time, if only products are known
 _CLOSED_ONLY: ContextVar[bool] = ContextVar("closed_forms_only", default=False)
 
@@ -66,6 +71,17 @@ class LazyLinearOperator(BaseLinearOperator):
 
     _implicit_in_tensors = True
     _implicit_in_vector = True
+
+    @untraced
+    def _solve(
+        self,
+        rhs: Tensor,
+        preconditioner: Any = None,
+        num_tridiag: int | None = 0,
+        *,
+        krylov: Krylov | None = None,
+    ) -> Tensor:
+        return super()._solve(rhs, krylov=krylov)
 
     def _solve_columns(self, v: Tensor, krylov: Krylov) -> Tensor:
         b, back = flattened(v)
@@ -122,6 +138,8 @@ class LazyLinearOperator(BaseLinearOperator):
             return self
         if p == -1:
             return self._inverse()
+        if wants_roots():
+            return root_by_products(self, p)
         raise self._unsupported(f"power({p:g})")
 
     def _pinv(self, rcond: float | None) -> BaseLinearOperator:
@@ -229,3 +247,67 @@ def spectral_norm(operator: BaseLinearOperator) -> Tensor:
     if not (torch.is_grad_enabled() and operator.requires_grad):
         return found.values[0]
     return (found.left * operator._apply(found.right)).sum()
+
+
+def root_by_products(operator: BaseLinearOperator, p: float) -> BaseLinearOperator:
+    """A^1/2 or A^-1/2 of a symmetric matrix that is known by its products.
+
+    A large matrix of low rank has a root of that rank. It is found with more and more random
+    directions, until ten other random vectors show that R R^T is A. All else is multiplied out.
+
+    Args:
+        operator: A.
+        p: 0.5 or -0.5.
+
+    Raises:
+        TooLargeError: A is too large to be multiplied out, and has no root of a low rank.
+        NotPositiveDefiniteError: A has a negative eigenvalue, or p is negative and it is singular.
+        UnsupportedLayerError: A is not symmetric.
+
+    Source: Halko, Martinsson and Tropp (2011), Finding structure with randomness, lemma 4.1.
+    """
+    require_products(operator, f"power({p:g})")
+    like = torch.empty(0, dtype=operator.dtype, device=operator.device)
+    require_symmetric(operator, like)
+    if p > 0 and operator.dim() == 2:
+        taped = torch.is_grad_enabled() and any(t.requires_grad for t in tensors_of(operator))
+        low = None if taped else low_rank_root(operator, like)
+        if low is not None:
+            return low
+    try:
+        dense = operator.to_dense()
+    except TooLargeError as error:
+        raise TooLargeError(
+            f"a root of a matrix of this size is not made ({error}). Take F.sample(n) for draws, "
+            "ng.matrix_function(F, torch.rsqrt, v) for F^-1/2 v, or the root of ng.low_rank(F, k)"
+        ) from None
+    root: BaseLinearOperator = rules.as_operator(dense)._power(p)
+    return root
+
+
+@torch.no_grad()
+def low_rank_root(operator: BaseLinearOperator, like: Tensor) -> BaseLinearOperator | None:
+    """A^1/2 of a rank up to n / 8, compared with A; None if it would not be A."""
+    n, rank = operator.shape[-1], 2 * _CHECKS
+    if rank > n // 8:
+        return None
+    generator = seeded(0, like.device)  # not the caller's random numbers
+    probes = torch.randn(n, _CHECKS, dtype=like.dtype, device=like.device, generator=generator)
+    truth = operator._apply(probes)
+    size = torch.linalg.matrix_norm(truth) / sqrt(_CHECKS)  # about the Frobenius norm of A
+    limit = 100 * linalg.default_tolerance(like.dtype) * size
+    while rank <= n // 8:
+        basis, _ = linalg.nystrom(
+            operator._apply, n, rank, dtype=like.dtype, device=like.device, generator=generator
+        )
+        core = basis.mT @ operator._apply(basis)  # more digits than the sketch's own values have
+        values, small = torch.linalg.eigh((core + core.mT) / 2)
+        vectors, values = basis @ small[:, values > 0], values[values > 0]
+        off = truth - (vectors * values) @ (vectors.mT @ probes)
+        bound = 10 * sqrt(2 / pi) * torch.linalg.vector_norm(off, dim=0).max()  # of |A - R R^T|
+        if bound <= limit and len(values):
+            fourth = RootLinearOperator(vectors * values.pow(0.25))
+            root: BaseLinearOperator = rules.as_operator(fourth)
+            return root
+        rank *= 4
+    return None

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,15 +25,37 @@ from .info import Info
 if TYPE_CHECKING:
     from .base import BaseLinearOperator
 
+_ROOTS: ContextVar[bool] = ContextVar("roots_by_products", default=False)
+
 __all__ = [
     "Krylov",
     "PrimitiveLinearOperator",
     "flat_positions",
     "positions",
+    "roots_by_products",
     "seeded",
     "tensors_of",
+    "wants_roots",
     "within",
 ]
+
+
+@contextmanager
+def roots_by_products() -> Iterator[None]:
+    """Within it, matrices without a closed form have roots that are made from products.
+
+    `power` promises a closed form; what GPyTorch asks for is any root, however it is made.
+    """
+    token = _ROOTS.set(True)
+    try:
+        yield
+    finally:
+        _ROOTS.reset(token)
+
+
+def wants_roots() -> bool:
+    """Whether the caller is inside of `roots_by_products`."""
+    return _ROOTS.get()
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..arguments import described
 from ..errors import SpaceMismatchError
+from ..pieces import whole_vectors
 
 if TYPE_CHECKING:
     from .base import BaseLinearOperator
@@ -43,12 +44,13 @@ def columns(
             raise SpaceMismatchError(
                 "expected a tensor: this operator has no parameter space to read a dict by name"
             )
+        v, pieces = whole_vectors(v)
         flat = require_vector(operator, space.ravel(v), vector=True)  # (..., P)
         lead = flat.shape[:-1]
         joint = flat.reshape(-1, flat.shape[-1]).mT  # (P, K)
         if not operator.maps_to_parameters:
             return joint, lambda x: x.mT.reshape(*lead, -1)
-        return joint, lambda x: space.unravel(x.mT.reshape(*lead, -1))
+        return joint, lambda x: pieces(space.unravel(x.mT.reshape(*lead, -1)))
     require_tensor(operator, v)
     v = require_vector(operator, v, vector=v.dim() == 1)
     if v.dim() == 1:

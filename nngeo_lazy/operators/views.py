@@ -114,6 +114,9 @@ class InverseLinearOperator(LazyLinearOperator):
     def _inverse(self) -> BaseLinearOperator:
         return self.base
 
+    def _power(self, p: float) -> BaseLinearOperator:
+        return self.base._power(-p)
+
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
         # if x is from N(0, A), A^-1 x is from N(0, A^-1)
         return self._apply(self.base._draw(n, generator))

@@ -329,6 +329,62 @@ def sharded_model(kind):
     return ng.FIM(model, ng.Distributed([data, data]), likelihood="gaussian")
 
 
+class Small(nn.Module):
+    """An embedding, a residual branch and a head, with a buffer and a hook of the user's."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.branch = nn.Embedding(7, 6), nn.Linear(6, 6)
+        self.head = nn.Linear(6, 3)
+        self.register_buffer("scale", torch.tensor(0.5))
+        self.branch.register_forward_hook(lambda module, args, output: output * 2)
+
+    def forward(self, ids):
+        h = self.table(ids)
+        return self.head(h + self.scale * torch.tanh(self.branch(h)))
+
+
+def fully_sharded(representation, builder="FIM"):
+    """The matrix and a solution of a model in pieces, and of the whole one in one process."""
+    torch.manual_seed(0)
+    whole = Small()
+    model = Small()
+    model.load_state_dict(whole.state_dict())
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    for part in (model.branch, model.head, model):
+        fully_shard(part, mesh=mesh)
+    ids, labels = torch.randint(7, (11, 4)), torch.randint(3, (11, 4))
+    data = [(ids[:5], labels[:5]), (ids[5:8], labels[5:8]), (ids[8:], labels[8:])]
+    nn.functional.cross_entropy(model(ids).flatten(0, 1), labels.flatten()).backward()
+    before = [(type(m).__name__, len(m._forward_hooks)) for m in model.modules()]
+    options = {"likelihood": "categorical"} if builder == "FIM" else {"loss": "categorical"}
+    F = getattr(ng, builder)(model, ng.Distributed(data), representation, **options)
+    alone = getattr(ng, builder)(whole, data, representation, **options)
+    assert [(type(m).__name__, len(m._forward_hooks)) for m in model.modules()] == before
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    step = F.solve(gradients, damping=0.1)
+    again = model(ids)  # it is as it was
+    expected = alone.solve({n: g.full_tensor() for n, g in gradients.items()}, damping=0.1)
+    for name, piece in step.items():
+        assert piece.placements == gradients[name].placements
+        assert piece.to_local().shape == gradients[name].to_local().shape
+    found = {name: piece.full_tensor() for name, piece in step.items()}
+    return F.to_dense(), alone.to_dense(), found, expected, torch.equal(again, whole(ids))
+
+
+def fully_sharded_wrongly(what):
+    model = Small()
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    fully_shard(model, mesh=mesh)
+    data = [(torch.ones(2, 3, dtype=torch.int64), torch.ones(2, 3, dtype=torch.int64))]
+    if what == "optimizer":
+        return ng.optim.NaturalGradient(model, "kfac", "categorical")
+    if what == "plain loader":
+        return ng.FIM(model, data, likelihood="categorical")
+    group = [torch.distributed.new_group([rank]) for rank in range(2)][torch.distributed.get_rank()]
+    return ng.FIM(model, ng.Distributed(data, group=group), likelihood="categorical")
+
+
 def bad(what):
     dataset = all_of(smooth_data((5, 4)))
     model = smooth_net()

@@ -96,7 +96,7 @@ def test_bad_data(pool, what, message):
         assert message in each
 
 
-@pytest.mark.parametrize("kind", ["fully_shard", "tensor parallel", "optimizer"])
+@pytest.mark.parametrize("kind", ["tensor parallel", "optimizer"])
 def test_sharded_parameters_are_refused(pool, kind):
     for each in pool.start(tasks.sharded_model, 2, kind):
         assert isinstance(each, Raised)
