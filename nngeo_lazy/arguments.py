@@ -235,10 +235,11 @@ def checked(function: Function) -> Function:
         Traceback (most recent call last):
         nngeo_lazy.errors.DataError: expected text to be a string, got 2: the order is (text, n)
     """
-    parameters, scope = _parameters, whole_transforms
+    parameters, scope, compiling = _parameters, whole_transforms, torch.compiler.is_compiling
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        for parameter in parameters(function):
+        # a compiled call is not looked at: torch would trace how annotations are read
+        for parameter in () if compiling() else parameters(function):
             place, name = parameter[:2]
             if 0 <= place < len(args):
                 parameter.require(args[place])
@@ -257,7 +258,7 @@ def checked(function: Function) -> Function:
 def check_fields(instance: Any) -> None:
     """Raise DataError if a field of a dataclass does not fit its annotation."""
     kind: Callable[..., Any] = type(instance)
-    for parameter in _parameters(kind):
+    for parameter in () if torch.compiler.is_compiling() else _parameters(kind):
         value = getattr(instance, parameter.name)
         if not (isinstance(value, float) and math.isnan(value)):  # the ranges of its own refuse it
             parameter.require(value)

@@ -7,15 +7,17 @@ lost is ended when Python frees it.
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ContextDecorator, ExitStack, contextmanager
 from contextvars import ContextVar
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
+from torch._compile import _disable_dynamo
 from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack, _pop_mode
 from torch.utils import checkpoint
@@ -29,11 +31,13 @@ __all__ = [
     "plain_attention_modules",
     "under_autocast",
     "unfused_attention",
+    "untraced",
     "whole_modes",
     "whole_transforms",
     "without_checkpoints",
 ]
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 Autocast = tuple[tuple[str, torch.dtype], ...]  # kinds of devices on which it is enabled
 
 _lock = threading.RLock()
@@ -197,6 +201,23 @@ def _write_stance(stance: Any) -> None:
 
 # Compiled functions run as they were written.
 eager = Switch(_read_stance, _write_stance, _eager)
+
+
+def untraced(function: Function) -> Function:
+    """The function, which a compiled caller leaves its graph for: torch cannot trace what it does.
+
+    Example:
+        >>> untraced(abs)(-1)
+        1
+    """
+    disabled = _disable_dynamo(function)  # it imports the compiler when it is called
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        chosen = disabled if torch.compiler.is_compiling() else function
+        return chosen(*args, **kwargs)
+
+    return cast(Function, called)
 
 
 # --- transforms of torch.func ---------------------------------------------------------------------

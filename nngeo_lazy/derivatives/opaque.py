@@ -11,6 +11,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ..switches import untraced
+
 __all__ = ["Map", "apply_map"]
 
 
@@ -145,6 +147,7 @@ class _Opaque(torch.autograd.Function):
         return torch.stack(each), 0
 
 
+@untraced
 def apply_map(function: Map, *tensors: Tensor) -> Tensor:
     """The value, as one differentiable operation."""
     return cast(Tensor, cast(Any, _Opaque).apply(function, *tensors))

@@ -96,8 +96,8 @@ class ContractLinearOperator(PrimitiveLinearOperator):
     def root_decomposition(self, method: str | None = None) -> Any:
         """F as R R^T, with R = F^1/2.
 
-        Without a closed form the root is made from products: of the whole matrix, or of as many
-        directions as give R R^T to a relative 1e-8 (1e-4 in float32), which is checked.
+        Without a closed form the root is made from products: of the whole matrix, or of some
+        directions. These give R R^T to a relative 1e-8 (1e-4 in float32), which is checked.
         """
         with roots_by_products():
             return RootLinearOperator(self._power(0.5))

@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import linalg
 from ..errors import EstimateWarning, TooLargeError, UnsupportedLayerError
 from ..linalg.estimates import MIN_STEPS, QUADRATURES
+from ..switches import untraced
 from . import rules
 from .base import BaseLinearOperator, Krylov, flat_positions
 from .damping import Damping
@@ -70,6 +71,17 @@ class LazyLinearOperator(BaseLinearOperator):
 
     _implicit_in_tensors = True
     _implicit_in_vector = True
+
+    @untraced
+    def _solve(
+        self,
+        rhs: Tensor,
+        preconditioner: Any = None,
+        num_tridiag: int | None = 0,
+        *,
+        krylov: Krylov | None = None,
+    ) -> Tensor:
+        return super()._solve(rhs, krylov=krylov)
 
     def _solve_columns(self, v: Tensor, krylov: Krylov) -> Tensor:
         b, back = flattened(v)

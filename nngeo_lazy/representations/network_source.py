@@ -21,6 +21,7 @@ from ..precision import widest
 from ..quantities import Metric
 from ..space import ParamSpace
 from ..sweep import Sweep
+from ..switches import untraced
 from .form_stack import streamed_rows
 from .single import Diagonal
 
@@ -68,6 +69,7 @@ class NetworkSource:
                 f"loader gave {count}: pass one of a fixed length, or list(...) of its batches"
             )
 
+    @untraced
     def diagonal(self, parameters: Tensor) -> Tensor | None:
         """The diagonal (P,) at these parameters, from streamed rows; None after a move."""
         if not self.streams:

@@ -1,7 +1,4 @@
-"""Pictures of matrices and of their spectra; needs matplotlib (the extra `plot`).
-
-Each function draws on an Axes, its own or a given one, and returns it.
-"""
+"""Pictures of matrices and of their spectra."""
 
 from __future__ import annotations
 
@@ -11,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .errors import SpaceMismatchError, UnsupportedLayerError
-from .linalg import SpectralDensity
-from .numerics.spectra import require_symmetric_operator
-from .operators import BaseLinearOperator, BlockDiagonalLinearOperator, aslinearoperator
-from .operators.factors import factor_eigvalsh
-from .operators.kronecker import KroneckerLinearOperator
-from .operators.stored import opened, outlined
+from ..errors import SpaceMismatchError, UnsupportedLayerError
+from ..linalg import SpectralDensity
+from ..numerics.spectra import require_symmetric_operator
+from ..operators import BaseLinearOperator, BlockDiagonalLinearOperator, aslinearoperator
+from ..operators.factors import factor_eigvalsh
+from ..operators.kronecker import KroneckerLinearOperator
+from ..operators.stored import opened, outlined
+from .axes import axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,7 +48,7 @@ def density(
     Raises:
         ImportError: matplotlib is missing.
     """
-    ax = _axes(ax)
+    ax = axes(ax)
     peak = 0.0
     several = found if isinstance(found, Mapping) else {"": found}
     for label, one in several.items():
@@ -165,7 +163,7 @@ def factor_spectra(F: Any, *, ax: Axes | None = None) -> Axes:
             f"factor_spectra needs Kronecker blocks with two factors, got {', '.join(kinds)}: "
             "build it with the representation 'kfac'"
         )
-    ax = _axes(ax)
+    ax = axes(ax)
     for k, (name, block) in enumerate(blocks.items()):
         for factor, style, side in ((block.right, "-", "input"), (block.left, "--", "output")):
             values = factor_eigvalsh(factor.detach().double()).flatten()
@@ -218,7 +216,7 @@ def compared(table: Any, *, ax: Axes | None = None) -> Axes:
     Raises:
         ImportError: matplotlib is missing.
     """
-    ax = _axes(ax)
+    ax = axes(ax)
     rows = [row for row in table if row.direction]
     kinds = ("direction", "quadratic", "largest", "trace", "logdet")
     for k, kind in enumerate(kinds):
@@ -249,24 +247,14 @@ def correlation(F: Any, *, limit: int | None = None, ax: Axes | None = None) -> 
     dense = operator.to_dense(limit).detach().double().cpu()
     size = dense.diagonal().clamp_min(0).sqrt()
     scale = torch.where(size > 0, size.reciprocal(), 0.0)
-    ax = _axes(ax)
+    ax = axes(ax)
     image = ax.imshow((dense * scale * scale.unsqueeze(1)).numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
     ax.figure.colorbar(image, ax=ax, label="correlation", shrink=0.8)
     return _layers(ax, operator)
 
 
-def _axes(ax: Axes | None) -> Axes:
-    try:
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise ImportError(
-            "nngeo_lazy.plot needs matplotlib: pip install 'nngeo_lazy[plot]'"
-        ) from error
-    return pyplot.subplots(layout="constrained")[1] if ax is None else ax
-
-
 def _image(entries: Tensor, ax: Axes | None, label: str) -> Axes:
-    from_axes = _axes(ax)
+    from_axes = axes(ax)
     from matplotlib.colors import LogNorm
 
     largest = float(entries.max())
