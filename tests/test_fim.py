@@ -282,6 +282,7 @@ def test_large_batches_are_cut_into_pieces(net, sampled, monkeypatch):
     monkeypatch.setattr("nngeo_lazy.jacobian.passes.PIECE_BYTES", {"cpu": 1})
     monkeypatch.setattr("nngeo_lazy.jacobian.passes.PIECE_EXAMPLES", 3)
     monkeypatch.setattr("nngeo_lazy.jacobian.capture.SAMPLED", sampled)
+    monkeypatch.setattr("nngeo_lazy.jacobian.capture.SMALL", sampled)
     sizes = []
     case = Case(net(), "categorical", "exact")
     case.net.model.register_forward_pre_hook(

@@ -34,6 +34,7 @@ ROUNDING = 0.5  # outputs are the same if they differ by at most eps to this pow
 DOUBTFUL = 0.25  # up to eps to this power, gradients decide: outputs may nearly cancel
 
 Run = Callable[[Any], Pass]
+Plain = Callable[[Any], Tensor]  # the same without a record
 
 
 class Alone(Enum):
@@ -52,8 +53,16 @@ def draws(device: torch.device) -> list[Tensor]:
     return states
 
 
-def outputs_alone(record: Pass, run: Run, some: Tensor | None = None) -> tuple[Alone, Pass | None]:
+def outputs_alone(
+    record: Pass, run: Run | None, plain: Plain, some: Tensor | None = None
+) -> tuple[Alone, Pass | None]:
     """Pass some examples of a batch again on their own, a few if not given, and then the others.
+
+    Args:
+        record: of the batch.
+        run: records the pass of some; None if nobody wants it.
+        plain: a forward pass, for all else.
+        some: which examples.
 
     Returns:
         What the outputs are like, and the pass of some.
@@ -63,7 +72,7 @@ def outputs_alone(record: Pass, run: Run, some: Tensor | None = None) -> tuple[A
     """
     n, outputs = record.n, record.outputs.detach()
     if n == 1:
-        require_repeatable(record, run)
+        require_repeatable(record, plain)
         return Alone.SAME, None
     few = (
         torch.tensor([0, n // 2, n - 1] if n > PROBED else [0], device="cpu")
@@ -73,16 +82,18 @@ def outputs_alone(record: Pass, run: Run, some: Tensor | None = None) -> tuple[A
     found: list[Pass] = []
 
     def outputs_of(raw: Any) -> Tensor:
+        if run is None or found:
+            return plain(raw)
         found.append(run(raw))
-        return found[-1].outputs
+        return found[0].outputs
 
     mine = in_groups(record.raw, outputs, outputs_of, few)
     if mine is None:
-        require_repeatable(record, run)
+        require_repeatable(record, plain)
         return Alone.UNKNOWN, None
     if agree(mine, outputs, ROUNDING):
-        return Alone.SAME, found[0]
-    require_repeatable(record, run)
+        return Alone.SAME, next(iter(found), None)
+    require_repeatable(record, plain)
     if record.drawn:  # two passes may draw alike
         raise _random()
     if agree(mine, outputs, DOUBTFUL):
@@ -124,7 +135,7 @@ def in_groups(
     return torch.cat(made)[back]
 
 
-def require_apart(record: Pass, run: Run) -> None:
+def require_apart(record: Pass, plain: Plain) -> None:
     """Raise if the outputs of random halves of a batch are not what they are within it.
 
     Any two examples are apart in one of the halves with a probability of 15/16.
@@ -132,10 +143,10 @@ def require_apart(record: Pass, run: Run) -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(4 if record.n > 1 else 0):
         order = torch.randperm(record.n, generator=generator, device="cpu")
-        outputs_alone(record, run, order[: record.n // 2])
+        outputs_alone(record, None, plain, order[: record.n // 2])
 
 
-def require_gradients_alone(record: Pass, run: Run, parameters: Sequence[Tensor]) -> None:
+def require_gradients_alone(record: Pass, plain: Plain, parameters: Sequence[Tensor]) -> None:
     """Raise if an example that is passed on its own has other gradients.
 
     Outputs that nearly agree do not tell rounding from a little mixing: those of saturated units
@@ -146,7 +157,7 @@ def require_gradients_alone(record: Pass, run: Run, parameters: Sequence[Tensor]
     generator = torch.Generator(device=outputs.device).manual_seed(0)
     for k in sorted({0, n // 2, n - 1}):
         try:
-            single = run(cut(record.raw, leaves, slice(k, k + 1))).outputs
+            single = plain(cut(record.raw, leaves, slice(k, k + 1)))
         except Exception:  # noqa: BLE001 - a model that takes no single example
             return
         if single.shape != (1, *outputs.shape[1:]) or single.grad_fn is None:
@@ -175,9 +186,9 @@ def _alike(some: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> bo
     return True
 
 
-def require_repeatable(record: Pass, run: Run) -> None:
+def require_repeatable(record: Pass, plain: Plain) -> None:
     """Raise if a second pass of the same batch differs."""
-    if not agree(run(record.raw).outputs, record.outputs, ROUNDING):
+    if not agree(plain(record.raw), record.outputs, ROUNDING):
         raise _random()
 
 

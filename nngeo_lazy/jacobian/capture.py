@@ -39,7 +39,8 @@ from .union import joined
 
 __all__ = ["Capture", "PartsChangedError", "Recorded"]
 
-SAMPLED = 9  # examples of the first batch that the plan is made from
+SAMPLED = 5  # examples of a large first batch that the plan is made from
+SMALL = 9  # a first batch of no more examples is looked at as a whole
 
 
 class PartsChangedError(Exception):
@@ -156,7 +157,7 @@ class Capture:
         """
         tensors = [t for t in tree.tensors(raw) if t.dim() > 0]
         n = tensors[0].shape[0] if tensors else 0
-        if n <= SAMPLED:
+        if n <= max(SAMPLED, SMALL):
             return False
         try:
             record = self._record(cut(raw, example_leaves(raw, n), slice(0, SAMPLED)))
@@ -197,10 +198,14 @@ class Capture:
         drawn = not all(map(torch.equal, before, draws(self._space.device)))
         return replace(record, drawn=drawn)
 
+    def _plain(self, raw: Any) -> Tensor:
+        """The outputs alone, with their graph: torch has other ways without one."""
+        return self._forward(self._model, raw)
+
     def _planned(self, record: Pass) -> Plan:
         """A plan that is believed for this pass."""
         if record.drawn:
-            require_repeatable(record, self._record)
+            require_repeatable(record, self._plain)
         plan = self._plans.get(record.signature.nodes)
         if plan is None:
             plan = self._replan(record)
@@ -264,9 +269,9 @@ class Capture:
                 "the outputs do not depend on any selected parameter: select others with params=, "
                 "and check that the forward pass does not run under no_grad or detach"
             )
-        alone, few = outputs_alone(record, self._record)
+        alone, few = outputs_alone(record, self._record, self._plain)
         if alone is Alone.DOUBTFUL:
-            require_gradients_alone(record, self._record, list(self._parameters.values()))
+            require_gradients_alone(record, self._plain, list(self._parameters.values()))
         if few is None or record.n <= PROBED or not _comparable(few, record):
             few = None
         if few is not None and few.examples != record.examples:
@@ -293,7 +298,7 @@ class Capture:
         if meet and alone is Alone.DOUBTFUL:
             raise mixed(1, record.n)
         if meet and alone is Alone.SAME:
-            require_apart(record, self._record)
+            require_apart(record, self._plain)
 
     def _prove(self, record: Pass) -> Plan:
         """The self-check (see `proof`) on a recorded pass."""
