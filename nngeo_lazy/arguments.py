@@ -10,9 +10,11 @@ import functools
 import inspect
 import math
 import numbers
+import os
 import sys
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from pathlib import Path
 from typing import (
     Annotated,
     Any,
@@ -36,6 +38,7 @@ __all__ = [
     "NonNegativeInt",
     "PositiveInt",
     "Rule",
+    "applied",
     "as_numbers",
     "check_fields",
     "checked",
@@ -109,6 +112,7 @@ def _instance(kind: type, words: str, example: str) -> Rule:
 
 
 _MODULE = _instance(nn.Module, "a torch.nn.Module", "model")
+_PATH = _instance(os.PathLike, "a path", "'...'")
 _TENSOR = _instance(Tensor, "a tensor", "torch.as_tensor(...)")
 # What a part of an annotation means. If a part is not here, the argument is not looked at.
 RULES: dict[Any, Rule] = {
@@ -132,6 +136,11 @@ RULES: dict[Any, Rule] = {
     Sequence[Any]: Rule("a list of numbers", _is_numbers, "[1.0, 1.0]"),
     Sequence[float]: Rule(
         "a list of numbers", lambda v: _is_numbers(v) and all(map(_is_number, v)), "[1.0, 1.0]"
+    ),
+    Path: _PATH,
+    os.PathLike: _PATH,
+    tuple[int, ...]: Rule(
+        "a tuple of integers", lambda v: isinstance(v, tuple) and all(map(_is_integer, v)), "(0, 1)"
     ),
     tuple[float, float]: Rule("two numbers", _is_pair, "(1e-6, 1e6)"),
     Iterable[str]: Rule("a list of names", _is_names, "['...']"),
@@ -253,6 +262,23 @@ def checked(function: Function) -> Function:
         wrapper.__code__, function.__globals__, function.__name__, None, wrapper.__closure__
     )
     return functools.update_wrapper(made, function)  # type: ignore[return-value]
+
+
+def applied(function: Callable[[Any], Any], batch: Any, name: str) -> Any:
+    """A function of the user's own of a batch; it may be a network that takes something else.
+
+    Raises:
+        DataError: it is such a network. All other functions raise what they raise.
+    """
+    try:
+        return function(batch)
+    except (TypeError, RuntimeError) as error:
+        if not isinstance(function, nn.Module):
+            raise
+        raise DataError(
+            f"expected {name} to be a function of a batch, got {described(function)}, which does "
+            f"not take one: pass {name}=lambda batch: ..."
+        ) from error
 
 
 def check_fields(instance: Any) -> None:

@@ -21,7 +21,7 @@ from torch.utils import data as torch_data
 from tqdm.auto import tqdm
 
 from . import tree
-from .arguments import require_takes
+from .arguments import applied, require_takes
 from .collectives import ALONE
 from .distributed import Distributed
 from .errors import DataError
@@ -203,7 +203,7 @@ class Batches:
         if self._target is None:
             found = _labels(raw, self._labels, strict=self._forward is None)
             return Batch(args, kwargs, found, raw)
-        target = self._target(raw)
+        target = applied(self._target, raw, "target")
         if target is not None and not tree.tensors(target):
             try:
                 target = torch.as_tensor(target)

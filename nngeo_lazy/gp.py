@@ -15,6 +15,7 @@ try:
 except ImportError as error:
     raise ImportError("nngeo_lazy.gp needs GPyTorch: pip install 'nngeo_lazy[gp]'") from error
 
+from .arguments import checked
 from .data import Batches
 from .errors import wrong_option
 from .kernels import NTK
@@ -74,6 +75,7 @@ class NTKKernel(Kernel):  # type: ignore[misc]
 
     has_lengthscale = False
 
+    @checked
     def __init__(
         self,
         model: nn.Module,

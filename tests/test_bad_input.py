@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -18,6 +19,9 @@ from nngeo_lazy.errors import (
     TooLargeError,
     UnsupportedLayerError,
 )
+from nngeo_lazy.gp import NTKKernel
+from nngeo_lazy.likelihoods import Gaussian, Joint, Weighted
+from nngeo_lazy.representations import Stored
 
 X, Y = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
 
@@ -343,6 +347,30 @@ def test_what_is_no_model(builder, model):
         DataError, match=r"the model, a torch.nn.Module, got .*the order is \(model, "
     ):
         builder(model, X if builder is ng.NTK else (X, Y), **options)
+
+
+MODEL = net()
+WRONG_OPTIONS = {
+    "a path": (
+        lambda: ng.self_influence(MODEL, ng.FIM(MODEL, (X, Y)), (X, Y), path=1.5),
+        r"expected path to be a string or a path or None, got 1.5",
+    ),
+    "a folder": (lambda: Stored("kfac", (1, 2)), r"folder to be a string or a path, got tuple"),
+    "heads": (lambda: Joint(0.5), "heads to be a dict or a list, got 0.5"),
+    "dims": (lambda: NTKKernel(MODEL, active_dims={"a": 1}), "active_dims to be a tuple of int"),
+    "a kernel's network": (lambda: NTKKernel([1]), "the model, a torch.nn.Module, got"),
+    "a mask of labels": (lambda: Weighted(Gaussian(), np.eye(2)), "nan to be 'refuse' or 'mask'"),
+    "a target": (
+        lambda: ng.GGN(MODEL, (X, Y), loss="categorical", target=MODEL),
+        r"target to be a function of a batch, .*: pass target=lambda batch: ...",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "words"), WRONG_OPTIONS.values(), ids=WRONG_OPTIONS)
+def test_options_of_a_wrong_kind(call, words):
+    with pytest.raises(DataError, match=words):
+        call()
 
 
 BUILDS = {

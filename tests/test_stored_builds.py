@@ -1,6 +1,9 @@
 """Builds in a folder go on after an interruption, with the numbers of one that was not."""
 
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -134,3 +137,60 @@ def test_damaged_sums_are_named(model, tmp_path):
     path.unlink()  # the remedy
     F = ng.FIM(model, Loader(), stored)
     assert torch.equal(F.to_dense(), ng.FIM(model, Loader(), "ekfac").to_dense())
+
+
+KILLED = """
+import os, signal, sys
+import torch
+from torch import nn
+import nngeo_lazy as ng
+from nngeo_lazy import kept
+
+kept.KEPT_BYTES = 0  # every pass reads the data
+torch.manual_seed(1)
+model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+torch.manual_seed(2)
+batches = [(torch.randn(4, 3), torch.arange(4) % 2) for _ in range(3)]
+
+
+class Loader:
+    passes = 0
+
+    def __len__(self):
+        return 3
+
+    def __iter__(self):
+        Loader.passes += 1
+        for k, batch in enumerate(batches):
+            if [str(Loader.passes), str(k)] == sys.argv[2:]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield batch
+
+
+stored = ng.representations.Stored("ekfac", sys.argv[1])
+F = ng.FIM(model, Loader(), stored, estimator="mc", seed=3)
+torch.save((F.to_dense(), Loader.passes), sys.argv[1] + ".pt")
+"""
+
+
+def test_a_build_that_is_killed_goes_on_to_the_same_bits(tmp_path):
+    """SIGKILL in the second pass, and the same call in a new process; beside a whole one."""
+    script = tmp_path / "build.py"
+    script.write_text(KILLED)
+
+    def run(folder, *kill):
+        command = [sys.executable, str(script), str(tmp_path / folder), *kill]
+        return subprocess.run(command, capture_output=True, text=True, check=False).returncode
+
+    assert run("F", "2", "1") == -signal.SIGKILL
+    assert "index.json" not in os.listdir(tmp_path / "F")
+    assert not (tmp_path / "F.pt").exists()
+    assert run("F") == run("whole") == 0
+    (found, passes), (expected, all_passes) = (
+        torch.load(tmp_path / f"{name}.pt") for name in ("F", "whole")
+    )
+    assert torch.equal(found, expected)
+    assert all_passes == 2
+    assert passes == 2  # the first batch alone, in place of the first pass
+    assert not [name for name in os.listdir(tmp_path / "F") if name.startswith("begun-pass")]
+    assert len(os.listdir(tmp_path / "F")) == len(os.listdir(tmp_path / "whole"))

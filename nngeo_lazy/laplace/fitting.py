@@ -19,6 +19,7 @@ from ..errors import (
     ConvergenceWarning,
     DataError,
     EstimateWarning,
+    NotPositiveDefiniteError,
     UnsupportedLayerError,
     wrong_option,
 )
@@ -36,6 +37,7 @@ __all__ = ["chosen", "maximised"]
 
 STRUCTURES = ("scalar", "layer", "diagonal")
 GRID = 21
+TOO_FAR = 100.0  # nats below the least evidence so far, of a step that is taken back
 
 
 class Posterior(Protocol):
@@ -78,13 +80,21 @@ def maximised(
         values = logs[:-1].exp() if noise else logs.exp()
         return _prior(values, structure, groups), logs[-1].exp() if noise else la._noise
 
+    found_so_far: list[float] = []
+
     def negative(x: Any) -> tuple[float, Any]:
         logs = torch.tensor(x, dtype=torch.float64, device=device, requires_grad=True)
-        with torch.enable_grad():
-            evidence = la._evidence(*read(logs))
-            evidence.backward()
+        try:
+            with torch.enable_grad():
+                evidence = la._evidence(*read(logs))
+                evidence.backward()
+        except NotPositiveDefiniteError:  # a prior below the rounding of F: the step is too long
+            if not found_so_far:
+                raise
+            return max(found_so_far) + TOO_FAR, np.zeros_like(x)
+        found_so_far.append(-float(evidence.detach()))
         slope = torch.zeros_like(logs) if logs.grad is None else logs.grad
-        return -float(evidence.detach()), -slope.cpu().numpy()
+        return found_so_far[-1], -slope.cpu().numpy()
 
     with warnings.catch_warnings(), torch.inference_mode(False):
         warnings.simplefilter("error", EstimateWarning)

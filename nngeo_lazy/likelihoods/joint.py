@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import check_fields
 from ..errors import DataError
 from .heads import Heads, joint
 from .likelihood import Likelihood, check_outputs
@@ -52,6 +53,7 @@ class Joint(Likelihood):
     heads: Mapping[str, Likelihood] | Sequence[Likelihood]
 
     def __post_init__(self) -> None:
+        check_fields(self)
         held: Any
         held = dict(self.heads) if isinstance(self.heads, Mapping) else tuple(self.heads)
         object.__setattr__(self, "heads", held)

@@ -72,7 +72,7 @@ class Weighted(Likelihood):
                 "expected a likelihood object, as in Weighted(likelihoods.Gaussian()), got "
                 f"{known!r}; of several heads each is weighted alone"
             )
-        if self.nan not in ("refuse", "mask"):
+        if not isinstance(self.nan, str) or self.nan not in ("refuse", "mask"):
             raise DataError(f"expected nan to be 'refuse' or 'mask', got {self.nan!r}")
 
     @property

@@ -267,6 +267,7 @@ def root_by_products(operator: BaseLinearOperator, p: float) -> BaseLinearOperat
     Source: Halko, Martinsson and Tropp (2011), Finding structure with randomness, lemma 4.1.
     """
     require_products(operator, f"power({p:g})")
+    operator._require_square("a root")
     like = torch.empty(0, dtype=operator.dtype, device=operator.device)
     require_symmetric(operator, like)
     if p > 0 and operator.dim() == 2:

@@ -141,7 +141,7 @@ class SpectralLinearOperator(BaseLinearOperator):
             values = self._regular()[1].to(values.dtype)
         if bool((values < 0).any()):
             raise NotPositiveDefiniteError(
-                f"logdet: the matrix has a negative eigenvalue {float(values.min()):.3g}; add "
+                f"logdet: the matrix has a negative eigenvalue {_least(values)}; add "
                 "damping with F.damped(...)"
             )
         return values.log().sum()
@@ -164,7 +164,7 @@ class SpectralLinearOperator(BaseLinearOperator):
             operator, values = self._regular()
         if p != int(p) and bool((values < 0).any()):
             raise NotPositiveDefiniteError(
-                f"power {p}: the matrix has a negative eigenvalue {float(values.min()):.3g}; add "
+                f"power {p}: the matrix has a negative eigenvalue {_least(values)}; add "
                 "damping with F.damped(...)"
             )
         if operator is not self:
@@ -181,7 +181,7 @@ class SpectralLinearOperator(BaseLinearOperator):
         values = self.eigenvalues
         if bool((values < 0).any()):
             raise NotPositiveDefiniteError(
-                f"sample: the matrix has a negative eigenvalue {float(values.min()):.3g}, so it is "
+                f"sample: the matrix has a negative eigenvalue {_least(values)}, so it is "
                 "no covariance; add damping with F.damped(...)"
             )
         z = torch.randn(
@@ -216,3 +216,8 @@ def _well_conditioned(values: Tensor) -> bool:
         return True
     sizes = values.detach().abs()
     return float(sizes.min()) * DIGITS >= float(sizes.max()) * eps(values)
+
+
+def _least(values: Tensor) -> str:
+    """The least of some numbers, in a message."""
+    return f"{float(values.detach().min()):.3g}"

@@ -101,8 +101,12 @@ class Hooks:
         if self._depth:  # another watcher tries the model out
             self._depth += 1
         elif torch.is_grad_enabled():
-            watcher.begin(args, kwargs)
-            self._depth, self._frame, self._held = 1, sys._getframe(2), watcher
+            try:
+                watcher.begin(args, kwargs)
+                self._depth, self._frame, self._held = 1, sys._getframe(2), watcher
+            except BaseException:  # an interrupt: nothing else would close what has been opened
+                watcher.end(None)
+                raise
 
     def after(self, module: nn.Module, result: Any) -> None:
         """A forward pass ends."""

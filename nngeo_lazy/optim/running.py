@@ -109,23 +109,27 @@ class Running:
         """
         count = self._count + 1
         weight = 1.0 if self._once else (1 - self._decay) / (1 - self._decay**count)
-        fresh = [_finished(each, recipe, facts) for each, recipe in self._recipes]
-        factors, operator = None, self.operator
-        if self._eigen:
-            factors = averaged(self._factors, fresh[0], weight)
-            if len(fresh) == 1:  # in a new basis
-                share_decompositions(factors, facts.group)
+        group, factors, operator = facts.group, None, self.operator
+        with group.together("the curvature of a step"):
+            fresh = [_finished(each, recipe, facts) for each, recipe in self._recipes]
+            if self._eigen:
+                factors = averaged(self._factors, fresh[0], weight)
+        if factors is not None and len(fresh) == 1:  # in a new basis
+            share_decompositions(factors, group)
+            with group.together("a new basis"):
                 basis = EKFAC(basis=factors)
                 recipe = basis.recipe(facts, range(len(facts.parts)))
                 statistics = next(recipe)
                 replay(statistics)
-                pool_statistics(statistics, facts.group, facts.space.device)
+            pool_statistics(statistics, group, facts.space.device)
+            with group.together("the curvature in a new basis"):
                 fresh.append(_finished(basis, recipe, facts))
                 operator = None if operator is None else rebased(operator, factors)
-        operator = averaged(None if self._once else operator, fresh[-1], weight)
+        with group.together("an average"):
+            operator = averaged(None if self._once else operator, fresh[-1], weight)
         if rebase or self._free or self.solved is None:
             if not self._whole:
-                share_decompositions(operator, facts.group)
+                share_decompositions(operator, group)
             self.solved = operator if self._whole else decomposed(operator)
         self._count = count
         self.operator, self._factors = operator, factors

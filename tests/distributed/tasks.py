@@ -19,8 +19,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 import nngeo_lazy as ng
-from nngeo_lazy import folders, kept
+from nngeo_lazy import averages, folders, kept
+from nngeo_lazy.collectives import Group
 from nngeo_lazy.likelihoods import Categorical, Gaussian
+from nngeo_lazy.operators import EigenKroneckerLinearOperator
+from nngeo_lazy.optim import running
+from nngeo_lazy.representations import recipes
 
 SIZES = (4, 4, 4, 4, 4, 3)  # examples of each batch: the last one is short
 
@@ -271,6 +275,47 @@ def failing(rank, error, at_pass, representation="ekfac", estimator="empirical")
     data = Failing(smooth_data()[rank_of::2], rank, error, at_pass)
     F = built("smooth", representation, estimator, ng.Distributed(data, own=True))
     return F @ F.space.randn()
+
+
+def phase(name, how, folder):
+    """A call of which one step fails on the second process alone."""
+
+    def fails(*args, **options):
+        if how == "die":
+            os._exit(1)
+        raise ValueError("broken")
+
+    where = {
+        "eigendecomposition": (recipes, "factor_eigh"),
+        "eigendecomposition of sharded blocks": (recipes, "factor_eigh"),
+        "exchange": (Group, "sum_"),
+        "solve": (EigenKroneckerLinearOperator, "_solve_columns"),
+        "optimizer step": (running, "averaged"),
+        "eigendecomposition of a step": (averages, "factor_eigh"),
+        "save": (folders, "_write"),
+    }[name]
+    kept_as = getattr(*where)
+    sharded = ng.representations.Sharded("ekfac")
+    try:
+        data = ng.Distributed(smooth_data())
+        if name in ("solve", "save"):
+            F = built("smooth", sharded, "empirical", data)
+        if torch.distributed.get_rank() == 1:
+            setattr(*where, fails)
+        if name == "solve":
+            return F.solve(torch.ones(F.shape[0]), damping=0.1)
+        if name == "save":
+            return ng.save(F, os.path.join(folder, "F/"))
+        if "step" in name:
+            inner = smooth_net()
+            model = DistributedDataParallel(inner)
+            optimizer = ng.optim.NaturalGradient(model, "kfac", "categorical", seed=0)
+            x, y = smooth_data()[0]
+            nn.functional.cross_entropy(model(x), y).backward()
+            return optimizer.step()
+        return built("smooth", sharded if "sharded" in name else "ekfac", "empirical", data)
+    finally:
+        setattr(*where, kept_as)
 
 
 def usable():

@@ -33,6 +33,33 @@ def test_an_error_of_one_is_an_error_of_all(pool, error, representation, at_pass
     assert pool.run(tasks.usable, 3) == [23, 23, 23]
 
 
+PHASES = [
+    "eigendecomposition",
+    "eigendecomposition of sharded blocks",
+    "solve",
+    "optimizer step",
+    "eigendecomposition of a step",
+    "save",
+]
+
+
+@pytest.mark.parametrize("name", PHASES)
+def test_an_error_in_any_phase_is_an_error_of_all(pool, name, tmp_path):
+    first, second = pool.start(tasks.phase, 2, name, "raise", str(tmp_path))
+    assert second.startswith("ValueError: broken")
+    assert first.startswith("DistributedError: rank 1 of 2: ValueError: broken")
+    assert max(first.seconds, second.seconds) < 20
+    assert pool.run(tasks.usable, 2) == [23, 23]
+
+
+@pytest.mark.parametrize("name", ["exchange", *PHASES])
+def test_a_death_in_any_phase_is_named_in_time(pool, name, tmp_path):
+    first, second = pool.start(tasks.phase, 2, name, "die", str(tmp_path), limit=15)
+    assert second == "died"
+    assert first.startswith("DistributedError: rank 0 of 2 had no answer from another process")
+    assert first.seconds < 40
+
+
 @pytest.mark.parametrize("at_pass", [1, 2])
 def test_a_process_that_dies(pool, at_pass):
     found = pool.start(tasks.failing, 2, 1, "die", at_pass, "implicit", limit=20)

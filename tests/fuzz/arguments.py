@@ -23,11 +23,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import gpytorch
 import numpy as np
 import torch
 from torch import nn
 
 import nngeo_lazy as ng
+import nngeo_lazy.gp
 from nngeo_lazy.errors import NNGeoError
 from nngeo_lazy.operators import BaseLinearOperator
 
@@ -191,6 +193,11 @@ def targets(s: Subject) -> list[Target]:
         "influences": {"damping": 0.1, "method": "gradient"},
         "sample_space": {"F": ng.FIM(s.model, s.data, "factored")},
         "update_diag": {"F": ng.FIM(s.model, s.data, "ekfac")},
+        "as_module": {"function": lambda p, x: x * p["a"], "params": {"a": torch.ones(3)}},
+        "inverse": {"method": "cg", "damping": 0.1},
+        "self_influence": {"damping": 0.1},
+        "Queries": {"damping": 0.1},
+        "compare": {"representations": ["diagonal", "kfac"]},
     }
     options = {
         "trace": ("steps", "tol", "max_matvecs", "progress"),
@@ -207,7 +214,8 @@ def targets(s: Subject) -> list[Target]:
             continue
         call = getattr(ng, name)
         needed = [p for p in inspect.signature(call).parameters.values() if p.default is p.empty]
-        own = {p.name: good[p.name] for p in needed if p.kind not in (p.VAR_KEYWORD, 2)}
+        right = {**good, **special.get(name, {})}
+        own = {p.name: right[p.name] for p in needed if p.kind not in (p.VAR_KEYWORD, 2)}
         own = {**own, **special.get(name, {})}
         if name == "plan":
             call, own = planned, {"builder": ng.FIM, "model": s.model, "loader": s.data}
@@ -216,7 +224,7 @@ def targets(s: Subject) -> list[Target]:
     return [*found, *members(s), *objects(s), *options_of(s)]
 
 
-CLASSES = ("Laplace", "ParamSpace", "Probes")
+CLASSES = ("Laplace", "ParamSpace", "Probes", "Queries", "Distributed")
 LEFT_OUT = {"register_layer": "what is registered stays"}
 
 
@@ -319,12 +327,32 @@ def objects(s: Subject) -> Iterator[Target]:
 def options_of(s: Subject) -> Iterator[Target]:
     """Options of representations, likelihoods and optimizers, as they are used."""
     r, lik = ng.representations, ng.likelihoods
-    for kind in (r.KFAC, r.EKFAC, r.Implicit, r.LowRank, r.Mixed):
-        yield built(kind, lambda made: ng.FIM(s.model, s.data, made))
-    for kind in (lik.Categorical, lik.Bernoulli, lik.Gaussian, lik.CallableLoss):
-        labels = s.y if kind is lik.Categorical else torch.rand(8, 3)
-        good = {"function": lambda f, y: f.square().sum(1)} if kind is lik.CallableLoss else {}
-        yield built(kind, lambda made, y=labels: ng.GGN(s.model, (s.x, y), loss=made), good)
+    for kind in (r.KFAC, r.EKFAC, r.Implicit, r.LowRank, r.Mixed, r.Stored, r.Sharded):
+        good = {"folder": "stored"} if kind is r.Stored else {}
+        yield built(kind, lambda made: ng.FIM(s.model, s.data, made), good)
+    needed: dict[Any, dict[str, Any]] = {
+        lik.CallableLoss: {"function": lambda f, y: f.square().sum(1)},
+        lik.FromDistribution: {"function": lambda f: torch.distributions.Normal(f, 1.0)},
+        lik.Weighted: {"likelihood": lik.Gaussian()},
+        lik.Joint: {"heads": {"a": lik.Gaussian()}},
+    }
+    for kind in (
+        *(lik.Categorical, lik.Bernoulli, lik.Gaussian, lik.NegativeBinomial, lik.StudentT),
+        *needed,
+    ):
+        labels: Any = s.y if kind is lik.Categorical else torch.rand(8, 3)
+        if kind is lik.Weighted:
+            labels = (labels, torch.rand(8))
+        forward = (lambda m, b: {"a": m(b[0])}) if kind is lik.Joint else None
+        if kind is lik.Joint:
+            labels = {"a": labels}
+        yield built(
+            kind,
+            lambda made, y=labels, f=forward: ng.GGN(s.model, (s.x, y), loss=made, forward=f),
+            needed.get(kind, {}),
+        )
+    yield built(ng.gp.NTKKernel, lambda made: made(s.x).to_dense(), {"model": s.model})
+    yield Target("gp.wrap", ng.gp.wrap, {"kernel": gpytorch.kernels.RBFKernel()})
     for kind in (ng.optim.NaturalGradient, ng.optim.Preconditioner):
         yield built(kind, lambda made: step(s, made), {"model": s.model})
     for kind, name in (
