@@ -38,7 +38,10 @@ from nngeometry.object.pspace import PMatEKFAC, PMatQuasiDiag, PMatLowRank, PMat
 from nngeometry.object.vector import PVector
 from nngeometry.jacobian import Jacobian
 from nngeometry.gram import GramMatrix
-from nngeometry.layercollection import LayerCollection"""
+from nngeometry.layercollection import LayerCollection
+from nngeometry.hessian import Hessian
+from nngeometry.backend import TorchHooksJacobianBackend
+from torch.nn.functional import cross_entropy"""
 
 SECTIONS = {
     "Building": [
@@ -70,6 +73,16 @@ SECTIONS = {
             "FIM_MonteCarlo(model, loader, PMatDense, trials=500)",
             'ng.FIM(model, loader, "dense", estimator="mc", samples=500, seed=0)',
             "other draws of the same expectation; ours are seeded",
+        ),
+        Row(
+            "PMatDense(TorchHooksJacobianBackend(model, lambda *b: model(b[0]), centering=True), "
+            "examples=loader)",
+            'ng.FIM(model, loader, "dense", likelihood="gaussian", center=True)',
+        ),
+        Row(
+            "Hessian(model, loader, PMatDense, function=cross_entropy)",
+            'ng.Hessian(model, loader, "dense", loss="categorical")',
+            "theirs adds the means of the batches (two here); ours is the mean over all examples",
         ),
     ],
     "Without a matrix": [
@@ -110,6 +123,14 @@ SECTIONS = {
             "theirs damps the factors (Martens and Grosse's approximation); ours is exactly "
             "(K + d I)⁻¹ v",
         ),
+        Row(
+            "K.solvePVec(v, regul=1e-3, use_pi=False).to_torch()",
+            'k.damped(1e-3, "factored", use_pi=False).solve(w)',
+            "theirs holds the input factor times the square root of the number of directions, and "
+            "the other one divided by it, which pi would undo; ours divides neither",
+        ),
+        Row("K.inverse(regul=1e-3).to_torch()", 'k.damped(1e-3, "factored").inverse().to_dense()'),
+        Row("K.pow(2, regul=1e-3).to_torch()", 'k.damped(1e-3, "factored").power(2).to_dense()'),
         Row(
             "L.solve(v, regul=1e-3).to_torch()",
             "l.solve(w, damping=1e-3)",

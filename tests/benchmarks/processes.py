@@ -9,6 +9,7 @@ eigendecompositions of a language model lie on 8 and 64 processes, by simulation
 """
 
 import argparse
+import copy
 import resource
 import statistics
 import tempfile
@@ -20,9 +21,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import nngeo_lazy as ng
-from nngeo_lazy.collectives import owners
+from nngeo_lazy.collectives import Group, owners
 
 BATCH = 256
 CLASSES = 10
@@ -40,17 +42,41 @@ def batches(width: int, examples: int) -> list[tuple[torch.Tensor, torch.Tensor]
     return [(torch.randn(BATCH, width), torch.randint(CLASSES, (BATCH,))) for _ in range(count)]
 
 
-def tasks(model: nn.Module, data: ng.Distributed) -> dict[str, Callable[[], object]]:
+Run = Callable[[], object]
+
+
+def tasks(
+    model: nn.Module, whole: list[tuple[torch.Tensor, torch.Tensor]], data: ng.Distributed
+) -> dict[str, tuple[Run, Group]]:
     def build(representation: str) -> object:
         return ng.FIM(model, data, representation, estimator="mc", seed=0)
 
     G = ng.GGN(model, data, loss="categorical")
     v = torch.ones(G.shape[0])
     return {
-        "kfac": lambda: build("kfac"),
-        "ekfac": lambda: build("ekfac"),
-        "GGN, 5 products": lambda: [G @ v for _ in range(5)],
+        "kfac": (lambda: build("kfac"), data.group),
+        "ekfac": (lambda: build("ekfac"), data.group),
+        "GGN, 5 products": (lambda: [G @ v for _ in range(5)], data.group),
+        "KFAC, 5 steps": optimizer_steps(model, whole),
     }
+
+
+def optimizer_steps(
+    model: nn.Module, whole: list[tuple[torch.Tensor, torch.Tensor]]
+) -> tuple[Run, Group]:
+    """Steps on all examples together, of which each process has an equal share."""
+    replica = DistributedDataParallel(copy.deepcopy(model))
+    optimizer = ng.optim.NaturalGradient(replica, "kfac", "categorical", lr=1e-3, seed=0)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    x, y = (torch.cat(each)[rank::size] for each in zip(*whole, strict=True))
+
+    def run() -> None:
+        for _ in range(5):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(replica(x), y).backward()
+            optimizer.step()
+
+    return run, optimizer._group  # beside it, the wrapper exchanges the gradient
 
 
 def work(rank: int, size: int, store: str, options: dict[str, int], results: "mp.Queue") -> None:
@@ -59,9 +85,9 @@ def work(rank: int, size: int, store: str, options: dict[str, int], results: "mp
     model, whole = network(options["width"]), batches(options["width"], options["examples"])
     data = ng.Distributed(whole)
     plan = ng.plan(ng.FIM, model, data, "ekfac", estimator="mc", seed=0)
-    for name, run in tasks(model, data).items():
+    for name, (run, group) in tasks(model, whole, data).items():
         run()  # warm
-        before = data.group.traffic.bytes
+        before = group.traffic.bytes
         times = []
         for _ in range(options["repeats"]):
             dist.barrier()
@@ -69,7 +95,7 @@ def work(rank: int, size: int, store: str, options: dict[str, int], results: "mp
             run()
             dist.barrier()
             times.append(time.perf_counter() - start)
-        sent = (data.group.traffic.bytes - before) // options["repeats"]
+        sent = (group.traffic.bytes - before) // options["repeats"]
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         planned = plan.bytes_sent if name == "ekfac" else None
         results.put((rank, name, statistics.median(times), peak, sent, planned))
@@ -86,7 +112,7 @@ def measured(size: int, options: dict[str, int]) -> dict[str, tuple[float, float
         processes = [context.Process(target=work, args=each) for each in args]
         for process in processes:
             process.start()
-        found = [results.get(timeout=600) for _ in range(size * 3)]
+        found = [results.get(timeout=600) for _ in range(size * 4)]
         for process in processes:
             process.join()
     return {name: tuple(rest) for rank, name, *rest in found if rank == 0}
