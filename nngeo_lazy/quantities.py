@@ -182,8 +182,11 @@ class _OfLoss(Quantity):
     def flags(self, outputs: Tensor, target: Tensor | None) -> dict[str, Tensor]:
         known = self._known()
         flags = known.flags(outputs, self._read(target))
-        if self._fits(outputs, target) and (missing := known.missing(target)) is not None:
-            flags[NAN_LABELS] = missing  # also if labels are not read: their terms would count
+        real = any(leaf.is_floating_point() for leaf in tree.tensors(target))
+        if real and not isinstance(known, CallableLoss) and self._fits(outputs, target):
+            missing = known.missing(target)
+            if missing is not None:  # also if labels are not read: their terms would count
+                flags[NAN_LABELS] = missing
         return flags
 
     def scored(self, outputs: Tensor, target: Tensor | None) -> Tensor | None:

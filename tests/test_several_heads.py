@@ -130,6 +130,32 @@ def test_losses_of_two_heads():
     close(scores.abs(), (rows_[:2] @ inverse @ rows_.mT / N).abs(), 1e-7)
 
 
+class Joined(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.own = model
+
+    def forward(self, x):
+        return torch.cat([head.flatten(1) for head in self.own(x).values()], 1)
+
+
+def test_influences_by_newton_steps_are_those_of_one_joined_output():
+    model, (x, y, z) = Heads(), data()
+
+    def loss(f, target):
+        entropy = nn.functional.cross_entropy(f[:, :3], target[:, 0].long(), reduction="none")
+        return entropy + (f[:, 3:] - target[:, 1:]).square().sum(1)
+
+    joined, target = Joined(model), torch.cat([y[:, None], z.flatten(1)], 1)
+    F = ng.FIM(model, (x, y, z), "dense", likelihood=GIVEN)
+    G = ng.GGN(joined, (x, target), "dense", loss=loss)
+    close(F.to_dense(), G.to_dense(), 1e-9)
+    options = {"damping": 0.1, "method": "newton"}
+    found = ng.influences(model, F, (x, y, z), (x[:2], y[:2], z[:2]), **options)
+    want = ng.influences(joined, G, (x, target), (x[:2], target[:2]), loss=loss, **options)
+    close(found, want, 1e-8)
+
+
 def test_weights_of_one_head():
     model, (x, y, z) = Heads(), data()
     w = torch.tensor([1.0, 0, 1, 0, 1, 0, 1, 0, 1]).double()

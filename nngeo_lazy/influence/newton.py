@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..builders import Jacobian
 from ..data import Batches
 from ..fingerprints import refuse_shuffling
-from ..likelihoods import Likelihood, resolve_loss
+from ..likelihoods import Likelihood, of_heads, resolve_loss
+from ..likelihoods.names import reading_of
 from ..operators import BaseLinearOperator
 from ..operators.kernel import kernel_of
 from ..quantities import LossLike
@@ -32,17 +33,16 @@ def newton_influences(
     target: Callable[[Any], Tensor] | None,
 ) -> Tensor:
     """See `influences`; (test examples, training examples)."""
-
-    def rows_of(data: Any, loss: LossLike | None) -> BaseLinearOperator:
-        return Jacobian(
-            model, data, "factored", loss=loss, params=names, forward=forward, target=target
-        )
-
-    gradients = rows_of(test, loss)
-    rows = rows_of(train, None)
+    loss = of_heads(loss)
+    device, reading = next(model.parameters()).device, reading_of(loss)
+    batches = Batches(train, device=device, forward=forward, target=target, **reading)
+    joined = batches.forward if reading else forward  # the outputs of heads in one tensor
+    options: dict[str, Any] = {"params": names, "target": target}
+    gradients = Jacobian(model, test, "factored", loss=loss, forward=forward, **options)
+    rows = Jacobian(model, train, "factored", forward=joined, **options)
     own = kernel_of(rows, rows, inverse, outputs="per_example").to_dense() / n
     across = rows @ (inverse @ gradients.mT.to_dense())  # (N C, tests)
-    scores, hessians = _of_outputs(model, train, loss, forward, target)
+    scores, hessians = _of_outputs(model, train, batches, loss)
     # g~_i = J_i^T (I - H_i K_ii)^-1 r_i, by Woodbury's identity
     eye = torch.eye(own.shape[-1], dtype=own.dtype, device=own.device)
     weights = torch.linalg.solve(eye - hessians @ own, scores.unsqueeze(-1)).squeeze(-1)
@@ -53,13 +53,11 @@ def newton_influences(
 def _of_outputs(
     model: nn.Module,
     train: Any,
+    batches: Batches,
     loss: LossLike,
-    forward: Callable[[nn.Module, Any], Tensor] | None,
-    target: Callable[[Any], Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients (N, C) and Hessians (N, C, C) of the losses in the outputs."""
     refuse_shuffling(train, "influences")
-    batches = Batches(train, device=next(model.parameters()).device, forward=forward, target=target)
     known: Likelihood | None = None
     model = skeleton(model)
     scores, hessians = [], []

@@ -116,14 +116,16 @@ class Capture:
         Raises:
             UnsupportedLayerError: it uses parameters in another way than the batches before.
         """
-        before = self._parts
+        before, plan, plans = self._parts, self._plan, dict(self._plans)
         if self._plan is not None or not self._sampled_plan(raw):
             self._planned(self._record(raw))
-        if before is not None and self.parts != before:
-            self._parts = before
+        general = self._plan is not None and self._plan.general is not None
+        if before is not None and (general or self.parts != before):
+            now, self._plan = self._plan, plan
+            self._parts, self._plans = before, plans
             raise UnsupportedLayerError(
                 "expected every batch to use the parameters in the same way, but a later batch "
-                f"uses {_differing(before, self._plan)} differently: use batches of one kind"
+                f"uses {_differing(before, now)} differently: use batches of one kind"
             )
         return self.parts
 

@@ -115,7 +115,7 @@ def _ragged(call: Call, k: int, probe: Probe) -> Ragged | None:
     """
     plain, scaled, scales = probe.at_calls[k], probe.scaled[k], probe.scales
     n, leading = len(scales), 1 if call.use.local is not None else call.use.leading
-    if leading < 1:
+    if not 1 <= leading <= len(call.shape):
         return None
     sizes = call.shape[:leading]
     none = torch.zeros(sizes.numel(), dtype=torch.int64, device=scales.device)

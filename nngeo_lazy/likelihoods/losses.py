@@ -77,10 +77,6 @@ class CallableLoss(Differentiated):
         """Why the loss is no likelihood, as in "class weights"; empty if it is one."""
         return "a function in place of a density"
 
-    def missing(self, target: Any) -> Tensor | None:
-        """None: the function says itself what NaN means."""
-        return None
-
     def require_likelihood(self, estimator: str) -> None:
         """Raise DataError if the estimator draws labels that this loss does not define."""
         if estimator in ("exact", "mc"):

@@ -79,11 +79,9 @@ class Views:
                 given.append(mine if mine.shape == view.shape else mine.reshape(view.shape))
         torch._foreach_copy_(views, given)
 
-    def add_(self, name: str, number: float, start: int, stop: int) -> None:
-        """Add a number to a parameter's entries in a range of the buffer."""
-        for place, view in self._pieces[name]:
-            if start <= place.offset < stop:
-                view.add_(number)
+    def within(self, name: str, start: int, stop: int) -> list[Tensor]:
+        """A parameter's entries in a range of the buffer."""
+        return [view for place, view in self._pieces[name] if start <= place.offset < stop]
 
 
 @dataclass(frozen=True)
@@ -276,36 +274,37 @@ class EigenFrame(Frame):
             DataError: a block's parameters have different dampings.
             NotPositiveDefiniteError: an eigenvalue is zero, and so is its damping.
         """
-        weights, zero = self._values.clone(), False
+        known, zero = self.coordinates.known, False
+        weights = self._values.new_zeros(self.coordinates.size)
+        weights[:known] = self._values
         tiny = torch.finfo(weights.dtype).tiny
+        views = self.coordinates.views(weights)
         for block in self.coordinates.blocks:
-            part = weights[block.start : block.start + block.size]
+            stop, exact = block.start + block.size, block.shape.left or block.shape.right
             given = {dampings[name] for name in block.names}
-            if given == {None}:
-                part += eps * part.mean() + tiny**0.5
-            elif len(given) == 1:
-                damping = given.pop() or 0.0
-                rounding = part.max() * part.numel() * torch.finfo(part.dtype).eps
-                exact = block.shape.left or block.shape.right
-                zero |= not damping and bool((part <= (rounding if exact else 0.0)).any())
-                part += damping
-            elif block.shape.left or block.shape.right or None in given:
+            if exact and len(given) > 1:
                 raise DataError(
                     f"expected one damping in each block, but the groups give "
                     f"[{', '.join(sorted(map(str, given)))}] to parts of {block.name!r}: put its "
                     "parameters into one group, or give both the same damping"
                 )
-            else:
-                views = self.coordinates.views(weights)
-                for name in block.names:
-                    stop = block.start + block.size
-                    views.add_(name, dampings[name] or 0.0, block.start, stop)
+            whole = weights[block.start : stop]
+            relative = eps * whole.mean() + tiny**0.5
+            parts = [(n, v) for n in block.names for v in views.within(n, block.start, stop)]
+            for name, part in [(block.names[0], whole)] if exact else parts:
+                damping = dampings[name]
+                if damping is None:
+                    part += relative
+                    continue
+                rounding = part.max() * part.numel() * torch.finfo(part.dtype).eps if exact else 0.0
+                zero |= not damping and bool((part <= rounding).any())
+                part += damping
         if zero:
             raise NotPositiveDefiniteError(
                 "the damped curvature is singular: raise damping, or leave damping=None, which "
                 "damps relative to each block's mean eigenvalue"
             )
-        self.weights = weights * unit
+        self.weights = weights[:known] * unit
 
     def rotate(self, x: Tensor, out: Tensor) -> None:
         """Into the eigenvectors."""

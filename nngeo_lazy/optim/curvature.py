@@ -28,6 +28,8 @@ from .scores import Scores
 
 __all__ = ["Curvature"]
 
+GROWTH = 2.0  # of the squared gradient of a loss that is not known, over its average
+
 
 class Curvature:
     """Takes the passes of a loop into a running average.
@@ -183,8 +185,12 @@ class Curvature:
             group=group,
         )
         weight = self._running.finish(counted, forms.replay, self.rebase)
-        before = self._inverse_unit
-        fresh = 1 / unit
+        before, fresh = self._inverse_unit, 1 / unit
+        if not reading.known and before is not None and reading.square is not None:
+            # A loss that leaves its domain has gradients that explode: they must not count as one.
+            kept = (GROWTH * before / fresh).clamp_max(1.0)
+            fresh, reading.square = kept * fresh, kept * reading.square
+            found = found._replace(scale=kept.sqrt() * found.scale)
         self._inverse_unit = fresh if before is None else before.lerp(fresh, weight)
         return found._replace(curvature=1 / self._inverse_unit)
 

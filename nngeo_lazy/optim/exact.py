@@ -80,7 +80,9 @@ def mean_eigenvalue(F: BaseLinearOperator, seed: int, rank: int) -> float:
     generator = torch.Generator(device=F.device).manual_seed(seed)
     signs = torch.randint(2, (F.shape[-1],), device=F.device, generator=generator)
     z = (2 * signs - 1).to(F.dtype)
-    return abs(float(z @ (F @ z))) / min(len(z), rank)
+    mean = abs(float(z @ (F @ z))) / min(len(z), rank)
+    least: float = torch.finfo(F.dtype).tiny ** 0.5  # of outputs that are certain
+    return max(mean, least)
 
 
 def quadratic_step(

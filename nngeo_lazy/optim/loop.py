@@ -96,7 +96,8 @@ class Loop:
         self.plain: dict[str, str] = {}
         self._scorer: weakref.ref[Scorer] | None = None
         self.independent: set[str] | None = None
-        self.recording = self.replaying = self.sorting = self._warned = False
+        self.recording = self.replaying = self.sorting = False
+        self._derived = self._warned = False  # a derivative that has a graph of its own
         self.passes: list[Passed] = []
         self.seen = 0
         self._heads, self._alone = heads, alone
@@ -123,7 +124,7 @@ class Loop:
         """Drop the passes whose loss was differentiated; others may still be."""
         for passed in self.passes:
             passed.run.recorded, passed.run.counts = None, False
-        self.passes, self.seen = [], 0
+        self.passes, self.seen, self._derived = [], 0, False
         if self.scorer is not None:
             self.scorer.drop()
 
@@ -206,9 +207,9 @@ class Loop:
         if run.mark.scoring:
             return
         if not self._reaches_parameters():
-            run.derived |= torch.is_grad_enabled()  # with create_graph=True
+            self._derived |= torch.is_grad_enabled()  # with create_graph=True
             return
-        if run.derived and not self._warned:
+        if self._derived and not self._warned:
             self._warned = True
             warn(LikelihoodWarning(_DERIVED))
         if gradient is None:
@@ -287,8 +288,15 @@ class Loop:
             raise RuntimeError("no plan for a recorded pass")
         recorded = self._capture.observed(raw, outputs, recorder)
         if recorded is None:  # a batch of another kind
-            self._prove(self._capture, raw)
+            refused = None
+            try:
+                self._prove(self._capture, raw)
+            except UnsupportedLayerError as error:
+                refused = error
             recorded = self._capture.observed(raw, outputs, recorder, proved=True)
+            # The functions of a batch that was proved: if a later proof fails, it is of rounding.
+            if refused is not None and (recorded is None or recorded.plan.ragged):
+                raise refused
         if recorded is None:
             frozen = [n for n in self.space.names if not self._parameters[n].requires_grad]
             if frozen:

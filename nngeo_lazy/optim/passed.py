@@ -53,7 +53,6 @@ class Run:
         recorded: its layers, while the loop's own gradients at them are collected.
         at_layers: those gradients, by the index of the recorded edge.
         counts: whether the backward pass that runs is the loop's.
-        derived: whether a derivative of the outputs was made that can itself be differentiated.
     """
 
     mark: Mark
@@ -61,7 +60,6 @@ class Run:
     recorded: Recorded | None = None
     at_layers: dict[int, Tensor] = field(default_factory=dict)
     counts: bool = False
-    derived: bool = False
 
 
 @dataclass

@@ -125,7 +125,9 @@ class Solver:
         of_one_step = isinstance(F, FactoredGaussNewtonLinearOperator)
         found: Vectors
         if of_one_step or (eigen and damping is not None and damping > 0):
-            found = F.solve(v, damping=dampings.on(F, self._space))
+            with warnings.catch_warnings():  # of a residual that rounding limits
+                warnings.simplefilter("ignore", ConvergenceWarning)
+                found = F.solve(v, damping=dampings.on(F, self._space))
         else:
             found = self._inverted(F, dampings) @ v
         return found

@@ -11,6 +11,7 @@ from torch import Tensor
 __all__ = ["Trust"]
 
 SLOW = 0.95  # the decay of running averages of squared norms
+SUDDEN = 0.5  # of the last squared norm, which the average must not fall below
 NOISE = 1.0  # how much of a step may be noise
 RATE, TURN, WIDEST = 0.03, 2.0, 2.5  # how the logarithm of the radius moves, and its bound
 FAR, LEAST, MOST = 4.0, 1e-4, 3.0  # from where a step is cut; bounds of the calibration
@@ -70,9 +71,9 @@ class Trust:
         S, n_mean, squared, _ = (self._means / self._means[3].clamp_min(tiny)).unbind()
         turned = (cosine * (squared + tiny).rsqrt()).clamp(-TURN, TURN)
         self._h.add_(turned, alpha=RATE).clamp_(-WIDEST, WIDEST)
-        S = torch.maximum(S, 0.01 * s)
         radius = 2 * self.radius * self._dispersion
-        bound = (self._rho * radius / (S + tiny)).sqrt() * self._h.exp()
+        most = torch.maximum(S, SUDDEN * s)  # gradients that explode shrink the step at once
+        bound = (self._rho * radius / (most + tiny)).sqrt() * self._h.exp()
         if self._momentum:
             factor = (1 + self._momentum) / (2 * self._momentum)
             noise = ((S - n_mean) * factor).clamp_min(tiny)

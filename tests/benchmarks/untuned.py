@@ -2,13 +2,16 @@
 
     python tests/benchmarks/untuned.py [--quick] [--tasks a,b] [--seeds N] [--optimizers kfac,ekfac]
                                        [--option key=value ...] [--steps FACTOR] [--cosine]
+                                       [--time]
 
 AdamW and SGD have the best of four learning rates (1e-3, 3e-3, 1e-2, 3e-2, for SGD ten times that);
-SOAP runs if its package `pytorch_optimizer` is installed. Printed for each task are the final
-training losses, means over seeds. Progress is log(start / final) / log(start / best of all). A
-divergence is a final loss that is not finite or above the first one, a spike a batch loss over
-three times the first one. `--quick` takes six tasks and one seed, and fails if a natural gradient
-diverges or spikes, or if KFAC or EKFAC wins less than four tasks.
+SOAP runs if its package `pytorch_optimizer` is installed (`--optimizers kfac,AdamW,SGD,SOAP`).
+Printed for each task are the final training losses, means over seeds. Progress is
+log(start / final) / log(start / best of all). A divergence is a final loss that is not finite or
+above the first one, a spike a batch loss over three times the first one. `--time` also gives AdamW
+the time of each natural gradient's runs, in the place of their number of steps. `--quick` takes six
+tasks and one seed, and fails if a natural gradient diverges or spikes, or if KFAC or EKFAC wins
+less than four tasks.
 """
 
 import argparse
@@ -17,6 +20,7 @@ import inspect
 import itertools
 import json.decoder
 import math
+import sys
 import textwrap
 import time
 import warnings
@@ -278,12 +282,6 @@ def _plain(kind, model, task, **options):
     return kind(model.parameters(), **options)
 
 
-def _soap():
-    from pytorch_optimizer import SOAP
-
-    return SOAP
-
-
 def makers(names, options):
     found = {}
     for name in names:
@@ -293,7 +291,12 @@ def makers(names, options):
             for lr in (rate * factor for rate in RATES):
                 found[f"{name} {lr:g}"] = functools.partial(_plain, kind, lr=lr, **more)
         elif name == "SOAP":
-            found[name] = functools.partial(_plain, _soap(), lr=1e-2)
+            try:
+                from pytorch_optimizer import SOAP
+            except ImportError as error:
+                print(f"SOAP is left out: {error}")
+                continue
+            found["SOAP 0.01"] = functools.partial(_plain, SOAP, lr=1e-2)
         else:
             found[name] = lambda m, t, name=name: ng.optim.NaturalGradient(
                 m, name, t.likelihood, **options
@@ -301,15 +304,18 @@ def makers(names, options):
     return found
 
 
-def run(task, make, seed, factor=1, cosine=False):
+def run(task, make, seed, factor=1, cosine=False, seconds=math.inf):
+    """A training run of so many times the task's steps, at most so many seconds of one thread."""
     torch.manual_seed(seed)
     model = task.network()
     optimizer = make(model, task)
-    steps = int(task.steps * factor)
+    steps = int(task.steps * factor) if seconds == math.inf else sys.maxsize
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) if cosine else None
     generator, (x, y) = torch.Generator().manual_seed(seed), task.train
-    first, worst, start = None, 0.0, time.perf_counter()
+    first, worst, start = None, 0.0, time.process_time()
     for _ in range(steps):
+        if time.process_time() - start > seconds:
+            break
         index = torch.randperm(len(x), generator=generator)[: task.batch]
         optimizer.zero_grad()
         loss = task.loss(model(x[index]), y[index])
@@ -322,7 +328,7 @@ def run(task, make, seed, factor=1, cosine=False):
         worst = max(worst, value / first) if math.isfinite(value) else math.inf
         if not math.isfinite(worst):
             break
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     model.eval()
     with torch.no_grad():
         final, test = (float(task.loss(model(a), b)) for a, b in (task.train, task.test))
@@ -339,6 +345,25 @@ def best(results, name):
     return [min(rs, key=lambda r: r.final, default=None) for rs in finite]
 
 
+def at_equal_time(known, names, runs, natural):
+    """Print on how many tasks a natural gradient is below AdamW in the time of its own runs."""
+    rates = makers(["AdamW"], {})
+    finals = []
+    for name, own in zip(names, runs, strict=True):
+        each = [
+            mean([run(known[name], make, k, seconds=r.seconds) for k, r in enumerate(own)])
+            for make in rates.values()
+        ]
+        finite = [r.final for r in each if math.isfinite(r.final)]
+        finals.append((mean(own).final, each[0].final, min(finite, default=math.inf)))
+    one, best_of = (sum(own < adam[k] for own, *adam in finals) for k in (0, 1))
+    print(
+        f"{natural}, equal time: below AdamW {RATES[0]:g} on {one}, below its best on {best_of} of "
+        f"{len(names)}",
+        flush=True,
+    )
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true")
@@ -348,6 +373,7 @@ def main():
     parser.add_argument("--option", action="append", default=[], help="key=value of the defaults")
     parser.add_argument("--steps", type=float, default=1.0, help="so many times the steps")
     parser.add_argument("--cosine", action="store_true")
+    parser.add_argument("--time", action="store_true", help="give AdamW as much time, not steps")
     given = parser.parse_args()
     warnings.simplefilter("ignore", ng.errors.LikelihoodWarning)
     torch.set_num_threads(1)
@@ -371,8 +397,11 @@ def main():
         spikes[label] = sum(r.worst > 3 for rs in runs for r in rs)
         results[label] = [mean(rs) for rs in runs]
         print(f"{label}: {sum(r.seconds for rs in runs for r in rs):.0f} s", flush=True)
+        if given.time and " " not in label:
+            at_equal_time(known, names, runs, label)
     natural = [name for name in results if " " not in name]
-    rivals = {name: best(results, name) for name in ("AdamW", "SGD") if name in wanted}
+    kinds = dict.fromkeys(name.split(" ")[0] for name in results if " " in name)
+    rivals = {name: best(results, name) for name in kinds}
     columns = {**{n: results[n] for n in natural}, **{f"{n}, best": r for n, r in rivals.items()}}
     print(f"\n{'final training loss':<20}" + "".join(f"{name:>14}" for name in columns))
     for k, name in enumerate(names):

@@ -3,9 +3,13 @@
 `python -m tests.fuzz.run` runs thousands, and cuts down what fails.
 """
 
+import warnings
+
 import pytest
 
-from . import arguments, run
+from nngeo_lazy.errors import LikelihoodWarning
+
+from . import arguments, run, training
 
 # What may be refused, and why. Everything else that is refused is a fault.
 JUST = (
@@ -53,3 +57,12 @@ def test_wrong_arguments():
     kinds = [r.kind for r in found]
     assert kinds.count("named") > 1200
     assert kinds.count("accepted") < len(kinds) / 5
+
+
+@pytest.mark.parametrize("first", range(100, 130, 10))
+def test_training(first):
+    """Tiny float32 networks on defaults: nothing is raised, nothing diverges."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LikelihoodWarning)
+        found = [training.outcome(seed) for seed in range(first, first + 10)]
+    assert [each for each in found if each[0] != "fine"] == []

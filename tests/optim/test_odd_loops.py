@@ -245,6 +245,18 @@ def test_predictions_that_are_certain_and_wrong():
     train(optimizer, model, x, torch.randint(10, (32,)), 3)
 
 
+def test_curvature_that_is_zero():
+    """All predictions are certain, and some are wrong: a gradient, but an exact Fisher of zero."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 3), torch.randn(20, 4)
+    with torch.no_grad():
+        model.bias.copy_(torch.tensor([3e3, 0.0, 0.0]))
+    losses = train(
+        NaturalGradient(model, "implicit", "categorical"), model, x, torch.ones(20).long(), 5
+    )
+    assert losses[-1] <= losses[0]
+
+
 def test_logits_of_minus_infinity():
     """Actions that are not allowed."""
     model, x, _ = problem()
@@ -393,3 +405,24 @@ def test_hessian_free_with_heads_of_other_losses():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_a_proof_that_rounding_fails_later_ends_no_run():
+    """The gradient of one layer becomes a difference of large numbers, which single ones miss."""
+
+    class Cancelling(nn.Module):
+        size = 0.0
+
+        def forward(self, h):
+            h = h[:, torch.arange(h.shape[1])]  # proved on each refresh: it may mix examples
+            return (self.size + 1) * h - self.size * h
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), Cancelling(), nn.Tanh(), nn.Linear(5, 3))
+    x, y = torch.randn(40, 4), torch.randint(3, (40,))
+    optimizer = NaturalGradient(model, seed=0)
+    train(optimizer, model, x, y, 3)
+    model[1].size = 3e5
+    losses = train(optimizer, model, x, y, 3)
+    assert losses[-1] < losses[0]
+    assert {row.form for row in optimizer.report()} == {"linear: outer"}

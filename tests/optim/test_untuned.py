@@ -67,7 +67,8 @@ def test_the_scale_of_other_losses_does_not_matter(likelihood):
     close(found[2], found[0], 1e-6)
 
 
-def test_tokens_in_sequences_or_in_a_row():
+@pytest.mark.parametrize("representation", KINDS)
+def test_tokens_in_sequences_or_in_a_row(representation):
     """(B, T, V) and (B T, V): the same radius for each label."""
 
     class Tokens(nn.Module):
@@ -84,7 +85,7 @@ def test_tokens_in_sequences_or_in_a_row():
     for flat in (False, True):
         model = Tokens(flat)
         likelihood = Categorical(class_dim=-1)
-        optimizer = NaturalGradient(model, likelihood=likelihood, estimator="exact")
+        optimizer = NaturalGradient(model, representation, likelihood, estimator="exact")
         for _ in range(30):
             optimizer.zero_grad()
             f = model(x)
@@ -96,12 +97,13 @@ def test_tokens_in_sequences_or_in_a_row():
 
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("estimator", ["mc", "empirical"])
-def test_a_grad_scaler_does_not_matter(estimator, clip):
+@pytest.mark.parametrize("representation", KINDS)
+def test_a_grad_scaler_does_not_matter(representation, estimator, clip):
     """Scaled in the backward pass, unscaled behind it, also by the loop itself."""
     found = []
     for scaled in (False, True):
         model, x, y = problem(dtype=torch.float32)
-        optimizer = NaturalGradient(model, estimator=estimator, seed=0)
+        optimizer = NaturalGradient(model, representation, estimator=estimator, seed=0)
         scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=2.0**12, growth_interval=7)
         for _ in range(25):
             optimizer.zero_grad()
@@ -116,7 +118,8 @@ def test_a_grad_scaler_does_not_matter(estimator, clip):
     close(found[0] - start, found[1] - start, 1e-3)
 
 
-def test_the_unit_of_targets_does_not_matter():
+@pytest.mark.parametrize("representation", ["kfac", "ekfac"])
+def test_the_unit_of_targets_does_not_matter(representation):
     """Targets times 100 with an output layer times 100: the same functions in other units."""
     found = []
     for unit in (1.0, 100.0):
@@ -126,7 +129,7 @@ def test_the_unit_of_targets_does_not_matter():
         with torch.no_grad():
             for p in model[2].parameters():
                 p.mul_(unit)
-        optimizer = NaturalGradient(model, "kfac", nn.MSELoss(), seed=0)
+        optimizer = NaturalGradient(model, representation, nn.MSELoss(), seed=0)
         train(optimizer, model, x, unit * y, 40, functional.mse_loss)
         found.append(model(x).detach() / unit)
     close(*found, 1e-5)

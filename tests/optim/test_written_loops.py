@@ -231,6 +231,27 @@ def test_empirical_curvature_under_a_grad_scaler_trains(scaled):
     assert losses[-1] < 0.9 * losses[0]
 
 
+@pytest.mark.parametrize("representation", ["kfac", "ekfac", "diagonal"])
+def test_a_loss_that_explodes_at_the_edge_of_its_domain(representation):
+    """The cross-entropy of probabilities: its gradient at the outputs is 1 / p."""
+    model, x, _ = problem(outputs=1, dtype=torch.float32, n=200)
+    model, y = nn.Sequential(*model, nn.Sigmoid()), (x[:, :1] > 0).float()
+    optimizer = NaturalGradient(model, representation, seed=0)
+    with pytest.warns(LikelihoodWarning):
+        losses = train(optimizer, model, x, y, 40, functional.binary_cross_entropy)
+    assert losses[-1] < 0.5 * losses[0]
+    assert max(losses) < 2 * losses[0]
+
+
+def test_spectral_normalisation():
+    """Of a derived weight, with a product that is one number."""
+    model, x, _ = problem(dtype=torch.float32)
+    y = (x[:, 0] > 0).long()
+    nn.utils.parametrizations.spectral_norm(model[0])
+    losses = train(NaturalGradient(model, seed=0), model, x, y, 30)
+    assert losses[-1] < 0.7 * losses[0]
+
+
 class Own(nn.Module):
     """Returns its loss and its logits, as models of transformers do."""
 
@@ -293,6 +314,27 @@ def test_a_loss_with_derivatives_of_the_network_is_named():
     slope_of(model, x)[1].square().mean().backward()
     with pytest.raises(DataError, match="none of them got a gradient"):
         optimizer.step()
+
+
+def test_derivatives_of_one_pass_and_outputs_of_another():
+    """An equation inside, and its boundary: one warning, and training goes on."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 1))
+    optimizer = NaturalGradient(model, likelihood=nn.MSELoss(), seed=0)
+
+    def step():
+        optimizer.zero_grad()
+        x = torch.linspace(0, 1, 32)[:, None].requires_grad_()
+        _, slope = slope_of(model, x)
+        loss = (slope - x.cos()).square().mean() + model(torch.zeros(4, 1)).square().mean()
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    with pytest.warns(LikelihoodWarning, match="derivatives of the network"):
+        losses = [step()]
+    losses += [step() for _ in range(39)]  # and no second one
+    assert losses[-1] < 0.5 * losses[0]
 
 
 def test_residuals_that_the_forward_pass_differentiates():
