@@ -286,7 +286,8 @@ def check_fields(instance: Any) -> None:
     kind: Callable[..., Any] = type(instance)
     for parameter in () if torch.compiler.is_compiling() else _parameters(kind):
         value = getattr(instance, parameter.name)
-        if not (isinstance(value, float) and math.isnan(value)):  # the ranges of its own refuse it
+        number = any(rule.test(0.5) for rule in parameter.rules)  # the ranges of its own refuse NaN
+        if not (number and isinstance(value, float) and math.isnan(value)):
             parameter.require(value)
 
 

@@ -380,7 +380,9 @@ def _fisher(
     **data: Any,
 ) -> Prepared:
     quantity = Fisher(likelihood, estimator, samples)
-    of_outputs = likelihood == "gaussian" or isinstance(likelihood, Gaussian)
+    of_outputs = (isinstance(likelihood, str) and likelihood == "gaussian") or isinstance(
+        likelihood, Gaussian
+    )
     if center and estimator != "empirical" and not (of_outputs and estimator == "exact"):
         raise DataError(
             f"center=True subtracts the mean gradient, which an {estimator!r} Fisher does not have "

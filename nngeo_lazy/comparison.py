@@ -21,7 +21,7 @@ from .numerics.spectra import eigsh
 from .operators import BaseLinearOperator
 from .operators.report import nbytes
 from .quantities import LossGradients
-from .representations import RepresentationLike
+from .representations import RepresentationLike, resolve
 from .selectors import Selector
 from .sweep import make_sweep
 from .table import Table
@@ -219,7 +219,7 @@ def _row(
     seconds: float | None,
     max_bytes: float | None,
 ) -> Compared:
-    name = wanted if isinstance(wanted, str) else wanted.described()
+    name = wanted if isinstance(wanted, str) else resolve(wanted).described()
     if seconds is not None and time.perf_counter() - start > seconds:
         return _left_out(name, 0, f"past {seconds:g} s")
     try:

@@ -221,7 +221,7 @@ class Batches:
             DataError: `positions` gives no mask of two dimensions or more.
         """
         if self._positions is not None:
-            mask = self._positions(raw)
+            mask = applied(self._positions, raw, "positions")
             if mask is not None and not (isinstance(mask, Tensor) and mask.dim() > 1):
                 raise DataError(
                     "expected positions= to return a mask (N, T) of the positions that exist, or "

@@ -357,6 +357,19 @@ WRONG_OPTIONS = {
     ),
     "a folder": (lambda: Stored("kfac", (1, 2)), r"folder to be a string or a path, got tuple"),
     "heads": (lambda: Joint(0.5), "heads to be a dict or a list, got 0.5"),
+    "no heads": (lambda: Joint(float("nan")), "heads to be a dict or a list, got nan"),
+    "representations": (
+        lambda: ng.compare(MODEL, (X, Y), [X]),
+        r"(?s)unknown representation tensor.*expected one of",
+    ),
+    "a measure": (
+        lambda: ng.Queries(MODEL, ng.FIM(MODEL, (X, Y)), (X, Y), measure=lambda: 0, damping=0.1),
+        r"measure to be a function of \(outputs, batch\), .*: pass measure=lambda outputs, batch",
+    ),
+    "positions": (
+        lambda: ng.FIM(MODEL, (X, Y), positions=MODEL),
+        "positions to be a function of a batch",
+    ),
     "dims": (lambda: NTKKernel(MODEL, active_dims={"a": 1}), "active_dims to be a tuple of int"),
     "a kernel's network": (lambda: NTKKernel([1]), "the model, a torch.nn.Module, got"),
     "a mask of labels": (lambda: Weighted(Gaussian(), np.eye(2)), "nan to be 'refuse' or 'mask'"),

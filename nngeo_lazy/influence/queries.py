@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import PositiveInt, checked
+from ..arguments import PositiveInt, checked, require_takes
 from ..collectives import digest
 from ..data import Batches, outputs_of
 from ..errors import DataError, SpaceMismatchError, UnsupportedLayerError
@@ -254,6 +254,7 @@ def _measured(
     forward: Callable[[nn.Module, Any], Tensor] | None,
 ) -> Callable[[nn.Module, Any], Tensor]:
     """The measure as a network's outputs."""
+    require_takes("measure", measure, "outputs", "batch")
     batches = Batches(test, device=next(model.parameters()).device, forward=forward)
 
     def outputs(model: nn.Module, raw: Any) -> Tensor:

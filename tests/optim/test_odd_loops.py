@@ -1,6 +1,7 @@
 """Loops that do more than one forward and one backward pass a step, and models that do more."""
 
 import gc
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import nngeo_lazy as ng
 from nngeo_lazy.errors import LikelihoodWarning, NonFiniteWarning
 from nngeo_lazy.jacobian.record import Recorder
 from nngeo_lazy.likelihoods import Categorical
-from nngeo_lazy.optim import HessianFree, LevenbergMarquardt, NaturalGradient
+from nngeo_lazy.optim import HessianFree, LevenbergMarquardt, NaturalGradient, loop
 
 from .loops import backward, gradient, moved, problem, train, weights
 from .test_loop import ALIVE, Saved
@@ -155,6 +156,31 @@ def test_an_interrupt_while_a_pass_is_closed(monkeypatch):
     optimizer.step()
     assert torch._C._len_torch_function_stack() == 0
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.parametrize("scope", range(3))
+def test_an_interrupt_while_a_pass_begins(monkeypatch, scope):
+    """It ends what the pass has opened, though no later pass does."""
+    model, x, _ = problem()
+    optimizer = NaturalGradient(model, "kfac", "categorical")
+    entered, real = [], ExitStack.enter_context
+
+    def interrupted(stack, opened):
+        result = real(stack, opened)
+        entered.append(opened)
+        if len(entered) == scope + 1:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(
+        loop, "ExitStack", type("Stack", (ExitStack,), {"enter_context": interrupted})
+    )
+    with pytest.raises(KeyboardInterrupt):
+        model(x)
+    assert len(entered) == scope + 1
+    assert torch._C._len_torch_function_stack() == 0
+    assert torch.backends.mha.get_fastpath_enabled()
+    del optimizer
 
 
 def test_an_optimizer_that_goes_away_in_a_forward_pass():
