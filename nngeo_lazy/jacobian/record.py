@@ -64,6 +64,7 @@ class Recorder(TorchFunctionMode):
         self._training, self._through = training, through
         self._weights = {id(p): Weight.of(name, p) for name, p in parameters.items()}
         self._constants = {id(t): t for t in _held(model) if id(t) not in self._weights}
+        self._own = frozenset(self._constants)  # what the model holds, not what a pass makes
         self._cuts: dict[int, Weight] = {}
         self._picks: dict[tuple[int, int], Tensor] = {}
         self._lookups: dict[int, Lookup] = {}
@@ -215,7 +216,7 @@ class Recorder(TorchFunctionMode):
                 self.formless.update(dict.fromkeys(names, use))
                 return output
             reason = use
-        tell = self._weight_of, self._cut, lambda value: id(value) in self._constants
+        tell = self._weight_of, self._cut, lambda value: id(value) in self._own
         meeting = Meeting(func, before, kwargs, meant, *tell)
         if self._looked_up(meeting, names):
             return output

@@ -403,7 +403,9 @@ def fully_sharded(representation, builder="FIM"):
     nn.functional.cross_entropy(model(ids).flatten(0, 1), labels.flatten()).backward()
     before = [(type(m).__name__, len(m._forward_hooks)) for m in model.modules()]
     options = {"likelihood": "categorical"} if builder == "FIM" else {"loss": "categorical"}
-    F = getattr(ng, builder)(model, ng.Distributed(data), representation, **options)
+    made = ng.representations.Sharded("ekfac") if representation == "sharded" else representation
+    F = getattr(ng, builder)(model, ng.Distributed(data), made, **options)
+    representation = "ekfac" if representation == "sharded" else representation
     alone = getattr(ng, builder)(whole, data, representation, **options)
     assert [(type(m).__name__, len(m._forward_hooks)) for m in model.modules()] == before
     gradients = {name: p.grad for name, p in model.named_parameters()}
