@@ -139,6 +139,13 @@ class Streams:
         if seed is not None:
             self._states[0] = torch.Generator().manual_seed(seed).get_state()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the default generator: a copy, in another process too, draws from its own."""
+        return {**vars(self), "_generators": self._generators[1:]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _generators=[torch.default_generator, *state["_generators"]])
+
     def over(self, loader: Iterable[Any]) -> Iterator[Any]:
         """One pass."""
         states, steps, end = self._states, None, object()

@@ -1,6 +1,7 @@
 """Numbers that are believed have been looked at: hard matrices, tiny damping, parts and copies."""
 
 import copy
+import multiprocessing
 import pickle
 import warnings
 
@@ -306,3 +307,19 @@ def test_slogdet_where_logdet_is():
     assert float(sign) == 1
     torch.testing.assert_close(logabsdet, torch.logdet(lazy.to_dense()))
     torch.testing.assert_close(torch.linalg.det(lazy), torch.linalg.det(lazy.to_dense()))
+
+
+def multiplied(queue, F, v):
+    queue.put((F @ v).tolist())
+
+
+def test_a_matrix_free_operator_in_a_spawned_process():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    data = randn(10, 3), torch.arange(10) % 2
+    F = ng.FIM(model, data, "implicit", likelihood="categorical", params=["0.weight", "2.bias"])
+    v, context = randn(F.shape[0]), multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=multiplied, args=(queue, F, v))
+    process.start()
+    assert torch.allclose(torch.tensor(queue.get(timeout=300), dtype=D), F @ v, rtol=1e-12)
+    process.join()
