@@ -143,9 +143,9 @@ class Bernoulli(EachOutput):
 
     def scale_of(self, outputs: Tensor, gradient: Tensor) -> Tensor | None:
         """From labels of 0 and 1, whose gradients are c p and c (p - 1)."""
-        up = wide(outputs.detach()).sigmoid()
-        most = torch.where(gradient > 0, up, 1 - up)
-        return (wide(gradient).abs() / most.clamp_min(1e-3)).max()
+        f = wide(outputs.detach())
+        most = torch.where(gradient > 0, f, -f).sigmoid()  # also if all of them are tiny
+        return (wide(gradient).abs() / most.clamp_min(1e-3 * most.max())).max()
 
     def each(self, outputs: Tensor, target: Tensor) -> Tensor:
         """-log p of each label up to a constant, shaped like the grid. Differentiable."""
@@ -222,7 +222,7 @@ class Poisson(EachOutput):
         Every other count must then be a whole number.
         """
         rate, g = wide(outputs.detach()).exp(), wide(gradient)
-        c = (g / rate.clamp_min(1e-3)).max()
+        c = (g / rate.clamp_min(1e-3 * rate.max())).max()
         counts = rate - g / c
         whole = (counts - counts.round()).abs() <= 0.01 * (1 + rate)
         return torch.where(whole.all() & (c > 0), c, torch.full_like(c, float("nan")))

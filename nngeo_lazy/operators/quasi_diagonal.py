@@ -67,12 +67,13 @@ class QuasiDiagonalLinearOperator(LazyLinearOperator):
     ) -> QuasiDiagonalLinearOperator:
         """From a matrix's diagonal (o, i + 1), the bias last, and its entries F_k0 (o, i)."""
         weights, bias = diagonal[:, :-1], diagonal[:, -1]
-        alive = bias > 0  # an output whose bias has no curvature is not coupled to it
-        safe = torch.where(alive, bias, torch.ones_like(bias)).unsqueeze(-1)
+        # an output whose bias has no curvature, or one without an inverse, is not coupled to it
+        alive = bias >= torch.finfo(bias.dtype).tiny
+        root = torch.where(alive, bias, torch.ones_like(bias)).sqrt().unsqueeze(-1)
         # F_k0^2 <= F_kk F_00 holds but for rounding, which is all that is left if gradients cancel
-        limit = torch.where(alive.unsqueeze(-1), (weights * safe).sqrt(), torch.zeros_like(cross))
+        limit = torch.where(alive.unsqueeze(-1), weights.sqrt() * root, torch.zeros_like(cross))
         cross = torch.maximum(torch.minimum(cross, limit), -limit)
-        rest = weights - cross.square() / safe
+        rest = weights - (cross / root).square()  # a square of F_k0 may underflow
         noise = 8 * eps(diagonal) * weights  # what cancels entirely is zero, not its rounding
         rest = torch.where(rest <= noise, torch.zeros_like(rest), rest)
         coupling = torch.stack([alive.to(bias), bias, torch.zeros_like(bias)], -1)
@@ -82,7 +83,7 @@ class QuasiDiagonalLinearOperator(LazyLinearOperator):
     def _terms(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """p, q, r, kappa, each (o, 1)."""
         q, r, kappa = self.coupling.unsqueeze(-1).unbind(1)
-        known = r != 0
+        known = r.abs() >= torch.finfo(r.dtype).tiny
         numerator = torch.where(known, kappa + q.square(), torch.zeros_like(r))
         return numerator / torch.where(known, r, torch.ones_like(r)), q, r, kappa
 
@@ -181,7 +182,7 @@ class QuasiDiagonalLinearOperator(LazyLinearOperator):
 
     def _diagonal(self) -> Tensor:
         p, _, r, _ = self._terms
-        return torch.cat([self.diag + p * self.cross.square(), r], -1).reshape(-1)
+        return torch.cat([self.diag + p * self.cross * self.cross, r], -1).reshape(-1)
 
     def _logdet(self) -> Tensor:
         _, _, r, kappa = self._terms

@@ -700,3 +700,18 @@ def test_info_is_not_shared_by_default():
     assert F.info == Info()
     assert F.space is None
     assert F.num_examples is None
+
+
+@pytest.mark.parametrize("scale", [1e-44, 1e-38, 1e-25, 1e-12, 1.0, 1e12, 1e25])
+def test_quasi_diagonal_of_any_scale_in_float32(scale):
+    """Neither squares that underflow nor a variance that has no inverse spoil a number."""
+    rows = torch.randn(40, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    second = torch.einsum("noi,noj->oij", rows, rows) / 40 * scale
+    diagonal, cross = second.diagonal(dim1=-2, dim2=-1), second[:, -1, :-1]
+    want = QuasiDiagonalLinearOperator.of(diagonal, cross).to_dense() / scale
+    F = QuasiDiagonalLinearOperator.of(diagonal.float(), cross.float())
+    for found in (F.to_dense().double(), torch.diag(F.diagonal().double())):
+        assert found.isfinite().all()
+        if scale > 1e-30:  # below, float32 itself has no digits
+            expected = want if found[0, 1] != 0 else torch.diag(want.diagonal())
+            torch.testing.assert_close(found / scale, expected, rtol=1e-4, atol=1e-4)

@@ -342,3 +342,27 @@ def test_half_the_learning_rate_makes_half_of_every_step(representation, steps):
         changes.append(weights(other) - before)
     close(changes[1], changes[0] / 2, 1e-8)
     close(changes[2], changes[0] / 4, 1e-8)
+
+
+@pytest.mark.parametrize("c", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("margin", [0.0, 12.0, 60.0])
+@pytest.mark.parametrize("name", ["bernoulli", "poisson", "categorical"])
+def test_the_scale_of_a_loss_is_read_however_well_it_is_fitted(name, margin, c):
+    generator = torch.Generator().manual_seed(0)
+    f = torch.randn(6, 3, generator=generator)
+    y = torch.randint(2, (6, 3), generator=generator).float()
+    known, loss = {
+        "bernoulli": (ng.likelihoods.Bernoulli(), functional.binary_cross_entropy_with_logits),
+        "poisson": (ng.likelihoods.Poisson(), functional.poisson_nll_loss),
+        "categorical": (ng.likelihoods.Categorical(1), functional.cross_entropy),
+    }[name]
+    if name == "bernoulli":
+        f = f + (2 * y - 1) * margin
+    elif name == "poisson":
+        f, y = f - margin, torch.zeros(6, 3)
+    else:
+        y = f.argmax(1)
+        f[range(6), y] += margin
+    f.requires_grad_()
+    (c * loss(f, y, reduction="sum")).backward()
+    assert float(known.scale_of(f, f.grad)) == pytest.approx(c, rel=0.06)
