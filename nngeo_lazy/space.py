@@ -110,6 +110,8 @@ class ParamSpace:
     def of(cls, model: nn.Module, names: Iterable[str] | None = None) -> ParamSpace:
         """The space of a model's parameters, by default of those that require a gradient.
 
+        Parameters without entries are left out.
+
         Args:
             model: the network.
             names: which parameters; their order is the model's in any case.
@@ -127,7 +129,8 @@ class ParamSpace:
                 raise SpaceMismatchError(
                     f"the model has no parameter {sorted(unknown)}; it has {list(parameters)}"
                 )
-        picked = {name: p for name, p in parameters.items() if name in chosen}
+        # a parameter without entries, as of Linear(0, 3), has no part in any matrix
+        picked = {name: p for name, p in parameters.items() if name in chosen and p.numel()}
         if not picked:
             raise DataError(
                 "expected at least one trainable parameter, but none of the model's "

@@ -179,3 +179,47 @@ def test_an_optimizer_with_another_default_device():
                 optimizer.step()
         ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert torch.equal(*ends)
+
+
+# --- parameters without entries -------------------------------------------------------------------
+
+
+class WithEmpty(nn.Module):
+    """Besides a layer: nn.Linear(0, 3), nn.Linear(3, 0) or a parameter that has no entry."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.layer = kind, nn.Linear(4, 3)
+        self.into, self.out = nn.Linear(0, 3), nn.Linear(3, 0)
+        self.own = nn.Parameter(torch.empty(0))
+
+    def forward(self, x):
+        h = self.layer(x)
+        if self.kind == "into":
+            return h + self.into(x[:, :0])
+        return torch.cat([h, self.out(h)], 1) if self.kind == "out" else h + self.own.sum()
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("kind", ["into", "out", "own"])
+def test_parameters_without_entries_have_no_part(kind):
+    torch.manual_seed(0)
+    model, x, y = WithEmpty(kind).double(), torch.randn(9, 4).double(), torch.randint(3, (9,))
+    plain = ng.FIM(model, (x, y), "dense", params="layer").to_dense()
+    for representation in [*REPRESENTATIONS, "quasi_diagonal", "implicit"]:
+        F = ng.FIM(model, (x, y), representation)
+        assert set(F.space.names) <= {"layer.weight", "layer.bias", "into.bias"}
+        b = torch.ones(len(F.space), dtype=torch.float64)
+        torch.testing.assert_close(F.damped(0.1) @ F.solve(b, damping=0.1), b)
+        assert len(str(F.report()).splitlines()) == 1 + len(F.space.names)
+    G = ng.FIM(model, (x, y), "dense").block("layer").to_dense()
+    torch.testing.assert_close(G, plain)
+    optimizer = ng.optim.NaturalGradient(model, seed=0)
+    losses = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses == sorted(losses, reverse=True)
