@@ -380,10 +380,11 @@ def _fisher(
     **data: Any,
 ) -> Prepared:
     quantity = Fisher(likelihood, estimator, samples)
-    of_outputs = (isinstance(likelihood, str) and likelihood == "gaussian") or isinstance(
-        likelihood, Gaussian
+    gaussian = isinstance(likelihood, Gaussian) or (
+        isinstance(likelihood, str) and likelihood == "gaussian"
     )
-    if center and estimator != "empirical" and not (of_outputs and estimator == "exact"):
+    of_outputs = gaussian and estimator == "exact"
+    if center and estimator != "empirical" and not of_outputs:
         raise DataError(
             f"center=True subtracts the mean gradient, which an {estimator!r} Fisher does not have "
             "(its scores have mean zero): take estimator='empirical', or likelihood='gaussian' "

@@ -62,14 +62,12 @@ class Batches:
     """A loader as an iterable of `Batch`, as often as wanted.
 
     Args:
-        loader: a `DataLoader`, another re-iterable of batches, or one batch. A tensor is a batch of
-            inputs; a sequence of tensors one batch (inputs, target, ...); a mapping one batch whose
-            target is "labels" (or "label"); a sequence of sequences or mappings is batches. In
-            (inputs, target), inputs may be a sequence (positional arguments) or a mapping (keyword
-            arguments). `Distributed` of any of these is this process's share of it.
+        loader: a `DataLoader`, another re-iterable of batches, a `Distributed` of it, or one batch:
+            a tensor of inputs, a sequence of tensors (inputs, target, ...), a mapping with "labels"
+            (or "label"). A sequence of sequences or mappings is batches. A sequence or mapping of
+            inputs in front of a target is called as arguments.
         device: where tensors are moved, also those nested in sequences and mappings.
-        forward: `(model, raw batch) -> outputs` in place of the default call. With it, a batch may
-            be any object.
+        forward: `(model, raw batch) -> outputs` in place of the default call, of any object.
         target: `raw batch -> target` in place of the default; it may return None.
         positions: `raw batch -> mask (N, T)` of the positions that exist, in place of a mapping's
             "attention_mask"; it may return None.
@@ -308,9 +306,9 @@ def outputs_of(result: Any, remedy: str = "pass forward=lambda model, batch: ...
     elif not isinstance(result, Tensor) and hasattr(result, "logits"):
         result = result.logits
     if not isinstance(result, Tensor):
+        got = type(result).__name__
         raise DataError(
-            "expected the model's outputs to be a tensor, or to have .logits, got "
-            f"{type(result).__name__}: {remedy}"
+            f"expected the model's outputs to be a tensor, or to have .logits, got {got}: {remedy}"
         )
     if result.dim() == 0 or not result.is_floating_point():
         raise DataError(
@@ -405,7 +403,7 @@ def _labels(raw: Any, count: int, strict: bool) -> Any:
         found = None if label is None else raw[label]
     elif _kind(raw) == "sequence" and len(raw) > 1:
         found = tuple(raw[1:]) if len(raw) == 1 + count > 2 else raw[1]
-    if found is None or tree.tensors(found):
+    if found is None or (tree.tensors(found) and not _for_each_example(found)):
         return found
     if strict:
         raise DataError(
@@ -413,6 +411,12 @@ def _labels(raw: Any, count: int, strict: bool) -> Any:
             f"hold some, got {type(found).__name__}: pass target=lambda batch: ..."
         )
     return None
+
+
+def _for_each_example(value: Any) -> bool:
+    """Whether it is a sequence without tensors of its own: names, or targets of a detector."""
+    kinds = _kind(value) == "sequence" and {_kind(entry) for entry in value}
+    return bool(kinds and not kinds & {"tensor", "sequence", "none"})
 
 
 def _move(value: Any, device: torch.device) -> Any:
@@ -430,17 +434,15 @@ def _move(value: Any, device: torch.device) -> Any:
 def _structure(value: Any, free: bool, inside: bool = False) -> Any:
     """What must be the same in every batch: keys and lengths, not sizes.
 
-    A sequence without tensors of its own holds one entry for each example: names, or targets of a
-    detector. Its length is a size, and so is that of any sequence which is passed to a forward of
-    the user's (free).
+    The length of a sequence with an entry for each example is a size. So is that of any sequence
+    that is passed to a forward of the user's (free).
     """
     value = tree.by_field(value)
     if isinstance(value, Mapping):
         return {str(name): _structure(value[name], free, True) for name in sorted(value, key=str)}
+    if _for_each_example(value):
+        return "a list of " + " and ".join(sorted({_kind(entry) for entry in value}))
     if _kind(value) == "sequence":
-        kinds = {_kind(entry) for entry in value}
-        if kinds and not kinds & {"tensor", "sequence", "none"}:
-            return "a list of " + " and ".join(sorted(kinds))
         entries = [_structure(entry, free, True) for entry in value]
         if inside and free:
             return [entry for k, entry in enumerate(entries) if entry not in entries[:k]]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .jacobian.forms import Form, Outer
+from .jacobian.summed import Summed
 from .statistics import Statistic
 
 __all__ = ["Feed", "Kept"]
@@ -35,7 +36,7 @@ class Kept:
         if self._bytes > KEPT_BYTES:
             self.forms = None
             return
-        self.forms.append((k, form if isinstance(form, Outer) else None, first, last))
+        self.forms.append((k, form if isinstance(form, Outer | Summed) else None, first, last))
 
 
 class Feed:
@@ -70,6 +71,8 @@ class Feed:
 
 def _held(form: Form | None, first: bool) -> int:
     """The bytes of a form; its inputs are those of the first chunk of a batch."""
+    if isinstance(form, Summed):
+        return sum(_held(outer, first) for outer in form.outers)
     if not isinstance(form, Outer):
         return 0
     inputs = vars(form.inputs).values() if first and form.inputs is not None else ()

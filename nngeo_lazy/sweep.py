@@ -415,10 +415,9 @@ def make_sweep(
 ) -> Sweep:
     """A sweep from what the builders take; see `FIM`."""
     group = loader.group if isinstance(loader, Distributed) else None
-    with (group or ALONE).together("a build"):
-        model = unwrapped(model, group)
     model = gathered(model, group)
     with (group or ALONE).together("a build"):
+        model = unwrapped(model, group)
         space = space_of(model, params)
         batches = Batches(
             loader,

@@ -134,6 +134,13 @@ def test_a_fisher_without_a_closed_form_is_drawn():
     close(drawn.to_dense(), want.to_dense(), 0.15)
 
 
+@pytest.fixture(params=[True, False])
+def validation(request, monkeypatch):
+    """torch.compile ends torch's own checks of distributions, for the whole process."""
+    monkeypatch.setattr(distributions.Distribution, "_validate_args", request.param)
+
+
+@pytest.mark.usefixtures("validation")
 def test_bad_distributions_are_named():
     model, x = network(2)
     with pytest.raises(DataError, match="expected the function to return"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ class FromDistribution(Differentiated, PerLabel):
         check_outputs(outputs, target)
         work = wide(outputs.detach())
         with torch.no_grad():
-            p = self._of(work)
+            p = self._of(work, validated=True)
             if not isinstance(p, Distribution) or p.batch_shape[:1] != outputs.shape[:1]:
                 got = f"batch shape {tuple(p.batch_shape)}" if isinstance(p, Distribution) else p
                 raise DataError(
@@ -149,10 +150,13 @@ class FromDistribution(Differentiated, PerLabel):
         """What is wrong in a way that only the device knows: message -> 0-d bool tensor."""
         return {NOT_FINITE: ~outputs.detach().isfinite().all()}
 
-    def _of(self, outputs: Tensor) -> Distribution:
+    def _of(self, outputs: Tensor, validated: bool = False) -> Distribution:
         """The distribution of the labels."""
         try:
-            return self.function(outputs)
+            p = self.function(outputs)
+            if validated:
+                _validate(p)
+            return p
         except ValueError as error:
             if not bool(outputs.isfinite().all()):
                 raise NonFiniteError(NOT_FINITE) from error
@@ -235,6 +239,13 @@ class FromDistribution(Differentiated, PerLabel):
     def _observed(self, outputs: Tensor, target: Tensor) -> Tensor:
         score: Tensor = torch.func.grad(lambda f: self.each(f, target).sum())(outputs)
         return score
+
+
+def _validate(p: Any) -> None:
+    """Check parameters, and labels from now on; torch.compile ends torch's own checks for good."""
+    if isinstance(p, Distribution):
+        Distribution.__init__(p, p.batch_shape, p.event_shape, validate_args=True)
+        _validate(getattr(p, "base_dist", None))
 
 
 def _divergence(p: Distribution, q: Distribution) -> Tensor:
