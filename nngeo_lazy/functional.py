@@ -51,7 +51,7 @@ def as_module(function: Callable[..., Any], params: Any) -> nn.Module:
         DataError: no floating-point tensor, a key that is no name, or two of one name.
 
     Example:
-        >>> import nngeo_lazy as ng
+        >>> import torch, nngeo_lazy as ng
         >>> params = {"w": torch.randn(3, 2), "b": torch.zeros(2)}
         >>> model = as_module(lambda p, x: x @ p["w"] + p["b"], params)
         >>> ng.FIM(model, torch.randn(5, 3), "dense", likelihood="gaussian").space.names
