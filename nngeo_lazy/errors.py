@@ -17,6 +17,7 @@ __all__ = [
     "NonFiniteWarning",
     "NotPositiveDefiniteError",
     "RuleError",
+    "SelfCheckWarning",
     "SpaceMismatchError",
     "StochasticModelError",
     "TooLargeError",
@@ -104,6 +105,13 @@ class EstimateWarning(UserWarning):
 
 class LikelihoodWarning(UserWarning):
     """The gradient of a training loss is not that of the likelihood that was given or assumed."""
+
+
+class SelfCheckWarning(UserWarning):
+    """The forms of a later training batch differ from autograd's gradients: taken for rounding.
+
+    The batch calls the layers whose forms passed the self-check on batches before.
+    """
 
 
 class NonFiniteWarning(UserWarning):

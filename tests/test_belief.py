@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import nngeo_lazy as ng
-from nngeo_lazy.errors import StochasticModelError
+from nngeo_lazy.errors import StochasticModelError, UnsupportedLayerError
 
 import oracle
 
@@ -254,3 +255,107 @@ def test_examples_that_meet_unseen():
     x[6, 0] = 10
     with pytest.raises(StochasticModelError, match="treats each example on its own"):
         ng.FIM(Meeting(), [(x[:4], y[:4]), (x[4:], y[4:])], "dense")
+
+
+# --- another part of a parameter ------------------------------------------------------------------
+
+linear, normalised, prelu = F.linear, F.layer_norm, F.prelu
+ENTRIES = {
+    "transposed": (lambda x, w: linear(x, w), lambda x, w: linear(x, w.mT)),
+    "matmul": (lambda x, w: x @ w, lambda x, w: x @ w.mT),
+    "einsum": (
+        lambda x, w: torch.einsum("ni,io->no", x, w),
+        lambda x, w: torch.einsum("ni,oi->no", x, w),
+    ),
+    "another function": (lambda x, w: linear(x, w), lambda x, w: linear(x, w.flip(0))),
+    "convolution": (
+        lambda x, w: F.conv1d(x[..., None], w[..., None]).squeeze(-1),
+        lambda x, w: F.conv1d(x[..., None], w.mT[..., None]).squeeze(-1),
+    ),
+    "halves": (lambda x, w: x[:, :2] @ w[:2], lambda x, w: x[:, :2] @ w[2:]),
+    "row and column": (lambda x, w: x * w[0], lambda x, w: x * w[:, 0]),
+    "rows": (lambda x, w: x + w[0], lambda x, w: x + w[2]),
+    "offsets": (lambda x, w: x * w.flatten()[:4], lambda x, w: x * w.flatten()[3:7]),
+    "sums": (lambda x, w: (x[..., None] + w).sum(1), lambda x, w: (x[..., None] + w.mT).sum(1)),
+    "scalars": (lambda x, w: x * w[0, 0], lambda x, w: x * w[1, 1]),
+    "norms": (
+        lambda x, w: normalised(x, (4,), w[0], w[1]),
+        lambda x, w: normalised(x, (4,), w[1], w[0]),
+    ),
+    "prelu": (lambda x, w: prelu(x, w[0]), lambda x, w: prelu(x, w[1])),
+    "concatenated": (
+        lambda x, w: torch.cat([x[:, :2], w[0, :2].expand(len(x), 2)], 1),
+        lambda x, w: torch.cat([x[:, :2], w[1, :2].expand(len(x), 2)], 1),
+    ),
+    "bias": (lambda x, w: linear(x, w, w[0]), lambda x, w: linear(x, w, w[:, 0])),
+    "table": (
+        lambda x, w: F.embedding((x[:, 0] > 0).long(), w),
+        lambda x, w: F.embedding((x[:, 0] > 0).long(), w.mT),
+    ),
+}
+
+
+class Chosen(nn.Module):
+    """A parameter of which loud batches use other entries, by the same function."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.soft, self.loud = ENTRIES[kind]
+        self.w, self.head = nn.Parameter(torch.randn(4, 4) / 2), nn.Linear(4, 3)
+
+    def forward(self, x):
+        use = self.loud if float(x[0, 0].detach()) > 50 else self.soft
+        return self.head(torch.tanh(use(x.where(x < 50, x - 100), self.w)))
+
+
+@pytest.mark.parametrize("kind", ENTRIES)
+def test_batches_that_use_other_entries_of_a_parameter(kind):
+    model, y = Chosen(kind), torch.randint(3, (24,))
+    x = torch.randn(24, 4) + torch.tensor([0.0, 100.0]).repeat_interleave(12)[:, None]
+    exact = truth(model, x, y)
+    batches = [(x[:12], y[:12]), (x[12:], y[12:])]
+    for given in (batches, batches[::-1]):
+        close(ng.FIM(model, given, "dense").to_dense(), exact)
+        close(ng.FIM(model, given, "diagonal").diagonal(), exact.diagonal())
+
+
+@pytest.mark.parametrize("kind", ENTRIES)
+@pytest.mark.parametrize("representation", ["kfac", "diagonal"])
+def test_a_training_batch_that_uses_other_entries(kind, representation):
+    """Its curvature is its own, or the step says that it has none."""
+    model, y = Chosen(kind), torch.randint(3, (24,))
+    x = torch.randn(24, 4) + torch.tensor([0.0, 100.0]).repeat_interleave(12)[:, None]
+    options = {"estimator": "exact", "factor_decay": 0.0, "update_every": 1, "seed": 0}
+    optimizer = ng.optim.NaturalGradient(model, representation, "categorical", **options)
+    for at in (slice(0, 12), slice(12, 24)):
+        optimizer.zero_grad()
+        own, refused = ng.FIM(model, (x[at], y[at]), representation), None
+        try:
+            F.cross_entropy(model(x[at]), y[at]).backward()
+            optimizer.step()
+        except UnsupportedLayerError as error:
+            refused = str(error)
+        if refused is not None:
+            assert at.start == 12
+            assert "a later batch uses ['w']" in refused
+            return
+        found = optimizer.operator
+        close(found.to_dense(), own.block(list(found.space.names)).to_dense())
+
+
+@pytest.mark.parametrize("offset", [0, 3])
+def test_a_table_of_positions_and_batches_of_several_lengths(offset):
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Parameter(torch.randn(9, 4)), nn.Linear(4, 3)
+
+        def forward(self, x):
+            first = offset if x.shape[1] == 5 else 0
+            return self.head(torch.tanh(x + self.table[first : first + x.shape[1]]).mean(1))
+
+    model = Positions()
+    batches = [(torch.randn(6, t, 4), torch.randint(3, (6,))) for t in (4, 6, 4, 3, 5)]
+    exact = sum(truth(model, x, y) for x, y in batches) / len(batches)
+    close(ng.FIM(model, batches, "dense").to_dense(), exact)
+    close(ng.FIM(model, batches, "diagonal").diagonal(), exact.diagonal())

@@ -42,8 +42,10 @@ class Call:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What must be the same in every batch."""
-        return (self.function, *(_label(w, self.use) for w in self.weights.values()))
+        """What must be the same in every batch, and how weights lie: a plan has their layout."""
+        grid = self.use.grid
+        lies = "" if grid is None else f"{grid.groups} {grid.inner} {grid.transposed}"
+        return (self.function, lies, *(_label(w) for w in self.weights.values()))
 
     @property
     def pieces(self) -> int:
@@ -56,12 +58,13 @@ class Call:
         return gradients if self.use.view is None else self.use.view(gradients)
 
 
-def _label(weight: Weight, use: Use) -> str:
-    names = ", ".join(weight.names)
-    if use.grid is None or weight.selection is None:
+def _label(weight: Weight) -> str:
+    """The parameters, and which entries of one."""
+    names, part = ", ".join(weight.names), weight.selection
+    if part is None:  # autograd takes its rows back, whichever entries it is made of
         return names
-    part = weight.selection
-    return f"{names}[{part.start}:{part.size}]" if part.start else names
+    lies = [stride for stride, size in zip(part.stride, part.shape, strict=True) if size > 1]
+    return f"{names}[{part.start}:{part.size}:{lies}]"
 
 
 def arranged(use: Use, shape: torch.Size) -> torch.Size:

@@ -33,14 +33,18 @@ from .general import Forward, GeneralRows, cut, example_leaves
 from .grouping import make_parts
 from .parts import Kind, Part
 from .passes import Cutter, Pass, Plan, Recorded, gradients_at
-from .proof import Probe, Probed, probe_folds, scales_of
+from .proof import Probe, Probed, Unproved, probe_folds, scales_of
 from .record import Recorder
 from .union import joined
 
-__all__ = ["Capture", "PartsChangedError", "Recorded"]
+__all__ = ["Capture", "PartsChangedError", "Recorded", "UnprovedError"]
 
 SAMPLED = 5  # examples of a large first batch that the plan is made from
 SMALL = 9  # a first batch of no more examples is looked at as a whole
+
+
+class UnprovedError(UnsupportedLayerError):
+    """The self-check failed on a later batch, by numbers: it may be rounding."""
 
 
 class PartsChangedError(Exception):
@@ -115,6 +119,7 @@ class Capture:
 
         Raises:
             UnsupportedLayerError: it uses parameters in another way than the batches before.
+            UnprovedError: there are forms, and numbers differ from theirs, perhaps by rounding.
         """
         before, plan, plans = self._parts, self._plan, dict(self._plans)
         if self._plan is not None or not self._sampled_plan(raw):
@@ -123,9 +128,12 @@ class Capture:
         if before is not None and (general or self.parts != before):
             now, self._plan = self._plan, plan
             self._parts, self._plans = before, plans
-            raise UnsupportedLayerError(
+            notes = [part.note for part in now.parts if part.kind is Kind.GENERAL] if now else []
+            numbers = bool(notes) and all(isinstance(note, Unproved) for note in notes)
+            raise (UnprovedError if numbers else UnsupportedLayerError)(
                 "expected every batch to use the parameters in the same way, but a later batch "
-                f"uses {_differing(before, now)} differently: use batches of one kind"
+                f"uses {_differing(before, now)} differently{_because(notes)}: use batches of one "
+                "kind"
             )
         return self.parts
 
@@ -369,7 +377,7 @@ class Capture:
         for call, fold in zip(record.calls, folds, strict=True):
             if fold is None:
                 note = f"the output of {call.function} {tuple(call.shape)} has no example axis"
-                note = f"{call.note} ({note})" if call.note else note
+                note = Unproved(f"{call.note} ({note})" if call.note else note)
                 names = {name for weight in call.weights.values() for name in weight.names}
                 general.update(dict.fromkeys(names, note))
         for part in make_parts(self._space, record.calls, general, unused):
@@ -384,6 +392,10 @@ class Capture:
 def _comparable(few: Pass, record: Pass) -> bool:
     """Whether what is proved of a few examples holds for all."""
     return few.keys == record.keys and few.idle == record.idle and few.signature.alike
+
+
+def _because(notes: Sequence[str]) -> str:
+    return f" ({'; '.join(dict.fromkeys(notes))})" if notes else ""
 
 
 def _differing(before: Sequence[Part], plan: Plan | None) -> str:

@@ -24,7 +24,7 @@ from .forms import Form
 from .inputs import Inputs
 from .parts import Gradient, Kind, Part
 
-__all__ = ["Probe", "Probed", "agree", "probe_folds", "scales_of"]
+__all__ = ["Probe", "Probed", "Unproved", "agree", "probe_folds", "scales_of"]
 
 
 @dataclass(frozen=True)
@@ -172,6 +172,12 @@ def _confined(fold: Fold, call: Call, k: int, probe: Probe) -> bool:
     return bool(((theirs - expected).norm(dim=1) <= bounds).all())
 
 
+class Unproved(str):
+    """Why the self-check did not prove a form that there is: numbers differ, perhaps rounded."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True)
 class Probed:
     """A pass on which forms are compared with autograd.
@@ -206,7 +212,7 @@ class Probed:
             return f"{part.function} cannot be run for one example alone ({why})"
         if apart == 0:
             return ""
-        return (
+        return Unproved(
             f"its rows from {part.function} are not autograd's: they differ by {apart:.1e} (is it "
             "used elsewhere too?)"
         )

@@ -13,8 +13,14 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ..collectives import within_replicas
-from ..errors import DataError, LikelihoodWarning, SpaceMismatchError, UnsupportedLayerError
-from ..jacobian.capture import Capture, Recorded
+from ..errors import (
+    DataError,
+    LikelihoodWarning,
+    SelfCheckWarning,
+    SpaceMismatchError,
+    UnsupportedLayerError,
+)
+from ..jacobian.capture import Capture, Recorded, UnprovedError
 from ..jacobian.parts import Kind, Part
 from ..jacobian.passes import gradients_at
 from ..jacobian.record import Recorder
@@ -35,6 +41,7 @@ _DERIVED = (
     "curvature leaves out: if they are most of the loss, let the model's forward pass make and "
     "return them, and take representation='implicit'"
 )
+_ROUNDED = "This is taken for rounding; if it is more, take representation='implicit', or float64"
 
 
 class Scorer(Protocol):
@@ -98,6 +105,7 @@ class Loop:
         self.independent: set[str] | None = None
         self.recording = self.replaying = self.sorting = False
         self._derived = self._warned = False  # a derivative that has a graph of its own
+        self._checked = False  # whether a self-check that failed has been told
         self.passes: list[Passed] = []
         self.seen = 0
         self._heads, self._alone = heads, alone
@@ -291,12 +299,14 @@ class Loop:
             refused = None
             try:
                 self._prove(self._capture, raw)
-            except UnsupportedLayerError as error:
+            except UnprovedError as error:  # by rounding, if these functions passed before
                 refused = error
             recorded = self._capture.observed(raw, outputs, recorder, proved=True)
-            # The functions of a batch that was proved: if a later proof fails, it is of rounding.
             if refused is not None and (recorded is None or recorded.plan.ragged):
                 raise refused
+            if refused is not None and not self._checked:
+                self._checked = True
+                warn(SelfCheckWarning(f"{refused}. {_ROUNDED}"))
         if recorded is None:
             frozen = [n for n in self.space.names if not self._parameters[n].requires_grad]
             if frozen:
