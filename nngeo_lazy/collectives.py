@@ -7,10 +7,10 @@ an error of all, and no process waits for one that has given up.
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any, TypeVar, cast
 
 import torch
@@ -329,7 +329,7 @@ def unwrapped(model: nn.Module, group: Group | None) -> nn.Module:
 
 def cut_like(whole: Tensor, piece: Any) -> Tensor:
     """A tensor that all processes have, in the pieces of a DTensor."""
-    tensors = import_module("torch.distributed.tensor")  # takes seconds, and is there by now
+    tensors: Any = sys.modules["torch.distributed.tensor"]  # who has a DTensor has imported it
     everywhere = [tensors.Replicate()] * piece.device_mesh.ndim
     spread = tensors.DTensor.from_local(whole, piece.device_mesh, everywhere, run_check=False)
     return cast(Tensor, spread.redistribute(piece.device_mesh, piece.placements))

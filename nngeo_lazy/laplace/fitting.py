@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import closing
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -30,7 +29,7 @@ from ..operators.damping import DampingLike
 from ..prediction import nll
 from ..space import ParamSpace
 from .checks import positive
-from .outputs import Held
+from .outputs import labelled
 from .variance import scaled
 
 __all__ = ["chosen", "maximised"]
@@ -136,19 +135,10 @@ def chosen(
 ) -> P:
     """The posterior that predicts held-out labels best; see `Laplace.grid_search`."""
     likelihood = la._require_likelihood("a grid search")
-    held, targets = [], []
     reading = reading_of(likelihood)
     batches = Batches(loader, device=la.space.device, forward=forward, target=target, **reading)
-    with closing(iter(batches)) as each:
-        for batch in each:
-            if batch.target is None:
-                raise DataError(
-                    "a grid search needs held-out labels, but the batch has no target: pass "
-                    "(inputs, target) batches, or target="
-                )
-            held.append(batch.raw)
-            targets.append(batch.target)
-    labels, data = _joined(targets), Held(held)
+    data, targets = labelled(batches, "a grid search compares with held-out")
+    labels = _joined(targets)
     best: tuple[float, P] | None = None
     for prior in torch.logspace(-4, 4, GRID, device="cpu").tolist() if grid is None else grid:
         candidate = la.with_prior(prior)

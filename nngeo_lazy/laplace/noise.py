@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -17,7 +16,7 @@ from ..likelihoods import Gaussian, Likelihood, Weighted
 from ..operators import BaseLinearOperator
 from ..precision import widened
 from ..space import ParamSpace
-from .outputs import Held
+from .outputs import labelled
 
 __all__ = ["Fit", "fitted"]
 
@@ -57,7 +56,8 @@ def fitted(la: P, how: Fit) -> P:
     plain = given.likelihood if isinstance(given, Weighted) else given
     if not isinstance(plain, Gaussian):
         raise DataError(f"expected normal labels, whose variance is the noise, got {plain}")
-    data, targets = _labelled(la, how)
+    batches = Batches(how.loader, device=la.space.device, forward=la._forward, target=how.target)
+    data, targets = labelled(batches, "the noise is fitted to")
     variance, change = None, float("inf")
     for _ in range(how.max_iter + 1):
         if how.structure is not None:
@@ -78,22 +78,6 @@ def fitted(la: P, how: Fit) -> P:
     )
     warnings.warn(ConvergenceWarning(words, change, how.max_iter), stacklevel=5)
     return la
-
-
-def _labelled(la: Posterior, how: Fit) -> tuple[Held, list[Any]]:
-    """The batches and their targets."""
-    held, targets = [], []
-    batches = Batches(how.loader, device=la.space.device, forward=la._forward, target=how.target)
-    with closing(iter(batches)) as each:
-        for batch in each:
-            if batch.target is None:
-                raise DataError(
-                    "the noise is fitted to labels, but the batch has no target: pass (inputs, "
-                    "target) batches, or target="
-                )
-            held.append(batch.raw)
-            targets.append(batch.target)
-    return Held(held), targets
 
 
 def _next(found: Any, targets: list[Any], given: Likelihood, per_output: bool) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..builders import Jacobian
 from ..data import Batches
-from ..errors import NonFiniteError, TooLargeError
+from ..errors import DataError, NonFiniteError, TooLargeError
 from ..jacobian.forms import Form
 from ..network import Network
 from ..operators import BaseLinearOperator
@@ -25,7 +25,7 @@ from ..space import ParamSpace
 from ..sweep import make_sweep
 from ..switches import own_arithmetic
 
-__all__ = ["Held", "Linearised"]
+__all__ = ["Held", "Linearised", "labelled"]
 
 MAX_BYTES = 2**33  # of covariances
 UNBOUNDED = 2**62  # directions: the last layer's cost no backward pass
@@ -39,6 +39,25 @@ class Held:
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._batches)
+
+
+def labelled(batches: Batches, what: str) -> tuple[Held, list[Any]]:
+    """All batches, and the target of each.
+
+    Raises:
+        DataError: a batch has none, and `what` ("the noise is fitted to") needs it.
+    """
+    held, targets = [], []
+    with closing(iter(batches)) as each:
+        for batch in each:
+            if batch.target is None:
+                raise DataError(
+                    f"{what} labels, but the batch has no target: pass (inputs, target) batches, "
+                    "or target="
+                )
+            held.append(batch.raw)
+            targets.append(batch.target)
+    return Held(held), targets
 
 
 @dataclass(frozen=True)

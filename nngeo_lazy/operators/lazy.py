@@ -72,16 +72,7 @@ class LazyLinearOperator(BaseLinearOperator):
     _implicit_in_tensors = True
     _implicit_in_vector = True
 
-    @untraced
-    def _solve(
-        self,
-        rhs: Tensor,
-        preconditioner: Any = None,
-        num_tridiag: int | None = 0,
-        *,
-        krylov: Krylov | None = None,
-    ) -> Tensor:
-        return super()._solve(rhs, krylov=krylov)
+    _solve = untraced(BaseLinearOperator._solve)
 
     def _solve_columns(self, v: Tensor, krylov: Krylov) -> Tensor:
         b, back = flattened(v)
