@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -210,12 +210,12 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         self._steps, self._warned = int(held["steps"]), int(held["warned"])
         self._started, self._inverted = int(held["started"]), held["inverted"]
         self._skipped, self._solution = here(held["skipped"]), here(held["solution"])
-        self._loss = Loss(**{name: here(value) for name, value in held["loss"].items()})
+        self._loss = Loss.of(held["loss"], self._space.device)
         if self._curvature is not None:
             self._curvature.restore(held["statistics"])
         if held["direction"] is not None:
             F = None if self._curvature is None else self._curvature.solved
-            self._framing.restore(held["direction"], F, self.param_groups, self._loss.unit)
+            self._framing.restore(held["direction"], F, self.param_groups, self._loss)
         self._prepare()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -240,7 +240,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
     def _refreshing(self) -> bool:
         if self._curvature is None:
             return False
-        due = self._options.schedule.updates(self._steps - self._started)
+        due = self._framing.far or self._options.schedule.updates(self._steps - self._started)
         return due or isinstance(self._stored, Factored) or self._curvature.solved is None
 
     @property
@@ -297,12 +297,12 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         if self._replays or self._refreshing:  # which may wait for the device
             finite = all(bool(g.isfinite().all()) for g in gradients.values())
             self._skipped += not finite
-        self._refresh()
+        self._refresh(gradients if finite else {})
         if not finite:
             self._report_skipped("")
             return None
         if self._free is not None and self._bounded:
-            self._read()
+            self._read(gradients)
         direction = self._frame()
         if self._reading is not None and direction.trust is not None:
             direction.trust.see_dispersion(self._loss.dispersion)
@@ -311,7 +311,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         step = direction.step
         return direction, {name: step[name].reshape(g.shape) for name, g in gradients.items()}
 
-    def _refresh(self) -> None:
+    def _refresh(self, gradients: Vectors) -> None:
         """Take the passes of this step into the curvature, if a refresh is due."""
         self._reading = None
         if not self._refreshing or self._curvature is None:
@@ -326,7 +326,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                 self._inverted = self._steps
             if self._bounded and self._free is None:
                 self._reading = self._curvature.reading
-                self._loss.take(found, ratio)
+                self._loss.take(found, ratio, gradients)
         except (NonFiniteError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
             reason = str(error)
         except DataError:
@@ -334,13 +334,13 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             raise
         self._report_skipped(reason)
 
-    def _read(self) -> None:
+    def _read(self, gradients: Vectors) -> None:
         """What this step's passes tell of the loss, of which no curvature is kept."""
         with self._group.together("a step", self._steps):
             self._loop.require_passes()
         like = torch.zeros((), dtype=self._dtype, device=self._space.device)
         reading, found = read(self._loop.passes, self._scores, self._group, like)
-        self._loss.take(found, self._touched.ratio(self._group))
+        self._loss.take(found, self._touched.ratio(self._group), gradients)
         self._reading = reading
 
     def _report_skipped(self, reason: str) -> None:
@@ -363,7 +363,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             F = None if self._curvature is None else self._curvature.solved
             if isinstance(self._stored, Factored):
                 self._framing.rank = self._examples
-            return self._framing.of(F, self.param_groups, self._loss.unit)
+            return self._framing.of(F, self.param_groups, self._loss)
         plain = self._loop.independent or set()
         names = [name for name in self._space.names if name not in plain]
         held = weakref.WeakMethod(self._solve)  # the frame stays, and must not hold the optimizer
@@ -381,14 +381,20 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         """(F + damping)^-1 v with the exact curvature of this step's passes, by iteration."""
         if self._free is None:
             raise RuntimeError("a stored curvature has solves of its own")
-        F, dampings = self._exact_curvature(), Dampings.of(self.param_groups)
-        if None in dampings.by_name.values():
-            mean = self._options.eps * mean_eigenvalue(F, self._steps, self._examples)
-            dampings = dampings.absolute(dict.fromkeys(self._space.names, mean))
+        F = self._exact_curvature()
         kept = None if self._curvature is None else self._curvature.operator
-        damping = dampings.vector(self._space, self._dtype)
+        damping = self._damping(F)
         self._solution = conjugate_gradients(F, v, damping, self._free, kept, self._solution)
         return self._solution
+
+    def _damping(self, F: BaseLinearOperator) -> Tensor:
+        """Of an exact curvature."""
+        dampings, rank = Dampings.of(self.param_groups), self._examples
+        if None in dampings.by_name.values():
+            mean = max(mean_eigenvalue(F, self._steps, rank), self._loss.floor(rank))
+            names = self._space.names
+            dampings = dampings.absolute(dict.fromkeys(names, self._options.eps * mean))
+        return dampings.vector(self._space, self._dtype)
 
     @property
     def _examples(self) -> int:
@@ -418,12 +424,17 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         reading = self._reading
         return reading is not None and direction.trust is not None and reading.same
 
-    def _measured(self, direction: Direction, lr: float) -> Tensor:
-        """The part of a step that stays, once it was made with this learning rate."""
-        if self._reading is None or direction.trust is None:
+    def _measured(self, direction: Direction, lr: float, move: Callable[[float], None]) -> float:
+        """The part of a step that stays; `move` puts the parameters where a part of it leads."""
+        reading, trust = self._reading, direction.trust
+        if reading is None or trust is None:
             raise RuntimeError("a step that is not measured")
-        found = changed(self._reading, self._model, self._group).to(self._dtype)
-        return direction.trust.calibrate(found, lr)
+
+        def measure(part: float) -> Tensor:
+            move(part)
+            return changed(reading, self._model, self._group).to(self._dtype)
+
+        return trust.stays(measure, lr)
 
     def _end_step(self) -> None:
         self._steps += 1

@@ -30,6 +30,7 @@ from ..likelihoods.heads import Heads, joint
 from ..operators.warn import warn
 from ..space import ParamSpace
 from .hooks import Hooks
+from .noise import proved
 from .passed import Mark, Passed, Run
 from .replay import Replay, float_math
 from .saving import common_module
@@ -323,14 +324,13 @@ class Loop:
         return recorded
 
     def _prove(self, capture: Capture, raw: Any) -> list[Part]:
-        parameters = self.space.parameters(self.model)
         with (
             self.hooks.paused(),
             _evaluating(self.model),
             float_math(self.space.device),
-            recording(self.model, parameters),
+            recording(self.model, self.space.parameters(self.model)),
         ):
-            return capture.prove(raw)
+            return proved(lambda: capture.prove(raw), self.space.device)
 
     def require_passes(self) -> None:
         """Refuse a step without a forward pass that its gradients came from."""

@@ -16,10 +16,10 @@ from ..representations import Representation
 from ..switches import whole_transforms
 from .base import CurvatureOptimizer
 from .direction import Direction
-from .exact import mean_eigenvalue, quadratic_step
+from .exact import quadratic_step
 from .options import Damping, HessianFree, LevenbergMarquardt, Losses, Options, Schedule
 from .replay import RandomState
-from .solving import Dampings, Vectors
+from .solving import Vectors
 
 __all__ = ["NaturalGradient"]
 
@@ -240,13 +240,21 @@ class NaturalGradient(CurvatureOptimizer):
                 torch._foreach_mul_(weights, kept.to(weights[0].dtype))
             made.append((weights, change, lr))
         most = max((lr for *_, lr in made), default=0.0)
-        tried = max(1.0, 1 / most) if most and self._measuring(direction) else 1.0
+        part = 1.0
+        if most and self._measuring(direction):
+            before = [torch._foreach_add(weights, 0.0) for weights, *_ in made]
+
+            def move(part: float) -> None:
+                for (weights, change, lr), held in zip(made, before, strict=True):
+                    torch._foreach_copy_(weights, held)
+                    torch._foreach_sub_(weights, change, alpha=part * tried * lr)
+
+            tried = max(1.0, 1 / most)  # a rate of at least one, so that lr scales all
+            part = self._measured(direction, tried * most, move)
+            for (weights, *_), held in zip(made, before, strict=True):
+                torch._foreach_copy_(weights, held)
         for weights, change, lr in made:
-            torch._foreach_sub_(weights, change, alpha=tried * lr)
-        if most and self._measuring(direction):  # at a rate of at least one, so that lr scales all
-            stays = self._measured(direction, tried * most)
-            for weights, change, lr in made:
-                torch._foreach_add_(weights, torch._foreach_mul(change, tried - stays), alpha=lr)
+            torch._foreach_sub_(weights, change, alpha=part * lr)
 
     # --- the quadratic model's step --------------------------------------------------------------
 
@@ -271,13 +279,8 @@ class NaturalGradient(CurvatureOptimizer):
             if self._last_steps and "last_step" in self.state[p]
         }
         columns = torch.stack([self._flat(steps), self._flat(last)], -1)
-        damping = Dampings.of(self.param_groups)
         F = self._exact_curvature()
-        if None in damping.by_name.values():
-            mean = self._options.eps * mean_eigenvalue(F, self._steps, self._examples)
-            damping = damping.absolute(dict.fromkeys(self._space.names, mean))
-        g = self._flat(self._gradients())
-        c = quadratic_step(F, g, columns, damping.vector(self._space, self._dtype))
+        c = quadratic_step(F, self._flat(self._gradients()), columns, self._damping(F))
         return -c  # the buffers hold what is subtracted
 
     # --- damping by the reduction ratio ----------------------------------------------------------
