@@ -273,20 +273,23 @@ def _is_pairs(value: Any, n: int) -> bool:
 
 
 def require_symmetric_operator(A: Any, what: str) -> BaseLinearOperator:
-    """A as an operator that may be symmetric.
+    """A as an operator that is symmetric, as far as its products with a few vectors show.
 
     Args:
         A: anything that `aslinearoperator` takes.
         what: the function that needs it, for messages.
 
     Raises:
-        ValueError: A is rectangular, known not to be symmetric, or has batch dimensions.
+        ValueError: A is rectangular, not symmetric, or has batch dimensions.
     """
     operator = aslinearoperator(A)
     m, n = _plain(operator, what)
     if m != n or isinstance(operator, MatrixLinearOperator):
         kind = "one that is not symmetric" if m == n else f"{m} x {n}"
         raise ValueError(f"{what} needs a symmetric matrix, got {kind}: take svds, or A.mT @ A")
+    if not operator.known_symmetric:
+        remedy = "take svds, or A.mT @ A"
+        linalg.require_symmetric_products(operator._apply, n, _like(operator), what, remedy)
     return operator
 
 
