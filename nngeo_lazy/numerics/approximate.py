@@ -118,7 +118,7 @@ def nystrom(A: Any, rank: int, *, seed: int | None = None) -> LowRankLinearOpera
 
     Source: Frangella, Tropp and Udell (2021), Randomized Nystrom preconditioning, algorithm 2.1.
     """
-    operator = require_symmetric_operator(A, "nystrom")
+    operator = require_symmetric_operator(A, "nystrom", look=True)
     with torch.no_grad():
         basis, values = linalg.nystrom(
             operator._apply,

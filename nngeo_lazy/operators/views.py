@@ -152,7 +152,7 @@ class OrthogonalLinearOperator(LazyLinearOperator):
         return OrthogonalLinearOperator(self.base._transpose_nonbatch(), info=self.info)
 
     def _apply(self, v: Tensor) -> Tensor:
-        return cast(Tensor, self.base._apply(v))
+        return self.base._apply(v)
 
     def _solve_columns(self, v: Tensor, krylov: Krylov) -> Tensor:
         return cast(Tensor, self.base._transpose_nonbatch()._apply(v))
@@ -163,7 +163,8 @@ class OrthogonalLinearOperator(LazyLinearOperator):
     def _norm(self, ord: Any) -> Tensor:
         one = torch.ones(self.batch_shape, dtype=self.dtype, device=self.device)
         n = self.shape[-1]  # singular values, each of them 1
-        return one * {"fro": n**0.5, "nuc": float(n)}.get(ord, 1.0)
+        norm: Tensor = one * {"fro": n**0.5, "nuc": float(n)}.get(ord, 1.0)
+        return norm
 
     def _diagonal(self) -> Tensor:
         return self.base._diagonal()
