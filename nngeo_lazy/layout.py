@@ -33,19 +33,19 @@ class Piece:
 
     def to_grid(self, stored: Tensor, rows: int) -> Tensor:
         """The parameter's numbers (..., G rows width, k) as (..., G rows, width, k)."""
-        lead, k = stored.shape[:-2], stored.shape[-1]
+        (*lead, n, k), width = stored.shape, self.width  # no -1: there may be no columns
         if self.transposed:
-            outer = self.width // self.inner
-            stored = stored.reshape(*lead, -1, outer, rows, self.inner, k).transpose(-4, -3)
-        return stored.reshape(*lead, -1, self.width, k)
+            shape = (n // (rows * width), width // self.inner, rows, self.inner)
+            stored = stored.reshape(*lead, *shape, k).transpose(-4, -3)
+        return stored.reshape(*lead, n // width, width, k)
 
     def from_grid(self, grid: Tensor, rows: int) -> Tensor:
         """The inverse of `to_grid`."""
-        lead, k = grid.shape[:-3], grid.shape[-1]
+        *lead, count, width, k = grid.shape
         if self.transposed:
-            outer = self.width // self.inner
-            grid = grid.reshape(*lead, -1, rows, outer, self.inner, k).transpose(-4, -3)
-        return grid.reshape(*lead, -1, k)
+            shape = (count // rows, rows, width // self.inner, self.inner)
+            grid = grid.reshape(*lead, *shape, k).transpose(-4, -3)
+        return grid.reshape(*lead, count * width, k)
 
 
 @dataclass(frozen=True)

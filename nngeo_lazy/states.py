@@ -126,7 +126,7 @@ def _why_not(op: Any) -> str:
         )
     return (
         "it is not made of tensors alone, or no file knows its class: save what it was made from, "
-        "or DenseLinearOperator(F.to_dense()) if that fits, or pass a class of your own to "
+        "or ng.aslinearoperator(F.to_dense()) if that fits, or pass a class of your own to "
         "files.register_saved"
     )
 

@@ -226,7 +226,7 @@ the dense matrix. To write it again: `python tests/test_support_matrix.py`.
   they stop.
 - **estimate**: from random vectors, with an `EstimateWarning` that carries the standard error;
   exact for up to 300 parameters.
-- **refused**: a named error says what has a closed form. `DenseLinearOperator(F.to_dense())` has
+- **refused**: a named error says what has a closed form. `ng.aslinearoperator(F.to_dense())` has
   every member, where it fits.
 
 The column "kfac + kfac" stands for sums without a structure of their own.

@@ -151,7 +151,13 @@ def require_symmetric(
         )
 
 
-def require_symmetric_products(matvec: Matvec, n: int, like: Tensor, method: str) -> None:
+def require_symmetric_products(
+    matvec: Matvec,
+    n: int,
+    like: Tensor,
+    method: str,
+    remedy: str = "take ng.solve(A, b, method='lsmr'), or solve with A.mT @ A and A.mT @ b",
+) -> None:
     """Raise if products with a few random vectors are not those of a symmetric matrix.
 
     Args:
@@ -159,6 +165,7 @@ def require_symmetric_products(matvec: Matvec, n: int, like: Tensor, method: str
         n: the size of A.
         like: a tensor of its dtype and device.
         method: what needs a symmetric matrix, for the message.
+        remedy: what to do instead, for the message.
 
     Raises:
         ValueError: the matrix is not symmetric.
@@ -174,5 +181,4 @@ def require_symmetric_products(matvec: Matvec, n: int, like: Tensor, method: str
         corner, norm = block.mT @ products, float(norms(products).max())
         none = corner[:0]
         rounding = partial(rounding_of, matvec, n, like)
-        remedy = "take ng.solve(A, b, method='lsmr'), or solve with A.mT @ A and A.mT @ b"
         require_symmetric(none, none, corner, norm, like.dtype, method, rounding, remedy)

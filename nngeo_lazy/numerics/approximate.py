@@ -9,7 +9,6 @@ import torch
 from .. import linalg
 from ..arguments import checked
 from ..errors import wrong_option
-from ..operators.convert import aslinearoperator
 from ..operators.low_rank import LowRankLinearOperator
 from ..operators.primitives import seeded
 from .estimation import diagonal, trace
@@ -109,7 +108,7 @@ def nystrom(A: Any, rank: int, *, seed: int | None = None) -> LowRankLinearOpera
         The low-rank operator (P x P), over the parameters of A.
 
     Raises:
-        ValueError: the rank is out of range.
+        ValueError: the rank is out of range, or A is not symmetric.
         NotPositiveDefiniteError: A has a direction of negative curvature.
 
     Example:
@@ -119,8 +118,7 @@ def nystrom(A: Any, rank: int, *, seed: int | None = None) -> LowRankLinearOpera
 
     Source: Frangella, Tropp and Udell (2021), Randomized Nystrom preconditioning, algorithm 2.1.
     """
-    operator = aslinearoperator(A)
-    operator._require_square("nystrom")
+    operator = require_symmetric_operator(A, "nystrom", look=True)
     with torch.no_grad():
         basis, values = linalg.nystrom(
             operator._apply,

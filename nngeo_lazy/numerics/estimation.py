@@ -102,7 +102,7 @@ def trace(
     if function is not None:
         if method not in FUNCTIONS:
             raise ValueError(f"a function needs method 'slq', got {method!r}")
-        operator = require_symmetric_operator(A, "a function")
+        operator = require_symmetric_operator(A, "a function", look=True)
         return _of_function(operator, function, "tr f(A)", method, given)
     operator = aslinearoperator(A)
     operator._require_square("trace")
@@ -231,7 +231,7 @@ def logdet(
     """
     _require_method(method, FUNCTIONS)
     given = Probes.of("logdet", probes, seed=seed, **options)
-    operator = require_symmetric_operator(A, "logdet")
+    operator = require_symmetric_operator(A, "logdet", look=True)
     with torch.no_grad():
         if method != "slq" and (exact := _exact(operator._logdet, "auto")) is not None:
             if bool(exact.value == -torch.inf):
@@ -294,7 +294,7 @@ def effective_dimension(
         raise NotPositiveDefiniteError(f"effective_dimension: expected damping > 0, got {d}")
     _require_method(method, FUNCTIONS)
     given = Probes.of("effective_dimension", probes, seed=seed, **options)
-    operator = require_symmetric_operator(A, "effective_dimension")
+    operator = require_symmetric_operator(A, "effective_dimension", look=True)
 
     def share(values: Tensor) -> Tensor:
         return torch.where(values + d > 0, values / (values + d), torch.nan)

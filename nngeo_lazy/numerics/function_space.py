@@ -48,7 +48,7 @@ def alignment(K: Any, y: Tensor, *, center: bool = False) -> Tensor:
     Source: Cristianini et al. (2001), On kernel-target alignment; Cortes, Mohri and Rostamizadeh
         (2012), eq. 2, centered.
     """
-    operator = require_symmetric_operator(K, "alignment")
+    operator = require_symmetric_operator(K, "alignment", look=True)
     Y = _indicators(operator, y)
     n, outputs = operator.shape[0], operator.shape[0] // len(Y)
     if n % len(Y) or outputs not in (1, Y.shape[1]):

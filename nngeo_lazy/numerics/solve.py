@@ -55,9 +55,9 @@ def solve(
         damping: a float, a 0-d or (n,) tensor, or {selector: either}; for "lsmr" a number. It has
             the units of A, for "lsmr" those of A^T A.
         method: "direct" (a closed form), "cg" (A positive definite), "minres" (A symmetric),
-            "lsmr" (any A). "auto" takes "lsmr" if A is rectangular or not symmetric, the closed
-            form if the structure has one, and otherwise "cg", then "minres" if "cg" meets negative
-            curvature.
+            "lsmr" (any A). "auto" takes "lsmr" if A is rectangular, or a tensor that is not
+            symmetric, the closed form if the structure has one, and otherwise "cg", then "minres"
+            if "cg" meets negative curvature.
         tol: relative residual to reach; by default 1e-6, in float64 1e-10.
         max_iter: at most so many iterations.
         preconditioner: an operator that approximates A (not its inverse) and is damped alike; for

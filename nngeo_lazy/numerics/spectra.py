@@ -272,21 +272,26 @@ def _is_pairs(value: Any, n: int) -> bool:
     return bool(value[1].shape == (n, len(value[0])))
 
 
-def require_symmetric_operator(A: Any, what: str) -> BaseLinearOperator:
+def require_symmetric_operator(A: Any, what: str, *, look: bool = False) -> BaseLinearOperator:
     """A as an operator that may be symmetric.
 
     Args:
         A: anything that `aslinearoperator` takes.
         what: the function that needs it, for messages.
+        look: whether products with a few vectors must show it, if the function does not see it as
+            it goes, as Lanczos does.
 
     Raises:
-        ValueError: A is rectangular, known not to be symmetric, or has batch dimensions.
+        ValueError: A is rectangular, not symmetric, or has batch dimensions.
     """
     operator = aslinearoperator(A)
     m, n = _plain(operator, what)
     if m != n or isinstance(operator, MatrixLinearOperator):
         kind = "one that is not symmetric" if m == n else f"{m} x {n}"
         raise ValueError(f"{what} needs a symmetric matrix, got {kind}: take svds, or A.mT @ A")
+    if look and not operator.known_symmetric:
+        remedy = "take svds, or A.mT @ A"
+        linalg.require_symmetric_products(operator._apply, n, _like(operator), what, remedy)
     return operator
 
 

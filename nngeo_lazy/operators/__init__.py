@@ -54,6 +54,7 @@ from .views import (
     BroadcastLinearOperator,
     ForeignLinearOperator,
     InverseLinearOperator,
+    OrthogonalLinearOperator,
     RestrictedLinearOperator,
 )
 
@@ -81,6 +82,7 @@ __all__ = [
     "LowRankLinearOperator",
     "MatrixLinearOperator",
     "Origin",
+    "OrthogonalLinearOperator",
     "ProductLinearOperator",
     "QuasiDiagonalLinearOperator",
     "Report",

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from linear_operator.operators import LinearOperator
+from linear_operator.operators import DiagLinearOperator, LinearOperator
 from torch import Tensor, nn
 
 from ..arguments import NonNegative, NonNegativeInt, PositiveInt, checked, described, named
@@ -97,7 +97,7 @@ class BaseLinearOperator(ContractLinearOperator):
         if isinstance(other, LinearOperator):
             return combined(rules.products, self, rules.as_operator(other))
         v, restore = columns(self, other)
-        return restore(self._apply(v))
+        return restore(self._apply(v) if v.numel() else self._empty(v))
 
     @checked
     def vTMv(self, v: VectorLike) -> Tensor:
@@ -109,7 +109,7 @@ class BaseLinearOperator(ContractLinearOperator):
         """
         self._require_square("vTMv")
         flat, _ = columns(self, v)
-        form = (flat * self._apply(flat)).sum(-2)
+        form = (flat * (self._apply(flat) if flat.numel() else self._empty(flat))).sum(-2)
         if isinstance(v, Mapping):
             first, shape = next(iter(v.values())), cast(ParamSpace, self.space).shapes[0]
             return form.reshape(first.shape[: first.dim() - len(shape)])
@@ -164,12 +164,17 @@ class BaseLinearOperator(ContractLinearOperator):
             krylov = replace(krylov, check=not known_positive)
             if preconditioner is not None:
                 krylov = replace(krylov, preconditioner=preconditioner.damped(damping))
-        x = operator._solve(v, krylov=krylov)
+        x = operator._solve(v, krylov=krylov) if v.numel() else self._empty(v)
         if left_tensor is not None:
             product = left_tensor @ x
             is_vector = isinstance(right_tensor, Tensor) and right_tensor.dim() == 1
             return product.squeeze(-1) if is_vector else product
         return restore(x)
+
+    def _empty(self, v: Tensor) -> Tensor:
+        """The product with no columns, or with none of the rows that it sums over."""
+        lead = torch.broadcast_shapes(self.batch_shape, v.shape[:-2])
+        return v.new_zeros(*lead, self.shape[-2], v.shape[-1])
 
     @checked
     def inverse(self, *, damping: DampingLike = 0.0) -> BaseLinearOperator:
@@ -232,7 +237,8 @@ class BaseLinearOperator(ContractLinearOperator):
         if diag.dim() > 1:
             if diag.shape[-1] not in (1, self.shape[-1]):
                 require_vector(self, diag, vector=True)
-            return super().add_diagonal(diag)
+            each = DiagLinearOperator(diag.expand(*diag.shape[:-1], self.shape[-1]))
+            return self + rules.as_operator(each)
         value = diag.squeeze(-1) if diag.shape == (1,) else diag
         if value.dim() == 1:
             value = require_vector(self, value, vector=True)

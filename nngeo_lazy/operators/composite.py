@@ -211,9 +211,9 @@ class ProductLinearOperator(LazyLinearOperator):
             )
         try:
             return self.right._solve(self.left._solve(v, krylov=krylov), krylov=krylov)
-        except NotPositiveDefiniteError as error:
-            # indefinite factors have a product that may be definite, as A A is
-            ours = NotPositiveDefiniteError(f"of a product's factors: {error}")
+        except (NotPositiveDefiniteError, UnsupportedLayerError) as error:
+            # A A of an indefinite factor may be definite, and A^T A of one that is not symmetric
+            ours = type(error)(f"of a product's factors: {error}")
         if torch.is_grad_enabled() and (v.requires_grad or self.requires_grad):
             raise ours
         try:
@@ -240,6 +240,8 @@ class ProductLinearOperator(LazyLinearOperator):
         return super()._diagonal()
 
     def _inverse(self) -> BaseLinearOperator:
+        if self.left.iterates or self.right.iterates:
+            return super()._inverse()  # whose solve looks at the product, not at its factors alone
         inverses = (self.right._inverse(), self.left._inverse())
         return ProductLinearOperator(*inverses, info=self.info)
 
@@ -255,6 +257,14 @@ def _(A: BaseLinearOperator, B: BaseLinearOperator, info: Info) -> BaseLinearOpe
 @rules.products.register(BaseLinearOperator, BaseLinearOperator)
 def _(A: BaseLinearOperator, B: BaseLinearOperator, info: Info) -> BaseLinearOperator:
     return ProductLinearOperator(A, B, info=info)
+
+
+@rules.hadamard.register(BaseLinearOperator, BaseLinearOperator)
+def _(A: BaseLinearOperator, B: BaseLinearOperator, info: Info) -> BaseLinearOperator:
+    # products of roots, as linear_operator has them, are as large, and need definite factors
+    product: BaseLinearOperator = rules.as_operator(A.to_dense() * B.to_dense())
+    known: BaseLinearOperator = product._with(info=info)
+    return known
 
 
 @rules.plus_diagonal.register(BaseLinearOperator)

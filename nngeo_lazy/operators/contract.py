@@ -7,8 +7,10 @@ primitives.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from numbers import Number
+from operator import mul
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -21,13 +23,18 @@ from linear_operator.operators import (
 from torch import Tensor
 
 from ..arguments import PositiveInt, checked, described
-from ..errors import DataError, NotPositiveDefiniteError, SpaceMismatchError
+from ..errors import (
+    DataError,
+    NotPositiveDefiniteError,
+    SpaceMismatchError,
+    UnsupportedLayerError,
+)
 from . import rules
 from .info import joint
 from .primitives import PrimitiveLinearOperator, roots_by_products, tensors_of, within
 from .report import operator_html
 from .torch_functions import TORCH_FUNCTIONS
-from .vectors import columns, require_left, require_tensor
+from .vectors import columns, is_symmetric, require_left, require_tensor
 
 if TYPE_CHECKING:
     from .base import BaseLinearOperator
@@ -76,7 +83,7 @@ class ContractLinearOperator(PrimitiveLinearOperator):
         quadratic, determinant = zero, zero
         if inv_quad_rhs is not None:
             v, _ = columns(self._this(), inv_quad_rhs)
-            quadratic = (v * self._solve(v)).sum(-2)
+            quadratic = (v * (self._solve(v) if v.numel() else v)).sum(-2)
             if reduce_inv_quad or inv_quad_rhs.dim() == 1:
                 quadratic = quadratic.sum(-1)
         if logdet:
@@ -129,10 +136,15 @@ class ContractLinearOperator(PrimitiveLinearOperator):
         self, eigenvectors: bool = False, return_evals_as_lazy: bool | None = False
     ) -> tuple[Tensor, Any]:
         values, basis = self._eigensystem()
-        return values, basis if eigenvectors else None
+        return values, rules.orthogonal(basis) if eigenvectors else None
 
     def _cholesky(self, upper: bool | None = False) -> Any:
-        factor, failed = torch.linalg.cholesky_ex(self.to_dense())
+        dense = self.to_dense()
+        if not self.known_symmetric and not is_symmetric(dense):
+            raise UnsupportedLayerError(
+                "cholesky needs a symmetric matrix, and this one is not: take A.mT @ A"
+            )
+        factor, failed = torch.linalg.cholesky_ex(dense)
         if bool(failed.any()):
             raise NotPositiveDefiniteError(
                 "no Cholesky factor: the matrix is not positive definite; add damping="
@@ -142,21 +154,16 @@ class ContractLinearOperator(PrimitiveLinearOperator):
     # --- algebra ---------------------------------------------------------------------------------
 
     def __add__(self, other: Any) -> Any:
-        if isinstance(other, ZeroLinearOperator) or (
-            isinstance(other, (int, float)) and other == 0
-        ):
+        zero = isinstance(other, ZeroLinearOperator) and other.shape == self.shape
+        if zero or (isinstance(other, (int, float)) and other == 0):
             return self
         if isinstance(other, (Tensor, LinearOperator)):
-            if other.dim() == 2 and self.dim() == 2:
-                return combined(rules.sums, self._this(), rules.as_operator(other))
-            shape = tuple(other.shape)
             if other.dim() < 2:
                 raise SpaceMismatchError(
                     f"expected a matrix of shape {tuple(self.shape)}, got a tensor of shape "
-                    f"{shape}: write F.add_diagonal(...) to add to the diagonal"
+                    f"{tuple(other.shape)}: write F.add_diagonal(...) to add to the diagonal"
                 )
-            self._require_broadcast(other, "+")
-            return super().__add__(other)
+            return combined(rules.sums, self._this(), rules.as_operator(other))
         if isinstance(other, Number):
             raise TypeError(
                 f"cannot add the number {other} to a matrix: write F.add_diagonal({other}) to add "
@@ -190,14 +197,21 @@ class ContractLinearOperator(PrimitiveLinearOperator):
             TypeError: neither a number nor a matrix.
             SpaceMismatchError: a tensor of another shape.
         """
-        if isinstance(other, (Tensor, LinearOperator)):
-            self._require_broadcast(other, "*")
-        elif not isinstance(other, (int, float)) or isinstance(other, bool):
-            raise TypeError(
-                f"expected a number or a matrix, an operator or a tensor, got {described(other)}: "
-                "convert it with torch.as_tensor(...)"
-            )
-        return super().mul(other)
+        if not isinstance(other, (Tensor, LinearOperator)):
+            if not isinstance(other, (int, float)) or isinstance(other, bool):
+                raise TypeError(
+                    "expected a number or a matrix, an operator or a tensor, got "
+                    f"{described(other)}: convert it with torch.as_tensor(...)"
+                )
+            return self._altered(self._scale(other))
+        self._require_broadcast(other, "*")
+        if isinstance(other, Tensor):
+            if other.numel() == 1:
+                return self._altered(self._scale(other.reshape(())))
+            if other.shape[-2:].numel() == 1:  # a multiple for each matrix of a batch
+                return in_batches(mul, self._this(), other)
+            other = other.expand(*other.shape[:-2], *self.shape[-2:])
+        return combined(rules.hadamard, self._this(), rules.as_operator(other))
 
     def div(self, other: Any) -> Any:
         """The operator divided by a number, or by a tensor elementwise.
@@ -226,10 +240,30 @@ class ContractLinearOperator(PrimitiveLinearOperator):
                 f"expected matrices that fit, got {tuple(self.shape)} {sign} {tuple(other.shape)}"
             )
 
-    def _mul_constant(self, other: Any) -> Any:
-        if isinstance(other, Tensor) and other.dim() > 0:
-            return super()._mul_constant(other)
-        return self._altered(self._scale(other))
+    # --- batches ---------------------------------------------------------------------------------
+
+    def repeat(self, *sizes: Any) -> Any:
+        """The batch repeated along its dimensions, without copies; the last two sizes are 1."""
+        wanted = super().repeat(*sizes).batch_shape  # which refuses what has no meaning
+        own = self.batch_shape
+        if not own:
+            return self._expand_batch(wanted)
+        padded = (*(1,) * (len(wanted) - len(own)), *own)
+        first, *rest = (m // n for m, n in zip(wanted, padded, strict=True))
+        each = self._along(0) if len(padded) == len(own) else [self]
+        return rules.stacks([m.repeat(*rest, 1, 1) if rest else m for m in each] * first)
+
+    def cat_rows(self, cross_mat: Tensor, new_mat: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The matrix with more rows and columns, [[A, B^T], [B, D]], multiplied out."""
+        theirs = super().cat_rows(cross_mat, new_mat, *args, **kwargs)
+        lead = torch.broadcast_shapes(self.batch_shape, cross_mat.shape[:-2], new_mat.shape[:-2])
+        A, B, D = (
+            part.expand(*lead, *part.shape[-2:]) for part in (self.to_dense(), cross_mat, new_mat)
+        )
+        whole = torch.cat([torch.cat([A, B.mT], -1), torch.cat([B, D], -1)], -2)
+        made = rules.as_operator(whole)
+        made._memoize_cache = getattr(theirs, "_memoize_cache", {})  # roots, which GPyTorch reads
+        return made
 
     def __getitem__(self, index: Any) -> Any:
         """A[index] as torch has it; a boolean mask selects where it is true.
@@ -254,7 +288,7 @@ class ContractLinearOperator(PrimitiveLinearOperator):
         """The same operator in another dtype or on another device; arguments as `Tensor.to`."""
         try:
             probe = torch.empty(0, dtype=self.dtype, device=self.device).to(*args, **kwargs)
-        except (TypeError, RuntimeError) as error:
+        except (TypeError, RuntimeError, AssertionError) as error:  # the last one without CUDA
             raise DataError(
                 f"expected a dtype or a device, as Tensor.to takes them, got "
                 f"{', '.join(map(described, (*args, *kwargs.values())))} ({error}): write "
@@ -321,22 +355,44 @@ class ContractLinearOperator(PrimitiveLinearOperator):
 
 
 def combined(rule: rules.Rule, A: BaseLinearOperator, B: BaseLinearOperator) -> Any:
-    """A + B or A @ B: structured if the structures fit, lazy otherwise.
+    """A + B, A @ B or A * B: structured if the structures fit, lazy otherwise.
 
     Raises:
         SpaceMismatchError: other shapes, dtypes, devices or parameters.
     """
-    is_sum = rule is rules.sums
-    if A.shape[-2:] != B.shape[-2:] if is_sum else A.shape[-1] != B.shape[-2]:
-        wanted = "two matrices of one shape" if is_sum else "matrices that fit"
-        sign = "+" if is_sum else "@"
+    is_product, sign = rule is rules.products, rule.what[2]
+    if A.shape[-1] != B.shape[-2] if is_product else A.shape[-2:] != B.shape[-2:]:
+        wanted = "matrices that fit" if is_product else "two matrices of one shape"
         raise SpaceMismatchError(f"expected {wanted}, got {tuple(A.shape)} {sign} {tuple(B.shape)}")
     if A.dtype != B.dtype or A.device != B.device:
         raise SpaceMismatchError(
             f"expected two operators of one dtype and device, got {A.dtype} on {A.device} and "
             f"{B.dtype} on {B.device}: convert one with .to(...)"
         )
+    if A.dim() > 2 or B.dim() > 2:
+        return in_batches(lambda a, b: combined(rule, a, b), A, B, sign)
     info = joint(A.info, B.info)
-    if not is_sum and B.space is None and not (B.is_square and B.maps_to_parameters):
+    if is_product and B.space is None and not (B.is_square and B.maps_to_parameters):
         info = replace(info, space=None)  # the product takes no parameters
     return rule(A, B, info)
+
+
+def in_batches(make: Callable[[Any, Any], Any], A: Any, B: Any, sign: str = "*") -> Any:
+    """What is made of each pair of matrices of two batches, as one batch.
+
+    What linear_operator makes of batches is solved to a loose tolerance if it is large.
+
+    Raises:
+        SpaceMismatchError: the batch shapes do not fit.
+    """
+    try:
+        lead = torch.broadcast_shapes(A.shape[:-2], B.shape[:-2])
+    except RuntimeError:
+        raise SpaceMismatchError(
+            f"expected batches that fit, got {tuple(A.shape)} {sign} {tuple(B.shape)}"
+        ) from None
+    first, second = (each.expand(*lead, *each.shape[-2:]) for each in (A, B))
+    pairs = [(first[k], second[k]) for k in range(lead[0])]
+    distinct = {(id(a), id(b)): (a, b) for a, b in pairs}  # a repeated matrix is taken once
+    made = {ids: make(*pair) for ids, pair in distinct.items()}
+    return rules.stacks([made[id(a), id(b)] for a, b in pairs])

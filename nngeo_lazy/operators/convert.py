@@ -14,6 +14,8 @@ from linear_operator.operators import (
     ConstantMulLinearOperator,
     DiagLinearOperator,
     LinearOperator,
+    MulLinearOperator,
+    ZeroLinearOperator,
 )
 from linear_operator.operators import DenseLinearOperator as TheirDenseLinearOperator
 from linear_operator.operators import SumLinearOperator as TheirSumLinearOperator
@@ -29,8 +31,7 @@ from .info import Info
 from .lazy import LazyLinearOperator
 from .matrix_free import TransposedLinearOperator
 from .scipy import ScipyOperator
-from .stack import StackLinearOperator
-from .vectors import flattened
+from .vectors import flattened, is_symmetric
 from .views import ForeignLinearOperator
 
 __all__ = ["FromScipyLinearOperator", "aslinearoperator"]
@@ -55,15 +56,12 @@ def aslinearoperator(A: Any) -> BaseLinearOperator:
         >>> F.solve(torch.tensor([1.0, 2.0], dtype=torch.float64))
         tensor([1.0000, 0.5000], dtype=torch.float64)
     """
-    operator: BaseLinearOperator
-    if isinstance(A, Tensor) and A.dim() == 2 and A.shape[0] == A.shape[1]:
-        symmetric = torch.allclose(A, A.mT, rtol=1e-5, atol=1e-6 * float(A.detach().abs().max()))
-        operator = rules.as_operator(A) if symmetric else MatrixLinearOperator(A)
-    elif isinstance(A, np.ndarray):
-        operator = aslinearoperator(torch.from_numpy(A))
-    else:
-        operator = rules.as_operator(scipy_operator(A) if scipy.sparse.issparse(A) else A)
-    return operator
+    if isinstance(A, np.ndarray):
+        A = torch.from_numpy(A)
+    made: BaseLinearOperator = rules.as_operator(
+        scipy_operator(A) if scipy.sparse.issparse(A) else A
+    )
+    return made
 
 
 @rules.as_operator.register(object)
@@ -78,26 +76,48 @@ def _(A: BaseLinearOperator) -> BaseLinearOperator:
 
 @rules.as_operator.register(Tensor)
 def _(A: Tensor) -> BaseLinearOperator:
-    if A.dim() == 2:
-        return DenseLinearOperator(A) if A.shape[0] == A.shape[1] else MatrixLinearOperator(A)
     if A.dim() < 2:
         raise ValueError(
             f"expected a matrix, got a tensor of shape {tuple(A.shape)}: for a diagonal take "
             "torch.diag(...) or DiagonalLinearOperator(...)"
         )
-    if A.dim() == 3:
-        return StackLinearOperator(*map(rules.as_operator, A))
-    return ForeignLinearOperator(TheirDenseLinearOperator(A))
+    if A.dim() > 2:
+        return _stacked(A)
+    return DenseLinearOperator(A) if is_symmetric(A) else MatrixLinearOperator(A)
+
+
+def _stacked(A: Tensor | LinearOperator) -> BaseLinearOperator:
+    """A batch, each of its matrices with a structure of its own."""
+    stack: BaseLinearOperator = rules.stacks([rules.as_operator(A[k]) for k in range(A.shape[0])])
+    return stack
 
 
 @rules.as_operator.register(LinearOperator)
 def _(A: LinearOperator) -> BaseLinearOperator:
-    return ForeignLinearOperator(A)
+    # theirs solve a batch loosely
+    return ForeignLinearOperator(A) if A.dim() == 2 else _stacked(A)
 
 
 @rules.as_operator.register(DiagLinearOperator)
-def _(A: DiagLinearOperator) -> BaseLinearOperator:
-    return DiagonalLinearOperator(A._diag) if A.dim() == 2 else ForeignLinearOperator(A)
+def _(A: DiagLinearOperator) -> Any:
+    return DiagonalLinearOperator(A._diag) if A.dim() == 2 else NotImplemented
+
+
+@rules.as_operator.register(ZeroLinearOperator)
+def _(A: ZeroLinearOperator) -> Any:  # it holds no tensor
+    if A.dim() > 2:
+        return NotImplemented
+    zero = torch.zeros((), dtype=A.dtype, device=A.device)
+    if A.shape[0] == A.shape[1]:
+        return DiagonalLinearOperator(zero.expand(A.shape[0]))
+    return MatrixLinearOperator(zero.expand(A.shape))
+
+
+@rules.as_operator.register(MulLinearOperator)
+def _(A: MulLinearOperator) -> Any:  # whose own products are with approximate roots
+    if A.dim() > 2:
+        return NotImplemented
+    return rules.as_operator(A.left_linear_op) * rules.as_operator(A.right_linear_op)
 
 
 @rules.as_operator.register(TheirDenseLinearOperator)
@@ -154,6 +174,11 @@ class FromScipyLinearOperator(LazyLinearOperator):
 
     def _apply_transposed(self, u: Tensor) -> Tensor:
         return self._through(u, True)
+
+    @property
+    def known_symmetric(self) -> bool:
+        """Nothing is known of it but products."""
+        return False
 
     def _through(self, v: Tensor, transposed: bool) -> Tensor:
         wide, back = flattened(v)

@@ -64,9 +64,9 @@ class DenseLinearOperator(SpectralLinearOperator):
     def _decomposition(self) -> tuple[Tensor, Tensor]:
         known = self._decomposed
         if known.origin is None or not known.is_current:
-            return known.get("eigh", lambda: eigh(self.tensor), self.tensor)
+            return known.get("eigh", lambda: _symmetric_eigh(self.tensor), self.tensor)
         base, d = known.origin
-        values, vectors = base.get("eigh", lambda: eigh(base.tensor), base.tensor)
+        values, vectors = base.get("eigh", lambda: _symmetric_eigh(base.tensor), base.tensor)
         return values + d.detach(), vectors
 
     def _in_float64(self) -> BaseLinearOperator:
@@ -156,6 +156,22 @@ class DenseLinearOperator(SpectralLinearOperator):
         return f"dense {self.tensor.shape[0]}x{self.tensor.shape[0]}"
 
 
+def _symmetric_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The eigendecomposition of a matrix that is symmetric, but for what rounding explains.
+
+    Raises:
+        UnsupportedLayerError: it is not symmetric.
+    """
+    apart, size = (matrix - matrix.mT).abs().detach(), matrix.detach().abs()
+    if apart.numel() and float(apart.max()) > 1e-3 * float(size.max()):
+        raise UnsupportedLayerError(
+            "expected DenseLinearOperator to hold a symmetric matrix, but entries differ from "
+            f"those of the transpose by up to {float(apart.max()):.2g}: take "
+            "ng.aslinearoperator(A), which looks at it"
+        )
+    return eigh(matrix)
+
+
 @rules.sums.register(DenseLinearOperator, BaseLinearOperator, symmetric=True)
 def _(A: DenseLinearOperator, B: BaseLinearOperator, info: Info) -> Any:
     if not B.is_explicit:
@@ -213,6 +229,12 @@ class MatrixLinearOperator(LazyLinearOperator):
         raise UnsupportedLayerError(
             "solve needs a symmetric matrix, and a Jacobian is none: solve with J.mT @ J, a GGN or "
             "an empirical Fisher, or torch.linalg.lstsq(J.to_dense(), b) where it fits"
+        )
+
+    def _unsupported(self, what: str) -> UnsupportedLayerError:
+        return UnsupportedLayerError(
+            f"{what} needs a symmetric matrix, and this one is not: take a function of torch.linalg"
+            " on F.to_dense(), or F.mT @ F"
         )
 
     def _scale(self, c: float | Tensor) -> BaseLinearOperator:

@@ -145,3 +145,9 @@ def plus_diagonal(
 @rules.products.register(DiagonalLinearOperator, DiagonalLinearOperator)
 def _(A: DiagonalLinearOperator, B: DiagonalLinearOperator, info: Info) -> BaseLinearOperator:
     return DiagonalLinearOperator(A.diag * B.diag, info=info)
+
+
+@rules.hadamard.register(DiagonalLinearOperator, DiagonalLinearOperator)
+@rules.hadamard.register(DiagonalLinearOperator, BaseLinearOperator, symmetric=True)
+def _(A: DiagonalLinearOperator, B: BaseLinearOperator, info: Info) -> BaseLinearOperator:
+    return DiagonalLinearOperator(A.diag * B._diagonal(), info=info)

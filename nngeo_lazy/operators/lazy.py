@@ -165,6 +165,8 @@ def product_chunks(operator: BaseLinearOperator) -> Any:
     """The matrix, some columns at a time, by products with the identity's."""
     require_products(operator, "the matrix")
     n = operator.shape[-1]
+    if n == 0:
+        yield torch.zeros(operator.shape, dtype=operator.dtype, device=operator.device)
     step = max(1, _CHUNK_BYTES // max(1, n * torch.finfo(operator.dtype).bits // 8))
     for start in range(0, n, step):
         width = min(step, n - start)

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add, mul
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -222,10 +224,27 @@ class PrimitiveLinearOperator(LinearOperator):
     def _unsqueeze_batch(self, dim: int) -> Any:
         return self._expand_batch(torch.Size([1]))
 
+    def _along(self, dim: int) -> list[Any]:
+        """The matrices, or smaller batches, along a batch dimension."""
+        before = (slice(None),) * dim
+        return [self[(*before, k)] for k in range(self.shape[dim])]
+
+    def _sum_batch(self, dim: int) -> Any:
+        return reduce(add, self._along(dim))
+
+    def _prod_batch(self, dim: int) -> Any:
+        return reduce(mul, self._along(dim))
+
+    def _permute_batch(self, *dims: int) -> Any:
+        first, *rest = dims
+        rest = [d - (d > first) for d in rest]
+        members = self._along(first)
+        return rules.stacks([m._permute_batch(*rest) for m in members] if rest else members)
+
     def _svd(self) -> tuple[Any, Tensor, Any]:
         values, basis = self._eigensystem()
         signs = rules.as_operator(DiagLinearOperator(values.sign()))
-        return basis, values.abs(), basis @ signs
+        return rules.orthogonal(basis), values.abs(), rules.orthogonal(basis @ signs)
 
     # --- what follows from the primitives --------------------------------------------------------
 
@@ -276,7 +295,7 @@ class PrimitiveLinearOperator(LinearOperator):
         return UnsupportedLayerError(
             f"{what} has no closed form for {type(self).__name__}: dense, diagonal, Kronecker and "
             "block-diagonal operators have one. Where it fits, take "
-            f"DenseLinearOperator(F.to_dense()).{what}"
+            f"ng.aslinearoperator(F.to_dense()).{what}"
         )
 
     def _this(self) -> BaseLinearOperator:
@@ -311,6 +330,8 @@ def within(index: Any, size: int, device: torch.device) -> Any:
         where = torch.as_tensor(index, device=device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise _no_index(index) from error
+    if isinstance(index, list) and not index:
+        return where.long()  # torch takes an empty list for floats
     if where.is_floating_point() or where.is_complex():
         raise _no_index(index)
     if where.dtype == torch.bool:

@@ -23,11 +23,14 @@ __all__ = [
     "as_operator",
     "broadcast",
     "complete",
+    "hadamard",
     "inverses",
     "multiples",
+    "orthogonal",
     "plus_diagonal",
     "products",
     "selections",
+    "stacks",
     "states",
     "sums",
 ]
@@ -159,10 +162,13 @@ def complete() -> None:
 
 sums = Rule("sums", "A + B", 2)  # (A, B, info)
 products = Rule("products", "A @ B", 2)  # (A, B, info)
+hadamard = Rule("hadamard", "A * B", 2)  # (A, B, info)
 as_operator = Rule("as_operator", "the operator of a matrix", 1)  # (anything that is a matrix)
 selections = Rule("selections", "A[rows, columns]", 1)  # (A, rows, columns or None for rows, info)
+stacks = Rule("stacks", "matrices as one batch", 1)  # (a list of operators of one shape)
 broadcast = Rule("broadcast", "A with batch dimensions", 1)  # (A, batch_shape)
 multiples = Rule("multiples", "c A", 1)  # (A, c)
+orthogonal = Rule("orthogonal", "A as a matrix of eigenvectors", 1)  # (A)
 inverses = Rule("inverses", "the lazy inverse of A", 1)  # (A)
 # (A, d), of an A that has no closed form for this d
 plus_diagonal = Rule("plus_diagonal", "A + diag(d)", 1)

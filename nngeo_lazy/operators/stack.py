@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import rules
 from .base import BaseLinearOperator, Krylov
 from .damping import Damping
-from .info import Info
+from .info import Info, joint
 from .lazy import LazyLinearOperator
 
 __all__ = ["StackLinearOperator"]
@@ -144,6 +146,12 @@ class StackLinearOperator(LazyLinearOperator):
             return StackLinearOperator(self)
         return self._mapped(lambda member: member._unsqueeze_batch(dim - 1))
 
+    def _restrict(self, names: tuple[str, ...]) -> BaseLinearOperator:
+        return self._mapped(lambda member: member._restrict(names))
+
+    def _principal(self, index: Tensor, columns: Tensor | None, info: Info) -> BaseLinearOperator:
+        return self._mapped(lambda member: member._principal(index, columns, info))
+
     def _kind(self) -> str:
         return f"{len(self.members)} of {self.members[0]._kind()}"
 
@@ -161,3 +169,10 @@ class StackLinearOperator(LazyLinearOperator):
         parts = v.expand(*lead, *v.shape[-2:]).unbind(dim)
         made = [function(*pair) for pair in zip(self.members, parts, strict=True)]
         return torch.stack(made, dim)
+
+
+@rules.stacks.register(list)
+def _(members: list[BaseLinearOperator]) -> BaseLinearOperator:
+    if not members:
+        raise ValueError("expected a batch of at least one matrix, got an empty one")
+    return StackLinearOperator(*members, info=reduce(joint, (each.info for each in members)))

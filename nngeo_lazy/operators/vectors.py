@@ -19,6 +19,7 @@ __all__ = [
     "VectorLike",
     "columns",
     "flattened",
+    "is_symmetric",
     "require_fitting",
     "require_left",
     "require_tensor",
@@ -129,6 +130,15 @@ def flattened(v: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     wide = v.movedim(-2, 0)
     shape = wide.shape[1:]
     return wide.reshape(wide.shape[0], -1), lambda x: x.reshape(-1, *shape).movedim(0, -2)
+
+
+def is_symmetric(A: Tensor) -> bool:
+    """Whether a matrix (..., n, n) is symmetric up to rounding; NaN is nobody's fault here."""
+    if A.shape[-2] != A.shape[-1]:
+        return False
+    sizes = A.detach().abs()
+    allowed = 1e-5 * sizes + (1e-6 * sizes.max() if A.numel() else 0.0)
+    return not bool(((A - A.mT).detach().abs() > allowed).any())
 
 
 def require_fitting(

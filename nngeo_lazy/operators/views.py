@@ -19,6 +19,7 @@ __all__ = [
     "BroadcastLinearOperator",
     "ForeignLinearOperator",
     "InverseLinearOperator",
+    "OrthogonalLinearOperator",
     "RestrictedLinearOperator",
 ]
 
@@ -122,6 +123,61 @@ class InverseLinearOperator(LazyLinearOperator):
         return self._apply(self.base._draw(n, generator))
 
 
+class OrthogonalLinearOperator(LazyLinearOperator):
+    """Eigenvectors, or singular vectors, as the columns of a square matrix: its inverse is Q^T.
+
+    What they are held in takes symmetric matrices, and would solve for one.
+
+    Args:
+        base: Q.
+        info: what is known besides the numbers.
+    """
+
+    def __init__(self, base: BaseLinearOperator, *, info: Info | None = None) -> None:
+        super().__init__(base, info=info)
+        self.base = base
+
+    _implicit_in_tensors = False
+    _implicit_in_vector = False
+
+    @property
+    def known_symmetric(self) -> bool:
+        """Eigenvectors are no symmetric matrix."""
+        return False
+
+    def _size(self) -> torch.Size:
+        return cast(torch.Size, self.base.shape)
+
+    def _transpose_nonbatch(self) -> BaseLinearOperator:
+        return OrthogonalLinearOperator(self.base._transpose_nonbatch(), info=self.info)
+
+    def _apply(self, v: Tensor) -> Tensor:
+        return self.base._apply(v)
+
+    def _solve_columns(self, v: Tensor, krylov: Krylov) -> Tensor:
+        return cast(Tensor, self.base._transpose_nonbatch()._apply(v))
+
+    def _inverse(self) -> BaseLinearOperator:
+        return self._transpose_nonbatch()
+
+    def _norm(self, ord: Any) -> Tensor:
+        one = torch.ones(self.batch_shape, dtype=self.dtype, device=self.device)
+        n = self.shape[-1]  # singular values, each of them 1
+        norm: Tensor = one * {"fro": n**0.5, "nuc": float(n)}.get(ord, 1.0)
+        return norm
+
+    def _diagonal(self) -> Tensor:
+        return self.base._diagonal()
+
+    def _dense(self) -> Tensor:
+        return self.base._dense()
+
+    def _getitem(self, row_index: Any, col_index: Any, *batch_indices: Any) -> Any:
+        part = self.base._getitem(row_index, col_index, *batch_indices)
+        whole = _is_noop_index(row_index) and _is_noop_index(col_index)
+        return OrthogonalLinearOperator(part, info=self.info) if whole else part
+
+
 class ForeignLinearOperator(LazyLinearOperator):
     """Any operator of linear_operator, with our members and an accurate solve.
 
@@ -142,6 +198,11 @@ class ForeignLinearOperator(LazyLinearOperator):
 
     def _apply(self, v: Tensor) -> Tensor:
         return cast(Tensor, self.base._matmul(v))
+
+    @property
+    def known_symmetric(self) -> bool:
+        """Triangular ones, among others, are not."""
+        return False
 
     def _dense(self) -> Tensor:
         return cast(Tensor, self.base.to_dense())
@@ -236,8 +297,15 @@ class BroadcastLinearOperator(LazyLinearOperator):
         spread = values.expand(*self.repeats, values.shape[-1])
         return spread, BroadcastLinearOperator.of(basis, self.repeats)
 
+    def _restrict(self, names: tuple[str, ...]) -> BaseLinearOperator:
+        return BroadcastLinearOperator.of(self.base._restrict(names), self.repeats)
+
     def _expand_batch(self, batch_shape: Any) -> Any:
         return BroadcastLinearOperator.of(self.base, torch.Size(batch_shape))
+
+    def _sum_batch(self, dim: int) -> Any:
+        rest = (*self.repeats[:dim], *self.repeats[dim + 1 :])
+        return self.base._scale(float(self.repeats[dim]))._expand_batch(rest)
 
     def _unsqueeze_batch(self, dim: int) -> Any:
         return self._expand_batch((*self.repeats[:dim], 1, *self.repeats[dim:]))
@@ -267,6 +335,7 @@ def _(
     return RestrictedLinearOperator(A, rows, cols, info=info)
 
 
+rules.orthogonal.register(BaseLinearOperator)(OrthogonalLinearOperator)
 rules.broadcast.register(BaseLinearOperator)(BroadcastLinearOperator.of)
 
 

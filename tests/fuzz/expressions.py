@@ -311,7 +311,7 @@ def vectors(size: int) -> Tensor:
 def distinct(A: Tensor) -> Tensor:
     """Eigenvalues, of which a repeated one counts once, as it does for one starting vector."""
     values = torch.linalg.eigvalsh(A)
-    gaps = values.diff() > 1e-6 * values.abs().max()
+    gaps = values.diff() > 1e-12 * values.abs().max()
     if bool((gaps & (values.diff() < 1e-3 * values.abs().max())).any()):
         raise UnfitError("eigenvalues that are nearly one")
     kept = values[torch.cat([gaps, torch.ones(1, dtype=torch.bool)])]

@@ -156,6 +156,7 @@ def operators() -> dict[str, BaseLinearOperator]:
         "inverse": InverseLinearOperator(total),
         "restricted": RestrictedLinearOperator(total, torch.arange(N).flip(0)),
         "broadcast": made["dense"].expand(2, N, N),
+        "orthogonal": torch.linalg.eigh(made["dense"])[1],
     }
 
 
