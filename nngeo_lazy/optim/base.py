@@ -10,12 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..collectives import replicated
-from ..errors import DataError, NonFiniteError, NonFiniteWarning
+from ..errors import DataError, NonFiniteError
 from ..likelihoods.heads import Heads
 from ..operators import BaseLinearOperator
-from ..operators.report import Report, Row
-from ..operators.warn import warn
+from ..operators.report import Report
 from ..representations import Factored
 from ..selectors import space_of
 from ..space import ParamSpace
@@ -24,22 +22,27 @@ from .direction import Direction
 from .exact import exact_curvature, mean_eigenvalue
 from .framing import Framing
 from .loop import Loop
-from .measure import Loss, Reading, Touched, changed, read
+from .loss import Loss
+from .measure import Reading, Touched, changed, read
 from .options import Options
 from .passed import examples_of
 from .replay import float_math
 from .saving import checked_state, restored
 from .scores import Scores
 from .setup import (
+    UNUSED,
     agree,
     checked_damping,
     first_damping,
     group_of,
     groups_of,
+    reported,
     require_whole,
     resolved,
+    warn_skipped,
 )
 from .solving import Dampings, Vectors, conjugate_gradients
+from .whole import Whole, worked_on
 
 __all__ = ["CurvatureOptimizer"]
 
@@ -61,12 +64,14 @@ class CurvatureOptimizer(torch.optim.Optimizer):
     ) -> None:
         require_whole(model)
         self._given, self._options = model, options
-        self._model, self._group = replicated(model)
+        self._model, self._group = worked_on(model)
+        self._whole = Whole(model, self._model, options, weakref.ref(self))
         self._watching = False
         defaults = {**defaults, "damping": first_damping(options.damping)}
-        groups = groups_of(self._model, params)
+        groups = groups_of(self._model, self._whole.named(params))
+        named = [pair for group in groups for pair in group["params"]]
         self._following = [k for k, group in enumerate(groups) if "damping" not in group]
-        super().__init__(groups, defaults)
+        super().__init__([self._whole.pieces(group) for group in groups], defaults)
         self._free, self._stored = resolved(options.representation)
         if self._free is not None or isinstance(self._stored, Factored):
             # the curvature of one batch is singular if the gradients of others are not zero
@@ -74,7 +79,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         kinds = [] if self._free is None else ["HessianFree"]
         stored = [] if self._stored is None else [self._stored.described()]
         self._kind = " with ".join([*kinds, *stored])
-        agree(self._group, self.param_groups, self._options, self._kind)
+        agree(self._group, named, self._options, self._kind)
         self._steps = 0
         self._started = 0  # the step that the present parameters were first watched at
         self._skipped = torch.zeros((), dtype=torch.int64, device="cpu")
@@ -137,20 +142,13 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
     def report(self) -> Report:
         """One row for each parameter: its block, or why it takes the plain gradient."""
-        rows = {row.parameter: row for row in self.operator.report()}
-        plain = {**self._loop.plain}
-        for name in self._loop.independent or ():
-            plain.setdefault(name, "the outputs do not depend on it")
-        for name, note in plain.items():
-            if name not in rows or self._free is not None:
-                size = self._space.slices[name].stop - self._space.slices[name].start
-                owner = self._space.owner(name)
-                rows[name] = Row(name, owner, "", "none: plain gradient", size, 0, note)
-        return Report([rows[name] for name in self._space.names])
+        plain = {**dict.fromkeys(self._loop.independent or (), UNUSED), **self._loop.plain}
+        return reported(self.operator, self._space, plain, self._free is not None)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset all gradients, and forget what their passes told of the curvature."""
         super().zero_grad(set_to_none)
+        self._whole.forget()
         self._loop.forget()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -161,7 +159,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         if not self._watching:
             super().add_param_group(param_group)
             return
-        super().add_param_group(group_of(self._model, param_group))
+        group = group_of(self._model, self._whole.named(param_group))
+        super().add_param_group(self._whole.pieces(group))
         if "damping" not in param_group:
             self._following.append(len(self.param_groups) - 1)
         self._started = self._steps
@@ -249,6 +248,11 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         return self._free is not None
 
     @property
+    def watches(self) -> bool:
+        """Whether the next pass is recorded, or run again."""
+        return self._loop.recording or self._loop.replaying
+
+    @property
     def _bounded(self) -> bool:
         return self._options.radius is not None
 
@@ -290,6 +294,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
         It is zero if a gradient is not finite, which is known on the device alone.
         """
+        self._whole.pull(gradients=True)
         self._loop.require_same_parameters()
         gradients = self._gradients()
         self._exact = None
@@ -347,14 +352,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         """Warn of steps that were left out since the last report."""
         skipped = self.skipped_steps
         if reason or skipped > self._warned:
-            what = (
-                f"the gradients of {skipped - self._warned} steps since the last report were not "
-                "finite, and they moved no parameter"
-            )
-            if reason:
-                what += f"; the curvature was not refreshed ({reason})"
-            message = f"{what}: lower lr, raise damping, or clip gradients"
-            warn(NonFiniteWarning(message, skipped - self._warned))
+            warn_skipped(skipped - self._warned, reason)
             self._warned = skipped
 
     def _frame(self) -> Direction:
@@ -439,6 +437,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
     def _end_step(self) -> None:
         self._steps += 1
         try:
+            self._whole.forget()
             self._loop.forget()
             self._reading = None
             if self._free is None:

@@ -20,7 +20,8 @@ from ..operators import BaseLinearOperator
 from ..representations import Streamed
 from ..statistics import pool_statistics
 from .loop import Loop
-from .measure import Reading, Seen, Units
+from .loss import Units
+from .measure import Reading, Seen
 from .options import Options, Schedule
 from .passed import Passed, Run
 from .running import Forms, Running

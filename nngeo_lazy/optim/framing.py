@@ -17,7 +17,7 @@ from ..operators import (
 from ..space import ParamSpace
 from .coordinates import Coordinates, EigenFrame, Frame, has_eigenvectors
 from .direction import Direction
-from .measure import Loss
+from .loss import Loss
 from .options import Options
 from .solving import Dampings, Solver
 from .trust import Trust

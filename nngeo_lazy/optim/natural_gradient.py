@@ -255,6 +255,7 @@ class NaturalGradient(CurvatureOptimizer):
                 torch._foreach_copy_(weights, held)
         for weights, change, lr in made:
             torch._foreach_sub_(weights, change, alpha=part * lr)
+        self._whole.push(gradients=False)
 
     # --- the quadratic model's step --------------------------------------------------------------
 
@@ -263,7 +264,7 @@ class NaturalGradient(CurvatureOptimizer):
     ) -> list[Tensor]:
         """The combination of the directions and the last steps; a masked step leaves the latter."""
         kept = [
-            self.state[self._parameters[n]].setdefault("last_step", torch.zeros_like(s))
+            self.state[self._owned[n]].setdefault("last_step", torch.zeros_like(s))
             for n, s in zip(names, steps, strict=True)
         ]
         momentum = factors[1] if self._last_steps else 0 * factors[1]
@@ -271,11 +272,18 @@ class NaturalGradient(CurvatureOptimizer):
         torch._foreach_add_(kept, torch._foreach_mul(steps, factors[0]))
         return list(torch._foreach_mul(kept, on))
 
+    @property
+    def _owned(self) -> dict[str, Tensor]:
+        """The parameters of the groups, by name."""
+        groups = self.param_groups
+        pairs = (zip(g["param_names"], g["params"], strict=True) for g in groups)
+        return {name: p for each in pairs for name, p in each}
+
     def _from_model(self, steps: Vectors) -> Tensor:
         """The factors of the direction and of the last step, which minimise the quadratic model."""
         last = {
             name: self.state[p]["last_step"]
-            for name, p in self._parameters.items()
+            for name, p in self._owned.items()
             if self._last_steps and "last_step" in self.state[p]
         }
         columns = torch.stack([self._flat(steps), self._flat(last)], -1)

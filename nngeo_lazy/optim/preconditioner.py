@@ -119,6 +119,7 @@ class Preconditioner(CurvatureOptimizer):
                         p.grad.zero_()
             else:
                 self._replace(*taken)
+            self._whole.push(gradients=True)
         self._end_step()
         return loss
 

@@ -128,10 +128,11 @@ class Trust:
         room = (wanted / (changed.clamp_min(0) + tiny)).sqrt()
         return float(torch.where(changed.isfinite(), room, torch.zeros_like(room)))
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Tensor]:
         """All numbers."""
         names = ("means", "h", "rho", "dispersion", "spread")
-        return {**{name: getattr(self, "_" + name).clone() for name in names}, "far": self.far}
+        numbers = {name: getattr(self, "_" + name).clone() for name in names}
+        return {**numbers, "far": torch.tensor(self.far, device="cpu")}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take them over."""
