@@ -35,12 +35,13 @@ from .parts import Kind, Part
 from .passes import Cutter, Pass, Plan, Recorded, gradients_at
 from .proof import Probe, Probed, Unproved, probe_folds, scales_of
 from .record import Recorder
-from .union import joined
+from .union import joined, widened
 
 __all__ = ["Capture", "PartsChangedError", "Recorded", "UnprovedError"]
 
 SAMPLED = 5  # examples of a large first batch that the plan is made from
 SMALL = 9  # a first batch of no more examples is looked at as a whole
+HELD_PLANS = 64  # of passes that differ in which entries of parameters they use
 
 
 class UnprovedError(UnsupportedLayerError):
@@ -61,6 +62,7 @@ class Capture:
         through: whether parameters are followed through what the model makes of them, for which the
             graph of a pass must be whole when its forms are used.
         held: whether the forms of all outputs of a piece are held at once: pieces are then smaller.
+        ahead: whether the parts must serve later batches that use other entries of parameters.
     """
 
     def __init__(
@@ -71,14 +73,16 @@ class Capture:
         *,
         through: bool = True,
         held: bool = False,
+        ahead: bool = False,
     ) -> None:
         self._through = through
         self._held = held
+        self._ahead = ahead
         self._model = model
         self._space = space
         self._forward = forward
         self._parameters = space.parameters(model)
-        self._plans: dict[tuple[str | int, ...], Plan] = {}  # by what the pass did
+        self._plans: dict[tuple[str | int, ...], tuple[Plan, ...]] = {}  # by what the pass did
         self._plan: Plan | None = None  # the last one
         self._cutter: Cutter | None = None
         self._parts: list[Part] | None = None
@@ -154,7 +158,9 @@ class Capture:
         record = replace(record, outputs=outputs.detach())
         plan = self._plan
         if plan is None or not plan.fits(record):
-            plan = next((p for p in self._plans.values() if p.fits(record)), None)
+            plan = next(
+                (p for known in self._plans.values() for p in known if p.fits(record)), None
+            )
         believed = record.signature.alike and plan is not None and not (plan.silent or plan.ragged)
         if plan is None or not (proved or believed):
             return None
@@ -216,16 +222,17 @@ class Capture:
         """A plan that is believed for this pass."""
         if record.drawn:
             require_repeatable(record, self._plain)
-        plan = self._plans.get(record.signature.nodes)
-        if plan is None:
-            plan = self._replan(record)
-        elif plan.ragged or not (record.signature.alike and plan.fits(record)):
+        known = self._plans.get(record.signature.nodes)
+        if known is None:
+            return self._take(record, self._replan(record))
+        plan = next((plan for plan in known if plan.fits(record)), None)
+        if plan is None or plan.ragged or not record.signature.alike:
             return self._proved(record)
         return self._take(record, plan)
 
     def _proved(self, record: Pass) -> Plan:
         """A plan that is proved on a pass like others before."""
-        plan = replace(self._prove(record), cutter=self._plans[record.signature.nodes].cutter)
+        plan = replace(self._prove(record), cutter=self._plans[record.signature.nodes][0].cutter)
         self._require_apart(record, plan)
         return self._take(record, plan)
 
@@ -249,9 +256,12 @@ class Capture:
         """Keep a plan, and the parts that it shares with those before."""
         if plan.parts == self._parts:
             plan = replace(plan, parts=self._parts)
-        self._plan = self._plans[record.signature.nodes] = plan
+        before = self._plans.get(record.signature.nodes, ())
+        others = [known for known in before if known.keys != plan.keys]  # of other entries, say
+        self._plan, self._plans[record.signature.nodes] = plan, (plan, *others[: HELD_PLANS - 1])
         if self._parts is None:
-            self._parts = plan.parts
+            wide = widened(self._space, plan.parts) if self._ahead else plan.parts
+            self._parts = plan.parts if wide == plan.parts else wide
         elif self._parts is not plan.parts:
             parts = joined(self._space, self._parts, plan.parts)
             self._parts = self._parts if parts == self._parts else parts

@@ -22,7 +22,7 @@ from .inputs import Inputs
 from .parts import Gradient, Kind, Part
 from .record import Recorder
 from .signature import Signature, signature_of
-from .union import form_of
+from .union import forms_of
 
 __all__ = ["Cutter", "Pass", "Plan", "Recorded", "gradients_at"]
 
@@ -316,7 +316,7 @@ class Recorded:
             return forms
         like = torch.zeros((), dtype=self.dtype, device=self.record.outputs.device)
         shape = (len(collected), self.record.n)
-        return [form_of(part, self.plan.parts, forms, shape, like) for part in self.parts]
+        return forms_of(self.parts, self.plan.parts, forms, shape, like)
 
     def gradient(self, call: int, given: Sequence[Tensor | None]) -> Gradient:
         """What arrived at a call's output, for each direction."""

@@ -273,7 +273,7 @@ class Loop:
             # leads from weights to parameters, and observed ones behind it.
             through = self.scorer is not None and not self.scorer.empirical
             forward = _Forward(self._heads)
-            capture = Capture(self.model, self.space, forward, through=through)
+            capture = Capture(self.model, self.space, forward, through=through, ahead=True)
             parts = self._prove(capture, raw)
             out = [part for part in parts if part.kind in (Kind.GENERAL, Kind.UNUSED)]
             if not out:
