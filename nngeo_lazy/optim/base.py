@@ -313,8 +313,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             direction.trust.see_dispersion(self._loss.dispersion)
         on = direction.take(gradients, self._loss.scale if self._bounded else None)
         self._skipped += on == 0
-        step = direction.step
-        return direction, {name: step[name].reshape(g.shape) for name, g in gradients.items()}
+        return direction, direction.of({name: self._parameters[name] for name in gradients})
 
     def _refresh(self, gradients: Vectors) -> None:
         """Take the passes of this step into the curvature, if a refresh is due."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .coordinates import Coordinates, EigenFrame, Frame
-from .trust import Trust
+from .trust import Trust, shorten
 
 __all__ = ["Direction"]
 
@@ -129,6 +129,13 @@ class Direction:
         if known < len(x):
             self._formless(known, share, squares, rates[1], on)
         return on
+
+    def of(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The step of some parameters, in their shapes: shortened if something bounds it."""
+        steps = {name: self.step[name].reshape(p.shape) for name, p in parameters.items()}
+        if self.trust is not None:
+            shorten(steps, parameters)
+        return steps
 
     def _clip(self, trust: Trust) -> None:
         """Shorten a gradient that explodes, so that it does not stay in the averages for long."""

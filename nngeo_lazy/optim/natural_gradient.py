@@ -33,8 +33,9 @@ class NaturalGradient(CurvatureOptimizer):
 
     m is the running average of gradients. nu bounds how much a step changes the model's
     predictions: by about `radius` nats, which the steps that refresh the curvature measure with one
-    more forward pass. The learning rate eta multiplies the whole step, so that schedulers work as
-    ever. `docs/optimizers.md` has all formulas.
+    more forward pass. No parameter moves by more than 0.3 of its size. The learning rate eta
+    multiplies the whole step, so that schedulers work as ever. `docs/optimizers.md` has all
+    formulas.
 
     The loop stays ordinary: `loss = loss_fn(model(x), y)`, `loss.backward()`, `optimizer.step()`.
     Forward passes are watched. On every `update_every`-th step their layers are recorded. The

@@ -464,3 +464,61 @@ def test_a_model_that_draws_its_noise_in_evaluation_mode(representation):
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
     assert {row.parameter for row in optimizer.report() if row.note} == set()
+
+
+# --- parameters that hardly matter yet ------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """One head over four tokens, and a classifier; all weights start small, as transformers' do."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(12, 8)
+        self.norm = nn.LayerNorm(8)
+        self.query, self.key, self.value = (nn.Linear(8, 8) for _ in range(3))
+        self.head = nn.Linear(8, 3)
+        for p in self.parameters():
+            if p.dim() > 1:
+                nn.init.normal_(p, std=0.02)
+
+    def forward(self, ids):
+        x = self.norm(self.embed(ids))
+        scores = self.query(x) @ self.key(x).mT
+        return self.head((scores.softmax(-1) @ self.value(x)).mean(1))
+
+
+def tokens():
+    ids = torch.randint(12, (64, 4), generator=torch.Generator().manual_seed(0))
+    return ids, ids.amax(1) // 4
+
+
+@pytest.mark.parametrize("behind", [None, "sgd"])
+@pytest.mark.parametrize("representation", KINDS)
+def test_a_step_moves_no_parameter_by_more_than_a_share_of_its_size(representation, behind):
+    torch.manual_seed(0)
+    model, (ids, y) = Attention().double(), tokens()
+    if behind is None:
+        optimizer = NaturalGradient(model, representation, seed=0)
+        steps = [optimizer]
+    else:
+        optimizer = Preconditioner(model, representation, seed=0)
+        steps = [optimizer, torch.optim.SGD(model.parameters(), lr=1.0)]
+    longest = 0.0
+    for _ in range(3):
+        before = [p.detach().clone() for p in model.parameters()]
+        backward(optimizer, model, ids, y)
+        for each in steps:
+            each.step()
+        for p, old in zip(model.parameters(), before, strict=True):
+            size = max(float(old.norm()), 0.01 * old.numel() ** 0.5)
+            longest = max(longest, float((p.detach() - old).norm()) / size)
+    assert longest == pytest.approx(0.3)  # it would be above 1,000 for queries and keys
+
+
+def test_networks_with_small_first_weights_learn():
+    torch.manual_seed(0)
+    model, (ids, y) = Attention(), tokens()
+    optimizer = NaturalGradient(model, seed=0)
+    losses = train(optimizer, model, ids, y, 40)
+    assert losses[0] > 1.0 > 0.01 > losses[-1]  # it would be 0.2
