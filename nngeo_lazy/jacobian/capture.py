@@ -390,13 +390,15 @@ class Capture:
                 note = Unproved(f"{call.note} ({note})" if call.note else note)
                 names = {name for weight in call.weights.values() for name in weight.names}
                 general.update(dict.fromkeys(names, note))
-        for part in make_parts(self._space, record.calls, general, unused):
-            if not part.members:
-                continue
-            found = Probed(record.calls, folds, probe, gradients, self._parameters, self._space)
-            if why := found.disagreement(part, record.n):
-                general.update(dict.fromkeys(part.names, why))
-        return make_parts(self._space, record.calls, general, unused)
+        parts = make_parts(self._space, record.calls, general, unused)
+        found = Probed(record.calls, folds, probe, gradients, self._parameters, self._space)
+        demoted: dict[str, str] = {}
+        for part in parts:
+            if part.members and (why := found.disagreement(part, record.n)):
+                demoted.update(dict.fromkeys(part.names, why))
+        if demoted:
+            return make_parts(self._space, record.calls, general | demoted, unused)
+        return parts
 
 
 def _comparable(few: Pass, record: Pass) -> bool:
