@@ -34,7 +34,7 @@ from .grouping import make_parts
 from .parts import Kind, Part
 from .passes import Cutter, Pass, Plan, Recorded, gradients_at
 from .proof import Probe, Probed, Unproved, probe_folds, scales_of
-from .record import Recorder
+from .record import Made, Recorder
 from .union import joined, widened
 
 __all__ = ["Capture", "PartsChangedError", "Recorded", "UnprovedError"]
@@ -190,9 +190,9 @@ class Capture:
 
     def recorder(self, raw: Any, *, training: bool = False) -> Recorder:
         """A recorder of a pass over this batch."""
-        return self._recorder(raw, training, None if self._plan is None else self._plan.constants)
+        return self._recorder(raw, training, () if self._plan is None else self._plan.constants)
 
-    def _recorder(self, raw: Any, training: bool, examples: Sequence[bool] | None) -> Recorder:
+    def _recorder(self, raw: Any, training: bool, examples: Sequence[Made]) -> Recorder:
         return Recorder(
             self._model,
             self._parameters,
@@ -202,7 +202,7 @@ class Capture:
             examples=examples,
         )
 
-    def _record(self, raw: Any, examples: Sequence[bool] | None = None) -> Pass:
+    def _record(self, raw: Any, examples: Sequence[Made] | None = None) -> Pass:
         before = draws(self._space.device)
         with (
             self.recorder(raw)
@@ -292,11 +292,11 @@ class Capture:
         alone, few = outputs_alone(record, self._record, self._plain)
         if alone is Alone.DOUBTFUL:
             require_gradients_alone(record, self._plain, list(self._parameters.values()))
-        if few is None or record.n <= PROBED or not _comparable(few, record):
-            few = None
-        if few is not None and few.examples != record.examples:
+        if few is not None and record.n > few.n and _by_accident(few, record):
             # as many positions as examples, by accident: the few examples tell
             record = self._record(record.raw, few.examples)
+        if few is None or record.n <= PROBED or not _comparable(few, record):
+            few = None
         alike = record.signature.alike
         plan = None if few is None or not alike else self._prove(few)
         if plan is None or not plan.fits(record):
@@ -404,6 +404,12 @@ class Capture:
 def _comparable(few: Pass, record: Pass) -> bool:
     """Whether what is proved of a few examples holds for all."""
     return few.keys == record.keys and few.idle == record.idle and few.signature.alike
+
+
+def _by_accident(few: Pass, record: Pass) -> bool:
+    """Whether a constant is as long as a batch, and not as a few of its examples."""
+    pairs = zip(few.examples, record.examples, strict=False)
+    return any(own and mine is False for (_, mine), (_, own) in pairs)
 
 
 def _because(notes: Sequence[str]) -> str:
