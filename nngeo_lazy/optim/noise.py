@@ -1,19 +1,20 @@
-"""Forward passes without chance: what a model draws is a constant."""
+"""Forward passes without chance: evaluation mode, and constants for what a model draws."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import StochasticModelError
 from .replay import RandomState
 
-__all__ = ["Quiet", "proved"]
+__all__ = ["Quiet", "evaluating", "proved"]
 
 Thing = TypeVar("Thing")
 
@@ -56,3 +57,16 @@ def proved(prove: Callable[[], Thing], device: torch.device) -> Thing:
     except StochasticModelError:
         with RandomState.now(device).forked(), Quiet():  # type: ignore[no-untyped-call]
             return prove()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, every module is in evaluation mode."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -209,10 +209,10 @@ def warn_skipped(count: int, reason: str) -> None:
         count: of so many steps since the last report.
         reason: why the curvature was not refreshed; empty if it was.
     """
-    what = (
+    skipped = (
         f"the gradients of {count} steps since the last report were not finite, and they moved no "
         "parameter"
     )
-    if reason:
-        what += f"; the curvature was not refreshed ({reason})"
+    kept = f"the curvature was not refreshed ({reason})"
+    what = "; ".join([skipped] * bool(count or not reason) + [kept] * bool(reason))
     warn(NonFiniteWarning(f"{what}: lower lr, raise damping, or clip gradients", count))
