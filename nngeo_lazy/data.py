@@ -244,8 +244,11 @@ class Batches:
                     outputs = localised(self._forward, model)(model, raw)
                 else:
                     args, kwargs = self._call(raw)
-                    _require_inputs(model, args, kwargs)
                     outputs = model(*args, **kwargs)
+        except TypeError:
+            if self._forward is None:
+                _require_inputs(model, *self._call(raw))
+            raise
         except RuntimeError as error:
             if type(error) is not RuntimeError or torch._C._functorch.maybe_current_level():
                 raise  # under a transform it may be about the derivative
@@ -379,16 +382,13 @@ def _kind(entry: Any) -> str:
 
 
 def _require_batch(raw: Any) -> None:
-    if _kind(raw) not in ("tensor", "sequence", "mapping") or not _holds_tensor(raw):
+    holds = any(_kind(leaf) == "tensor" for leaf in tree.leaves(raw))
+    if _kind(raw) not in ("tensor", "sequence", "mapping") or not holds:
         raise DataError(
             "expected a batch to be a tensor, a sequence (inputs, target, ...) or a mapping of "
             f"tensors, got {_structure(raw, False)}: convert it, or pass "
             "forward=lambda model, batch: ..."
         )
-
-
-def _holds_tensor(value: Any) -> bool:
-    return any(_kind(leaf) == "tensor" for leaf in tree.leaves(value))
 
 
 def _label(raw: Mapping[Any, Any]) -> str | None:

@@ -15,7 +15,7 @@ from .collectives import ALONE, Group, cut_like, refuse_sharded
 from .errors import DataError
 from .skeleton import skeleton
 
-__all__ = ["gathered", "whole_vectors"]
+__all__ = ["fully_sharded", "gathered", "processes_of", "whole_vectors"]
 
 
 def gathered(model: nn.Module, group: Group | None) -> nn.Module:
@@ -31,7 +31,7 @@ def gathered(model: nn.Module, group: Group | None) -> nn.Module:
         DataError: the data say nothing of processes, or name others than have the pieces, or the
             model is cut in other ways, too.
     """
-    if not any(_fully_sharded(module) for module in model.modules()):
+    if not fully_sharded(model):
         return model
     known = ALONE if group is None else group
     with known.together("a model in pieces"):
@@ -44,9 +44,20 @@ def gathered(model: nn.Module, group: Group | None) -> nn.Module:
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key in [key for key, hook in hooks.items() if _of_torch(hook, "fsdp")]:
                 del hooks[key]
-        if _fully_sharded(module):
+        if _in_pieces(module):
             module.__class__ = type(module).__mro__[2]  # FSDPLinear, FSDPModule, Linear
     return made
+
+
+def fully_sharded(model: Any) -> bool:
+    """Whether `fully_shard` was called on a model, or on a part of it."""
+    return isinstance(model, nn.Module) and any(_in_pieces(module) for module in model.modules())
+
+
+def processes_of(model: nn.Module) -> Group:
+    """The processes that have the pieces of a model."""
+    meshes: list[Any] = [p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")]
+    return Group.of(meshes[0].get_group() if meshes and meshes[0].ndim == 1 else None)
 
 
 def whole_vectors(
@@ -64,7 +75,7 @@ def whole_vectors(
     return {**vectors, **whole}, back
 
 
-def _fully_sharded(module: nn.Module) -> bool:
+def _in_pieces(module: nn.Module) -> bool:
     """Whether `fully_shard` was called on a module; its class says so, without a slow import."""
     return any(
         kind.__name__ == "FSDPModule" and kind.__module__.startswith("torch.distributed.fsdp")

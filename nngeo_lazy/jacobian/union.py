@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from ..layout import Layout
 from ..space import ParamSpace
-from .forms import Form, Outer, Rows
+from .forms import Form, Outer, Placed, Rows
 from .inputs import DenseInputs
 from .parts import Kind, Part, gaps
 from .summed import Summed
 
-__all__ = ["Absent", "form_of", "joined", "same"]
+__all__ = ["Absent", "forms_of", "joined", "same", "widened"]
 
 NOTE = "batches use it in different ways"
+OTHERS = "batches may use other entries of it"
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,60 @@ def joined(space: ParamSpace, before: Sequence[Part], now: Sequence[Part]) -> li
         elif together := _by_entries(space, mine, other):
             parts += together
         else:
-            parts += [_rows(space, name, mine) for name in space.names if name in names]
+            for name in (name for name in space.names if name in names):
+                whole = _rows(space, name, mine, NOTE)
+                parts.append(next((part for part in mine if same(part, whole)), whole))
+    return _sorted(parts)
+
+
+def widened(space: ParamSpace, parts: Sequence[Part]) -> list[Part]:
+    """Parts for later batches, too, that may use other entries of the parameters.
+
+    If a batch has rows of some entries, they become rows of the whole parameter. If it uses some
+    matrices of a stack, the others are taken for ones that are used alike. Other entries that it
+    does not use stay a part without a form.
+    """
+    made: list[Part] = []
+    for names in _components(parts):
+        mine = [part for part in parts if names.issuperset(part.names)]
+        used = [part for part in mine if part.kind is not Kind.UNUSED]
+        if used and len(used) < len(mine):
+            if all(part.kind is Kind.ROWS for part in used):
+                whole = [name for name in space.names if name in names]
+                mine = [_rows(space, name, used, OTHERS) for name in whole]
+            else:
+                mine = _stacked(space, used) or mine
+        made += mine
+    return _sorted(made)
+
+
+def _stacked(space: ParamSpace, used: Sequence[Part]) -> list[Part]:
+    """One part for each matrix of a stack, with the biases that go with it; none if it is no such.
+
+    Args:
+        space: the selected parameters.
+        used: the matrices that a batch uses.
+    """
+    first, known = used[0], dict(zip(space.names, space.shapes, strict=True))
+    shapes = [known[name] for name in first.names]
+    if first.kind is not Kind.OUTER or not all(shapes):
+        return []
+    starts = [space.slices[name].start for name in first.names]
+    sizes = [where.stop - where.start for where in first.layout.slices]
+    counts = {shape[0] for shape in shapes}
+    whole = [size * shape[0] for size, shape in zip(sizes, shapes, strict=True)]
+    if len(counts) > 1 or whole != [shape.numel() for shape in shapes]:
+        return []
+    parts = []
+    for k in range(*counts):
+        pieces = zip(first.layout.pieces, starts, sizes, strict=True)
+        own = {piece.start: start + k * size for piece, start, size in pieces}
+        parts.append(replace(first, layout=first.layout.shifted(own)))
+    fits = all(any(same(part, mine) for part in parts) for mine in used)
+    return parts if fits else []
+
+
+def _sorted(parts: Sequence[Part]) -> list[Part]:
     return sorted(parts, key=lambda part: min(piece.start for piece in part.layout.pieces))
 
 
@@ -74,7 +128,26 @@ def _overlap(a: Part, b: Part) -> bool:
     )
 
 
-def form_of(
+def forms_of(
+    parts: Sequence[Part],
+    others: Sequence[Part],
+    forms: Sequence[Form | None],
+    shape: tuple[int, int],
+    like: Tensor,
+) -> list[Form | None]:
+    """The forms of the parts of all batches, from those of one batch; see `_form_of`."""
+    at = {other.layout: k for k, other in enumerate(others)}
+    made: list[Form | None] = []
+    for part in parts:
+        k = at.get(part.layout)
+        if k is not None and same(others[k], part):
+            made.append(forms[k])
+        else:
+            made.append(_form_of(part, others, forms, shape, like))
+    return made
+
+
+def _form_of(
     part: Part,
     others: Sequence[Part],
     forms: Sequence[Form | None],
@@ -92,11 +165,8 @@ def form_of(
     """
     if part.kind is Kind.UNUSED:
         return None
-    found = [k for k, other in enumerate(others) if _overlap(other, part)]
-    for k in found:
-        if same(others[k], part):
-            return forms[k]
     # this batch does not use the part, or has rows of it alone
+    found = [k for k, other in enumerate(others) if _overlap(other, part)]
     sources = [(form, others[k]) for k in found if (form := forms[k]) is not None]
     if not sources and part.kind is Kind.OUTER:
         return _empty(part.layout, part.members[0].roles, shape, like)
@@ -105,6 +175,8 @@ def form_of(
         return Summed(tuple(empty), part.grids)
     size = part.layout.size
     placed = [(form, *_meeting(other.layout, part.layout, like)) for form, other in sources]
+    if len(placed) == 1 and len(placed[0][1]) == placed[0][0].shape[2]:
+        return Placed.of(placed[0][0], placed[0][2], (*shape, size))
 
     def compute(start: int, stop: int) -> Tensor:
         rows = like.new_zeros(shape[0], stop - start, size)
@@ -129,13 +201,13 @@ def _alike(a: Sequence[Part], b: Sequence[Part]) -> bool:
     return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
 
 
-def _rows(space: ParamSpace, name: str, before: Sequence[Part]) -> Part:
+def _rows(space: ParamSpace, name: str, before: Sequence[Part], note: str) -> Part:
     """All of one parameter, as rows."""
     layout = Layout.flat([space.slices[name]])
     known = [part for part in before if name in part.names and part.function]
     function = ", ".join(dict.fromkeys(part.function for part in known)) or "several"
     members = tuple(member for part in known for member in part.members)
-    return Part((name,), layout, Kind.ROWS, members, function, NOTE)
+    return Part((name,), layout, Kind.ROWS, members, function, note)
 
 
 def _meeting(theirs: Layout, mine: Layout, like: Tensor) -> tuple[Tensor, Tensor]:

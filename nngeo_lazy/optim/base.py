@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..collectives import replicated
-from ..errors import DataError, NonFiniteError, NonFiniteWarning
+from ..errors import DataError, NonFiniteError
 from ..likelihoods.heads import Heads
 from ..operators import BaseLinearOperator
-from ..operators.report import Report, Row
-from ..operators.warn import warn
+from ..operators.report import Report
 from ..representations import Factored
 from ..selectors import space_of
 from ..space import ParamSpace
@@ -24,22 +22,27 @@ from .direction import Direction
 from .exact import exact_curvature, mean_eigenvalue
 from .framing import Framing
 from .loop import Loop
-from .measure import Loss, Reading, Touched, changed, read
+from .loss import Loss
+from .measure import Reading, Touched, changed, read
 from .options import Options
 from .passed import examples_of
 from .replay import float_math
 from .saving import checked_state, restored
 from .scores import Scores
 from .setup import (
+    UNUSED,
     agree,
     checked_damping,
     first_damping,
     group_of,
     groups_of,
+    reported,
     require_whole,
     resolved,
+    warn_skipped,
 )
 from .solving import Dampings, Vectors, conjugate_gradients
+from .whole import Whole, worked_on
 
 __all__ = ["CurvatureOptimizer"]
 
@@ -61,12 +64,14 @@ class CurvatureOptimizer(torch.optim.Optimizer):
     ) -> None:
         require_whole(model)
         self._given, self._options = model, options
-        self._model, self._group = replicated(model)
+        self._model, self._group = worked_on(model)
+        self._whole = Whole(model, self._model, options, weakref.ref(self))
         self._watching = False
         defaults = {**defaults, "damping": first_damping(options.damping)}
-        groups = groups_of(self._model, params)
+        groups = groups_of(self._model, self._whole.named(params))
+        named = [pair for group in groups for pair in group["params"]]
         self._following = [k for k, group in enumerate(groups) if "damping" not in group]
-        super().__init__(groups, defaults)
+        super().__init__([self._whole.pieces(group) for group in groups], defaults)
         self._free, self._stored = resolved(options.representation)
         if self._free is not None or isinstance(self._stored, Factored):
             # the curvature of one batch is singular if the gradients of others are not zero
@@ -74,7 +79,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         kinds = [] if self._free is None else ["HessianFree"]
         stored = [] if self._stored is None else [self._stored.described()]
         self._kind = " with ".join([*kinds, *stored])
-        agree(self._group, self.param_groups, self._options, self._kind)
+        agree(self._group, named, self._options, self._kind)
         self._steps = 0
         self._started = 0  # the step that the present parameters were first watched at
         self._skipped = torch.zeros((), dtype=torch.int64, device="cpu")
@@ -137,20 +142,13 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
     def report(self) -> Report:
         """One row for each parameter: its block, or why it takes the plain gradient."""
-        rows = {row.parameter: row for row in self.operator.report()}
-        plain = {**self._loop.plain}
-        for name in self._loop.independent or ():
-            plain.setdefault(name, "the outputs do not depend on it")
-        for name, note in plain.items():
-            if name not in rows or self._free is not None:
-                size = self._space.slices[name].stop - self._space.slices[name].start
-                owner = self._space.owner(name)
-                rows[name] = Row(name, owner, "", "none: plain gradient", size, 0, note)
-        return Report([rows[name] for name in self._space.names])
+        plain = {**dict.fromkeys(self._loop.independent or (), UNUSED), **self._loop.plain}
+        return reported(self.operator, self._space, plain, self._free is not None)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset all gradients, and forget what their passes told of the curvature."""
         super().zero_grad(set_to_none)
+        self._whole.forget()
         self._loop.forget()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -161,7 +159,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         if not self._watching:
             super().add_param_group(param_group)
             return
-        super().add_param_group(group_of(self._model, param_group))
+        group = group_of(self._model, self._whole.named(param_group))
+        super().add_param_group(self._whole.pieces(group))
         if "damping" not in param_group:
             self._following.append(len(self.param_groups) - 1)
         self._started = self._steps
@@ -210,12 +209,12 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         self._steps, self._warned = int(held["steps"]), int(held["warned"])
         self._started, self._inverted = int(held["started"]), held["inverted"]
         self._skipped, self._solution = here(held["skipped"]), here(held["solution"])
-        self._loss = Loss(**{name: here(value) for name, value in held["loss"].items()})
+        self._loss = Loss.of(held["loss"], self._space.device)
         if self._curvature is not None:
             self._curvature.restore(held["statistics"])
         if held["direction"] is not None:
             F = None if self._curvature is None else self._curvature.solved
-            self._framing.restore(held["direction"], F, self.param_groups, self._loss.unit)
+            self._framing.restore(held["direction"], F, self.param_groups, self._loss)
         self._prepare()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -240,13 +239,18 @@ class CurvatureOptimizer(torch.optim.Optimizer):
     def _refreshing(self) -> bool:
         if self._curvature is None:
             return False
-        due = self._options.schedule.updates(self._steps - self._started)
+        due = self._framing.far or self._options.schedule.updates(self._steps - self._started)
         return due or isinstance(self._stored, Factored) or self._curvature.solved is None
 
     @property
     def _replays(self) -> bool:
         """Whether a step's passes are run again."""
         return self._free is not None
+
+    @property
+    def watches(self) -> bool:
+        """Whether the next pass is recorded, or run again."""
+        return self._loop.recording or self._loop.replaying
 
     @property
     def _bounded(self) -> bool:
@@ -290,6 +294,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
         It is zero if a gradient is not finite, which is known on the device alone.
         """
+        self._whole.pull(gradients=True)
         self._loop.require_same_parameters()
         gradients = self._gradients()
         self._exact = None
@@ -297,12 +302,12 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         if self._replays or self._refreshing:  # which may wait for the device
             finite = all(bool(g.isfinite().all()) for g in gradients.values())
             self._skipped += not finite
-        self._refresh()
+        self._refresh(gradients if finite else {})
         if not finite:
             self._report_skipped("")
             return None
         if self._free is not None and self._bounded:
-            self._read()
+            self._read(gradients)
         direction = self._frame()
         if self._reading is not None and direction.trust is not None:
             direction.trust.see_dispersion(self._loss.dispersion)
@@ -311,7 +316,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         step = direction.step
         return direction, {name: step[name].reshape(g.shape) for name, g in gradients.items()}
 
-    def _refresh(self) -> None:
+    def _refresh(self, gradients: Vectors) -> None:
         """Take the passes of this step into the curvature, if a refresh is due."""
         self._reading = None
         if not self._refreshing or self._curvature is None:
@@ -326,7 +331,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                 self._inverted = self._steps
             if self._bounded and self._free is None:
                 self._reading = self._curvature.reading
-                self._loss.take(found, ratio)
+                self._loss.take(found, ratio, gradients)
         except (NonFiniteError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
             reason = str(error)
         except DataError:
@@ -334,27 +339,20 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             raise
         self._report_skipped(reason)
 
-    def _read(self) -> None:
+    def _read(self, gradients: Vectors) -> None:
         """What this step's passes tell of the loss, of which no curvature is kept."""
         with self._group.together("a step", self._steps):
             self._loop.require_passes()
         like = torch.zeros((), dtype=self._dtype, device=self._space.device)
         reading, found = read(self._loop.passes, self._scores, self._group, like)
-        self._loss.take(found, self._touched.ratio(self._group))
+        self._loss.take(found, self._touched.ratio(self._group), gradients)
         self._reading = reading
 
     def _report_skipped(self, reason: str) -> None:
         """Warn of steps that were left out since the last report."""
         skipped = self.skipped_steps
         if reason or skipped > self._warned:
-            what = (
-                f"the gradients of {skipped - self._warned} steps since the last report were not "
-                "finite, and they moved no parameter"
-            )
-            if reason:
-                what += f"; the curvature was not refreshed ({reason})"
-            message = f"{what}: lower lr, raise damping, or clip gradients"
-            warn(NonFiniteWarning(message, skipped - self._warned))
+            warn_skipped(skipped - self._warned, reason)
             self._warned = skipped
 
     def _frame(self) -> Direction:
@@ -363,7 +361,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             F = None if self._curvature is None else self._curvature.solved
             if isinstance(self._stored, Factored):
                 self._framing.rank = self._examples
-            return self._framing.of(F, self.param_groups, self._loss.unit)
+            return self._framing.of(F, self.param_groups, self._loss)
         plain = self._loop.independent or set()
         names = [name for name in self._space.names if name not in plain]
         held = weakref.WeakMethod(self._solve)  # the frame stays, and must not hold the optimizer
@@ -381,14 +379,20 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         """(F + damping)^-1 v with the exact curvature of this step's passes, by iteration."""
         if self._free is None:
             raise RuntimeError("a stored curvature has solves of its own")
-        F, dampings = self._exact_curvature(), Dampings.of(self.param_groups)
-        if None in dampings.by_name.values():
-            mean = self._options.eps * mean_eigenvalue(F, self._steps, self._examples)
-            dampings = dampings.absolute(dict.fromkeys(self._space.names, mean))
+        F = self._exact_curvature()
         kept = None if self._curvature is None else self._curvature.operator
-        damping = dampings.vector(self._space, self._dtype)
+        damping = self._damping(F)
         self._solution = conjugate_gradients(F, v, damping, self._free, kept, self._solution)
         return self._solution
+
+    def _damping(self, F: BaseLinearOperator) -> Tensor:
+        """Of an exact curvature."""
+        dampings, rank = Dampings.of(self.param_groups), self._examples
+        if None in dampings.by_name.values():
+            mean = max(mean_eigenvalue(F, self._steps, rank), self._loss.floor(rank))
+            names = self._space.names
+            dampings = dampings.absolute(dict.fromkeys(names, self._options.eps * mean))
+        return dampings.vector(self._space, self._dtype)
 
     @property
     def _examples(self) -> int:
@@ -418,16 +422,22 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         reading = self._reading
         return reading is not None and direction.trust is not None and reading.same
 
-    def _measured(self, direction: Direction, lr: float) -> Tensor:
-        """The part of a step that stays, once it was made with this learning rate."""
-        if self._reading is None or direction.trust is None:
+    def _measured(self, direction: Direction, lr: float, move: Callable[[float], None]) -> float:
+        """The part of a step that stays; `move` puts the parameters where a part of it leads."""
+        reading, trust = self._reading, direction.trust
+        if reading is None or trust is None:
             raise RuntimeError("a step that is not measured")
-        found = changed(self._reading, self._model, self._group).to(self._dtype)
-        return direction.trust.calibrate(found, lr)
+
+        def measure(part: float) -> Tensor:
+            move(part)
+            return changed(reading, self._model, self._group).to(self._dtype)
+
+        return trust.stays(measure, lr)
 
     def _end_step(self) -> None:
         self._steps += 1
         try:
+            self._whole.forget()
             self._loop.forget()
             self._reading = None
             if self._free is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -190,6 +191,10 @@ class Coordinates:
             column += piece.width
         return tuple(found)
 
+    def numel(self, name: str) -> int:
+        """How many numbers a parameter has."""
+        return sum(math.prod(place.sizes) for place in self._places[name])
+
     def views(self, buffer: Tensor) -> Views:
         """The parameters' parts of a buffer."""
         return Views(buffer, self._places)
@@ -262,13 +267,20 @@ class EigenFrame(Frame):
             first = stop
         self.weights = self._values
 
-    def damp(self, dampings: Dampings, eps: float, unit: Tensor | float) -> None:
+    def damp(
+        self,
+        dampings: Dampings,
+        eps: float,
+        unit: Tensor | float,
+        least: Mapping[str, Tensor],
+    ) -> None:
         """Set the weights to (eigenvalues + damping) times a unit.
 
         Args:
             dampings: of each parameter; None for eps times the mean eigenvalue of its block.
             eps: a relative damping.
             unit: what the curvature is multiplied by.
+            least: of each parameter, what that mean times the unit counts as at least.
 
         Raises:
             DataError: a block's parameters have different dampings.
@@ -289,7 +301,12 @@ class EigenFrame(Frame):
                     "parameters into one group, or give both the same damping"
                 )
             whole = weights[block.start : stop]
-            relative = eps * whole.mean() + tiny**0.5
+            mean = whole.mean()
+            seen = {n: self.coordinates.numel(n) for n in block.names if n in least}
+            if seen:
+                squares = torch.stack([n * least[name] for name, n in seen.items()]).sum()
+                mean = torch.maximum(mean, (squares / (unit * sum(seen.values()))).to(mean))
+            relative = eps * mean + tiny**0.5
             parts = [(n, v) for n in block.names for v in views.within(n, block.start, stop)]
             for name, part in [(block.names[0], whole)] if exact else parts:
                 damping = dampings[name]

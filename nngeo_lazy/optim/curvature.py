@@ -20,7 +20,8 @@ from ..operators import BaseLinearOperator
 from ..representations import Streamed
 from ..statistics import pool_statistics
 from .loop import Loop
-from .measure import Reading, Seen, Units
+from .loss import Units
+from .measure import Reading, Seen
 from .options import Options, Schedule
 from .passed import Passed, Run
 from .running import Forms, Running
@@ -64,7 +65,7 @@ class Curvature:
         self._begun: tuple[Facts, Forms] | None = None
         self._denominators: list[tuple[int, Tensor | int]] = []  # with the number of the head
         self._terms: list[Tensor | int | None] = []
-        self._bad = False
+        self._bad = ""  # why the step cannot be taken into the average
         self._inverse_unit: Tensor | None = None  # averaged as the curvature is
         loop.scorer = self
 
@@ -87,7 +88,7 @@ class Curvature:
         """A pass of the loop was differentiated: add its statistics."""
         gradient, outputs = passed.gradient, passed.outputs
         if gradient is None or not bool(gradient.isfinite().all()):  # a refresh may wait for it
-            self._bad = True
+            self._bad = "the gradient of the loss at the outputs is not finite"
             return
         scores = self.scores.of(passed)
         target = scores.target(outputs, gradient)
@@ -109,6 +110,12 @@ class Curvature:
         count = quantity.count(outputs, target)
         for chunk in recorded.chunks(directions, count, root=root):
             forms.update(*chunk)
+
+    def refuse(self, reason: str) -> bool:
+        """A pass of the loop has no forms: nothing of the step is taken, if an average is known."""
+        if self.solved is not None:
+            self._bad = reason
+        return self.solved is not None
 
     def arrived_again(self, passed: Passed, gradient: Tensor) -> None:
         """Another loss of the same outputs: it must not score what the first one masked."""
@@ -152,14 +159,14 @@ class Curvature:
         like = torch.zeros((), dtype=torch.promote_types(space.dtype, torch.float32), device="cpu")
         own = [(head, float(part)) for head, part in parts]
         sums = reading.sums(own, len(heads), like.to(space.device))
-        sums[-1, 3] = float(bad)
+        sums[-1, 3] = float(bool(bad))
         for (head, _), count in zip(own, terms, strict=True):
             sums[head, 5] += float("nan") if count is None else float(count)
         first = float(own[0][1]) if own and not bad else 0.0  # near the size of an example's own
         sums[-1, 4] = first / group.size
         group.sum_([sums])
         if float(sums[-1, 3]):
-            raise NonFiniteError("the gradient of the loss at the outputs is not finite")
+            raise NonFiniteError(bad or "another process could not")
         if begun is None:
             raise RuntimeError("no passes")  # refused above; mypy does not see it
         self.reading = reading
@@ -203,7 +210,7 @@ class Curvature:
 
     def drop(self) -> None:
         """Forget what the present step has brought so far."""
-        self._begun, self._denominators, self._terms, self._bad = None, [], [], False
+        self._begun, self._denominators, self._terms, self._bad = None, [], [], ""
         self.reading = Reading(self._group.size)
 
     def _begin(self, recorded: Recorded) -> tuple[Facts, Forms]:

@@ -116,6 +116,8 @@ class Direction:
             x.zero_()
             return on
         self.frame.rotate(x, y)
+        if known and self.trust is not None:
+            self._clip(self.trust)
         rates = self._rates * on
         m.lerp_(y, rates[0])
         self._counts.lerp_(self._one.expand(2), rates)
@@ -127,6 +129,14 @@ class Direction:
         if known < len(x):
             self._formless(known, share, squares, rates[1], on)
         return on
+
+    def _clip(self, trust: Trust) -> None:
+        """Shorten a gradient that explodes, so that it does not stay in the averages for long."""
+        y, z, frame = self._y[: self.coordinates.known], self._z, self.frame
+        if frame is None or not frame.cheap:
+            return
+        frame.precondition(y, z)
+        y.mul_(trust.clip(torch.dot(z, y)))
 
     def _known(
         self, known: int, share: Tensor, squares: Tensor, rate: Tensor, on: Tensor

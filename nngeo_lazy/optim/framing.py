@@ -17,6 +17,7 @@ from ..operators import (
 from ..space import ParamSpace
 from .coordinates import Coordinates, EigenFrame, Frame, has_eigenvectors
 from .direction import Direction
+from .loss import Loss
 from .options import Options
 from .solving import Dampings, Solver
 from .trust import Trust
@@ -53,20 +54,26 @@ class Framing:
         self.direction: Direction | None = None
         self.rank: int | None = None
 
+    @property
+    def far(self) -> bool:
+        """Whether the last step that was measured went too far."""
+        trust = None if self.direction is None else self.direction.trust
+        return trust is not None and trust.far
+
     def of(
         self,
         F: BaseLinearOperator | None,
         groups: Sequence[Mapping[str, Any]],
-        unit: Tensor | float,
+        loss: Loss,
     ) -> Direction:
         """The direction in the frame of a structured curvature; None is none yet.
 
         Args:
             F: undamped.
             groups: of parameters, with their dampings.
-            unit: what F is multiplied by.
+            loss: tells what F is multiplied by, and what its eigenvalues should not be below.
         """
-        dampings = Dampings.of(groups)
+        dampings, unit = Dampings.of(groups), loss.unit
         key = (F, dampings, unit)
         held = self._made_from
         same = held is not None and held[0] is F and held[1] == dampings and held[2] is unit
@@ -75,10 +82,10 @@ class Framing:
         direction = self._direction(self._coordinates(F, dampings))
         if F is not None and self._spectral(F, dampings):
             frame = EigenFrame(direction.coordinates, F)
-            frame.damp(dampings.by_name, self._options.eps, unit)
+            frame.damp(dampings.by_name, self._options.eps, unit, loss.least)
             direction.turn(frame)
         elif F is not None:
-            direction.turn(self._solved(direction.coordinates, F, dampings, unit))
+            direction.turn(self._solved(direction.coordinates, F, dampings, loss))
         self._made_from = key
         return direction
 
@@ -129,12 +136,12 @@ class Framing:
         state: Mapping[str, Any],
         F: BaseLinearOperator | None,
         groups: Sequence[Mapping[str, Any]],
-        unit: Tensor | float,
+        loss: Loss,
     ) -> None:
         """Take over a state, with the curvature that it was solved with, if that is kept."""
         flat = state["flat"]
         if flat is None:
-            self.of(F, groups, unit)
+            self.of(F, groups, loss)
         else:
             resolve = self._space.resolve
             self._direction(
@@ -152,10 +159,10 @@ class Framing:
         coordinates: Coordinates,
         F: BaseLinearOperator,
         dampings: Dampings,
-        unit: Tensor | float,
+        loss: Loss,
     ) -> Frame:
         if None in dampings.by_name.values():
-            dampings = dampings.absolute(self._relative(F))
+            dampings = dampings.absolute(self._relative(F, loss))
         space = F.space
         if space is None:
             raise TypeError("expected a curvature of named parameters")
@@ -170,24 +177,27 @@ class Framing:
             return every.ravel({**{name: found[own] for name, own in names.items()}, **zero})
 
         cheap = not isinstance(F, FactoredGaussNewtonLinearOperator)
-        return Frame(coordinates, self._flat(coordinates, solve, unit), cheap)
+        return Frame(coordinates, self._flat(coordinates, solve, loss.unit), cheap)
 
-    def _relative(self, F: BaseLinearOperator) -> dict[str, float]:
+    def _relative(self, F: BaseLinearOperator, loss: Loss) -> dict[str, float]:
         """eps times the mean eigenvalue of each parameter's block."""
         eps, space = self._options.eps, F.space
         if space is None:
             raise TypeError("expected a curvature of named parameters")
         tiny = torch.finfo(F.dtype).tiny ** 0.5
         if not isinstance(F, BlockDiagonalLinearOperator):
-            mean = eps * float(F.trace()) / min(F.shape[-1], self.rank or F.shape[-1]) + tiny
-            return {self._space.resolve(name): mean for name in space.names}
+            names = [self._space.resolve(name) for name in space.names]
+            rank = min(F.shape[-1], self.rank or F.shape[-1])
+            mean = max(float(F.trace()) / rank, loss.floor(rank, names))
+            return dict.fromkeys(names, eps * mean + tiny)
         means = torch.stack([member.trace() / member.shape[-1] for member in F.members]).tolist()
-        found = {}
+        found, floors = {}, loss.floors()
         for layout, mean in zip(F.layouts, means, strict=True):
             for where in layout.slices:
                 for name, own in space.slices.items():
                     if where.start < own.stop and own.start < where.stop:
-                        found[self._space.resolve(name)] = eps * mean + tiny
+                        resolved = self._space.resolve(name)
+                        found[resolved] = eps * max(mean, floors.get(resolved, 0.0)) + tiny
         return found
 
     def _flat(self, coordinates: Coordinates, solve: Solve, unit: Tensor | float) -> Solve:

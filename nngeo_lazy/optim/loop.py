@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -30,9 +30,11 @@ from ..likelihoods.heads import Heads, joint
 from ..operators.warn import warn
 from ..space import ParamSpace
 from .hooks import Hooks
+from .noise import evaluating, proved
 from .passed import Mark, Passed, Run
 from .replay import Replay, float_math
 from .saving import common_module
+from .setup import UNUSED
 
 __all__ = ["Loop", "Scorer"]
 
@@ -56,6 +58,9 @@ class Scorer(Protocol):
 
     def arrived_again(self, passed: Passed, gradient: Tensor) -> None:
         """That of another loss arrived; the pass has the sum of both."""
+
+    def refuse(self, reason: str) -> bool:
+        """A pass has no forms: the step's are left out, if there is a curvature to go on with."""
 
     def drop(self) -> None:
         """Forget what has arrived since the last step."""
@@ -272,14 +277,13 @@ class Loop:
             # leads from weights to parameters, and observed ones behind it.
             through = self.scorer is not None and not self.scorer.empirical
             forward = _Forward(self._heads)
-            capture = Capture(self.model, self.space, forward, through=through)
+            capture = Capture(self.model, self.space, forward, through=through, ahead=True)
             parts = self._prove(capture, raw)
             out = [part for part in parts if part.kind in (Kind.GENERAL, Kind.UNUSED)]
             if not out:
                 return capture
             for part in out:
-                unused = "the outputs do not depend on it"
-                note = unused if part.kind is Kind.UNUSED else part.note
+                note = UNUSED if part.kind is Kind.UNUSED else part.note
                 self.plain.update(dict.fromkeys(part.names, note))
             kept = [name for name in self.space.names if name not in self.plain]
             if not kept:
@@ -291,7 +295,7 @@ class Loop:
                 )
             self.space = self.space.subspace(kept)
 
-    def _recorded(self, raw: Any, outputs: Tensor, recorder: Recorder) -> Recorded:
+    def _recorded(self, raw: Any, outputs: Tensor, recorder: Recorder) -> Recorded | None:
         if self._capture is None:
             raise RuntimeError("no plan for a recorded pass")
         recorded = self._capture.observed(raw, outputs, recorder)
@@ -303,7 +307,9 @@ class Loop:
                 refused = error
             recorded = self._capture.observed(raw, outputs, recorder, proved=True)
             if refused is not None and (recorded is None or recorded.plan.ragged):
-                raise refused
+                if self.scorer is None or not self.scorer.refuse(str(refused)):
+                    raise refused
+                return None
             if refused is not None and not self._checked:
                 self._checked = True
                 warn(SelfCheckWarning(f"{refused}. {_ROUNDED}"))
@@ -323,14 +329,13 @@ class Loop:
         return recorded
 
     def _prove(self, capture: Capture, raw: Any) -> list[Part]:
-        parameters = self.space.parameters(self.model)
         with (
             self.hooks.paused(),
-            _evaluating(self.model),
+            evaluating(self.model),
             float_math(self.space.device),
-            recording(self.model, parameters),
+            recording(self.model, self.space.parameters(self.model)),
         ):
-            return capture.prove(raw)
+            return proved(lambda: capture.prove(raw), self.space.device)
 
     def require_passes(self) -> None:
         """Refuse a step without a forward pass that its gradients came from."""
@@ -435,16 +440,3 @@ class _AtLayer:
             return
         before = run.at_layers.get(self.edge)
         run.at_layers[self.edge] = gradient if before is None else before + gradient
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, every module is in evaluation mode."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True

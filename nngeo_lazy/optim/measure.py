@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,67 +13,17 @@ from torch import Tensor, nn
 from ..collectives import ALONE, Group
 from ..likelihoods import Categorical, Likelihood
 from ..likelihoods.likelihood import wide
+from .loss import Units
 from .passed import Passed, examples_of
 from .scores import Scores
 
-__all__ = ["Loss", "Reading", "Seen", "Touched", "Units", "changed", "read"]
+__all__ = ["Reading", "Seen", "Touched", "changed", "read"]
 
 SMALL = 4096  # numbers of a parameter whose gradient is compared
 MANY = 6  # of such parameters
 
 
 Reduced = Callable[[float], float]
-
-
-class Units(NamedTuple):
-    """What a refresh tells of the loop's loss.
-
-    Attributes:
-        scale: c, with the loop's loss c times the mean loss of a label.
-        curvature: F times this is the curvature of that mean.
-        dispersion: of a Gaussian's labels; None for other likelihoods.
-    """
-
-    scale: Tensor
-    curvature: Tensor
-    dispersion: Tensor | None
-
-
-@dataclass
-class Loss:
-    """The latest of what is known of a loop's loss.
-
-    Attributes:
-        scale: what gradients are divided by.
-        unit: what the curvature is multiplied by.
-        dispersion: of a Gaussian's labels.
-    """
-
-    scale: Tensor | None = None
-    unit: Tensor | float = 1.0
-    dispersion: Tensor | None = None
-
-    def take(self, found: Units, ratio: Tensor | None) -> None:
-        """Take over what a refresh found.
-
-        Gradients that were multiplied since (unscaled, clipped) are those of a loss that was. So
-        that a clip shrinks a step, the largest multiple of late is what counts.
-
-        Args:
-            found: by the refresh.
-            ratio: what gradients were multiplied by.
-        """
-        scale = found.scale
-        if ratio is not None:
-            multiplied = scale * ratio
-            before = multiplied if self.scale is None else self.scale
-            most = torch.maximum(multiplied, before.lerp(multiplied, 0.02))
-            scale = torch.where((ratio - 1).abs() < 1e-3, scale, most)
-        self.scale, self.unit, self.dispersion = scale, found.curvature, found.dispersion
-
-    def state(self) -> dict[str, Any]:
-        """All of it."""
-        return {k: v.clone() if isinstance(v, Tensor) else v for k, v in vars(self).items()}
 
 
 class Seen(NamedTuple):
@@ -284,14 +234,14 @@ def changed(reading: Reading, model: nn.Module, group: Group) -> Tensor:
         for passed, likelihood, target in heads:
             before, after = passed.outputs, found[passed.head].detach()
             same = before == after  # also if both are infinite
-            change = torch.where(same, 0.0, wide(after) - wide(before)).flatten(1)
+            change = torch.where(same, 0.0, wide(after) - wide(before))
             if likelihood is not None and reading.known:
                 labels = torch.zeros_like(before) if target is None else target
                 a, b = (_score(likelihood, f, labels) for f in (before, after))
-                total += ((b - a).flatten(1) * change).sum()
+                total += ((b - a) * change).sum()
             elif passed.gradient is not None:
-                own = wide(passed.gradient).flatten(1) * reading.examples
-                own = (own * change).sum(1)
+                own = wide(passed.gradient) * reading.examples * change
+                own = own.reshape(len(own), -1).sum(1)
                 along = own if along is None else along + own
         if along is not None:
             total += along.square().sum()

@@ -16,10 +16,10 @@ from ..representations import Representation
 from ..switches import whole_transforms
 from .base import CurvatureOptimizer
 from .direction import Direction
-from .exact import mean_eigenvalue, quadratic_step
+from .exact import quadratic_step
 from .options import Damping, HessianFree, LevenbergMarquardt, Losses, Options, Schedule
 from .replay import RandomState
-from .solving import Dampings, Vectors
+from .solving import Vectors
 
 __all__ = ["NaturalGradient"]
 
@@ -240,13 +240,22 @@ class NaturalGradient(CurvatureOptimizer):
                 torch._foreach_mul_(weights, kept.to(weights[0].dtype))
             made.append((weights, change, lr))
         most = max((lr for *_, lr in made), default=0.0)
-        tried = max(1.0, 1 / most) if most and self._measuring(direction) else 1.0
+        part = 1.0
+        if most and self._measuring(direction):
+            before = [torch._foreach_add(weights, 0.0) for weights, *_ in made]
+
+            def move(part: float) -> None:
+                for (weights, change, lr), held in zip(made, before, strict=True):
+                    torch._foreach_copy_(weights, held)
+                    torch._foreach_sub_(weights, change, alpha=part * tried * lr)
+
+            tried = max(1.0, 1 / most)  # a rate of at least one, so that lr scales all
+            part = self._measured(direction, tried * most, move)
+            for (weights, *_), held in zip(made, before, strict=True):
+                torch._foreach_copy_(weights, held)
         for weights, change, lr in made:
-            torch._foreach_sub_(weights, change, alpha=tried * lr)
-        if most and self._measuring(direction):  # at a rate of at least one, so that lr scales all
-            stays = self._measured(direction, tried * most)
-            for weights, change, lr in made:
-                torch._foreach_add_(weights, torch._foreach_mul(change, tried - stays), alpha=lr)
+            torch._foreach_sub_(weights, change, alpha=part * lr)
+        self._whole.push(gradients=False)
 
     # --- the quadratic model's step --------------------------------------------------------------
 
@@ -255,7 +264,7 @@ class NaturalGradient(CurvatureOptimizer):
     ) -> list[Tensor]:
         """The combination of the directions and the last steps; a masked step leaves the latter."""
         kept = [
-            self.state[self._parameters[n]].setdefault("last_step", torch.zeros_like(s))
+            self.state[self._owned[n]].setdefault("last_step", torch.zeros_like(s))
             for n, s in zip(names, steps, strict=True)
         ]
         momentum = factors[1] if self._last_steps else 0 * factors[1]
@@ -263,21 +272,23 @@ class NaturalGradient(CurvatureOptimizer):
         torch._foreach_add_(kept, torch._foreach_mul(steps, factors[0]))
         return list(torch._foreach_mul(kept, on))
 
+    @property
+    def _owned(self) -> dict[str, Tensor]:
+        """The parameters of the groups, by name."""
+        groups = self.param_groups
+        pairs = (zip(g["param_names"], g["params"], strict=True) for g in groups)
+        return {name: p for each in pairs for name, p in each}
+
     def _from_model(self, steps: Vectors) -> Tensor:
         """The factors of the direction and of the last step, which minimise the quadratic model."""
         last = {
             name: self.state[p]["last_step"]
-            for name, p in self._parameters.items()
+            for name, p in self._owned.items()
             if self._last_steps and "last_step" in self.state[p]
         }
         columns = torch.stack([self._flat(steps), self._flat(last)], -1)
-        damping = Dampings.of(self.param_groups)
         F = self._exact_curvature()
-        if None in damping.by_name.values():
-            mean = self._options.eps * mean_eigenvalue(F, self._steps, self._examples)
-            damping = damping.absolute(dict.fromkeys(self._space.names, mean))
-        g = self._flat(self._gradients())
-        c = quadratic_step(F, g, columns, damping.vector(self._space, self._dtype))
+        c = quadratic_step(F, self._flat(self._gradients()), columns, self._damping(F))
         return -c  # the buffers hold what is subtracted
 
     # --- damping by the reduction ratio ----------------------------------------------------------

@@ -119,6 +119,7 @@ class Preconditioner(CurvatureOptimizer):
                         p.grad.zero_()
             else:
                 self._replace(*taken)
+            self._whole.push(gradients=True)
         self._end_step()
         return loss
 
@@ -128,10 +129,14 @@ class Preconditioner(CurvatureOptimizer):
         change = list(steps.values())
         if self._measuring(direction):
             before = [w.clone() for w in weights]
-            torch._foreach_sub_(weights, change)
-            stays = self._measured(direction, 1.0)
+
+            def move(part: float) -> None:
+                torch._foreach_copy_(weights, before)
+                torch._foreach_sub_(weights, list(steps.values()), alpha=part)
+
+            part = self._measured(direction, 1.0, move)
             torch._foreach_copy_(weights, before)
-            change = list(torch._foreach_mul(change, stays))
+            change = list(torch._foreach_mul(change, part))
         for w, new in zip(weights, change, strict=True):
             if w.grad is not None and w.grad.is_sparse:
                 w.grad = new.to(w.dtype).clone()

@@ -100,7 +100,8 @@ class Replay:
             )
         args, kwargs = pytree.tree_map_only(Tensor, self._cast(model), (self.args, self.kwargs))
         enabled = self.autocast is not None
-        autocast = torch.autocast(self.random.device.type, dtype=self.autocast, enabled=enabled)
+        kind = self.random.device.type  # a cache would hold weights as they were before a step
+        autocast = torch.autocast(kind, dtype=self.autocast, enabled=enabled, cache_enabled=False)
         with self.hooks.paused(), self.random.forked(), autocast:
             self.random.restore()
             return self.heads(model(*args, **kwargs))

@@ -10,20 +10,50 @@ from torch import Tensor, nn
 
 from ..arguments import described
 from ..collectives import Group, digest
-from ..errors import DataError, SpaceMismatchError
+from ..errors import DataError, NonFiniteWarning, SpaceMismatchError
+from ..operators import BaseLinearOperator
+from ..operators.report import Report, Row
+from ..operators.warn import warn
+from ..pieces import fully_sharded
 from ..representations import Factored, Representation, Streamed, resolve
 from ..selectors import require_usable, space_of
+from ..space import ParamSpace
 from .options import Damping, HessianFree, LevenbergMarquardt, Options
 
 __all__ = [
+    "UNUSED",
     "agree",
     "checked_damping",
     "first_damping",
     "group_of",
     "groups_of",
+    "reported",
     "require_whole",
     "resolved",
+    "warn_skipped",
 ]
+
+UNUSED = "the outputs do not depend on it"
+
+
+def reported(
+    F: BaseLinearOperator, space: ParamSpace, plain: Mapping[str, str], free: bool
+) -> Report:
+    """One row for each parameter.
+
+    Args:
+        F: the curvature of some of them.
+        space: of all.
+        plain: why the others have none.
+        free: whether F is kept for all, and `plain` says what is not solved with it.
+    """
+    rows = {row.parameter: row for row in F.report()}
+    for name, note in plain.items():
+        if name not in rows or free:
+            size = space.slices[name].stop - space.slices[name].start
+            owner = space.owner(name)
+            rows[name] = Row(name, owner, "", "none: plain gradient", size, 0, note)
+    return Report([rows[name] for name in space.names])
 
 
 def resolved(
@@ -49,7 +79,8 @@ def require_whole(model: Any) -> None:
             f"expected the model itself, whose passes are watched, got {type(model).__name__}: "
             "parameters are selected with params="
         )
-    require_usable(model)
+    if not fully_sharded(model):
+        require_usable(model)
     if isinstance(model, nn.DataParallel):
         raise DataError(
             "expected a model with one replica in each process, got DataParallel, which makes its "
@@ -65,14 +96,12 @@ def require_whole(model: Any) -> None:
         )
 
 
-def agree(
-    group: Group, parameters: Sequence[Mapping[str, Any]], options: Options, kind: str
-) -> None:
+def agree(group: Group, named: Sequence[tuple[str, Tensor]], options: Options, kind: str) -> None:
     """Refuse processes that would not make the same steps.
 
     Args:
         group: the processes.
-        parameters: groups with their names.
+        named: the parameters with their names.
         options: of the optimizer.
         kind: its representation in words.
 
@@ -86,7 +115,6 @@ def agree(
             "representation='kernel' holds the examples of one process: in "
             "DistributedDataParallel take 'implicit', which is the same matrix, or 'kfac'"
         )
-    named = [pair for g in parameters for pair in zip(g["param_names"], g["params"], strict=True)]
     given = vars(options)
     known = {
         "parameters": [f"{name} {tuple(p.shape)} {p.dtype}" for name, p in named],
@@ -172,3 +200,19 @@ def checked_damping(value: Any) -> float:
             f"one, LevenbergMarquardt(...), or None for a relative one, got {value!r}"
         )
     return float(value)
+
+
+def warn_skipped(count: int, reason: str) -> None:
+    """Say that gradients were not finite.
+
+    Args:
+        count: of so many steps since the last report.
+        reason: why the curvature was not refreshed; empty if it was.
+    """
+    skipped = (
+        f"the gradients of {count} steps since the last report were not finite, and they moved no "
+        "parameter"
+    )
+    kept = f"the curvature was not refreshed ({reason})"
+    what = "; ".join([skipped] * bool(count or not reason) + [kept] * bool(reason))
+    warn(NonFiniteWarning(f"{what}: lower lr, raise damping, or clip gradients", count))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,10 +11,13 @@ from torch import Tensor
 __all__ = ["Trust"]
 
 SLOW = 0.95  # the decay of running averages of squared norms
+EXPLODES = 100.0  # squared norm of a gradient, over the average
 SUDDEN = 0.5  # of the last squared norm, which the average must not fall below
 NOISE = 1.0  # how much of a step may be noise
 RATE, TURN, WIDEST = 0.03, 2.0, 2.5  # how the logarithm of the radius moves, and its bound
-FAR, LEAST, MOST = 4.0, 1e-4, 3.0  # from where a step is cut; bounds of the calibration
+FAR, CLOSE = 0.5, 0.8  # of what it should be, the length of a step that stays; of one that was cut
+SHORTEST, TRIES = 0.1, 8  # the part of a step that is tried next, and how often
+LEAST, MOST, LOST = 1e-8, 3.0, 1e-2  # bounds of the calibration, and of what one step makes of it
 
 
 class Trust:
@@ -31,6 +34,9 @@ class Trust:
         radius: r.
         momentum: of the gradients that directions are made from.
         like: a tensor of the dtype and on the device of the numbers.
+
+    Attributes:
+        far: whether the last step that was measured went too far.
     """
 
     def __init__(self, radius: float, momentum: float, like: Tensor) -> None:
@@ -39,6 +45,7 @@ class Trust:
         self._means = zero.expand(4).clone()  # of s, n, cos^2 and 1, not corrected
         self._h, self._rho, self._dispersion = zero.clone(), zero + 1.0, zero + 1.0
         self._spread = zero.expand(2).clone()  # of the dispersion and 1, not corrected
+        self.far = False
 
     @property
     def trusted(self) -> Tensor:
@@ -55,6 +62,14 @@ class Trust:
         self._spread = torch.where(found.isfinite(), mean, self._spread)
         tiny = torch.finfo(found.dtype).tiny ** 0.5
         self._dispersion = (self._spread[0] / self._spread[1].clamp_min(tiny)).clamp_min(tiny)
+
+    def clip(self, s: Tensor) -> Tensor:
+        """What a gradient of this squared natural norm is multiplied by, after others before it."""
+        tiny = torch.finfo(s.dtype).tiny ** 0.5
+        most = EXPLODES * self._means[0] / self._means[3].clamp_min(tiny)
+        shorter = (most / s.clamp_min(tiny)).sqrt().clamp_max(1.0)
+        clip: Tensor = torch.where(self._means[3] > 0, shorter, torch.ones_like(s))
+        return clip
 
     def scale(self, s: Tensor, n: Tensor, cosine: Tensor, on: Tensor) -> Tensor:
         """The bound nu of this step.
@@ -81,30 +96,48 @@ class Trust:
         bounded: Tensor = bound.clamp_max(1.0) * on
         return bounded
 
-    def calibrate(self, changed: Tensor, lr: float) -> Tensor:
-        """The part of the step that stays, by what it changes; the next ones are scaled alike.
+    def stays(self, measure: Callable[[float], Tensor], lr: float) -> float:
+        """The part of a step that stays; the next steps are scaled alike.
+
+        The change of a far step is not quadratic: one that is cut is measured again.
 
         Args:
-            changed: 2 KL of the predictions before and after the step.
+            measure: makes a part of the step; 2 KL of the predictions before and after it.
             lr: outside of the bound.
-
-        Returns:
-            0-d; 0 if the change is not finite.
         """
+        part, rooms = 1.0, list[float]()
+        self.far = False
+        while len(rooms) < TRIES:
+            rooms.append(self._room(measure(part), lr))
+            if rooms[-1] >= (CLOSE if part < 1 else FAR):
+                break
+            self.far = True
+            part *= max(rooms[-1], SHORTEST)
+        else:
+            part *= min(rooms[-1] / SHORTEST, 1.0)
+        factor = min(max(rooms[0], SHORTEST**0.5), 2**0.5)
+        if part < 1:
+            factor = min(factor, max(part, LOST))
+        self._rho.mul_(factor).clamp_(LEAST, MOST)
+        return part
+
+    def _room(self, changed: Tensor, lr: float) -> float:
+        """What a step that changes so much should be multiplied by; 0 if it is not finite."""
         wanted = 2 * self.radius * self._dispersion * lr**2
         tiny = torch.finfo(changed.dtype).tiny ** 0.5
-        finite = changed.isfinite()
-        ratio = wanted / (changed.nan_to_num(nan=1e30, posinf=1e30).clamp_min(0) + tiny)
-        self._rho.mul_(ratio.clamp(0.1, 2.0).sqrt()).clamp_(LEAST, MOST)
-        return torch.where(finite, (FAR * ratio).sqrt().clamp_max(1.0), torch.zeros_like(ratio))
+        room = (wanted / (changed.clamp_min(0) + tiny)).sqrt()
+        return float(torch.where(changed.isfinite(), room, torch.zeros_like(room)))
 
     def state(self) -> dict[str, Tensor]:
         """All numbers."""
         names = ("means", "h", "rho", "dispersion", "spread")
-        return {name: getattr(self, "_" + name).clone() for name in names}
+        numbers = {name: getattr(self, "_" + name).clone() for name in names}
+        return {**numbers, "far": torch.tensor(self.far, device="cpu")}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take them over."""
+        self.far = bool(state.get("far", False))
         for name, value in state.items():
-            held = getattr(self, "_" + name)
-            setattr(self, "_" + name, value.to(held).clone())
+            if name != "far":
+                held = getattr(self, "_" + name)
+                setattr(self, "_" + name, value.to(held).clone())

@@ -358,7 +358,7 @@ def sharded_model(kind):
     """A call on a model whose parameters lie in pieces on the ranks."""
     model, data = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)), torch.ones(5, 4)
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
-    if kind == "tensor parallel":
+    if kind in ("tensor parallel", "optimizer"):
         parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
     else:
         fully_shard(model, mesh=mesh)
@@ -424,8 +424,6 @@ def fully_sharded_wrongly(what):
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
     fully_shard(model, mesh=mesh)
     data = [(torch.ones(2, 3, dtype=torch.int64), torch.ones(2, 3, dtype=torch.int64))]
-    if what == "optimizer":
-        return ng.optim.NaturalGradient(model, "kfac", "categorical")
     if what == "plain loader":
         return ng.FIM(model, data, likelihood="categorical")
     group = [torch.distributed.new_group([rank]) for rank in range(2)][torch.distributed.get_rank()]

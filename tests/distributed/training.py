@@ -5,6 +5,8 @@ import copy
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
@@ -66,6 +68,56 @@ def looped(name, steps, options):
         train(model, optimizer, data(steps), share if shared else lambda x: x)
         F = optimizer.operator.to_dense() if name != "implicit" else torch.zeros(1)
         found.append((weights(inner), F, optimizer.skipped_steps))
+    return found
+
+
+def in_pieces(inner):
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for part in (inner[0], inner):
+        fully_shard(part, mesh=mesh)
+    return inner
+
+
+def gathered(model):
+    return torch.cat([p.full_tensor().detach().flatten() for p in model.parameters()])
+
+
+def sharded(name, steps, options, kind="whole"):
+    """The weights of a model in pieces trained on shares, and of a whole one on whole batches."""
+    options = {"seed": 0, "warmup": 2, "update_every": 2, **options}
+    found = []
+    for shared in (True, False):
+        model = in_pieces(net()) if shared else net()
+        mine = share if shared else lambda x: x
+        params = {
+            "whole": None,
+            "tensors": [{"params": model[2].parameters(), "lr": 0.5}],
+            "module": model[2],
+        }
+        given = {"params": params.get(kind), **options}
+        if kind == "preconditioner":
+            preconditioner = Preconditioner(model, REPRESENTATIONS[name], **given)
+            behind = torch.optim.SGD(model.parameters(), lr=1.0)
+        else:
+            optimizer = NaturalGradient(model, REPRESENTATIONS[name], **given)
+        for k, (x, y) in enumerate(data(steps)):
+            x, y = mine(x), mine(y)
+            model.zero_grad()
+            half = len(x) // 2 if kind == "accumulated" else len(x)
+            for part in (slice(0, half), slice(half, len(x))):
+                if half < len(x) or part.start == 0:
+                    scale = half / len(x)
+                    (scale * functional.cross_entropy(model(x[part]), y[part])).backward()
+            if kind == "preconditioner":
+                preconditioner.step()
+                behind.step()
+            else:
+                optimizer.step()
+            if kind == "resumed" and k == steps // 2:
+                state = copy.deepcopy(optimizer.state_dict())
+                optimizer = NaturalGradient(model, REPRESENTATIONS[name], **given)
+                optimizer.load_state_dict(state)
+        found.append(gathered(model) if shared else weights(model))
     return found
 
 

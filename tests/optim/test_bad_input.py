@@ -11,16 +11,18 @@ import nngeo_lazy as ng
 from nngeo_lazy.errors import (
     DataError,
     LikelihoodWarning,
+    NonFiniteWarning,
     NotPositiveDefiniteError,
     SpaceMismatchError,
     StochasticModelError,
     TooLargeError,
     UnsupportedLayerError,
 )
+from nngeo_lazy.jacobian.capture import Capture, UnprovedError
 from nngeo_lazy.likelihoods import Bernoulli
 from nngeo_lazy.optim import HessianFree, LevenbergMarquardt, NaturalGradient, Preconditioner
 
-from .loops import backward, problem, train
+from .loops import backward, problem, train, weights
 
 # --- loops ----------------------------------------------------------------------------------------
 
@@ -464,3 +466,29 @@ def test_the_state_of_another_optimizer():
     state["curvature"]["version"] = 0
     with pytest.raises(DataError, match="another version"):
         optimizer.load_state_dict(state)
+
+
+def test_a_batch_that_cannot_be_proved_leaves_the_curvature_as_it_is(monkeypatch):
+    """Its forms may be there, and numbers be rounded; the run goes on."""
+    model, x, y = problem()
+    optimizer = NaturalGradient(model, seed=0)
+
+    def refused(*args):
+        raise UnprovedError("numbers differ")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Capture, "observed", lambda *args, **options: None)
+        patched.setattr(Capture, "prove", refused)
+        with pytest.raises(UnprovedError):  # there is no curvature yet
+            backward(optimizer, model, x, y)
+    train(optimizer, model, x, y, 3)
+    before, F = weights(model), optimizer.operator
+    with monkeypatch.context() as patched:
+        patched.setattr(Capture, "observed", lambda *args, **options: None)
+        patched.setattr(Capture, "prove", refused)
+        with pytest.warns(NonFiniteWarning, match=r"^the curvature was not refreshed \(numbers"):
+            train(optimizer, model, x, y, 1)
+    assert optimizer.operator is F
+    assert not torch.equal(weights(model), before)
+    train(optimizer, model, x, y, 1)
+    assert optimizer.operator is not F

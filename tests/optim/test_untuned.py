@@ -3,11 +3,13 @@
 import copy
 import functools
 import io
+import itertools
 import math
 import pickle
 
 import pytest
 import torch
+from sklearn import datasets
 from torch import nn
 from torch.nn import functional
 
@@ -366,3 +368,99 @@ def test_the_scale_of_a_loss_is_read_however_well_it_is_fitted(name, margin, c):
     f.requires_grad_()
     (c * loss(f, y, reduction="sum")).backward()
     assert float(known.scale_of(f, f.grad)) == pytest.approx(c, rel=0.06)
+
+
+# --- losses and starts that a radius in nats does not fit by itself -------------------------------
+
+
+def network(*sizes, behind):
+    layers = [each for size in itertools.pairwise(sizes) for each in (nn.Linear(*size), nn.ReLU())]
+    return nn.Sequential(*layers[:-1], behind)
+
+
+def reconstruction(f, y):
+    """Of numbers in [0, 1], by probabilities."""
+    return functional.binary_cross_entropy(f, y)
+
+
+def squares_of_one(f, y):
+    return functional.mse_loss(f, y / 9)
+
+
+STARTS = {  # data, network, loss, the share of the first loss that is left, and no batch is above
+    "probabilities": ("images", (64, 64, 16, 64, 64), nn.Sigmoid(), reconstruction, 0.7, 2),
+    "two softmax": ("digits", (64, 64, 32, 10), nn.Softmax(1), functional.cross_entropy, 0.9, 2),
+    "one number": ("digits", (64, 32, 1), nn.Flatten(0), squares_of_one, 0.3, 2),
+    "certain": ("wine", (13, 32, 32, 3), nn.Identity(), functional.cross_entropy, 0.1, 2),
+    "deep": ("digits", (64, *[32] * 19, 10), nn.Identity(), functional.cross_entropy, 1.01, 5),
+}
+
+
+@pytest.mark.filterwarnings("ignore::nngeo_lazy.errors.LikelihoodWarning")
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("representation", [*KINDS, "preconditioner"])
+def test_no_start_diverges(representation, start):
+    name, sizes, behind, loss, left, most = STARTS[start]
+    load = datasets.load_wine if name == "wine" else datasets.load_digits
+    x, y = (torch.as_tensor(each) for each in load(return_X_y=True))
+    x = x.float() if name == "wine" else x.float() / 16
+    y = x if name == "images" else y
+    torch.manual_seed(0)
+    model = network(*sizes, behind=behind)
+    first = loss(model(x), y).item()
+    if representation == "preconditioner":
+        optimizers = [Preconditioner(model, seed=0), torch.optim.SGD(model.parameters(), 1.0)]
+    else:
+        optimizers = [NaturalGradient(model, representation, seed=0)]
+    for _ in range(60):
+        index = torch.randperm(len(x))[:64]
+        assert backward(optimizers[0], model, x[index], y[index], loss) < most * first
+        for optimizer in optimizers:
+            optimizer.step()
+    assert loss(model(x), y).item() < left * first
+
+
+def test_one_gradient_that_explodes_is_soon_forgotten():
+    model, x, y = problem()
+    optimizer = NaturalGradient(model, seed=0)
+    train(optimizer, model, x, y, 22)  # behind the warm-up
+    lengths = []
+    for k in range(6):
+        backward(optimizer, model, x, y)
+        for p in model.parameters():
+            p.grad *= 1e6 if k == 1 else 1.0
+        before = weights(model)
+        optimizer.step()
+        lengths.append((weights(model) - before).norm().item())
+    assert lengths[1] < 3 * lengths[0]
+    assert lengths[5] > 0.1 * lengths[0]
+
+
+@pytest.mark.parametrize("representation", KINDS)
+def test_a_model_that_draws_its_noise_in_evaluation_mode(representation):
+    """A variational autoencoder: its layers are proved with the noise held fixed."""
+
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mean, self.spread, self.back = (nn.Linear(*k) for k in ((4, 2), (4, 2), (2, 4)))
+
+        def forward(self, x):
+            mean, spread = self.mean(x), self.spread(x)
+            noise = torch.distributions.Normal(mean, spread.exp()).rsample()
+            return self.back(noise + 0.1 * torch.randn_like(mean)), mean, spread
+
+    torch.manual_seed(0)
+    model, x = Noisy(), torch.randn(60, 2) @ torch.randn(2, 4)
+    optimizer = NaturalGradient(model, representation, "gaussian", outputs=lambda found: found[0])
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        f, mean, spread = model(x)
+        fit = (f - x).square().sum(1) / 2
+        loss = (fit + (mean**2 + (2 * spread).exp() - 2 * spread - 1).sum(1) / 2).mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    assert {row.parameter for row in optimizer.report() if row.note} == set()
