@@ -113,6 +113,7 @@ def compare(
         DataError: no representation; what `FIM` raises of the exact matrix.
 
     Example:
+        >>> import torch
         >>> model, x, y = nn.Linear(3, 2), torch.randn(40, 3), torch.randint(2, (40,))
         >>> found = compare(model, (x, y), ["diagonal", "dense"])
         >>> [row.representation for row in found], found[1].direction

@@ -63,7 +63,7 @@ BUILDS = {
         ng.FIM(model, data, "ekfac", likelihood="categorical"), model, data
     ),
     "saliency": lambda model, data: ng.aslinearoperator(
-        torch.diag(ng.saliency(model, ng.FIM(model, data, "diagonal", likelihood="categorical")))
+        torch.diag(ng.saliency(ng.FIM(model, data, "diagonal", likelihood="categorical"), model))
     ),
 }
 
