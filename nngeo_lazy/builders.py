@@ -27,13 +27,14 @@ from .representations import Implicit, Representation, RepresentationLike
 from .representations import resolve as resolve_representation
 from .selectors import Selector
 from .sweep import Sweep, make_sweep
-from .switches import own_arithmetic
+from .switches import own_arithmetic, untraced
 
 __all__ = ["FIM", "GGN", "Hessian", "Jacobian", "plan"]
 
 Prepared = tuple[Representation, Sweep]
 
 
+@untraced
 @checked
 def FIM(
     model: nn.Module,
@@ -127,6 +128,7 @@ def FIM(
     )
 
 
+@untraced
 @checked
 def GGN(
     model: nn.Module,
@@ -206,6 +208,7 @@ def GGN(
     )
 
 
+@untraced
 @checked
 def Hessian(
     model: nn.Module,
@@ -267,6 +270,7 @@ def Hessian(
     return _build(wanted, sweep)
 
 
+@untraced
 @checked
 def Jacobian(
     model: nn.Module,

@@ -9,7 +9,6 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .arguments import NonNegative, checked
@@ -24,6 +23,7 @@ from .quantities import LossGradients
 from .representations import RepresentationLike, resolve
 from .selectors import Selector
 from .sweep import make_sweep
+from .switches import outside_inference, untraced
 from .table import Table
 
 __all__ = ["Compared", "compare"]
@@ -68,6 +68,7 @@ class Compared:
     note: str = ""
 
 
+@untraced
 @checked
 def compare(
     model: nn.Module,
@@ -112,6 +113,7 @@ def compare(
         DataError: no representation; what `FIM` raises of the exact matrix.
 
     Example:
+        >>> import torch
         >>> model, x, y = nn.Linear(3, 2), torch.randn(40, 3), torch.randint(2, (40,))
         >>> found = compare(model, (x, y), ["diagonal", "dense"])
         >>> [row.representation for row in found], found[1].direction
@@ -197,7 +199,7 @@ def _gradient(
     options: dict[str, Any] = {"params": params, "forward": forward, "target": target}
     sweep = make_sweep(LossGradients(loss), model, loader, **options)
     total, count = space.zeros(), 0
-    with torch.inference_mode(False), closing(sweep.pieces()) as pieces:
+    with outside_inference(), closing(sweep.pieces()) as pieces:
         for piece in pieces:
             count += len(piece.recorded.outputs)
             for forms in piece.forms():

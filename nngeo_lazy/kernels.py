@@ -24,7 +24,7 @@ from .representations import Implicit
 from .representations.form_stack import factored_rows
 from .selectors import Selector
 from .sweep import Sweep, make_sweep
-from .switches import own_arithmetic
+from .switches import own_arithmetic, untraced
 
 __all__ = ["NTK"]
 
@@ -32,6 +32,7 @@ WAYS = {"auto": "auto", "structured": "pairs", "contraction": "rows", "matrix-fr
 FACTORED_BYTES = 2**31  # of layers' inputs and output gradients that a kernel keeps by default
 
 
+@untraced
 @checked
 def NTK(
     model: nn.Module,

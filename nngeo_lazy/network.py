@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from .errors import DataError
 from .jacobian.scopes import plain_functions
 from .skeleton import refuse_strays, skeleton
 from .space import ParamSpace
-from .switches import unfused_attention, without_checkpoints
+from .switches import together, unfused_attention, without_checkpoints
 
 __all__ = ["Network"]
 
@@ -66,9 +66,10 @@ class Network:
         values = self._space.unravel(vector).values()
         return self._given([nn.Parameter(v.to(self._space.dtype)) for v in values])
 
-    @contextmanager
-    def scope(self) -> Iterator[None]:
-        """Where the function is evaluated, and also differentiated: layers may run again there.
+    def scope(self) -> AbstractContextManager[Any]:
+        """A scope in which the function is evaluated, and differentiated.
+
+        Layers may run again then.
 
         Raises:
             DataError: a parameter outside of the selected ones has changed since.
@@ -80,8 +81,7 @@ class Network:
                 f"{changed[:3]} changed since: build again, or select all parameters that are "
                 "trained"
             )
-        with plain_functions(), unfused_attention.used(), without_checkpoints():
-            yield
+        return together(plain_functions(), unfused_attention.used(), without_checkpoints())
 
     def taped_rows(
         self, vector: Tensor, inputs: Tensor, names: Sequence[str] | None = None

@@ -13,6 +13,7 @@ from .errors import DataError, SpaceMismatchError, wrong_option
 from .operators import BaseLinearOperator
 from .operators.damping import DampingLike
 from .operators.vectors import VectorLike
+from .switches import untraced
 
 __all__ = ["Pruned", "prune", "saliency"]
 
@@ -36,6 +37,7 @@ class Pruned(NamedTuple):
     kept: Tensor
 
 
+@untraced
 @checked
 def saliency(
     F: BaseLinearOperator,
@@ -81,6 +83,7 @@ def saliency(
     return squares / variance
 
 
+@untraced
 @checked
 def prune(
     F: BaseLinearOperator,

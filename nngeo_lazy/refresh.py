@@ -20,12 +20,14 @@ from .operators import (
 from .operators.stored import outlined
 from .quantities import GaussNewton
 from .representations import EKFAC, Mixed
+from .switches import untraced
 
 __all__ = ["update_diag"]
 
 _REFRESHED = (KroneckerLinearOperator, EigenKroneckerLinearOperator, DiagonalLinearOperator)
 
 
+@untraced
 @checked
 def update_diag(
     F: BaseLinearOperator, model: nn.Module, loader: Any, **options: Any

@@ -10,8 +10,9 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ContextDecorator, ExitStack, contextmanager
+import types
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ContextDecorator
 from contextvars import ContextVar
 from types import FrameType
 from typing import Any, TypeVar, cast
@@ -26,9 +27,13 @@ __all__ = [
     "Switch",
     "callers_autocast",
     "eager",
+    "holding",
     "inside_checkpoint",
+    "outside_inference",
     "own_arithmetic",
     "plain_attention_modules",
+    "setting",
+    "together",
     "under_autocast",
     "unfused_attention",
     "untraced",
@@ -37,11 +42,80 @@ __all__ = [
     "without_checkpoints",
 ]
 
+Value = TypeVar("Value")
 Function = TypeVar("Function", bound=Callable[..., Any])
 Autocast = tuple[tuple[str, torch.dtype], ...]  # kinds of devices on which it is enabled
 
 _lock = threading.RLock()
-_callers: ContextVar[Autocast | None] = ContextVar("_callers", default=None)
+_settings: list[ContextVar[Any]] = []
+
+
+def setting(name: str, default: Value) -> ContextVar[Value]:
+    """A variable that has another value in a scope; `whole_transforms` ends lost scopes."""
+    variable = ContextVar(name, default=default)
+    _settings.append(variable)
+    return variable
+
+
+class holding:  # noqa: N801 - a scope, as those of contextlib are
+    """A scope in which a setting has a value.
+
+    Example:
+        >>> colour = setting("colour", "red")
+        >>> with holding(colour, "blue"):
+        ...     print(colour.get())
+        blue
+        >>> colour.get()
+        'red'
+    """
+
+    def __init__(self, variable: ContextVar[Value], value: Value) -> None:
+        self._variable, self._value, self._before = variable, value, variable.get()
+
+    def __enter__(self) -> None:
+        self._variable.set(self._value)
+
+    def __exit__(self, *_: object) -> None:
+        self._variable.set(self._before)
+
+
+class together:  # noqa: N801 - a scope, as those of contextlib are
+    """Several scopes as one.
+
+    What an interrupt leaves of a function with `yield` is closed when Python frees it: long after
+    the caller's scopes, whose settings it would overwrite. What it leaves of an `ExitStack` is
+    freed later still.
+    """
+
+    def __init__(self, *scopes: AbstractContextManager[Any]) -> None:
+        self._scopes, self._open = scopes, list[AbstractContextManager[Any]]()
+
+    def __enter__(self) -> None:
+        try:
+            for scope in self._scopes:
+                scope.__enter__()
+                self._open.append(scope)
+        except BaseException as error:
+            self.__exit__(type(error), None, None)
+            raise
+
+    def __exit__(self, *error: Any) -> None:
+        while self._open:
+            self._open.pop().__exit__(*error)
+
+
+def outside_inference() -> AbstractContextManager[Any]:
+    """A scope whose tensors have gradients, also inside of `torch.inference_mode`.
+
+    Torch's own scope is a guard that puts back what was there when it is freed, which an interrupt
+    delays as well.
+    """
+    if torch.is_inference_mode_enabled():
+        return torch.inference_mode(False)
+    return torch.enable_grad()
+
+
+_callers: ContextVar[Autocast | None] = setting("callers_autocast", None)
 
 
 def callers_autocast() -> Autocast:
@@ -53,29 +127,23 @@ def callers_autocast() -> Autocast:
     return tuple((kind, torch.get_autocast_dtype(kind)) for kind in kinds)
 
 
-@contextmanager
-def under_autocast(wanted: Autocast) -> Iterator[None]:
-    """Inside, autocast is as wanted, and off on all other devices."""
-    with ExitStack() as stack:
-        for kind in ("cpu", "cuda"):
-            dtype = dict(wanted).get(kind)
-            if dtype is not None or torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, dtype, dtype is not None))
-        yield
+def under_autocast(wanted: Autocast) -> together:
+    """A scope in which autocast is as wanted, and off on all other devices."""
+    scopes = []
+    for kind in ("cpu", "cuda"):
+        dtype = dict(wanted).get(kind)
+        if dtype is not None or torch.is_autocast_enabled(kind):
+            scopes.append(torch.autocast(kind, dtype, dtype is not None))
+    return together(*scopes)
 
 
-@contextmanager
-def own_arithmetic() -> Iterator[None]:
-    """Inside, tensors have gradients and their own precision, whatever the caller is in.
+def own_arithmetic() -> together:
+    """A scope in which tensors have gradients and their own precision.
 
     Autocast is for the model: `under_autocast(callers_autocast())` is how it is run.
     """
-    token = _callers.set(callers_autocast())
-    try:
-        with torch.inference_mode(False), under_autocast(()):
-            yield
-    finally:
-        _callers.reset(token)
+    callers = holding(_callers, callers_autocast())
+    return together(callers, outside_inference(), under_autocast(()))
 
 
 class Switch:
@@ -211,20 +279,21 @@ def untraced(function: Function) -> Function:
         1
     """
     disabled = _disable_dynamo(function)  # it imports the compiler when it is called
+    compiling = torch.compiler.is_compiling
 
-    @functools.wraps(function)
     def called(*args: Any, **kwargs: Any) -> Any:
-        chosen = disabled if torch.compiler.is_compiling() else function
-        return chosen(*args, **kwargs)
+        return (disabled if compiling() else function)(*args, **kwargs)
 
-    return cast(Function, called)
+    known = getattr(function, "__globals__", {})  # by which doctests find their module
+    made = types.FunctionType(called.__code__, known, called.__name__, None, called.__closure__)
+    return cast(Function, functools.update_wrapper(made, function))
 
 
 # --- transforms of torch.func ---------------------------------------------------------------------
 
 
 class whole_transforms(ContextDecorator):  # noqa: N801 - a scope, as those of contextlib are
-    """A scope that ends the transforms and the modes which an interrupt inside has left open.
+    """A scope that ends the transforms, modes and settings which an interrupt has left open inside.
 
     torch opens a transform of torch.func, or switches gradients off, and enters the block that
     closes it in two lines. An interrupt between them would leave it so for all that follows.
@@ -237,10 +306,13 @@ class whole_transforms(ContextDecorator):  # noqa: N801 - a scope, as those of c
         self._grad = torch.is_grad_enabled()
         self._depth = torch._C._functorch.get_dynamic_layer_stack_depth()
         self._level = forward_ad._current_level
+        self._values = [variable.get() for variable in _settings]
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             return
+        for variable, value in zip(_settings, self._values, strict=True):
+            variable.set(value)
         torch.set_grad_enabled(self._grad)
         if torch._C._functorch.get_dynamic_layer_stack_depth() > self._depth:
             torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(self._depth)
@@ -248,20 +320,20 @@ class whole_transforms(ContextDecorator):  # noqa: N801 - a scope, as those of c
             forward_ad.exit_dual_level()
 
 
-@contextmanager
-def whole_modes() -> Iterator[None]:
+class whole_modes:  # noqa: N801 - a scope, as those of contextlib are
     """A scope that ends the torch function modes which an interrupt inside has left open."""
-    depth = len(_get_current_function_mode_stack())
-    try:
-        yield
-    finally:
-        while len(_get_current_function_mode_stack()) > depth:
+
+    def __enter__(self) -> None:
+        self._depth = len(_get_current_function_mode_stack())
+
+    def __exit__(self, *_: object) -> None:
+        while len(_get_current_function_mode_stack()) > self._depth:
             _pop_mode()
 
 
 # --- checkpointing --------------------------------------------------------------------------------
 
-_here = threading.local()
+_unchecked = setting("without_checkpoints", 0)  # how many scopes are open
 _CHECKPOINTED = ("CheckpointFunction", "_checkpoint_without_reentrant_generator")
 
 
@@ -272,7 +344,7 @@ def _replaced() -> tuple[Any, Any]:
         return function, generator
 
     def unless(*args: Any, **kwargs: Any) -> Any:
-        if not getattr(_here, "depth", 0):
+        if not _unchecked.get():
             return (yield from generator(*args, **kwargs))
         return (yield)  # the caller runs the function in between
 
@@ -284,7 +356,7 @@ class _Unless:
         self._function = function
 
     def apply(self, run: Callable[..., Any], preserve: bool, *args: Any) -> Any:
-        if not getattr(_here, "depth", 0):
+        if not _unchecked.get():
             return self._function.apply(run, preserve, *args)
         return run(*args)
 
@@ -311,10 +383,10 @@ class without_checkpoints:  # noqa: N801 - a scope, as the functions of contextl
     def __enter__(self) -> None:
         self._use = _checkpoints.used()
         self._use.__enter__()
-        _here.depth = getattr(_here, "depth", 0) + 1
+        _unchecked.set(_unchecked.get() + 1)
 
     def __exit__(self, *error: object) -> None:
-        _here.depth -= 1
+        _unchecked.set(_unchecked.get() - 1)
         self._use.__exit__(None, None, None)
 
 
@@ -326,4 +398,4 @@ def inside_checkpoint() -> bool:
     frame: FrameType | None = sys._getframe()  # before torch 2.8 nothing tells but who called
     while frame is not None and frame.f_code.co_filename != checkpoint.__file__:
         frame = frame.f_back
-    return frame is not None and not getattr(_here, "depth", 0)
+    return frame is not None and not _unchecked.get()

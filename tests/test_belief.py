@@ -509,3 +509,36 @@ def test_a_head_that_each_batch_chooses():
             rows = [[*range(w + 5 * i, w + 5 * i + 5), b + i] for i in (2 * k, 2 * k + 1)]
             at = torch.tensor(rows).flatten()
             close(dense[at][:, at], torch.kron(left[k], right[k]))
+
+
+class Scaled(nn.Module):
+    """Constants of sizes that a batch may have, and others that each example has one of."""
+
+    def __init__(self):
+        super().__init__()
+        self.low, self.head = nn.Parameter(torch.randn(4, 4) / 2), nn.Linear(4, 3)
+
+    def forward(self, x):
+        weight = torch.tril(self.low, -1) + torch.eye(4)
+        at = (torch.arange(4)[None] - torch.arange(4)[:, None]) % 4
+        first = torch.zeros(len(x), 4) @ self.low  # a state that begins at zero
+        return self.head(torch.tanh(x @ weight + x @ self.low[0][at] + first))
+
+
+@pytest.mark.parametrize("sizes", [(3, 2, 4), (4, 3, 4), (1, 4, 3), (5, 1, 4)])
+def test_batches_as_long_as_a_constant(sizes):
+    """A constant that was as long as no batch is none of the examples' in a batch of its length."""
+    model = Scaled()
+    data = [(torch.randn(n, 4), torch.randint(3, (n,))) for n in sizes]
+    options = {"estimator": "exact", "factor_decay": 0.0, "update_every": 1, "seed": 0}
+    optimizer = ng.optim.NaturalGradient(model, "diagonal", "categorical", **options)
+    for x, y in data:
+        other = Scaled()
+        other.load_state_dict(model.state_dict())
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        close(optimizer.operator.diagonal(), truth(other, x, y).diagonal())
+        assert "low" in optimizer.operator.space.names
+    report = ng.FIM(model, data, "kfac").report()
+    assert not any("general" in row.form for row in report)

@@ -47,3 +47,39 @@ def test_members_in_a_compiled_function(representation, call):
         assert torch.allclose(found, truth, rtol=1e-6, atol=1e-9)
         g, h = (torch.autograd.grad(x.square().sum(), v)[0] for x in (found, truth))
         assert torch.allclose(g, h, rtol=1e-6, atol=1e-8)
+
+
+def train(x):
+    return 2 * x
+
+
+BUILDS = {
+    "FIM": lambda model, data: ng.FIM(model, data, "kfac", likelihood="categorical"),
+    "GGN": lambda model, data: ng.GGN(model, data, loss="categorical"),
+    "Hessian": lambda model, data: ng.Hessian(model, data, loss="categorical"),
+    "Jacobian": lambda model, data: ng.Jacobian(model, data),
+    "NTK": lambda model, data: ng.NTK(model, data[0]),
+    "update_diag": lambda model, data: ng.update_diag(
+        ng.FIM(model, data, "ekfac", likelihood="categorical"), model, data
+    ),
+    "saliency": lambda model, data: ng.aslinearoperator(
+        torch.diag(ng.saliency(ng.FIM(model, data, "diagonal", likelihood="categorical"), model))
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
+@pytest.mark.parametrize("name", BUILDS)
+def test_builds_in_a_compiled_function(name):
+    """The compiled function leaves its graph for them; before, torch raised an error of its own."""
+    model, data = problem()
+    want = BUILDS[name](model, data)
+    v = torch.randn(want.shape[-1]).double()
+
+    def step(v):
+        return 3 * (BUILDS[name](model, data) @ train(v))
+
+    assert torch.allclose(torch.compile(step, backend="eager")(v), 6 * (want @ v))
+    again = torch.compile(lambda: BUILDS[name](model, data).to_dense(), backend="eager")
+    assert torch.allclose(again(), want.to_dense())

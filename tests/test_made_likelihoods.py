@@ -191,3 +191,32 @@ def test_bad_pairs_and_variances_are_named():
     model[2].bias.data[1] = -800
     with pytest.raises(NonFiniteError, match="exp of some overflows: bound them"):
         ng.FIM(model, x, likelihood=HeteroscedasticGaussian())
+
+
+@pytest.mark.parametrize("estimator", ["exact", "mc", "empirical"])
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (lambda f: distributions.Normal(f[:, 5], 1.0), "IndexError .index 5 is out of bounds"),
+        (lambda f: distributions.Normal(f @ torch.ones(7, 7).double(), 1.0), "RuntimeError .mat1"),
+        (lambda f: distributions.Normal(f.loc, 1.0), "AttributeError .*'loc'"),
+        (lambda f: distributions.Normal(f), "TypeError"),
+    ],
+)
+def test_a_function_that_does_not_fit_the_outputs(function, said, estimator):
+    model, x = network(2)
+    y = torch.randn(9, 2).double()
+    message = rf"function to map outputs of shape \(9, 2\) .* it raised {said}.*forward= return"
+    with pytest.raises(DataError, match=message):
+        ng.FIM(model, (x, y), likelihood=FromDistribution(function), estimator=estimator, seed=0)
+
+
+def test_the_remedies_of_a_function_that_does_not_fit():
+    """A function for these outputs, or `forward=` for the outputs that it takes."""
+    model, x = network(2)
+    narrow = FromDistribution(lambda f: distributions.Normal(f[..., 0], 1.0))
+    F = ng.FIM(model, x, "dense", likelihood=narrow)
+    whole = FromDistribution(lambda f: distributions.Normal(f, 1.0))
+    first = {"forward": lambda model, batch: model(batch)[:, :1]}
+    close(F.to_dense(), ng.FIM(model, x, "dense", likelihood=whole, **first).to_dense())
+    close(F.to_dense(), ng.FIM(model, x, "dense", likelihood=Gaussian(), **first).to_dense())

@@ -19,6 +19,7 @@ from ..operators import BaseLinearOperator
 from ..operators.damping import DampingLike
 from ..quantities import LossLike
 from ..rowwise import Piece, quadratics
+from ..switches import untraced
 from .newton import newton_influences
 from .queries import Measure, Queries, fitting, loss_of
 from .shares import of_shares
@@ -30,6 +31,7 @@ METHODS = ("gradient", "newton")
 PER = ("example", "token", "layer")
 
 
+@untraced
 @checked
 def influences(
     model: nn.Module,
@@ -174,6 +176,7 @@ def _scores(queries: Queries, piece: Piece, per: str) -> Tensor:
     return stacked if per == "layer" else stacked.sum(1)
 
 
+@untraced
 @checked
 def self_influence(
     model: nn.Module,

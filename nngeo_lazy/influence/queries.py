@@ -25,6 +25,7 @@ from ..representations.form_stack import joined, stored
 from ..rowwise import columns, low_rank_products, position_products
 from ..selectors import space_of
 from ..sweep import make_sweep
+from ..switches import outside_inference
 from ..table import Table
 
 __all__ = ["Measure", "Queries", "fitting", "loss_of"]
@@ -130,7 +131,7 @@ class Queries:
         dropped: dict[Layout, float] = {}
         total = 0.0
         self.num_queries = 0
-        with torch.inference_mode(False), closing(sweep.pieces()) as pieces:
+        with outside_inference(), closing(sweep.pieces()) as pieces:
             for piece in pieces:
                 parts = piece.parts
                 for layout, part in ((part.layout, part) for part in parts):

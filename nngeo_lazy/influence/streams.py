@@ -18,6 +18,7 @@ from ..fingerprints import fingerprint
 from ..quantities import LossGradients, LossLike
 from ..rowwise import Piece
 from ..sweep import make_sweep
+from ..switches import outside_inference
 
 __all__ = ["Chunks", "Score", "Top", "batches_of", "largest", "whole"]
 
@@ -142,7 +143,7 @@ def batches_of(
     held: list[Tensor] = []
     current: tuple[int, Any] | None = None
     try:
-        with torch.inference_mode(False), closing(sweep.pieces()) as pieces:
+        with outside_inference(), closing(sweep.pieces()) as pieces:
             for piece in pieces:
                 number = rest.numbers[piece.batch]
                 if current is not None and number != current[0]:

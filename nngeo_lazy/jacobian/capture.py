@@ -34,7 +34,7 @@ from .grouping import make_parts
 from .parts import Kind, Part
 from .passes import Cutter, Pass, Plan, Recorded, gradients_at
 from .proof import Probe, Probed, Unproved, probe_folds, scales_of
-from .record import Recorder
+from .record import Made, Recorder
 from .union import joined, widened
 
 __all__ = ["Capture", "PartsChangedError", "Recorded", "UnprovedError"]
@@ -101,8 +101,7 @@ class Capture:
         found that examples on their own give the outputs that they give in the batch.
         """
         if self._plan is None and not self._sampled_plan(raw):
-            record = self._record(raw)
-            plan = self._planned(record)
+            record, plan = self._planned(self._record(raw))
             self._cutter = plan.cutter
             if plan.cutter is None or plan.cutter.pieces(raw) == 1:
                 yield self._recorded(record, plan), target
@@ -110,8 +109,7 @@ class Capture:
             del record
         cutter = self._cutter
         for piece, labels in [(raw, target)] if cutter is None else cutter(raw, target):
-            record = self._record(piece)
-            plan = self._planned(record)
+            record, plan = self._planned(self._record(piece))
             yield self._recorded(record, plan), labels
 
     def _recorded(self, record: Pass, plan: Plan) -> Recorded:
@@ -181,7 +179,7 @@ class Capture:
             return False
         if record.n != SAMPLED or record.outputs.grad_fn is None:
             return False
-        plan = self._replan(record)
+        record, plan = self._replan(record)
         if plan.cutter is None:
             return False
         self._take(record, plan)
@@ -190,9 +188,9 @@ class Capture:
 
     def recorder(self, raw: Any, *, training: bool = False) -> Recorder:
         """A recorder of a pass over this batch."""
-        return self._recorder(raw, training, None if self._plan is None else self._plan.constants)
+        return self._recorder(raw, training, () if self._plan is None else self._plan.constants)
 
-    def _recorder(self, raw: Any, training: bool, examples: Sequence[bool] | None) -> Recorder:
+    def _recorder(self, raw: Any, training: bool, examples: Sequence[Made]) -> Recorder:
         return Recorder(
             self._model,
             self._parameters,
@@ -202,7 +200,7 @@ class Capture:
             examples=examples,
         )
 
-    def _record(self, raw: Any, examples: Sequence[bool] | None = None) -> Pass:
+    def _record(self, raw: Any, examples: Sequence[Made] | None = None) -> Pass:
         before = draws(self._space.device)
         with (
             self.recorder(raw)
@@ -218,17 +216,18 @@ class Capture:
         """The outputs alone, with their graph: torch has other ways without one."""
         return self._forward(self._model, raw)
 
-    def _planned(self, record: Pass) -> Plan:
-        """A plan that is believed for this pass."""
+    def _planned(self, record: Pass) -> tuple[Pass, Plan]:
+        """This pass, or the same recorded again, with a plan that is believed for it."""
         if record.drawn:
             require_repeatable(record, self._plain)
         known = self._plans.get(record.signature.nodes)
         if known is None:
-            return self._take(record, self._replan(record))
+            record, made = self._replan(record)
+            return record, self._take(record, made)
         plan = next((plan for plan in known if plan.fits(record)), None)
         if plan is None or plan.ragged or not record.signature.alike:
-            return self._proved(record)
-        return self._take(record, plan)
+            return record, self._proved(record)
+        return record, self._take(record, plan)
 
     def _proved(self, record: Pass) -> Plan:
         """A plan that is proved on a pass like others before."""
@@ -267,8 +266,8 @@ class Capture:
             self._parts = self._parts if parts == self._parts else parts
         return plan
 
-    def _replan(self, record: Pass) -> Plan:
-        """The plan of a pass that does something new."""
+    def _replan(self, record: Pass) -> tuple[Pass, Plan]:
+        """A pass that does something new, recorded again if it must be, and its plan."""
         which = "first" if self._plan is None else "a later"
         # A class that is ruled out has -infinity: what may have it says the quantity.
         if not bool((record.outputs < math.inf).all()):
@@ -284,7 +283,7 @@ class Capture:
         if record.outputs.grad_fn is None:
             if self._plan is not None:  # of a model that uses none of them for this batch
                 unused = make_parts(self._space, [], {}, set(self._space.names))
-                return Plan([], unused, [], None, record.n, record.examples)
+                return record, Plan([], unused, [], None, record.n, record.examples)
             raise DataError(
                 "the outputs do not depend on any selected parameter: select others with params=, "
                 "and check that the forward pass does not run under no_grad or detach"
@@ -292,11 +291,11 @@ class Capture:
         alone, few = outputs_alone(record, self._record, self._plain)
         if alone is Alone.DOUBTFUL:
             require_gradients_alone(record, self._plain, list(self._parameters.values()))
-        if few is None or record.n <= PROBED or not _comparable(few, record):
-            few = None
-        if few is not None and few.examples != record.examples:
+        if few is not None and record.n > few.n and _by_accident(few, record):
             # as many positions as examples, by accident: the few examples tell
             record = self._record(record.raw, few.examples)
+        if few is None or record.n <= PROBED or not _comparable(few, record):
+            few = None
         alike = record.signature.alike
         plan = None if few is None or not alike else self._prove(few)
         if plan is None or not plan.fits(record):
@@ -306,8 +305,8 @@ class Capture:
         if alone is not Alone.UNKNOWN and record.n > 1:
             times = record.outputs[0].numel() if self._held else None
             cutter = Cutter.of(record.raw, record.n, plan.bytes(record), times)
-            return replace(plan, cutter=cutter)
-        return plan
+            plan = replace(plan, cutter=cutter)
+        return record, plan
 
     def _require_apart(self, record: Pass, plan: Plan, alone: Alone = Alone.SAME) -> None:
         """Look closer if a layer's output, cut into examples as it can be, reaches others'."""
@@ -404,6 +403,12 @@ class Capture:
 def _comparable(few: Pass, record: Pass) -> bool:
     """Whether what is proved of a few examples holds for all."""
     return few.keys == record.keys and few.idle == record.idle and few.signature.alike
+
+
+def _by_accident(few: Pass, record: Pass) -> bool:
+    """Whether a constant is as long as a batch, and not as a few of its examples."""
+    pairs = zip(few.examples, record.examples, strict=False)
+    return any(own and mine is False for (_, mine), (_, own) in pairs)
 
 
 def _because(notes: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ from .forms import Form, Rows
 from .general import GeneralRows, cut, example_leaves
 from .inputs import Inputs
 from .parts import Gradient, Kind, Part
-from .record import Recorder
+from .record import Made, Recorder
 from .signature import Signature, signature_of
 from .union import forms_of
 
@@ -44,7 +44,7 @@ class Pass:
         outputs: (N, ...).
         calls: the layers that it called on at least one position.
         formless: parameters that met data without a form, and why.
-        examples: of constants, whether each was taken for data.
+        examples: of the constants that it made, whether each was taken for data.
         signature: what it did.
         idle: parameters that only calls without a position received.
         drawn: whether it drew random numbers.
@@ -55,7 +55,7 @@ class Pass:
     outputs: Tensor
     calls: list[Call]
     formless: dict[str, str]
-    examples: list[bool]
+    examples: list[Made]
     signature: Signature
     idle: frozenset[str]
     drawn: bool = False
@@ -127,7 +127,7 @@ class Plan:
     folds: list[Fold | None]
     general: GeneralRows | None
     examples: int
-    constants: list[bool]
+    constants: list[Made]
     silent: frozenset[int] = frozenset()
     cutter: Cutter | None = None
     split: frozenset[int] = frozenset()

@@ -28,7 +28,11 @@ from .scopes import in_build, refuse_renormalisation
 from .uses import Use
 from .weights import Weight, derived, sources_of
 
-__all__ = ["Recorder"]
+__all__ = ["Made", "Recorder"]
+
+# A constant that a pass made: by which function, and whether it was taken for data, None if a
+# pass of one example cannot tell.
+Made = tuple[str, bool | None]
 
 
 class Recorder(TorchFunctionMode):
@@ -47,7 +51,7 @@ class Recorder(TorchFunctionMode):
             statistics of the batch, which count as constants, and passes of a build inside of it
             are not recorded. Otherwise such a model is refused, since it mixes examples.
         through: whether the forms may use the pass's graph, to go from weights to parameters.
-        examples: for each constant that is made, whether it was taken for data in another pass.
+        examples: of each constant that another pass made, whether it was taken for data.
     """
 
     def __init__(
@@ -58,7 +62,7 @@ class Recorder(TorchFunctionMode):
         *,
         training: bool = False,
         through: bool = True,
-        examples: Sequence[bool] | None = None,
+        examples: Sequence[Made] = (),
     ) -> None:
         super().__init__()
         self._training, self._through = training, through
@@ -70,7 +74,7 @@ class Recorder(TorchFunctionMode):
         self._lookups: dict[int, Lookup] = {}
         self._sizes = {t.shape[0] for t in tree.tensors(raw) if t.dim()}
         self._given = examples
-        self.examples: list[bool] = []
+        self.examples: list[Made] = []
         self.calls: list[Call] = []
         self.formless: dict[str, str] = {}  # parameter -> why it has no form
 
@@ -154,16 +158,19 @@ class Recorder(TorchFunctionMode):
                 self._constants.pop(id(args[0]), None)
             return
         for tensor in _tensors(output):
-            if id(tensor) not in self._constants and not self._for_examples(tensor):
+            if id(tensor) not in self._constants and not self._for_examples(func, tensor):
                 self._constants[id(tensor)] = tensor
 
-    def _for_examples(self, tensor: Tensor) -> bool:
-        if not tensor.dim() or tensor.shape[0] not in self._sizes:
+    def _for_examples(self, func: Callable[..., Any], tensor: Tensor) -> bool:
+        """Whether a constant has one entry for each example: now, and in the pass before."""
+        if not tensor.dim():
             return False
-        k = len(self.examples)
-        given = self._given
-        mine = tensor.shape[0] > 1 if given is None or k >= len(given) else given[k]
-        self.examples.append(mine)
+        name, k, size = getattr(func, "__name__", ""), len(self.examples), tensor.shape[0]
+        before, known = self._given[k] if k < len(self._given) else ("", None)
+        known = known if before == name else None  # else the passes went other ways
+        alike = size in self._sizes
+        mine = alike and (size > 1 if known is None else known)
+        self.examples.append((name, None if alike and size == 1 and known is None else mine))
         return mine
 
     def _derive(

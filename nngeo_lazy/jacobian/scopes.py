@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +14,16 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
 from ..errors import StochasticModelError, UnsupportedLayerError
-from ..switches import eager, plain_attention_modules, whole_modes, whole_transforms
+from ..switches import (
+    eager,
+    holding,
+    outside_inference,
+    plain_attention_modules,
+    setting,
+    together,
+    whole_modes,
+    whole_transforms,
+)
 from .layers import BATCH_STATISTICS
 from .registry import find, whole_modules
 
@@ -58,12 +66,12 @@ class FixedWeights(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-_builds = threading.local()
+_builds = setting("builds", 0)  # how many are on their way
 
 
 def in_build() -> bool:
     """Whether the model's passes are those of a build, and nobody else's."""
-    return getattr(_builds, "depth", 0) > 0
+    return _builds.get() > 0
 
 
 @contextmanager
@@ -75,14 +83,13 @@ def recording(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[No
     """
     flags = {name: p.requires_grad for name, p in parameters.items()}
     buffers = [(b, b._version, b.detach().clone()) for b in model.buffers() if not b.is_inference()]
-    with plain_functions(), torch.enable_grad(), whole_modules(model):
-        _builds.depth = getattr(_builds, "depth", 0) + 1
+    counted = holding(_builds, _builds.get() + 1)
+    with plain_functions(), torch.enable_grad(), whole_modules(model), counted:
         try:
             for p in parameters.values():
                 p.requires_grad_(True)
             yield
         finally:
-            _builds.depth -= 1
             for name, p in parameters.items():
                 p.requires_grad_(flags[name])
             with torch.no_grad():
@@ -91,12 +98,10 @@ def recording(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[No
                         buffer.copy_(kept)
 
 
-@contextmanager
-def plain_functions() -> Iterator[None]:
-    """Inside, a model calls functions that can be seen and differentiated, and nothing fused."""
+def plain_functions() -> together:
+    """A scope in which a model calls functions that can be seen and differentiated, none fused."""
     switched = plain_attention_modules.used()
-    with whole_modes(), whole_transforms(), torch.inference_mode(False), switched, eager.used():
-        yield
+    return together(whole_modes(), whole_transforms(), outside_inference(), switched, eager.used())
 
 
 def refuse_training_mode(model: nn.Module) -> None:

@@ -28,6 +28,7 @@ from ..operators import BaseLinearOperator
 from ..operators.damping import DampingLike
 from ..prediction import nll
 from ..space import ParamSpace
+from ..switches import outside_inference
 from .checks import positive
 from .outputs import labelled
 from .variance import scaled
@@ -95,7 +96,7 @@ def maximised(
         slope = torch.zeros_like(logs) if logs.grad is None else logs.grad
         return found_so_far[-1], -slope.cpu().numpy()
 
-    with warnings.catch_warnings(), torch.inference_mode(False):
+    with warnings.catch_warnings(), outside_inference():
         warnings.simplefilter("error", EstimateWarning)
         try:
             found = optimize.minimize(

@@ -66,7 +66,18 @@ class FromDistribution(Differentiated, PerLabel):
         check_outputs(outputs, target)
         work = wide(outputs.detach())
         with torch.no_grad():
-            p = self._of(work, validated=True)
+            try:
+                p = self._of(work, validated=True)
+            except torch.OutOfMemoryError:
+                raise
+            except (TypeError, RuntimeError, LookupError, AttributeError) as error:
+                said = next(iter(str(error).splitlines()), "")
+                raise DataError(
+                    "expected function to map outputs of shape "
+                    f"{tuple(outputs.shape)} to the distribution of their labels, but it raised "
+                    f"{type(error).__name__} ({said}): change the function, "
+                    "or let forward= return the outputs that it takes"
+                ) from error
             if not isinstance(p, Distribution) or p.batch_shape[:1] != outputs.shape[:1]:
                 got = f"batch shape {tuple(p.batch_shape)}" if isinstance(p, Distribution) else p
                 raise DataError(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import AbstractContextManager
 from math import pi, sqrt
 from typing import Any
 
@@ -15,7 +13,7 @@ from torch import Tensor
 from .. import linalg
 from ..errors import EstimateWarning, TooLargeError, UnsupportedLayerError
 from ..linalg.estimates import MIN_STEPS, QUADRATURES
-from ..switches import untraced
+from ..switches import holding, setting, untraced
 from . import rules
 from .base import BaseLinearOperator, Krylov, flat_positions
 from .damping import Damping
@@ -28,21 +26,16 @@ __all__ = ["LazyLinearOperator", "closed_forms_only", "require_products", "requi
 
 _CHECKS = 10  # random vectors that a root is compared on: it may pass with a chance of 1e-10
 _CHUNK_BYTES = 2**26  # of identity columns at a time, if only products are known
-_CLOSED_ONLY: ContextVar[bool] = ContextVar("closed_forms_only", default=False)
+_CLOSED_ONLY = setting("closed_forms_only", False)
 
 
-@contextmanager
-def closed_forms_only() -> Iterator[None]:
+def closed_forms_only() -> AbstractContextManager[None]:
     """Within it, a number that no structure knows raises UnsupportedLayerError.
 
     However an operator is composed, it then either answers at the price of its structure, or says
     that n products or an estimate would be needed.
     """
-    token = _CLOSED_ONLY.set(True)
-    try:
-        yield
-    finally:
-        _CLOSED_ONLY.reset(token)
+    return holding(_CLOSED_ONLY, True)
 
 
 def require_products(operator: BaseLinearOperator, what: str) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add, mul
@@ -19,6 +17,7 @@ from torch import Tensor
 from ..arguments import described
 from ..errors import UnsupportedLayerError
 from ..space import ParamSpace
+from ..switches import holding, setting
 from . import rules
 from ._autograd import implicit_solve
 from .damping import Damping
@@ -27,7 +26,7 @@ from .info import Info
 if TYPE_CHECKING:
     from .base import BaseLinearOperator
 
-_ROOTS: ContextVar[bool] = ContextVar("roots_by_products", default=False)
+_ROOTS = setting("roots_by_products", False)
 
 __all__ = [
     "Krylov",
@@ -42,17 +41,12 @@ __all__ = [
 ]
 
 
-@contextmanager
-def roots_by_products() -> Iterator[None]:
+def roots_by_products() -> AbstractContextManager[None]:
     """Within it, matrices without a closed form have roots that are made from products.
 
     `power` promises a closed form; what GPyTorch asks for is any root, however it is made.
     """
-    token = _ROOTS.set(True)
-    try:
-        yield
-    finally:
-        _ROOTS.reset(token)
+    return holding(_ROOTS, True)
 
 
 def wants_roots() -> bool:

@@ -42,8 +42,8 @@ class Whole:
     """Keeps a whole copy of a model in pieces in step with it.
 
     A pass that is to be recorded or run again is made once more by the copy, with the same random
-    numbers, and its backward pass likewise once the gradient at the outputs arrives. It exchanges
-    nothing. A step is made with whole gradients on the copy, and each process keeps its pieces.
+    numbers. So is its backward pass, once the gradient at the outputs arrives. The copy exchanges
+    nothing. A step is made with whole gradients on it, and each process keeps its pieces.
 
     Args:
         model: in pieces; with any other nothing is done.

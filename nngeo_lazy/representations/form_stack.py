@@ -24,6 +24,7 @@ from ..operators.factored import (
 from ..quantities import MatrixKind
 from ..statistics import MAX_BLOCK_BYTES, Statistic
 from ..sweep import Sweep
+from ..switches import outside_inference
 from .recipes import Block, Recipe, block_name, flat_layout, info_of, require_finite, whole
 from .representation import Streamed
 
@@ -217,7 +218,7 @@ def _until_parts_change(
         require_finite(rows, "the network")
         return rows
 
-    with torch.inference_mode(False), closing(sweep.pieces(start)) as pieces:
+    with outside_inference(), closing(sweep.pieces(start)) as pieces:
         try:
             for piece in pieces:
                 if piece.batch != number and known is not None:

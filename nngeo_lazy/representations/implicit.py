@@ -32,6 +32,7 @@ from ..operators.matrix_free import (
 )
 from ..quantities import MatrixKind
 from ..sweep import Sweep
+from ..switches import outside_inference
 from ..totals import Totals
 from .network_source import NetworkSource
 from .representation import Representation
@@ -140,7 +141,7 @@ def _fields(sweep: Sweep, options: Implicit) -> dict[str, Any]:
     totals, num_rows, num_batches = Totals(quantity, space.device), 0, 0
     with (
         problem.group.together("a pass over the data"),
-        torch.inference_mode(False),
+        outside_inference(),
         network.scope(),
         torch.no_grad(),
     ):

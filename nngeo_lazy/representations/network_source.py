@@ -21,7 +21,7 @@ from ..precision import widest
 from ..quantities import Metric
 from ..space import ParamSpace
 from ..sweep import Sweep
-from ..switches import untraced
+from ..switches import outside_inference, untraced
 from .form_stack import streamed_rows
 from .single import Diagonal
 
@@ -74,7 +74,7 @@ class NetworkSource:
         """The diagonal (P,) at these parameters, from streamed rows; None after a move."""
         if not self.streams:
             return None
-        with torch.inference_mode(False):
+        with outside_inference():
             made: Tensor = Diagonal().build(self.sweep.at(self.network.at(parameters))).diagonal()
             return made.to(parameters.dtype)
 
@@ -86,7 +86,7 @@ class NetworkSource:
         many = self.num_rows > problem.max_directions * self.num_examples
         if not self.streams or self.center or self.group.size > 1 or many:
             return None
-        with torch.inference_mode(False):
+        with outside_inference():
             sweep = self.sweep.at(self.network.at(parameters))
         return partial(streamed_rows, sweep)
 

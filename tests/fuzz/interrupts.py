@@ -1,6 +1,6 @@
 """Ctrl-C at random lines: what was computed comes back, or nothing does and nothing is changed.
 
-`python -m tests.fuzz.interrupts 3000` runs so many, spread over all jobs.
+`python -m tests.fuzz.interrupts 3000 0` runs so many, spread over all jobs, with a seed.
 """
 
 import collections
@@ -217,7 +217,7 @@ def optimizers(count, representation="kfac", seed=0):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    count = int(sys.argv[1])
-    print("jobs:", dict(interrupted(count * 4 // 5)))
+    count, seed = int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0
+    print("jobs:", dict(interrupted(count * 4 // 5, seed=seed)))
     for name in ("kfac", "diagonal"):
-        print(f"optimizer {name}:", dict(optimizers(count // 10, name)))
+        print(f"optimizer {name}:", dict(optimizers(count // 10, name, seed)))

@@ -1,0 +1,89 @@
+"""An interrupt at every line that opens or closes a scope: no mode, setting or flag is left."""
+
+import sys
+
+import pytest
+import torch
+from fuzz.files import _finalising
+from fuzz.interrupts import Jobs, changed, flags, world
+
+import nngeo_lazy as ng
+from nngeo_lazy.switches import holding, setting, together, whole_transforms
+
+EDGES = ("switches.py", "contextlib.py", "grad_mode.py", "forward_ad.py")
+
+
+def interrupted_at(run, stop):
+    """How many lines of the edges run; an interrupt comes before line `stop` of them."""
+    count = 0
+
+    def step(frame, event, arg):
+        nonlocal count
+        if event == "line" and frame.f_code.co_filename.endswith(EDGES):
+            count += 1
+            if stop and count >= stop and not _finalising(frame):
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return step
+
+    before = sys.gettrace()
+    sys.settrace(step)
+    try:
+        run()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    return count
+
+
+# torch's own generators, which an interrupt has left, find their transform ended
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("name", ["product", "logdet", "solution"])
+def test_interrupts_at_the_edges_of_scopes(name):
+    jobs = Jobs()
+    call = {
+        "product": lambda: jobs.F @ jobs.v,
+        "logdet": lambda: ng.logdet(jobs.damped, seed=0),
+        "solution": lambda: ng.solve(jobs.F, jobs.v, damping=0.1, tol=0.5),
+    }[name]
+    want = call()
+    want = want if name == "product" else want[0]
+    lines = interrupted_at(call, 0)
+    assert lines > 20
+    model, settings = world(jobs.model), flags()
+    for stop in range(1, min(lines, 120)):
+        interrupted_at(call, stop)
+        assert flags() == settings, stop
+        assert not changed(model, jobs.model), stop
+        got = call()
+        torch.testing.assert_close(got if name == "product" else got[0], want)
+
+
+def test_a_setting_of_a_scope_that_is_lost():
+    colour = setting("colour", "red")
+
+    @whole_transforms()
+    def lost():
+        holding(colour, "blue").__enter__()  # and then no block
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        lost()
+    assert colour.get() == "red"
+
+
+def test_scopes_together_close_what_they_have_opened():
+    colour, seen = setting("colour", "red"), []
+
+    class Broken:
+        def __enter__(self):
+            seen.append(colour.get())
+            raise ValueError("broken")
+
+        def __exit__(self, *_):
+            seen.append("closed")
+
+    with pytest.raises(ValueError, match=r"^broken$"), together(holding(colour, "blue"), Broken()):
+        pass
+    assert (seen, colour.get()) == (["blue"], "red")
