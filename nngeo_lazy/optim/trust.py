@@ -27,8 +27,8 @@ def shorten(steps: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
     .. math:: |\Delta w| \le 0.5 \max(|w|, 0.01 \sqrt n)
 
     for a parameter of n numbers. A trust region of predictions does not see those that hardly
-    matter yet, such as the queries and keys of a new attention layer: their step is long, since
-    their curvature is small, and it would saturate them. Nothing is read from the device.
+    matter yet, such as queries and keys of a new attention layer. Their curvature is small, so
+    their step is long, and it would saturate them. Nothing is read from the device.
     """
     moved, held = list(steps.values()), [weights[name].detach() for name in steps]
     least = [SMALL * p.numel() ** 0.5 for p in held]
