@@ -33,7 +33,7 @@ class NaturalGradient(CurvatureOptimizer):
 
     m is the running average of gradients. nu bounds how much a step changes the model's
     predictions: by about `radius` nats, which the steps that refresh the curvature measure with one
-    more forward pass. No parameter moves by more than half of its size. The learning rate eta
+    more forward pass. No parameter moves by more than 0.4 of its size. The learning rate eta
     multiplies the whole step, so that schedulers work as ever. `docs/optimizers.md` has all
     formulas.
 

@@ -18,13 +18,13 @@ RATE, TURN, WIDEST = 0.03, 2.0, 2.5  # how the logarithm of the radius moves, an
 FAR, CLOSE = 0.5, 0.8  # of what it should be, the length of a step that stays; of one that was cut
 SHORTEST, TRIES = 0.1, 8  # the part of a step that is tried next, and how often
 LEAST, MOST, LOST = 1e-8, 3.0, 1e-2  # bounds of the calibration, and of what one step makes of it
-SHARE, SMALL = 0.5, 1e-2  # of its size, how far a parameter moves; numbers below count as so large
+SHARE, SMALL = 0.4, 1e-2  # of its size, how far a parameter moves; numbers below count as so large
 
 
 def shorten(steps: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
     r"""Shorten each parameter's step to a share of its size, where it is longer.
 
-    .. math:: |\Delta w| \le 0.5 \max(|w|, 0.01 \sqrt n)
+    .. math:: |\Delta w| \le 0.4 \max(|w|, 0.01 \sqrt n)
 
     for a parameter of n numbers. A trust region of predictions does not see those that hardly
     matter yet, such as queries and keys of a new attention layer. Their curvature is small, so

@@ -513,7 +513,7 @@ def test_a_step_moves_no_parameter_by_more_than_a_share_of_its_size(representati
         for p, old in zip(model.parameters(), before, strict=True):
             size = max(float(old.norm()), 0.01 * old.numel() ** 0.5)
             longest = max(longest, float((p.detach() - old).norm()) / size)
-    assert longest == pytest.approx(0.5)  # it would be above 1,000 for queries and keys
+    assert longest == pytest.approx(0.4)  # it would be above 1,000 for queries and keys
 
 
 def test_networks_with_small_first_weights_learn():
