@@ -12,7 +12,7 @@ import sys
 import threading
 import types
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ContextDecorator
+from contextlib import AbstractContextManager, ContextDecorator, nullcontext
 from contextvars import ContextVar
 from types import FrameType
 from typing import Any, TypeVar, cast
@@ -112,7 +112,9 @@ def outside_inference() -> AbstractContextManager[Any]:
     """
     if torch.is_inference_mode_enabled():
         return torch.inference_mode(False)
-    return torch.enable_grad()
+    if torch.is_grad_enabled():
+        return nullcontext()
+    return together(torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True))
 
 
 _callers: ContextVar[Autocast | None] = setting("callers_autocast", None)

@@ -1,14 +1,15 @@
 """An interrupt at every line that opens or closes a scope: no mode, setting or flag is left."""
 
 import sys
+import threading
 
 import pytest
 import torch
-from fuzz.files import _finalising
+from fuzz.files import unreachable
 from fuzz.interrupts import Jobs, changed, flags, world
 
 import nngeo_lazy as ng
-from nngeo_lazy.switches import holding, setting, together, whole_transforms
+from nngeo_lazy.switches import _lock, holding, setting, together, whole_transforms
 
 EDGES = ("switches.py", "contextlib.py", "grad_mode.py", "forward_ad.py")
 
@@ -21,7 +22,7 @@ def interrupted_at(run, stop):
         nonlocal count
         if event == "line" and frame.f_code.co_filename.endswith(EDGES):
             count += 1
-            if stop and count >= stop and not _finalising(frame):
+            if stop and count >= stop and not unreachable(frame):
                 sys.settrace(None)
                 raise KeyboardInterrupt
         return step
@@ -35,6 +36,21 @@ def interrupted_at(run, stop):
     finally:
         sys.settrace(before)
     return count
+
+
+def free():
+    """Whether another thread may take the lock."""
+    taken = []
+
+    def take():
+        taken.append(_lock.acquire(timeout=5))
+        if taken[0]:
+            _lock.release()
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    thread.join()
+    return taken == [True]
 
 
 # torch's own generators, which an interrupt has left, find their transform ended
@@ -56,6 +72,7 @@ def test_interrupts_at_the_edges_of_scopes(name):
         interrupted_at(call, stop)
         assert flags() == settings, stop
         assert not changed(model, jobs.model), stop
+        assert free(), stop
         got = call()
         torch.testing.assert_close(got if name == "product" else got[0], want)
 

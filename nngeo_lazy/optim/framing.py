@@ -193,11 +193,15 @@ class Framing:
         means = torch.stack([member.trace() / member.shape[-1] for member in F.members]).tolist()
         found, floors = {}, loss.floors()
         for layout, mean in zip(F.layouts, means, strict=True):
-            for where in layout.slices:
-                for name, own in space.slices.items():
-                    if where.start < own.stop and own.start < where.stop:
-                        resolved = self._space.resolve(name)
-                        found[resolved] = eps * max(mean, floors.get(resolved, 0.0)) + tiny
+            names = {
+                self._space.resolve(name)
+                for where in layout.slices
+                for name, own in space.slices.items()
+                if where.start < own.stop and own.start < where.stop
+            }
+            trace = sum(floors[name] * loss.sizes[name] for name in names if name in floors)
+            least = max(mean, trace / max(1, layout.size))
+            found.update(dict.fromkeys(names, eps * least + tiny))
         return found
 
     def _flat(self, coordinates: Coordinates, solve: Solve, unit: Tensor | float) -> Solve:
