@@ -193,15 +193,15 @@ class Framing:
         means = torch.stack([member.trace() / member.shape[-1] for member in F.members]).tolist()
         found, floors = {}, loss.floors()
         for layout, mean in zip(F.layouts, means, strict=True):
-            names = {
+            inside = {
                 self._space.resolve(name)
                 for where in layout.slices
                 for name, own in space.slices.items()
                 if where.start < own.stop and own.start < where.stop
             }
-            trace = sum(floors[name] * loss.sizes[name] for name in names if name in floors)
+            trace = sum(floors[name] * loss.sizes[name] for name in inside if name in floors)
             least = max(mean, trace / max(1, layout.size))
-            found.update(dict.fromkeys(names, eps * least + tiny))
+            found.update(dict.fromkeys(inside, eps * least + tiny))
         return found
 
     def _flat(self, coordinates: Coordinates, solve: Solve, unit: Tensor | float) -> Solve:
