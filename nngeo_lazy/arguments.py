@@ -247,8 +247,9 @@ def checked(function: Function) -> Function:
     parameters, scope, compiling = _parameters, whole_transforms, torch.compiler.is_compiling
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        # a compiled call is not looked at: torch would trace how annotations are read
-        for parameter in () if compiling() else parameters(function):
+        if compiling():  # torch would trace how annotations are read, and the scope
+            return function(*args, **kwargs)
+        for parameter in parameters(function):
             place, name = parameter[:2]
             if 0 <= place < len(args):
                 parameter.require(args[place])

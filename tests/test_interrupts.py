@@ -1,41 +1,16 @@
 """An interrupt at every line that opens or closes a scope: no mode, setting or flag is left."""
 
-import sys
 import threading
 
 import pytest
 import torch
-from fuzz.files import unreachable
+from fuzz.files import lines_of
 from fuzz.interrupts import Jobs, changed, flags, world
 
 import nngeo_lazy as ng
 from nngeo_lazy.switches import _lock, holding, setting, together, whole_transforms
 
 EDGES = ("switches.py", "contextlib.py", "grad_mode.py", "forward_ad.py")
-
-
-def interrupted_at(run, stop):
-    """How many lines of the edges run; an interrupt comes before line `stop` of them."""
-    count = 0
-
-    def step(frame, event, arg):
-        nonlocal count
-        if event == "line" and frame.f_code.co_filename.endswith(EDGES):
-            count += 1
-            if stop and count >= stop and not unreachable(frame):
-                sys.settrace(None)
-                raise KeyboardInterrupt
-        return step
-
-    before = sys.gettrace()
-    sys.settrace(step)
-    try:
-        run()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        sys.settrace(before)
-    return count
 
 
 def free():
@@ -65,11 +40,11 @@ def test_interrupts_at_the_edges_of_scopes(name):
     }[name]
     want = call()
     want = want if name == "product" else want[0]
-    lines = interrupted_at(call, 0)
+    lines = lines_of(call, files=EDGES)
     assert lines > 20
     model, settings = world(jobs.model), flags()
-    for stop in range(1, min(lines, 120)):
-        interrupted_at(call, stop)
+    for stop in range(min(lines, 120)):
+        lines_of(call, stop, EDGES)
         assert flags() == settings, stop
         assert not changed(model, jobs.model), stop
         assert free(), stop

@@ -65,7 +65,7 @@ class Curvature:
         self._begun: tuple[Facts, Forms] | None = None
         self._denominators: list[tuple[int, Tensor | int]] = []  # with the number of the head
         self._terms: list[Tensor | int | None] = []
-        self._bad = ""  # why the step cannot be taken into the average
+        self._bad: str | None = None  # why the step is not taken into the average; "" was said
         self._inverse_unit: Tensor | None = None  # averaged as the curvature is
         loop.scorer = self
 
@@ -111,10 +111,10 @@ class Curvature:
         for chunk in recorded.chunks(directions, count, root=root):
             forms.update(*chunk)
 
-    def refuse(self, reason: str) -> bool:
+    def refuse(self) -> bool:
         """A pass of the loop has no forms: nothing of the step is taken, if an average is known."""
         if self.solved is not None:
-            self._bad = reason
+            self._bad = ""
         return self.solved is not None
 
     def arrived_again(self, passed: Passed, gradient: Tensor) -> None:
@@ -150,7 +150,7 @@ class Curvature:
         self.drop()
         described = self.scores.described()
         with group.together("a step that refreshes the curvature", *described.values()):
-            if begun is None and not bad:
+            if begun is None and bad is None:
                 raise DataError(
                     "expected passes that no step has taken yet: after a step that raised, run the "
                     "model and loss.backward() again"
@@ -159,14 +159,14 @@ class Curvature:
         like = torch.zeros((), dtype=torch.promote_types(space.dtype, torch.float32), device="cpu")
         own = [(head, float(part)) for head, part in parts]
         sums = reading.sums(own, len(heads), like.to(space.device))
-        sums[-1, 3] = float(bool(bad))
+        sums[-1, 3] = float(bad is not None)
         for (head, _), count in zip(own, terms, strict=True):
             sums[head, 5] += float("nan") if count is None else float(count)
-        first = float(own[0][1]) if own and not bad else 0.0  # near the size of an example's own
+        first = float(own[0][1]) if own and bad is None else 0.0  # about one example's
         sums[-1, 4] = first / group.size
         group.sum_([sums])
         if float(sums[-1, 3]):
-            raise NonFiniteError(bad or "another process could not")
+            raise NonFiniteError("another process could not" if bad is None else bad)
         if begun is None:
             raise RuntimeError("no passes")  # refused above; mypy does not see it
         self.reading = reading
@@ -210,7 +210,7 @@ class Curvature:
 
     def drop(self) -> None:
         """Forget what the present step has brought so far."""
-        self._begun, self._denominators, self._terms, self._bad = None, [], [], ""
+        self._begun, self._denominators, self._terms, self._bad = None, [], [], None
         self.reading = Reading(self._group.size)
 
     def _begin(self, recorded: Recorded) -> tuple[Facts, Forms]:

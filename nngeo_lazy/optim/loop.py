@@ -43,6 +43,7 @@ _DERIVED = (
     "curvature leaves out: if they are most of the loss, let the model's forward pass make and "
     "return them, and take representation='implicit'"
 )
+_LEFT_OUT = "The curvature was not refreshed; if this comes often, take 'implicit', or float64"
 _ROUNDED = "This is taken for rounding; if it is more, take representation='implicit', or float64"
 
 
@@ -59,7 +60,7 @@ class Scorer(Protocol):
     def arrived_again(self, passed: Passed, gradient: Tensor) -> None:
         """That of another loss arrived; the pass has the sum of both."""
 
-    def refuse(self, reason: str) -> bool:
+    def refuse(self) -> bool:
         """A pass has no forms: the step's are left out, if there is a curvature to go on with."""
 
     def drop(self) -> None:
@@ -307,8 +308,9 @@ class Loop:
                 refused = error
             recorded = self._capture.observed(raw, outputs, recorder, proved=True)
             if refused is not None and (recorded is None or recorded.plan.ragged):
-                if self.scorer is None or not self.scorer.refuse(str(refused)):
+                if self.scorer is None or not self.scorer.refuse():
                     raise refused
+                warn(SelfCheckWarning(f"{refused}. {_LEFT_OUT}"))
                 return None
             if refused is not None and not self._checked:
                 self._checked = True

@@ -78,13 +78,13 @@ def interrupted(count, folder, seed=0):
     return seen
 
 
-def lines_of(run, stop=None):
-    """How many lines of Python run; an interrupt comes before line `stop`."""
+def lines_of(run, stop=None, files=""):
+    """How many lines of Python run, of files that end so; an interrupt comes behind `stop`."""
     count = 0
 
     def step(frame, event, arg):
         nonlocal count
-        if event == "line":
+        if event == "line" and frame.f_code.co_filename.endswith(files):
             count += 1
             if stop is not None and count > stop and not unreachable(frame):
                 sys.settrace(None)
