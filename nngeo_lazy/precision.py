@@ -1,11 +1,13 @@
-"""The widest floating-point numbers that a device has."""
+"""The numbers of a device: the widest that it has, and products of narrow ones."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-__all__ = ["widened", "widest"]
+__all__ = ["HALF", "narrow", "widened", "widest"]
+
+HALF = (torch.float16, torch.bfloat16)
 
 
 def widest(device: torch.device | None = None) -> torch.dtype:
@@ -23,3 +25,17 @@ def widest(device: torch.device | None = None) -> torch.dtype:
 def widened(x: Tensor) -> Tensor:
     """A tensor in the widest dtype of its device, and in no narrower one than its own."""
     return x.to(torch.promote_types(x.dtype, widest(x.device)))
+
+
+def narrow(x: Tensor) -> torch.dtype | None:
+    """The half precision of x, if its device adds up products of such numbers in float32.
+
+    Products of two such numbers are exact in float32, so that nothing is lost by not widening them.
+    """
+    return x.dtype if x.dtype in HALF and _mixes(x.device) else None
+
+
+def _mixes(device: torch.device) -> bool:
+    """Whether `torch.mm` takes half precision to float32 (`out_dtype`): on CUDA, from torch 2.8."""
+    known = "dtype" in torch.ops.aten.mm.overloads()
+    return known and device.type == "cuda" and torch.version.cuda is not None

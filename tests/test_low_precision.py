@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import nngeo_lazy as ng
+from nngeo_lazy import precision as precisions
 from nngeo_lazy.likelihoods import Categorical
 
 TRACE = 0.02  # how far the trace may be from that of float32
@@ -132,3 +133,42 @@ def test_forms_and_trace_are_those_of_float32(name, precision, representation, e
     assert other == forms
     assert not any("general" in form for _, form, *_ in forms)
     assert abs(near - trace) <= TRACE * trace, near / trace - 1
+
+
+@pytest.fixture
+def mixed(monkeypatch):
+    """A CPU that adds up products of bfloat16 in float32, as CUDA does: the shapes that it met."""
+    shapes = []
+
+    def product(x, y, out_dtype):
+        assert x.dtype == y.dtype == torch.bfloat16
+        shapes.append((x.shape[0], y.shape[1]))
+        return x.to(out_dtype) @ y.to(out_dtype)
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("mm.dtype", product, "CPU")
+    monkeypatch.setattr(precisions, "_mixes", lambda device: True)
+    yield shapes
+    library._destroy()
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_products_of_half_precision_are_added_up_in_float32(mixed, monkeypatch, sharing, masked):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(300, 8), nn.Tanh(), nn.Linear(8, 5)).bfloat16()
+    x = torch.randn(16, 6, 300).bfloat16()
+    y = torch.randint(0, 5, (16, 6))
+    if masked:
+        y[:, 4:] = -100
+    kfac = ng.representations.KFAC(sharing=sharing)
+    options = {"likelihood": Categorical(class_dim=-1), "estimator": "empirical"}
+    near = ng.FIM(model, (x, y), kfac, **options).to_dense()
+    if sharing == "expand":  # means over positions are float32, and so are their products
+        assert {(150, 150), (8, 8), (5, 5)} <= set(mixed)
+    monkeypatch.setattr(precisions, "_mixes", lambda device: False)
+    count = len(mixed)
+    expected = ng.FIM(model, (x, y), kfac, **options).to_dense()
+    assert len(mixed) == count
+    assert near.dtype == torch.float32
+    torch.testing.assert_close(near, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))

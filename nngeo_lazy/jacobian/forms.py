@@ -182,6 +182,7 @@ class Outer(Form):
         bias: whether the homogeneous coordinate is appended to x.
         marks: what is known of the positions (N, T); None if all count (see `positions`).
         kept: the positions (N, T) that count in the input factor; None for all.
+        narrow: the dtype that the numbers of g were in, if its products may be taken in it.
     """
 
     g: Tensor
@@ -189,6 +190,7 @@ class Outer(Form):
     bias: bool
     marks: Tensor | None = None
     kept: Tensor | None = None
+    narrow: torch.dtype | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:  # type: ignore[override]
@@ -305,7 +307,7 @@ class Outer(Form):
         """
         if diagonal:
             return _added(self.g.square().sum((0, 1, 3)), into)
-        return moment(self.g.flatten(0, 1), into=into)
+        return moment(self.g.flatten(0, 1), into=into, narrow=self.narrow)
 
     def input_moment(self, diagonal: bool = False, into: Tensor | None = None) -> Tensor:
         """Sum over n, t of x x^T, (G, w, w), or its diagonal (G, w): KFAC's input factor."""

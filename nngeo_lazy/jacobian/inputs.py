@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..precision import narrow
 from ..sides import is_dense, rows_times, size_of
 from .moments import add_border, moment
 from .patches import Geometry, live_taps, patch_moment, unfold
@@ -145,9 +146,10 @@ class Inputs(ABC):
 
 @dataclass(frozen=True)
 class DenseInputs(Inputs):
-    """Stored x (N, G, T, i)."""
+    """Stored x (N, G, T, i), whose numbers are those of a `narrow` dtype if that is given."""
 
     x: Tensor
+    narrow: torch.dtype | None = None
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -161,11 +163,15 @@ class DenseInputs(Inputs):
 
     def examples(self, start: int, stop: int) -> DenseInputs:
         """The same of a range of examples."""
-        return DenseInputs(self.x[start:stop])
+        return replace(self, x=self.x[start:stop])
 
     def to(self, dtype: torch.dtype) -> DenseInputs:
         """The same in another dtype."""
-        return DenseInputs(self.x.to(dtype))
+        return DenseInputs(self.x.to(dtype), narrow(self.x))
+
+    def kept(self, mask: Tensor) -> DenseInputs:
+        """The same with zeros at the positions outside of a mask (N, T)."""
+        return replace(self, x=self.x * mask[:, None, :, None])
 
     def times(self, matrix: Tensor) -> Tensor:
         """x times a matrix for each group: (G, i, m) -> (N, G, T, m)."""
@@ -183,7 +189,7 @@ class DenseInputs(Inputs):
 
     def moment(self, bias: bool, into: Tensor | None = None) -> Tensor:
         """Sum over n, t of x x^T: (G, w, w), or its diagonal (G, w) if that is all there is."""
-        return moment(self.x, bias, into)
+        return moment(self.x, bias, into, self.narrow)
 
     def square_sum(self, bias: bool) -> Tensor:
         """The diagonal of `moment`, (G, w)."""

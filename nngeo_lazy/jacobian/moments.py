@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..sides import Shape, Wide
@@ -12,15 +13,28 @@ SPLIT_WIDTH = 256  # below it a product is too small to be worth halving
 SUMMED_BYTES = 2**24  # products for each example are stored up to this size, then summed
 
 
-def moment(x: Tensor, bias: bool = False, into: Tensor | None = None) -> Tensor:
-    """Sum over examples and positions of x x^T: (N, G, T, i) -> (G, w, w), or added to `into`."""
+def moment(
+    x: Tensor,
+    bias: bool = False,
+    into: Tensor | None = None,
+    narrow: torch.dtype | None = None,
+) -> Tensor:
+    """Sum over examples and positions of x x^T: (N, G, T, i) -> (G, w, w), or added to `into`.
+
+    Args:
+        x: (N, G, T, i).
+        bias: whether x has a last entry of ones that is not stored.
+        into: what the sum is added to.
+        narrow: the dtype that the numbers of x were in, if its products may be taken in it.
+    """
     n, groups, t, width = x.shape
     size = width + bias
     full = x.new_empty(groups, size, size) if into is None else into
     beta = 0 if into is None else 1  # 0 ignores what is there, so that nothing need be cleared
     second = full[:, :width, :width]
     if groups == 1 and (t == 1 or x.stride(-1) == 1):
-        _add_symmetric(x.reshape(n * t, width), second[0], beta)
+        flat = x.reshape(n * t, width)
+        _add_symmetric(flat if narrow is None else flat.to(narrow), second[0], beta)
     elif groups == 1 and t < width:  # channels-first data: one product, of a copy
         add_products(x.permute(1, 3, 0, 2).reshape(1, width, n * t), second, beta)
     elif n * groups * width * width * x.element_size() <= SUMMED_BYTES:
@@ -80,12 +94,22 @@ def _add_symmetric(x: Tensor, out: Tensor, beta: int) -> None:
     """x^T x for (M, w), each product of column blocks once: 5/8 of the work in two halvings."""
     width = x.shape[1]
     if width < SPLIT_WIDTH:
-        out.addmm_(x.mT, x, beta=beta)
+        _add_product(x, x, out, beta)
         return
     half = width // 2
     left, right = x[:, :half], x[:, half:]
     _add_symmetric(left, out[:half, :half], beta)
     _add_symmetric(right, out[half:, half:], beta)
     cross = out[:half, half:]
-    cross.addmm_(left.mT, right, beta=beta)
+    _add_product(left, right, cross, beta)
     out[half:, :half] = cross.mT
+
+
+def _add_product(x: Tensor, y: Tensor, out: Tensor, beta: int) -> None:
+    """x^T y, added to `out` in its dtype, or in its place if beta is 0."""
+    if x.dtype == out.dtype:
+        out.addmm_(x.mT, y, beta=beta)
+    elif beta == 0:
+        out.copy_(torch.mm(x.mT, y, out_dtype=out.dtype))
+    else:
+        out.add_(torch.mm(x.mT, y, out_dtype=out.dtype))

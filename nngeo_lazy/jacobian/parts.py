@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedLayerError
 from ..layout import Layout, Piece
+from ..precision import narrow
 from ..space import ParamSpace
 from .calls import Call
 from .folds import Fold, Ragged
@@ -267,6 +268,11 @@ class Gradient:
         return all(g is None for g in self.given)
 
     @property
+    def narrow(self) -> torch.dtype | None:
+        """The dtype that the numbers were in, if their products may be taken in it."""
+        return next((narrow(g) for g in self.given if g is not None), None)
+
+    @property
     def stacked(self) -> Tensor:
         """(R, *leading, *features), in the order of the form."""
         some = [g for g in self.given if g is not None]
@@ -306,7 +312,8 @@ def _outer(
     g = x.masked(g) if weighted else g
     fold = at_call.fold
     known = _existing(fold, marks, t) if isinstance(fold, Ragged) else spread(marks, t)
-    return Outer(g, x if weighted else None, "bias" in roles, known)
+    given = x if weighted else None
+    return Outer(g, given, "bias" in roles, known, narrow=at_call.narrow)
 
 
 def _existing(fold: Ragged, marks: Tensor | None, t: int) -> Tensor | None:

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError
-from ..precision import widest
+from ..precision import HALF, widest
 
 __all__ = ["Decomposition", "eigh", "eigvalsh", "eps", "matrix_power", "rounding"]
 
 T = TypeVar("T")
-_HALF = (torch.float16, torch.bfloat16)
 DIGITS = 1e-3  # what rounding may change of a result before it is computed in float64
 _SLACK = 10  # times n eps: what a decomposition may be off by
 
@@ -101,7 +100,7 @@ def rounding(values: Tensor) -> Tensor:
     eps^(1/2).
     """
     relative = values.shape[-1] * eps(values)
-    if values.dtype in _HALF:
+    if values.dtype in HALF:
         relative = min(relative, eps(values) ** 0.5)
     return relative * values.abs().amax(-1, keepdim=True)
 
@@ -260,7 +259,7 @@ class _MatrixPower(torch.autograd.Function):
 def _prepared(matrix: Tensor) -> Tensor:
     if not bool(matrix.detach().isfinite().all()):
         raise NonFiniteError("NaN or infinity in a matrix that is to be decomposed")
-    return matrix.float() if matrix.dtype in _HALF else matrix
+    return matrix.float() if matrix.dtype in HALF else matrix
 
 
 def _cleaned(values: Tensor) -> Tensor:

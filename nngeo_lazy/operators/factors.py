@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from .. import sides
 from ..errors import NonFiniteError
 from ..linalg import nystrom_from
-from ..precision import widened, widest
+from ..precision import HALF, widened, widest
 from .decompose import DIGITS, eigh, eigvalsh, eps
 
 __all__ = [
@@ -208,7 +208,7 @@ def inverse_factors(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor] | None
 
     No eigenvectors are needed for them. None if there are none: eigenvalues then tell why.
     """
-    half = left.dtype in (torch.float16, torch.bfloat16)
+    half = left.dtype in HALF
     for dtype in dict.fromkeys((torch.float32 if half else left.dtype, widest(left.device))):
         one, other = (_inverse(f.detach().to(dtype)) for f in (left, right))
         if one is None or other is None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..arguments import described
 from ..errors import DataError
+from ..precision import HALF
 
 if TYPE_CHECKING:
     from .base import BaseLinearOperator
@@ -48,7 +49,7 @@ class ScipyOperator(scipy.sparse.linalg.LinearOperator):
         v: Tensor = torch.from_numpy(work).to(self.operator.device, self.operator.dtype)
         with torch.no_grad():
             y = self.operator._t_matmul(v) if transposed else self.operator._matmul(v)
-        if y.dtype in (torch.float16, torch.bfloat16):
+        if y.dtype in HALF:
             y = y.float()
         return np.asarray(y.cpu().numpy(), dtype=self.dtype)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch
 from torch import Tensor
 
 from ..arguments import described
 from ..errors import SpaceMismatchError
 from ..pieces import whole_vectors
+from ..precision import HALF
 
 if TYPE_CHECKING:
     from .base import BaseLinearOperator
@@ -28,7 +28,6 @@ __all__ = [
 ]
 
 VectorLike: TypeAlias = Tensor | Mapping[str, Tensor]
-_HALF = (torch.float16, torch.bfloat16)
 
 
 def columns(
@@ -113,7 +112,7 @@ def require_vector(operator: BaseLinearOperator, v: Tensor, *, vector: bool) -> 
             f"expected a vector on {operator.device}, got one on {v.device}: move it with "
             ".to(operator.device), or the operator with .to(device)"
         )
-    if v.dtype in _HALF and operator.dtype != v.dtype:
+    if v.dtype in HALF and operator.dtype != v.dtype:
         return v.to(operator.dtype)
     if v.dtype != operator.dtype:
         raise SpaceMismatchError(

@@ -241,7 +241,8 @@ def _scaled(form: Form | None, scale: float) -> Form | None:
     if scale == 1:
         return form
     if isinstance(form, Outer):
-        return replace(form, g=form.g * scale)
+        return replace(form, g=form.g * scale, narrow=None)
     if isinstance(form, Summed):
-        return replace(form, outers=tuple(replace(o, g=o.g * scale) for o in form.outers))
+        outers = tuple(replace(o, g=o.g * scale, narrow=None) for o in form.outers)
+        return replace(form, outers=outers)
     return Stored(form.values * scale) if isinstance(form, Stored) else None

@@ -1,6 +1,6 @@
 """One and two processes on the same data: time, efficiency, peak memory and bytes exchanged.
 
-    python tests/benchmarks/processes.py [--width 512] [--examples 4096] [--repeats 3]
+    python tests/benchmarks/processes.py [--width 512] [--examples 16384] [--repeats 3]
 
 Every process has one thread. Efficiency is the time of one process over that of W, divided by W;
 that of the passes leaves out eigendecompositions, since KFAC makes none in its build. Bytes are
@@ -132,7 +132,7 @@ def balance(size: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--examples", type=int, default=4096)
+    parser.add_argument("--examples", type=int, default=16384)
     parser.add_argument("--repeats", type=int, default=3)
     options = vars(parser.parse_args())
     one, two = measured(1, options), measured(2, options)

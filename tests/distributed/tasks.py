@@ -611,3 +611,41 @@ def stored_build(folder, sharded):
             errors.append(str(error))
     kept.KEPT_BYTES = 2**26
     return errors, data.passes, F.to_dense(), built("smooth", "ekfac", "exact").to_dense()
+
+
+def counted(group, call):
+    """What a call exchanges, and what it returns."""
+    before = vars(group.traffic).copy()
+    result = call()
+    return {key: now - before[key] for key, now in vars(group.traffic).items()}, result
+
+
+def product_traffic():
+    """What products with matrix-free matrices, and what is made of them, exchange."""
+    data = ng.Distributed(smooth_data())
+    model, loss = smooth_net(), Categorical()
+    matrices = {
+        "fim": built("smooth", "implicit", "exact", data),
+        "ggn": ng.GGN(model, data, loss=loss),
+        "hessian": ng.Hessian(model, data, loss=loss),
+    }
+    found = {}
+    for name, F in matrices.items():
+        v = F.space.zeros() + 1
+        columns = torch.ones(len(F.space), 3)
+        F @ v  # the first one proves the way of differentiation
+        calls = {
+            "facts": lambda F=F: (repr(F), F.shape, F.space, str(F.info)),
+            "product": lambda F=F, v=v: F @ v,
+            "three": lambda F=F, columns=columns: F @ columns,
+            "trace": lambda F=F: ng.trace(F, probes=4, seed=0),
+            "eigsh": lambda F=F: ng.eigsh(F, 1, seed=0),
+        }
+        if name != "hessian":
+            calls["solve"] = lambda F=F, v=v: ng.solve(F.damped(1.0), v)
+        found[name] = {key: counted(data.group, call) for key, call in calls.items()}
+        found[name] = {
+            key: (count, getattr(result, "products", getattr(result, "iterations", None)))
+            for key, (count, result) in found[name].items()
+        }
+    return found, len(F.space)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import nngeo_lazy as ng
-from distributed import tasks
+from distributed import tasks, training
 from distributed.workers import Raised
 from nngeo_lazy.collectives import owners, seed_of
 
@@ -154,21 +154,56 @@ def test_the_plan_counts_what_is_exchanged(pool):
 
 
 @pytest.mark.parametrize(
-    ("representation", "sums", "sends", "numbers"),
+    ("representation", "exchanges", "sums", "sends", "numbers"),
     [
         # a sum of all numbers; Kronecker factors 16 + 16 + 4 + 25, and 2 counts of positions
-        ("diagonal", 1, 0, 26),
-        ("dense", 1, 0, 26 * 26),
-        ("kfac", 2, 0, 16 + 16 + 4 + 25 + 2),
-        ("ekfac", 3, 2, 16 + 16 + 4 + 25 + 2 + 16 + 16 + 4 + 25 + 26),
-        ("implicit", 0, 0, 0),
+        ("diagonal", 7, 1, 0, 26),
+        ("quasi_diagonal", 7, 1, 0, 26 + 12 + 8),
+        ("block_diagonal", 7, 1, 0, 16**2 + 10**2),
+        ("dense", 7, 1, 0, 26 * 26),
+        ("kfac", 7, 2, 0, 16 + 16 + 4 + 25 + 2),
+        ("ekfac", 12, 3, 2, 16 + 16 + 4 + 25 + 2 + 16 + 16 + 4 + 25 + 26),
+        ("low_rank", 10, 0, 2, 26 * 2 * sum(tasks.SIZES)),  # each process's rows
+        ("implicit", 6, 0, 0, 0),
     ],
 )
-def test_what_a_build_exchanges(pool, representation, sums, sends, numbers):
+def test_what_a_build_exchanges(pool, representation, exchanges, sums, sends, numbers):
+    """Exchanges are of a few integers: what the processes agree on before and after a pass."""
     for after, later in pool.run(tasks.traffic, 2, representation):
-        assert (after["sums"], after["sends"], after["bytes"]) == (sums, sends, 8 * numbers)
+        counts = {"exchanges": exchanges, "sums": sums, "sends": sends, "bytes": 8 * numbers}
+        assert after == counts
         assert after == later  # nothing in repr, report and solves
-        assert after["exchanges"] <= 12
+
+
+def test_what_products_exchange(pool):
+    """Each product is one sum of its result, and one exchange that says whether all went well."""
+    for found, size in pool.run(tasks.product_traffic, 2):
+        for name, calls in found.items():
+            made = {"facts": 0, "product": 1, "three": 1}
+            if name != "hessian":  # a solve by conjugate gradients looks at the residual once more
+                made["solve"] = calls["solve"][1] + 1
+            for call, products in made.items():
+                columns = 3 if call == "three" else 1
+                assert calls[call][0] == {
+                    "exchanges": products,
+                    "sums": products,
+                    "sends": 0,
+                    "bytes": 8 * size * columns * products,
+                }, (name, call)
+            exchanged, _ = calls["eigsh"]
+            assert exchanged["sums"] == exchanged["exchanges"] <= size
+            assert exchanged["bytes"] == 8 * size * exchanged["sums"]
+
+
+def test_what_a_step_exchanges(pool):
+    """A plain step exchanges nothing beside the gradient, which is the wrapper's."""
+    sides = (5, 6, 7, 3)  # of two layers
+    factors = sum(n**2 for n in sides)
+    numbers = factors + (factors + sum(sides)) + 51 + 18  # eigenvectors, a gradient, scalars
+    refresh = {"exchanges": 6, "sums": 5, "sends": 2, "bytes": 8 * numbers}
+    for counts in pool.run(training.step_traffic, 2):  # two steps of warm-up, then each fourth
+        assert [any(count.values()) for count in counts] == [k in (0, 1, 4, 8) for k in range(12)]
+        assert all(count == refresh for count in counts if any(count.values()))
 
 
 def test_owners_are_balanced():

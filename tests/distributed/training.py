@@ -264,3 +264,17 @@ def wrong(what):
             found.append(not torch.equal(before, weights(inner)))
         return found, optimizer.skipped_steps
     return None
+
+
+def step_traffic():
+    """What a plain step and a refresh of KFAC exchange, each step after the other."""
+    inner = net()
+    model = DistributedDataParallel(inner)
+    optimizer = NaturalGradient(model, "kfac", seed=0, warmup=2, update_every=4)
+    counts = []
+    for x, y in data(12):
+        before = vars(optimizer._group.traffic).copy()
+        train(model, optimizer, [(x, y)], share)
+        after = vars(optimizer._group.traffic)
+        counts.append({key: after[key] - before[key] for key in before})
+    return counts
