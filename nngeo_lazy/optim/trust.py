@@ -64,6 +64,7 @@ class Trust:
         self._means = zero.expand(4).clone()  # of s, n, cos^2 and 1, not corrected
         self._h, self._rho, self._dispersion = zero.clone(), zero + 1.0, zero + 1.0
         self._spread = zero.expand(2).clone()  # of the dispersion and 1, not corrected
+        self._filled = zero + 1.0  # s / S of the last step, at most 1
         self.far = False
 
     @property
@@ -103,6 +104,7 @@ class Trust:
         seen = torch.stack([s, n, cosine.square(), torch.ones_like(s)])
         self._means.lerp_(seen, (1 - SLOW) * on)
         S, n_mean, squared, _ = (self._means / self._means[3].clamp_min(tiny)).unbind()
+        self._filled = (s / S.clamp_min(tiny)).clamp_max(1.0)
         turned = (cosine * (squared + tiny).rsqrt()).clamp(-TURN, TURN)
         self._h.add_(turned, alpha=RATE).clamp_(-WIDEST, WIDEST)
         radius = 2 * self.radius * self._dispersion
@@ -118,7 +120,9 @@ class Trust:
     def stays(self, measure: Callable[[float], Tensor], lr: float) -> float:
         """The part of a step that stays; the next steps are scaled alike.
 
-        The change of a far step is not quadratic: one that is cut is measured again.
+        The change of a far step is not quadratic: one that is cut is measured again. A step that
+        is short since its gradient is small, beside those before it, shows that F is trusted too
+        little only if it is shorter than that.
 
         Args:
             measure: makes a part of the step; 2 KL of the predictions before and after it.
@@ -134,7 +138,10 @@ class Trust:
             part *= max(rooms[-1], SHORTEST)
         else:
             part *= min(rooms[-1] / SHORTEST, 1.0)
-        factor = min(max(rooms[0], SHORTEST**0.5), 2**0.5)
+        room = rooms[0]
+        if room > 1:
+            room = max(1.0, room * float(self._filled.sqrt()))
+        factor = min(max(room, SHORTEST**0.5), 2**0.5)
         if part < 1:
             factor = min(factor, max(part, LOST))
         self._rho.mul_(factor).clamp_(LEAST, MOST)

@@ -522,3 +522,13 @@ def test_networks_with_small_first_weights_learn():
     optimizer = NaturalGradient(model, seed=0)
     losses = train(optimizer, model, ids, y, 40)
     assert losses[0] > 1.0 > 0.01 > losses[-1]  # it would be 0.2
+
+
+@pytest.mark.parametrize("seed", [2, 10])
+def test_small_gradients_make_no_large_steps_later(seed):
+    """A fitted model's steps change little, which is no reason to trust F more."""
+    torch.manual_seed(seed)
+    model, (ids, y) = Attention().double(), tokens()
+    losses = train(NaturalGradient(model, seed=0), model, ids, y, 80)
+    fitted = next(k for k, loss in enumerate(losses) if loss < 0.05)
+    assert max(losses[fitted:]) < 0.2  # it would be 1.6 and 0.6
