@@ -138,7 +138,11 @@ class ParamSpace:
                 "some, or select them with params="
             )
         if integer := [name for name, p in picked.items() if not p.is_floating_point()]:
-            raise DataError(f"expected floating-point parameters, but {integer} are not")
+            raise DataError(
+                f"expected parameters of real floating-point numbers, but {integer} are not: keep "
+                "complex ones as pairs, with torch.view_as_complex(parameter) in the forward pass, "
+                "or leave them out with params="
+            )
         for what in ("dtype", "device"):
             kinds: dict[Any, str] = {}
             for name, p in picked.items():

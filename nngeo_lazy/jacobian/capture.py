@@ -288,6 +288,8 @@ class Capture:
                 "the outputs do not depend on any selected parameter: select others with params=, "
                 "and check that the forward pass does not run under no_grad or detach"
             )
+        if record.n == 1:
+            record = self._twice(record)
         alone, few = outputs_alone(record, self._record, self._plain)
         if alone is Alone.DOUBTFUL:
             require_gradients_alone(record, self._plain, list(self._parameters.values()))
@@ -307,6 +309,22 @@ class Capture:
             cutter = Cutter.of(record.raw, record.n, plan.bytes(record), times)
             plan = replace(plan, cutter=cutter)
         return record, plan
+
+    def _twice(self, record: Pass) -> Pass:
+        """A pass of one example, whose constants are known from a batch that has it twice.
+
+        A constant or a weight with one entry in front may be for that example, or for all.
+        """
+        if all(mine is not None for _, mine in record.examples):
+            return record
+        leaves = example_leaves(record.raw, 1)
+        try:
+            two = self._record(cut(record.raw, leaves, torch.tensor([0, 0], device="cpu")), ())
+        except Exception:  # noqa: BLE001 - a model that takes no two examples
+            return record
+        if two.n != 2 or not any(mine for _, mine in two.examples):
+            return record
+        return self._record(record.raw, two.examples)
 
     def _require_apart(self, record: Pass, plan: Plan, alone: Alone = Alone.SAME) -> None:
         """Look closer if a layer's output, cut into examples as it can be, reaches others'."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .uses import Use
 
-__all__ = ["ELEMENTWISE", "TOGETHER", "elementwise", "put_together"]
+__all__ = ["ELEMENTWISE", "TOGETHER", "copied", "elementwise", "put_together"]
 
 _SUMS = ("add", "sub", "subtract")
 _PRODUCTS = ("mul", "multiply")
@@ -152,29 +152,44 @@ def put_together(
     if given is None or not isinstance(dim, int):
         return "a concatenation of something else than a list of tensors"
     dim %= output.dim()
-    whole = given[slot]
     shape = list(weight.shape)
     if function is torch.stack:
         start, size = slot, 1
         shape.insert(dim, 1)
     else:
-        start, size = sum(t.shape[dim] for t in given[:slot]), whole.shape[dim]
-        if weight.shape[dim] != size:
-            return "a concatenation along which a weight is repeated"
-    repeated = [k for k in range(output.dim()) if shape[k] == 1]
-    own = [k for k in range(output.dim()) if k not in repeated]
-    order = _permuting((*repeated, *own))
+        start, size = sum(t.shape[dim] for t in given[:slot]), given[slot].shape[dim]
+    return copied(weight, lambda g: g.narrow(dim + 1, start, size), output, shape)
 
-    def view(g: Tensor) -> Tensor:
-        return order(g.narrow(dim + 1, start, size))
 
-    def rows(x: Tensor, g: Tensor) -> dict[str, Tensor]:
+def copied(
+    weight: Tensor,
+    view: Callable[[Tensor], Tensor],
+    output: Tensor,
+    shape: Sequence[int] | None = None,
+) -> Use:
+    """The use of a weight whose copies are entries of an output: its rows are sums of gradients.
+
+    Args:
+        weight: with size 1 along the dimensions in which it is repeated.
+        view: these entries (1, *places) of the output, or those of its gradients (R, *output).
+        output: what the function returned, or changed.
+        shape: of the weight, in the dimensions of the places.
+    """
+    part = view(output.detach().unsqueeze(0))[0]
+    shape = weight.shape if shape is None else shape
+    shape = (*(1,) * (part.dim() - len(shape)), *shape)
+    repeated = [k for k, size in enumerate(shape) if size == 1 or part.shape[k] == 1]
+    order = (*repeated, *(k for k in range(part.dim()) if k not in repeated))
+    permuted = _permuting(order)
+
+    def rows(x: Tensor, g: Tensor) -> dict[str, Tensor]:  # (N,T,*f), (R,N,T,*f)
         summed = g.sum(2)
         return {"weight": summed.flatten(2) if summed.dim() > 2 else summed.unsqueeze(-1)}
 
-    part = output.detach().narrow(dim, start, size)
-    x = part.new_ones(()).expand(part.shape).permute(*repeated, *own)
-    return Use(weight, None, leading=len(repeated), x=x, rows=rows, view=view)
+    x = part.new_ones(()).expand(part.shape).permute(order)
+    return Use(
+        weight, None, leading=len(repeated), x=x, rows=rows, view=lambda g: permuted(view(g))
+    )
 
 
 def _permuting(order: Sequence[int]) -> Callable[[Tensor], Tensor]:

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .contractions import CONTRACTIONS, contraction, equation_of
-from .elementwise import ELEMENTWISE, TOGETHER, elementwise, put_together
+from .elementwise import ELEMENTWISE, TOGETHER, copied, elementwise, put_together
 from .local import local
+from .repeats import written
 from .uses import Use
 from .weights import Weight
 
@@ -51,6 +52,8 @@ class Meeting(NamedTuple):
             yield from self._in_turn(put_together, args[0])
         elif function in CONTRACTIONS and one and (made := self._product()):
             yield from made
+        elif one and (found := self._written()):
+            yield found
         else:
             yield from self._itself()
 
@@ -60,6 +63,14 @@ class Meeting(NamedTuple):
                 cut = self.cut(weight)
                 use = use_of(self.function, self.args, self.kwargs, slot, cut, self.output)
                 yield use if isinstance(use, str) else (use, self.output)
+
+    def _written(self) -> Found | None:
+        """The use of a weight that is written into data."""
+        found = written(self.function, self.args)
+        weight = None if found is None else self.weight_of(found[0])
+        if found is None or weight is None or self.weight_of(self.args[0]) is not None:
+            return None
+        return copied(self.cut(weight), found[1], self.output), self.output
 
     def _product(self) -> list[Found]:
         made = equation_of(self.function, self.args, self.kwargs)

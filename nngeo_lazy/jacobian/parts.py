@@ -257,6 +257,11 @@ class Gradient:
         squares = [None if g is None else g.to(self.dtype).square() for g in self.given]
         return Gradient(self.call, self.fold, squares, self.examples, self.dtype)
 
+    def signed(self, generator: torch.Generator) -> Gradient:
+        """The same with random signs: what is summed from it does not cancel."""
+        given = [None if g is None else _signed(g, generator) for g in self.given]
+        return Gradient(self.call, self.fold, given, self.examples, self.dtype)
+
     @property
     def directions(self) -> int:
         """How many output directions there are."""
@@ -295,6 +300,11 @@ class Gradient:
             leading = self.call.use.leading
             self._canonical = self.fold.apply(self.stacked, leading, self.examples, offset=1)
         return self._canonical
+
+
+def _signed(g: Tensor, generator: torch.Generator) -> Tensor:
+    signs = torch.randint(2, g.shape, generator=generator, device=g.device) * 2 - 1
+    return g * signs.to(g.dtype)
 
 
 def _outer(

@@ -66,8 +66,8 @@ class Pass:
         cls, raw: Any, outputs: Tensor, recorder: Recorder, parameters: Mapping[str, Tensor]
     ) -> Pass:
         """The pass that a recorder has seen."""
-        calls = [call for call in recorder.calls if call.output.numel()]
-        empty = [call for call in recorder.calls if not call.output.numel()]
+        calls = [call for call in recorder.calls if call.shape.numel()]
+        empty = [call for call in recorder.calls if not call.shape.numel()]
         idle = _names(empty).difference(_names(calls), recorder.formless)
         signature = signature_of(outputs, parameters)
         if "CheckpointFunctionBackward" in signature.nodes:

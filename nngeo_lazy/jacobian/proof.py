@@ -20,7 +20,6 @@ from torch import Tensor
 from ..space import ParamSpace
 from .calls import Call
 from .folds import Axis, Fold, Ragged, candidates
-from .forms import Form
 from .inputs import Inputs
 from .parts import Gradient, Kind, Part
 
@@ -102,7 +101,7 @@ def _has_empty_places(fold: Fold, call: Call, k: int, probe: Probe) -> bool:
     plain = probe.at_calls[k]
     if fold.kind is Axis.WHOLE or call.use.leading != 1 or plain is None:
         return False
-    dead = ~call.arranged(plain.unsqueeze(0))[0].flatten(1).any(1)
+    dead = ~_by_place(call.arranged(plain.unsqueeze(0))[0], 1).any(1)
     return bool(dead.any()) and bool((dead & _without_input(call, call.shape[:1])).any())
 
 
@@ -153,7 +152,12 @@ def _without_input(call: Call, sizes: Sequence[int]) -> Tensor:
     x = call.use.x
     if not x.is_floating_point() or tuple(x.shape[: len(sizes)]) != tuple(sizes):
         return torch.zeros(math.prod(sizes), dtype=torch.bool, device=x.device)
-    return ~x.flatten(0, len(sizes) - 1).flatten(1).any(1)
+    return ~_by_place(x, len(sizes)).any(1)
+
+
+def _by_place(t: Tensor, leading: int) -> Tensor:
+    """(*leading, *features) -> (positions, features), also if the features are one number."""
+    return t.flatten(0, leading - 1).unsqueeze(-1).flatten(1)
 
 
 def _confined(fold: Fold, call: Call, k: int, probe: Probe) -> bool:
@@ -259,7 +263,7 @@ class Probed:
         if all(bool(a <= bound) for a, bound in zip(apart, bounds, strict=True)):
             return 0.0
         # What is left of a sum may be all rounding: judge it by what was summed.
-        squares = _squares(part, self.calls, self.folds, inputs, at_calls, vectors, form)
+        squares = _squares(part, self.calls, self.folds, inputs, at_calls, vectors, self.parameters)
         many = sum(g.call.shape.numel() for g in at_calls.values()) / max(1, n)
         noise = 4 * precision + 16 * _eps(dtype) * many**0.5
         worst = 0.0
@@ -287,12 +291,17 @@ def _squares(
     inputs: Sequence[Inputs | None],
     at_calls: Mapping[int, Gradient],
     vectors: Sequence[Tensor],
-    form: Form,
+    parameters: Mapping[str, Tensor],
 ) -> list[Tensor]:
     """For each piece the root of the sum of the squares of all terms that its rows are sums of."""
     squared = [v.square() for v in vectors]
     if part.derived or part.kind is Kind.ROWS:
-        pieces = form.sqsum().unflatten(0, (-1, sum(len(v) for v in vectors)))
+        # With random signs the mean square of a row is the sum of the squares of its terms.
+        given = next(iter(at_calls.values())).call.use.x
+        generator = torch.Generator(device=given.device).manual_seed(1)
+        signed = {k: g.signed(generator) for k, g in at_calls.items()}
+        other = part.form(calls, folds, inputs, signed, parameters)
+        pieces = other.sqsum().unflatten(0, (-1, sum(len(v) for v in vectors)))
         summed = pieces.split([len(v) for v in vectors], 1)
         made = [piece @ v for piece, v in zip(summed, squared, strict=True)]
     else:

@@ -19,11 +19,13 @@ from torch.overrides import TorchFunctionMode
 from .. import tree
 from ..errors import StochasticModelError
 from .calls import Call, arranged, edge_of
+from .elementwise import copied
 from .layers import BATCH_STATISTICS
 from .local import results_apart
 from .lookups import Lookup, by_number, chosen, grouped, lookup_of, table
 from .meetings import Meeting
 from .registry import Known, find
+from .repeats import repeats_of
 from .scopes import in_build, refuse_renormalisation
 from .uses import Use
 from .weights import Weight, derived, sources_of
@@ -101,7 +103,7 @@ class Recorder(TorchFunctionMode):
             self._made_without_weights(func, args, output, data)
         elif not data:
             output = func(*args, **kwargs)
-            self._derive(func, args, output, weights)
+            self._derive(func, args, kwargs, output, weights)
         else:
             output = self._meet(func, args, kwargs, weights)
         for lookup in [self._lookups[id(t)] for t in given if id(t) in self._lookups]:
@@ -158,14 +160,13 @@ class Recorder(TorchFunctionMode):
                 self._constants.pop(id(args[0]), None)
             return
         for tensor in _tensors(output):
-            if id(tensor) not in self._constants and not self._for_examples(func, tensor):
+            shared = not tensor.dim() or not self._for_examples(func, tensor.shape[0])
+            if id(tensor) not in self._constants and shared:
                 self._constants[id(tensor)] = tensor
 
-    def _for_examples(self, func: Callable[..., Any], tensor: Tensor) -> bool:
-        """Whether a constant has one entry for each example: now, and in the pass before."""
-        if not tensor.dim():
-            return False
-        name, k, size = getattr(func, "__name__", ""), len(self.examples), tensor.shape[0]
+    def _for_examples(self, func: Callable[..., Any], size: int) -> bool:
+        """Whether a size is that of the batch: now, and in the pass before."""
+        name, k = getattr(func, "__name__", ""), len(self.examples)
         before, known = self._given[k] if k < len(self._given) else ("", None)
         known = known if before == name else None  # else the passes went other ways
         alike = size in self._sizes
@@ -177,10 +178,13 @@ class Recorder(TorchFunctionMode):
         self,
         func: Callable[..., Any],
         args: Sequence[Any],
+        kwargs: Mapping[str, Any],
         output: Any,
         sources: Sequence[Weight],
     ) -> None:
         name = getattr(func, "__name__", "")
+        if self._repeated(func, args, kwargs, output, sources):
+            return
         made = _tensors(output)
         if not made and _in_place(func) and args and isinstance(args[0], Tensor):
             made = [args[0]]
@@ -191,6 +195,27 @@ class Recorder(TorchFunctionMode):
                     self._weights[id(tensor)] = derived(tensor, name, sources)
             elif id(tensor) not in self._weights:
                 self._constants[id(tensor)] = tensor
+
+    def _repeated(
+        self,
+        func: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        output: Any,
+        sources: Sequence[Weight],
+    ) -> bool:
+        """Whether a function repeats a weight for each example, which is a use of it."""
+        found = list(repeats_of(func, args, kwargs, output))
+        if not found:
+            return False
+        repeat = next((one for one in found if one.times in self._sizes), found[0])
+        if not self._for_examples(func, repeat.times):
+            return False
+        once = repeat.once()
+        weight = derived(once, func.__name__, sources)
+        self._weights[id(once)] = weight
+        self._add(func.__name__, copied(self._cut(weight), repeat.view, output), output, set())
+        return True
 
     def _meet(
         self,
@@ -345,7 +370,8 @@ class Recorder(TorchFunctionMode):
         """Record one use by the selected parameters that the call received."""
         weights = self._role_weights(use)
         own = {name for weight in weights.values() for name in weight.names}
-        if reason := use.mismatch():
+        complex_ = isinstance(output, Tensor) and output.is_complex()
+        if reason := use.mismatch() or (f"{function} of complex numbers has no form" * complex_):
             self.formless.update(dict.fromkeys(names | own, reason))
             return
         for other in names - own:

@@ -58,20 +58,16 @@ def joined(space: ParamSpace, before: Sequence[Part], now: Sequence[Part]) -> li
 def widened(space: ParamSpace, parts: Sequence[Part]) -> list[Part]:
     """Parts for later batches, too, that may use other entries of the parameters.
 
-    If a batch has rows of some entries, they become rows of the whole parameter. If it uses some
-    matrices of a stack, the others are taken for ones that are used alike. Other entries that it
-    does not use stay a part without a form.
+    If a batch uses some matrices of a stack, the others are taken for ones that are used alike. If
+    it uses some other entries, they become rows of the whole parameter.
     """
     made: list[Part] = []
     for names in _components(parts):
         mine = [part for part in parts if names.issuperset(part.names)]
         used = [part for part in mine if part.kind is not Kind.UNUSED]
         if used and len(used) < len(mine):
-            if all(part.kind is Kind.ROWS for part in used):
-                whole = [name for name in space.names if name in names]
-                mine = [_rows(space, name, used, OTHERS) for name in whole]
-            else:
-                mine = _stacked(space, used) or mine
+            rows = [_rows(space, name, used, OTHERS) for name in space.names if name in names]
+            mine = _stacked(space, used) or rows
         made += mine
     return _sorted(made)
 
