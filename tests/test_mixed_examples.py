@@ -132,3 +132,31 @@ def test_rounding_is_no_meeting():
 
     model, x = Rounded(3, 3), torch.randn(24, 3)
     ng.FIM(model, (x, torch.randint(3, (24,))), "implicit", likelihood="categorical")
+
+
+class Rounded(nn.Module):
+    """What is left of large numbers depends on how a batch is summed, in low precision alone."""
+
+    def __init__(self, mixing=0.0):
+        super().__init__()
+        self.layer, self.mixing = nn.Linear(3, 2), mixing
+
+    def forward(self, x):
+        h = (x + 1e6) - 1e6 if len(x) % 2 else x
+        return self.layer(h + self.mixing * x.mean())
+
+
+def test_rounding_is_told_from_mixing_in_double_precision():
+    """Outputs that are rounded otherwise in other batches, by a tenth: they agree in float64."""
+    torch.manual_seed(0)
+    model, x = Rounded(), torch.randn(4, 3)
+    apart = (model(x)[:1] - model(x[:1])).norm() / model(x)[:1].norm()
+    assert apart > 1e-3
+    F = ng.FIM(model, [(x,)], "diagonal", likelihood="gaussian")
+    want = torch.cat([x.square().mean(0).repeat(2), torch.ones(2)])
+    torch.testing.assert_close(F.diagonal(), want, rtol=1e-4, atol=1e-4)
+    optimizer = ng.optim.NaturalGradient(model, "kfac", "gaussian")
+    model(x).square().mean().backward()
+    optimizer.step()
+    with pytest.raises(StochasticModelError, match="examples change when the"):
+        ng.FIM(Rounded(0.3), [(x,)], "diagonal", likelihood="gaussian")

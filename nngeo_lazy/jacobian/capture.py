@@ -21,6 +21,7 @@ from .alone import (
     PROBED,
     Alone,
     draws,
+    in_float64,
     mixed,
     outputs_alone,
     require_apart,
@@ -216,6 +217,9 @@ class Capture:
         """The outputs alone, with their graph: torch has other ways without one."""
         return self._forward(self._model, raw)
 
+    def _precise(self, raw: Any) -> Tensor:
+        return in_float64(self._model, self._forward, raw)
+
     def _planned(self, record: Pass) -> tuple[Pass, Plan]:
         """This pass, or the same recorded again, with a plan that is believed for it."""
         if record.drawn:
@@ -290,7 +294,7 @@ class Capture:
             )
         if record.n == 1:
             record = self._twice(record)
-        alone, few = outputs_alone(record, self._record, self._plain)
+        alone, few = outputs_alone(record, self._record, self._plain, self._precise)
         if alone is Alone.DOUBTFUL:
             require_gradients_alone(record, self._plain, list(self._parameters.values()))
         if few is not None and record.n > few.n and _by_accident(few, record):
@@ -335,7 +339,7 @@ class Capture:
         if meet and alone is Alone.DOUBTFUL:
             raise mixed(1, record.n)
         if meet and alone is Alone.SAME:
-            require_apart(record, self._plain)
+            require_apart(record, self._plain, self._precise)
 
     def _prove(self, record: Pass) -> Plan:
         """The self-check (see `proof`) on a recorded pass."""

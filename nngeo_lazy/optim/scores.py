@@ -107,6 +107,12 @@ class HeadScores:
     def quantity(self, outputs: Tensor, target: Tensor | None, exact: bool = False) -> Quantity:
         """The quantity whose directions are taken, fitted to a pass."""
         estimator = "exact" if exact else self.estimator
+        if self._known is None and estimator != "empirical":
+            raise DataError(
+                "expected a likelihood, or a gradient of the loss that shows it, but the gradient "
+                f"at the outputs {tuple(outputs.shape)} is zero: pass likelihood= with one of "
+                f"{sorted(NAMES)}, or an object from nngeo_lazy.likelihoods"
+            )
         if estimator not in self._quantities:
             if isinstance(self._given, nn.Module):
                 self._quantities[estimator] = GaussNewton(self._given, estimator, 1)

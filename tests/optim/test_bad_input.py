@@ -492,3 +492,15 @@ def test_a_batch_that_cannot_be_proved_leaves_the_curvature_as_it_is(monkeypatch
     assert not torch.equal(weights(model), before)
     train(optimizer, model, x, y, 1)
     assert optimizer.operator is not F
+
+
+@pytest.mark.parametrize("estimator", ["mc", "exact"])
+def test_a_first_gradient_that_is_zero_shows_no_likelihood(estimator):
+    """An example that is fitted exactly: the remedy is to name the likelihood."""
+    model, x, y = nn.Linear(3, 2), torch.ones(1, 3), torch.zeros(1, dtype=torch.int64)
+    model.bias.data = torch.tensor([200.0, -200.0])
+    with pytest.raises(DataError, match=r"is zero: pass likelihood="):
+        backward(NaturalGradient(model, estimator=estimator), model, x, y)
+    optimizer = NaturalGradient(model, "kfac", "categorical", estimator=estimator)
+    train(optimizer, model, x, y, 2)
+    assert bool(weights(model).isfinite().all())
