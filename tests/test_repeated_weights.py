@@ -218,6 +218,54 @@ def test_a_token_that_a_batch_does_not_use():
         close(ng.FIM(model, parts, "dense", likelihood=likelihood).to_dense(), want)
 
 
+class Batched(nn.Module):
+    """Batched products with a weight that is expanded, and other uses of it."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.use, self.w, self.b = (
+            use,
+            nn.Parameter(torch.randn(4, 4)),
+            nn.Parameter(torch.randn(4)),
+        )
+        self.e, self.head = nn.Parameter(torch.randn(2, 4, 4)), nn.Linear(4, 3)
+
+    def forward(self, x):
+        w = self.w.expand(len(x), 4, 4)
+        return self.head(self.use(x, w, self).tanh().sum(1))
+
+
+PRODUCTS = {
+    "bmm": lambda x, w, m: torch.bmm(x, w),
+    "matmul": lambda x, w, m: x @ w + m.b.expand(len(x), 1, 4),
+    "baddbmm": lambda x, w, m: torch.baddbmm(m.b.expand(len(x), x.shape[1], 4), x, w),
+    "einsum": lambda x, w, m: torch.einsum("nti,nio->nto", x, w),
+    "transposed": lambda x, w, m: torch.bmm(x, w.transpose(1, 2)),
+}
+OTHERS = {
+    "experts": lambda x, w, m: torch.einsum("nti,neio->nto", x, m.e.expand(len(x), -1, -1, -1)),
+    "attention as well": lambda x, w, m: F.scaled_dot_product_attention(torch.bmm(x, w), w, w),
+    "a view before": lambda x, w, m: (w.mT, F.scaled_dot_product_attention(x, w, w) @ w.mT)[1],
+    "sorted": lambda x, w, m: torch.bmm(x, w.sort(1).values),
+    "as many places": lambda x, w, m: x[:, :2] + m.b.expand(len(x), 4)[:2] + m.b.expand(2, 4),
+}
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 6])
+@pytest.mark.parametrize("name", [*PRODUCTS, *OTHERS])
+def test_expanded_weights_in_products(name, n):
+    """A product knows the weight that is expanded; batches may be as long as anything else."""
+    torch.manual_seed(0)
+    model = Batched({**PRODUCTS, **OTHERS}[name])
+    net = zoo.simple(model, torch.randn(n, 3, 4))
+    likelihood = Gaussian(oracle.VARIANCE)
+    want = oracle.fisher(model, net.call, net.examples, "gaussian", "exact", net.batch[:, 0, :3])
+    close(ng.FIM(model, net.batch, "dense", likelihood=likelihood).to_dense(), want)
+    F_ = ng.FIM(model, net.batch, "kfac", likelihood=likelihood)
+    blocks = {row.parameter: row.block for row in F_.report()}
+    assert (blocks["w"] == "Kronecker (4x4) x (4x4)") == (name in PRODUCTS)
+
+
 class Prefix(nn.Module):
     """As many rows of two tables as a sequence is long."""
 

@@ -50,7 +50,7 @@ class Meeting(NamedTuple):
                 yield f"{getattr(function, '__name__', function)} with a weight as a keyword"
         elif function in TOGETHER and args and isinstance(args[0], (list, tuple)):
             yield from self._in_turn(put_together, args[0])
-        elif function in CONTRACTIONS and one and (made := self._product()):
+        elif function in CONTRACTIONS and one and (made := self.product()):
             yield from made
         elif one and (found := self._written()):
             yield found
@@ -72,7 +72,8 @@ class Meeting(NamedTuple):
             return None
         return copied(self.cut(weight), found[1], self.output), self.output
 
-    def _product(self) -> list[Found]:
+    def product(self) -> list[Found]:
+        """The uses of all weights in a product of data and one weight; none if it is no such."""
         made = equation_of(self.function, self.args, self.kwargs)
         if made is None:
             return []

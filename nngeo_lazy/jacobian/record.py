@@ -7,7 +7,7 @@ sees them all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,13 +19,15 @@ from torch.overrides import TorchFunctionMode
 from .. import tree
 from ..errors import StochasticModelError
 from .calls import Call, arranged, edge_of
-from .elementwise import copied
+from .contractions import CONTRACTIONS
+from .elementwise import ELEMENTWISE, TOGETHER, copied
+from .functions import differentiable, held_by, in_place, kept, tensors_in
 from .layers import BATCH_STATISTICS
 from .local import results_apart
 from .lookups import Lookup, by_number, chosen, grouped, lookup_of, table
 from .meetings import Meeting
 from .registry import Known, find
-from .repeats import repeats_of
+from .repeats import VIEWS, View, repeats_of, same
 from .scopes import in_build, refuse_renormalisation
 from .uses import Use
 from .weights import Weight, derived, sources_of
@@ -35,6 +37,7 @@ __all__ = ["Made", "Recorder"]
 # A constant that a pass made: by which function, and whether it was taken for data, None if a
 # pass of one example cannot tell.
 Made = tuple[str, bool | None]
+CLOSED = {*ELEMENTWISE, *TOGETHER, *CONTRACTIONS}  # functions that may know a repeated weight
 
 
 class Recorder(TorchFunctionMode):
@@ -69,11 +72,13 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self._training, self._through = training, through
         self._weights = {id(p): Weight.of(name, p) for name, p in parameters.items()}
-        self._constants = {id(t): t for t in _held(model) if id(t) not in self._weights}
+        self._constants = {id(t): t for t in held_by(model) if id(t) not in self._weights}
         self._own = frozenset(self._constants)  # what the model holds, not what a pass makes
         self._cuts: dict[int, Weight] = {}
         self._picks: dict[tuple[int, int], Tensor] = {}
         self._lookups: dict[int, Lookup] = {}
+        self._pending: dict[int, str] = {}  # weights repeated for each example, and by what
+        self._copies: dict[int, Tensor] = {}  # those of them that are data now
         self._sizes = {t.shape[0] for t in tree.tensors(raw) if t.dim()}
         self._given = examples
         self.examples: list[Made] = []
@@ -95,7 +100,10 @@ class Recorder(TorchFunctionMode):
         data = self._sort(args, weights) | self._sort(tuple(kwargs.values()), weights)
         if data and func is torch.Tensor.__getitem__ and by_number(args[1]):
             data = self._sort(args[:1], [])  # the number is a fact of the pass: an expert's, say
-        given = [*_tensors(args), *_tensors(tuple(kwargs.values()))] if self._lookups else []
+        if self._pending and weights:
+            closed = func in CLOSED if data else getattr(func, "__name__", "") in VIEWS
+            weights, data = (weights, data) if closed else self._settled(weights, data)
+        given = [*tensors_in(args), *tensors_in(tuple(kwargs.values()))] if self._lookups else []
         if not weights:
             if func is F.batch_norm and not self._training:
                 self._refuse_statistics(func, args, kwargs, data)
@@ -125,7 +133,9 @@ class Recorder(TorchFunctionMode):
                 key = id(value)
                 if key not in self._weights and value.grad_fn is not None:
                     self._see_function(value)
-                if key in self._weights:
+                if key in self._copies:
+                    data = True
+                elif key in self._weights:
                     weights.append(self._weights[key])
                 elif key not in self._constants:
                     data = True
@@ -156,10 +166,10 @@ class Recorder(TorchFunctionMode):
         self, func: Callable[..., Any], args: Sequence[Any], output: Any, data: bool
     ) -> None:
         if data:
-            if args and isinstance(args[0], Tensor) and _in_place(func):
+            if args and isinstance(args[0], Tensor) and in_place(func):
                 self._constants.pop(id(args[0]), None)
             return
-        for tensor in _tensors(output):
+        for tensor in tensors_in(output):
             shared = not tensor.dim() or not self._for_examples(func, tensor.shape[0])
             if id(tensor) not in self._constants and shared:
                 self._constants[id(tensor)] = tensor
@@ -185,13 +195,15 @@ class Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if self._repeated(func, args, kwargs, output, sources):
             return
-        made = _tensors(output)
-        if not made and _in_place(func) and args and isinstance(args[0], Tensor):
+        made = tensors_in(output)
+        if not made and in_place(func) and args and isinstance(args[0], Tensor):
             made = [args[0]]
         for tensor in made:
             if tensor.requires_grad:
                 self._constants.pop(id(tensor), None)
-                if id(tensor) not in self._weights or _in_place(func):
+                if id(sources[0].tensor) in self._pending and tensor._is_view():
+                    self._pending[id(tensor)] = self._pending[id(sources[0].tensor)]
+                if id(tensor) not in self._weights or in_place(func):
                     self._weights[id(tensor)] = derived(tensor, name, sources)
             elif id(tensor) not in self._weights:
                 self._constants[id(tensor)] = tensor
@@ -211,11 +223,25 @@ class Recorder(TorchFunctionMode):
         repeat = next((one for one in found if one.times in self._sizes), found[0])
         if not self._for_examples(func, repeat.times):
             return False
-        once = repeat.once()
-        weight = derived(once, func.__name__, sources)
-        self._weights[id(once)] = weight
-        self._add(func.__name__, copied(self._cut(weight), repeat.view, output), output, set())
+        if repeat.shares:
+            self._pending[id(output)] = func.__name__
+            return False
+        once = derived(repeat.once(), func.__name__, sources)
+        self._settle(once, func.__name__, repeat.view, output)
         return True
+
+    def _settle(self, once: Weight, function: str, view: View, output: Tensor) -> None:
+        """Record that copies of a weight are entries of an output, which is data from now on."""
+        self._weights[id(once.tensor)] = once
+        self._add(function, copied(self._cut(once), view, output), output, set())
+        self._copies[id(output)] = output
+
+    def _settled(self, weights: Sequence[Weight], data: bool) -> tuple[list[Weight], bool]:
+        """The weights of a call but for those that are repeated, which are data from now on."""
+        repeated = [w for w in weights if id(w.tensor) in self._pending]
+        for weight in {id(w): w for w in repeated}.values():
+            self._settle(weight, self._pending[id(weight.tensor)], same, weight.tensor)
+        return [w for w in weights if id(w.tensor) not in self._copies], data or bool(repeated)
 
     def _meet(
         self,
@@ -232,10 +258,10 @@ class Recorder(TorchFunctionMode):
         names = {name for weight in weights for name in weight.names}
         if known is not None and known.composite is not None:
             return self._composite(known, call, names, lambda: func(*args, **kwargs))
-        before = _kept(func, args)
+        before = kept(func, args)
         output = results_apart(func(*args, **kwargs)) if known is None else func(*args, **kwargs)
         meant = args[0] if output is None and before is not args else output
-        if not _depends(meant):
+        if not differentiable(meant):
             return output
         name = getattr(func, "__name__", str(func)) if known is None else known.name
         reason = f"{name} has no form"
@@ -250,6 +276,9 @@ class Recorder(TorchFunctionMode):
             reason = use
         tell = self._weight_of, self._cut, lambda value: id(value) in self._own
         meeting = Meeting(func, before, kwargs, meant, *tell)
+        if self._pending and func in CONTRACTIONS and not meeting.product():
+            weights, _ = self._settled(weights, True)
+            names = {name for weight in weights for name in weight.names}
         if self._looked_up(meeting, names):
             return output
         apart = [(use, meant) for use in grouped(func, before, kwargs, meant, self._pick)]
@@ -304,7 +333,7 @@ class Recorder(TorchFunctionMode):
         lookup: Lookup,
     ) -> None:
         """Record the product that looked up matrices enter, or the reading itself."""
-        if not _depends(output):
+        if not differentiable(output):
             return
         name = getattr(func, "__name__", str(func)).strip("_")
         uses = chosen(func, args, kwargs, output, lookup, self._pick)
@@ -314,7 +343,7 @@ class Recorder(TorchFunctionMode):
         if uses:
             return
         del self._lookups[id(lookup.output)]
-        if lookup.used or _in_place(func):
+        if lookup.used or in_place(func):
             reason = f"matrices that the data choose enter {name}, too"
             self.formless.update(dict.fromkeys(lookup.names, reason))
         else:
@@ -329,7 +358,8 @@ class Recorder(TorchFunctionMode):
         return picked
 
     def _weight_of(self, tensor: Any) -> Weight | None:
-        return self._weights.get(id(tensor)) if isinstance(tensor, Tensor) else None
+        known = isinstance(tensor, Tensor) and id(tensor) not in self._copies
+        return self._weights.get(id(tensor)) if known else None
 
     def _cut(self, weight: Weight) -> Tensor:
         """A weight with size 1 along the dimensions in which it is only repeated."""
@@ -352,7 +382,7 @@ class Recorder(TorchFunctionMode):
         def record(use: Use, output: Tensor) -> None:
             own = {name for w in self._role_weights(use).values() for name in w.names}
             rest.difference_update(own)
-            if own and _depends(output):
+            if own and differentiable(output):
                 self._add(known.name, use, output, own)
 
         output = known.composite(call, record) if known.composite is not None else run()
@@ -396,45 +426,3 @@ class Recorder(TorchFunctionMode):
             weights = self._role_weights(use)
             made.append(replace(call, weights=weights, use=use, shape=shape, split=None))
         return made
-
-
-def _in_place(func: Callable[..., Any]) -> bool:
-    name = getattr(func, "__name__", "")
-    return (
-        name == "__setitem__"
-        or (
-            name.startswith("__i")
-            and name.endswith("__")
-            and name not in ("__index__", "__invert__")
-        )
-        or (name.endswith("_") and not name.endswith("__"))
-    )
-
-
-def _kept(func: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments as they are before the call: a copy of what it changes in place."""
-    if not _in_place(func) or not args or not isinstance(args[0], Tensor):
-        return args
-    return (args[0].detach().clone(), *args[1:])
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    if isinstance(output, Tensor):
-        return [output]
-    if isinstance(output, (list, tuple)):
-        return [tensor for entry in output for tensor in _tensors(entry)]
-    return []
-
-
-def _held(model: nn.Module) -> Iterator[Tensor]:
-    """Tensors that a model holds: parameters, buffers and plain attributes."""
-    for module in model.modules():
-        for value in (*module._parameters.values(), *module._buffers.values()):
-            if value is not None:
-                yield value
-        yield from _tensors(list(vars(module).values()))
-
-
-def _depends(output: Any) -> bool:
-    """Whether the call made something differentiable: reading a shape or a dtype is no use."""
-    return any(tensor.grad_fn is not None for tensor in _tensors(output))

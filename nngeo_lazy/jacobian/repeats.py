@@ -2,7 +2,8 @@
 
 A learnt state, query or token does not always enter a function as it is. It is often expanded to
 the batch first, or assigned to some places of the data. There the weight meets the data: what comes
-of it is data. The rows are the output gradients at the copies.
+of it is data. The rows are the output gradients at the copies. Copies that share memory stay a
+weight for as long as they enter functions that know the weight in them, such as a batched product.
 """
 
 from __future__ import annotations
@@ -14,10 +15,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Repeat", "repeats_of", "written"]
+__all__ = ["VIEWS", "Repeat", "repeats_of", "same", "written"]
 
 View = Callable[[Tensor], Tensor]
 
+# What looks at a weight in another way only, or reads its shape, by name.
+VIEWS = frozenset(
+    {
+        *("__get__", "size", "dim", "ndimension", "stride", "numel", "is_contiguous", "__len__"),
+        *("transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "t", "detach"),
+        *("unsqueeze", "squeeze", "view", "unflatten", "expand", "expand_as", "narrow"),
+    }
+)
 EXPAND = {
     *(torch.Tensor.expand, torch.Tensor.expand_as, torch.Tensor.broadcast_to),
     torch.broadcast_to,
@@ -33,11 +42,13 @@ class Repeat(NamedTuple):
 
     Attributes:
         times: how often.
+        shares: whether the copies share memory, so that products may still know the weight.
         once: makes the weight as it is once, with size 1 in that dimension of `view`.
         view: of the function's output, or its gradients; the copies have a dimension of their own.
     """
 
     times: int
+    shares: bool
     once: Callable[[], Tensor]
     view: View
 
@@ -53,7 +64,7 @@ def repeats_of(
         added = output.dim() - first.dim()
         for d in range(output.dim()):
             if d < added or first.shape[d - added] == 1:
-                yield Repeat(output.shape[d], partial(output.narrow, d, 0, 1), _same)
+                yield Repeat(output.shape[d], True, partial(output.narrow, d, 0, 1), same)
     elif function in TILE:
         given = args[1:] or next(iter(kwargs.values()), ())
         times = given[0] if len(given) == 1 and isinstance(given[0], Sequence) else given
@@ -61,21 +72,21 @@ def repeats_of(
         shape = (1,) * (output.dim() - first.dim()) + tuple(first.shape)
         for d, (count, size) in enumerate(zip(times, shape, strict=True)):
             once = partial(_tiled, first, (*times[:d], 1, *times[d + 1 :]), d)
-            yield Repeat(count, once, _splitting(d, (count, size)))
+            yield Repeat(count, False, once, _splitting(d, (count, size)))
     elif function in INTERLEAVE:
         count = kwargs.get("repeats", args[1] if len(args) > 1 else None)
         d = kwargs.get("dim", args[2] if len(args) > 2 else None)
         if isinstance(count, int) and isinstance(d, int):
             d %= output.dim()
             sizes = (first.shape[d], count)
-            yield Repeat(count, partial(first.unsqueeze, d + 1), _splitting(d, sizes))
+            yield Repeat(count, False, partial(first.unsqueeze, d + 1), _splitting(d, sizes))
     elif function in STACK or function in CAT:
         d = kwargs.get("dim", args[1] if len(args) > 1 else 0)
         if isinstance(d, int) and len(first) and all(t is first[0] for t in first):
             d %= output.dim()
             sizes = (len(first), 1 if function in STACK else first[0].shape[d])
-            view = _same if function in STACK else _splitting(d, sizes)
-            yield Repeat(len(first), partial(first[0].unsqueeze, d), view)
+            view = same if function in STACK else _splitting(d, sizes)
+            yield Repeat(len(first), False, partial(first[0].unsqueeze, d), view)
 
 
 def written(function: Callable[..., Any], args: Sequence[Any]) -> tuple[Tensor, View] | None:
@@ -101,10 +112,13 @@ def written(function: Callable[..., Any], args: Sequence[Any]) -> tuple[Tensor, 
 
 
 def _tiled(weight: Tensor, times: Sequence[int], d: int) -> Tensor:
+    if set(times) == {1}:  # a view, which is known to be the weight
+        return weight[(None,) * (len(times) - weight.dim())].unsqueeze(d)
     return weight.repeat(tuple(times)).unsqueeze(d)
 
 
-def _same(g: Tensor) -> Tensor:
+def same(g: Tensor) -> Tensor:
+    """A view of all, as it is."""
     return g
 
 
