@@ -452,3 +452,54 @@ def noisy(r: random.Random, seed: int, sizes: Sequence[int]) -> Program:
     body = f"h = torch.tanh(self.a(x))\n{way}\nreturn self.b(h)"
     data = reals(r, [n + 6 for n in sizes], 3)
     return Program(source(setup, body), tuple(data), seed, False, 2, fixed=False, train=train)
+
+
+@family
+def learnt_states(r: random.Random, seed: int, sizes: Sequence[int]) -> Program:
+    """A learnt state or learnt queries, which are repeated for each example of a batch."""
+    repeat = r.choice(
+        (
+            "s = self.s.expand(len(x), -1, -1)",
+            "s = self.s.repeat(len(x), 1, 1)",
+            "s = torch.stack([self.s] * len(x))",
+            "s = self.s.unsqueeze(0).repeat_interleave(len(x), 0)",
+            "s = self.s[None].expand(len(x), 2, 3).contiguous()",
+        )
+    )
+    use = r.choice(
+        (
+            "h = self.c(x[:, 0], s[:, 0]) + self.c(x[:, 1], s[:, 1])",
+            "h = F.scaled_dot_product_attention(s, self.a(x), x).tanh().sum(1)",
+            "h = torch.cat([s, self.a(x)], 1).cumsum(1).tanh().mean(1)",
+            "h = torch.bmm(x, s.mT).tanh().sum(2) @ self.p + (s * s).sum(1)",
+            "h = self.m(s, x, x)[0].sum(1) + s[:, 0]",
+        )
+    )
+    setup = (
+        "self.s, self.p = nn.Parameter(torch.randn(2, 3)), nn.Parameter(torch.randn(3, 3))\n"
+        "self.c, self.a, self.b = nn.GRUCell(3, 3), nn.Linear(3, 3), nn.Linear(3, 2)\n"
+        "self.m = nn.MultiheadAttention(3, 1, batch_first=True)"
+    )
+    body = f"{repeat}\n{use}\nreturn self.b(h)"
+    return Program(source(setup, body), tuple(reals(r, sizes, 3, 3)), seed, False, 2)
+
+
+@family
+def written_tokens(r: random.Random, seed: int, sizes: Sequence[int]) -> Program:
+    """A token that is assigned to places of the data, which the data may choose."""
+    write = r.choice(
+        (
+            "h[x[..., 0] > 0.5] = self.t",
+            "h[:, 0] = self.t",
+            "h[:, 1:] = self.t * 2",
+            "h[torch.arange(len(x)), (x[:, :, 1] > 0).sum(1) % 3] = self.t",
+            "h.masked_fill_(x > 0.5, self.t[0])",
+            "h.index_copy_(1, torch.tensor([2, 0]), self.t.expand(len(x), 2, 3))",
+            "z = x.new_zeros(x.shape); z[:, 0] = self.t; z[:, 1:] = h[:, 1:]; h = z",
+        )
+    )
+    setup = (
+        "self.t = nn.Parameter(torch.randn(3)); self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 2)"
+    )
+    body = f"h = self.a(x).tanh().clone()\n{write}\nreturn self.b(h.cumsum(1).tanh().sum(1))"
+    return Program(source(setup, body), tuple(reals(r, sizes, 3, 3)), seed, False, 2)

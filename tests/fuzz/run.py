@@ -3,7 +3,8 @@
     python -m tests.fuzz.run --networks 3000 --expressions 1500 --families 2000 --minutes 10
     python -m tests.fuzz.run --only family:17 --checks 100
 
-Outcomes: right; refused by a named error (counted by kind); foreign (an exception that is not the
+Outcomes: right; refused by a named error (counted by kind, with the reason why it is just; without
+such a reason it is a failure); foreign (an exception that is not the
 package's); wrong (a result that is not the truth, or a model that is changed); unfit (left out: the
 oracle says that the generated network is not what it should be).
 """
@@ -21,6 +22,7 @@ import torch
 from . import expressions, oracle
 from .networks import Family, Recipe
 from .outcomes import Outcome, outcome
+from .refusals import reason_of, table
 
 
 @dataclass
@@ -94,17 +96,21 @@ def reproduction(recipe: Recipe | Family, check: str) -> str:
 
 @dataclass
 class Tally:
-    """Counts of outcomes, and what failed."""
+    """Counts of outcomes, of refusals by message and by reason, and what failed."""
 
     counts: Counter[str] = field(default_factory=Counter)
     refusals: Counter[str] = field(default_factory=Counter)
+    just: Counter[str] = field(default_factory=Counter)
     failures: dict[str, list[str]] = field(default_factory=dict)
     examples: dict[str, str] = field(default_factory=dict)
 
     def add(self, case: str, group: str, check: str, found: Outcome) -> bool:
         """Count an outcome; whether it is the first failure of its kind in its group."""
         self.counts[found.kind] += 1
-        if found.kind in ("refused", "unfit"):
+        reason = reason_of(found.text) if found.kind == "refused" else None
+        if reason is not None:
+            self.just[reason.kind] += 1
+        if reason is not None or found.kind == "unfit":
             key = f"{found.kind}: {found.summary}"
             self.refusals[key] += 1
             self.examples.setdefault(key, f"{case} {check}: {found.text[:400]}")
@@ -119,6 +125,7 @@ class Tally:
         lines = ["", "outcomes: " + ", ".join(f"{n} {k}" for k, n in sorted(self.counts.items()))]
         for key, n in self.refusals.most_common():
             lines += [f"  {n:6d} {key}", f"         e.g. {self.examples[key]}"]
+        lines += [table(self.just)] if self.just else []
         for key, cases in self.failures.items():
             lines.append(f"FAILED {len(cases)} times, {key}")
             lines += [f"    {case}" for case in cases[:3]]
