@@ -137,11 +137,14 @@ class ParamSpace:
                 f"{len(parameters)} parameters requires a gradient: call requires_grad_() on "
                 "some, or select them with params="
             )
-        if integer := [name for name, p in picked.items() if not p.is_floating_point()]:
+        if others := [name for name, p in picked.items() if not p.is_floating_point()]:
+            paired = any(picked[name].is_complex() for name in others)
+            remedy = (
+                ": keep complex numbers as pairs, with torch.view_as_complex(parameter) in the "
+                "forward pass, or leave them out with params="
+            )
             raise DataError(
-                f"expected parameters of real floating-point numbers, but {integer} are not: keep "
-                "complex ones as pairs, with torch.view_as_complex(parameter) in the forward pass, "
-                "or leave them out with params="
+                f"expected floating-point parameters, but {others} are not{remedy * paired}"
             )
         for what in ("dtype", "device"):
             kinds: dict[Any, str] = {}

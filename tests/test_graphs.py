@@ -131,3 +131,43 @@ def test_what_vmap_refuses_is_made_one_by_one(edges):
     model, x = Foreign(edges[:6, :6]), torch.randn(6, FEATURES)
     F = ng.FIM(model, x, "diagonal", likelihood="gaussian")
     close(F.diagonal(), exact(model, x).diagonal())
+
+
+class Spread(nn.Module):
+    """Nodes that take from their neighbours, by a product with a sparse matrix."""
+
+    def __init__(self, layout):
+        super().__init__()
+        self.a, self.b, self.layout = nn.Linear(4, 4), nn.Linear(4, 3), layout
+        self.register_buffer("near", (torch.rand(3, 3) > 0.4).double())
+
+    def forward(self, x):
+        near = self.near.to_sparse(layout=self.layout)
+        h = self.a(x).transpose(0, 1).reshape(3, -1)
+        return self.b((near @ h).view(3, len(x), 4).transpose(0, 1).tanh().sum(1))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_sparse_matrices_inside_of_a_model(layout):
+    torch.manual_seed(0)
+    model, x, y = Spread(layout).double(), torch.randn(5, 3, 4).double(), torch.randint(3, (5,))
+    parameters, total = list(model.parameters()), 0
+    for one in x.split(1):
+        f = model(one)[0]
+        rows = [torch.autograd.grad(each, parameters, retain_graph=True) for each in f]
+        J, p = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows]), f.softmax(0)
+        total = total + J.mT @ (p.diag() - torch.outer(p, p)).detach() @ J / 5
+    v = torch.linspace(-1, 1, len(total)).double()
+    data = [(x, y)]
+    F = ng.FIM(model, data, "implicit", likelihood="categorical")
+    torch.testing.assert_close(F @ v, total @ v)
+    dense = ng.FIM(model, data, "dense", likelihood="categorical")
+    torch.testing.assert_close(dense.to_dense(), total)
+    loss = nn.functional.cross_entropy(model(x), y)
+    slope = torch.cat(
+        [g.flatten() for g in torch.autograd.grad(loss, parameters, create_graph=True)]
+    )
+    hv = torch.autograd.grad(slope @ v, parameters)
+    H = ng.Hessian(model, data, loss=nn.CrossEntropyLoss())
+    torch.testing.assert_close(H @ v, torch.cat([g.flatten() for g in hv]))

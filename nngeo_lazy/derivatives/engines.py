@@ -276,6 +276,24 @@ class _Reference(StorageWeakRef):
             super().__del__()  # type: ignore[no-untyped-call]
 
 
+SPARSE = {
+    torch.sparse_coo: ("_indices", "_values"),
+    **dict.fromkeys(
+        (torch.sparse_csr, torch.sparse_bsr), ("crow_indices", "col_indices", "values")
+    ),
+    **dict.fromkeys(
+        (torch.sparse_csc, torch.sparse_bsc), ("ccol_indices", "row_indices", "values")
+    ),
+}
+
+
+def _dense_parts(tensor: Tensor) -> list[Tensor]:
+    """The tensors that hold its memory; none of a layout that tells nobody."""
+    if tensor.layout is torch.strided:
+        return [tensor]
+    return [getattr(tensor, name)() for name in SPARSE.get(tensor.layout, ())]
+
+
 class _Made(TorchDispatchMode):
     """Weak references to the memory that operations make while it is active."""
 
@@ -288,8 +306,8 @@ class _Made(TorchDispatchMode):
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
+            for part in _dense_parts(tensor) if isinstance(tensor, Tensor) else ():
+                storage = part.untyped_storage()
                 reference = _Reference(storage)  # type: ignore[no-untyped-call]
                 self.storages[reference.cdata] = (reference, storage.nbytes())
         return out
