@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,19 +31,42 @@ __all__ = [
     "share_decompositions",
 ]
 
+SMALL = 256  # rows of a factor that is decomposed together with others
+
 
 def averaged(
     before: BaseLinearOperator | None, fresh: BaseLinearOperator, weight: float
 ) -> BaseLinearOperator:
     """(1 - weight) before + weight fresh, of the statistics: Kronecker factors each on their own.
 
-    It knows what the fresh one knows.
+    Means over positions are weighted by those of an example. So a batch that does not use a layer
+    tells nothing of its inputs. What is known is what the fresh one knows.
     """
     if before is None:
         return fresh
-    mean = pool([before, fresh], [1 - weight, weight])
-    known: BaseLinearOperator = mean._with_info(fresh.info)
+    weights = [1 - weight, weight]
+    mean = pool([before, fresh], weights, weights, else_weights=True)
+    known: BaseLinearOperator = mean._with_info(_averaged_info(before.info, fresh.info, weight))
     return known
+
+
+def _averaged_info(before: Info, fresh: Info, weight: float) -> Info:
+    """The fresh one, with positions that are as averages over as many examples."""
+    if not before.num_examples or not fresh.num_examples:
+        return fresh
+    scale = fresh.num_examples / before.num_examples
+    origins = {}
+    for name, origin in fresh.origins.items():
+        old, new = before.origins.get(name, origin).positions, origin.positions
+        if isinstance(old, tuple) and isinstance(new, tuple) and len(old) == len(new):
+            both = zip(old, new, strict=True)
+            mean: Any = tuple((1 - weight) * scale * a + weight * b for a, b in both)
+        elif isinstance(old, tuple) or isinstance(new, tuple) or old is None or new is None:
+            mean = new
+        else:
+            mean = (1 - weight) * scale * old + weight * new
+        origins[name] = replace(origin, positions=mean)
+    return replace(fresh, origins=origins)
 
 
 def decomposed(F: BaseLinearOperator) -> BaseLinearOperator:
@@ -50,8 +77,11 @@ def decomposed(F: BaseLinearOperator) -> BaseLinearOperator:
 
 
 def share_decompositions(F: BaseLinearOperator, group: Group) -> None:
-    """Let each Kronecker factor be decomposed by one process, the costliest first, and sent."""
-    if group.size == 1 or not isinstance(F, BlockDiagonalLinearOperator):
+    """Let each Kronecker factor be decomposed by one process, the costliest first, and sent.
+
+    A process on its own decomposes small ones of one size together.
+    """
+    if not isinstance(F, BlockDiagonalLinearOperator):
         return
     blocks = [block for block in F.members if isinstance(block, KroneckerLinearOperator)]
     factors = [
@@ -61,6 +91,9 @@ def share_decompositions(F: BaseLinearOperator, group: Group) -> None:
         if is_dense(factor)
     ]
     if not factors:
+        return
+    if group.size == 1:
+        _decompose_together(factors)
         return
     owner = owners([float(f.shape[0] * f.shape[1] ** 3) for *_, f in factors], group.size)
     found: list[tuple[Tensor, Tensor]] = []
@@ -75,6 +108,20 @@ def share_decompositions(F: BaseLinearOperator, group: Group) -> None:
         group.send([tensor for pair in mine for tensor in pair], rank)
     for (block, side, _), pair in zip(factors, found, strict=True):
         block.hold(side, pair)
+
+
+def _decompose_together(factors: Sequence[tuple[KroneckerLinearOperator, str, Tensor]]) -> None:
+    """Hold the decompositions of factors (G, n, n), made at once for each small n."""
+    sizes: dict[int, list[tuple[KroneckerLinearOperator, str, Tensor]]] = {}
+    for each in factors:
+        sizes.setdefault(each[2].shape[-1], []).append(each)
+    for n, same in sizes.items():
+        if len(same) > 1 and n <= SMALL:
+            values, vectors = factor_eigh(torch.cat([factor for *_, factor in same]))
+            counts = [len(factor) for *_, factor in same]
+            own = zip(values.split(counts), vectors.split(counts), strict=True)
+            for (block, side, _), (mine, basis) in zip(same, own, strict=True):
+                block.hold(side, (mine.clone(), basis.clone()))
 
 
 def require_semidefinite(F: BaseLinearOperator) -> None:

@@ -190,6 +190,8 @@ def pool(
     ops: Sequence[BaseLinearOperator],
     weights: Sequence[float],
     counts: Sequence[float] | None = None,
+    *,
+    else_weights: bool = False,
 ) -> BaseLinearOperator:
     """The statistics of operators over the same blocks, averaged.
 
@@ -198,13 +200,14 @@ def pool(
         weights: they sum to one.
         counts: the examples that each stands for, by which means over positions are weighted; by
             default they are weighted as all else.
+        else_weights: whether they are so in a block without positions, or of unknown ones.
 
     Raises:
         DataError: the operators hold no statistics, or not of one kind.
         SpaceMismatchError: they have other blocks.
     """
     if isinstance(ops[0], BlockDiagonalLinearOperator):
-        return _blocks(ops, weights, counts)
+        return _blocks(ops, weights, counts, else_weights)
     return _pooled(ops, weights, [None] * len(ops))
 
 
@@ -295,6 +298,7 @@ def _blocks(
     ops: Sequence[BlockDiagonalLinearOperator],
     weights: Sequence[float],
     counts: Sequence[float] | None,
+    else_weights: bool,
 ) -> BaseLinearOperator:
     if not all(ops[0].same_blocks(op) for op in ops):
         raise SpaceMismatchError("expected block-diagonal operators over the same blocks")
@@ -306,7 +310,9 @@ def _blocks(
         positions: Sequence[float | None] = weights
         if counts is not None:
             start = layout.pieces[0].start
-            positions = [_positions(op, start, c) for op, c in zip(ops, counts, strict=True)]
+            found = [_positions(op, start, c) for op, c in zip(ops, counts, strict=True)]
+            if not else_weights or (None not in found and any(found)):
+                positions = found
         blocks.append(_pooled(members, weights, positions))
     return ops[0]._of(blocks)
 

@@ -155,11 +155,11 @@ class Capture:
         """
         record = Pass.of(raw, outputs, recorder, self._parameters)
         record = replace(record, outputs=outputs.detach())
-        plan = self._plan
-        if plan is None or not plan.fits(record):
-            plan = next(
-                (p for known in self._plans.values() for p in known if p.fits(record)), None
-            )
+        last = [] if self._plan is None else [self._plan]
+        plans = [*last, *(plan for known in self._plans.values() for plan in known)]
+        plan = next((plan for plan in plans if plan.fits(record)), None)
+        if plan is None and all(p.requires_grad for p in self._parameters.values()):
+            plan = next(filter(None, (known.of_fewer(record) for known in plans)), None)
         believed = record.signature.alike and plan is not None and not (plan.silent or plan.ragged)
         if plan is None or not (proved or believed):
             return None

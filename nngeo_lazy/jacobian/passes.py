@@ -143,6 +143,28 @@ class Plan:
             for k in part.calls
         )
 
+    def of_fewer(self, record: Pass) -> Plan | None:
+        """The plan of a pass that leaves some of the calls out, and what they alone use.
+
+        Layers that are dropped at random are. None if the pass does anything else.
+        """
+        at = _found_in(record.keys, self.keys)
+        if at is None or self.split or self.ragged or self.general is not None:
+            return None
+        now, parts = {before: k for k, before in enumerate(at)}, []
+        for part in self.parts:
+            members = tuple(replace(m, call=now[m.call]) for m in part.members if m.call in now)
+            if members and len(members) < len(part.members):
+                return None
+            kind = part.kind if members else Kind.UNUSED
+            parts.append(replace(part, kind=kind, members=members))
+            if kind is Kind.UNUSED and record.signature.leaves.intersection(part.names):
+                return None  # it is used by something that is no layer
+        folds, silent = [self.folds[k] for k in at], {now[k] for k in self.silent if k in now}
+        keys = list(record.keys)
+        plan = replace(self, keys=keys, parts=parts, folds=folds, silent=frozenset(silent))
+        return plan if plan.fits(record) else None
+
     @property
     def ragged(self) -> bool:
         """Whether examples own positions in numbers that may be others in the next pass."""
@@ -377,6 +399,18 @@ class Recorded:
             shape = (len(chunk), self.record.n, size)
             one = len(chunk) * size * torch.finfo(self.dtype).bits // 8
             yield Rows(compute, shape, self.dtype, step * one)
+
+
+def _found_in(some: Sequence[Any], every: Sequence[Any]) -> list[int] | None:
+    """Where some things come, in their order, among others; None if they do not."""
+    found: list[int] = []
+    for thing in some:
+        start = found[-1] + 1 if found else 0
+        at = next((k for k in range(start, len(every)) if every[k] == thing), None)
+        if at is None:
+            return None
+        found.append(at)
+    return found
 
 
 def _names(calls: Sequence[Call]) -> set[str]:

@@ -150,8 +150,8 @@ def eigvalsh(matrix: Tensor) -> Tensor:
 
 def _without_zero_rows(work: Tensor) -> tuple[Tensor, Tensor]:
     """The decomposition of matrices (..., n, n), those with zero rows one by one and smaller."""
-    nonzero = work != 0
-    used = nonzero.any(-1) | nonzero.any(-2)  # (..., n)
+    size = work.abs()
+    used = torch.maximum(size.amax(-1), size.amax(-2)) > 0  # (..., n)
     whole = used.all(-1)
     if bool(whole.all()):
         return _checked(work)
@@ -204,17 +204,17 @@ def _attempted(work: Tensor) -> tuple[Tensor, Tensor] | None:
 def _is_decomposition(work: Tensor, values: Tensor, vectors: Tensor) -> bool:
     """Whether A V = V diag(values) and V^T V = I on a few vectors: n^2 operations, not n^3."""
     n, work, values, vectors = work.shape[-1], work.detach(), values.detach(), vectors.detach()
-    phases = torch.arange(1, n + 1, dtype=torch.float32, device=work.device)
-    probes = torch.stack([(k * phases.square()).cos() for k in (1.0, 2**0.5)], -1).to(work)
+    squares = torch.arange(1, n + 1, dtype=torch.float32, device=work.device).square_()
+    probes = torch.stack([squares, 2**0.5 * squares], -1).cos_().to(work)
     turned = vectors @ probes
+    lower = work.tril()  # eigh reads the lower triangle
+    product = lower @ turned + lower.mT @ turned - work.diagonal(0, -2, -1).unsqueeze(-1) * turned
     size = values.abs().amax(-1)[..., None, None]
-    lower = work.tril(-1)  # eigh reads the lower triangle
-    product = work.tril() @ turned + lower.mT @ turned
-    off = product - vectors @ (values.unsqueeze(-1) * probes)
+    off = (product - vectors @ (values.unsqueeze(-1) * probes)) / (size + (size == 0))
     angle = vectors.mT @ turned - probes
     limit = _SLACK * n * eps(work) * torch.linalg.vector_norm(probes)
-    norms = [torch.linalg.vector_norm(e, dim=(-2, -1)) for e in (off / (size + (size == 0)), angle)]
-    return bool(((norms[0] <= limit) & (norms[1] <= limit)).all())  # NaN is not
+    norms = [torch.linalg.vector_norm(e, dim=(-2, -1)) for e in (off, angle)]
+    return bool((torch.maximum(*norms) <= limit).all())  # NaN is not
 
 
 def _no_decomposition(work: Tensor) -> NonFiniteError:

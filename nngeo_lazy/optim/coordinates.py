@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -129,6 +129,7 @@ class Coordinates:
         self.blocks: list[Block] = []
         self.groups: list[tuple[slice, int, Shape]] = []
         self.order: list[int] = []
+        self._structure = None if F is None else _structure(F)
         start = 0
         if F is not None and F.space is not None:
             parts = _parts(F)
@@ -199,6 +200,10 @@ class Coordinates:
         """The parameters' parts of a buffer."""
         return Views(buffer, self._places)
 
+    def serves(self, F: BaseLinearOperator) -> bool:
+        """Whether they are what would be made of this curvature, which has known eigenvectors."""
+        return self._structure == _structure(F)
+
     def same(self, other: Coordinates) -> bool:
         """Whether a buffer of the other is one of this."""
         mine = self._places, self.groups, self.known
@@ -252,7 +257,8 @@ class EigenFrame(Frame):
 
     def __init__(self, coordinates: Coordinates, F: BaseLinearOperator) -> None:
         super().__init__(coordinates, None)
-        members = [_parts(F)[k][2] for k in coordinates.order]
+        parts = _parts(F)
+        members = [parts[k][2] for k in coordinates.order]
         systems = [_eigensystem(member) for member in members]
         self._values = torch.cat([values.reshape(-1) for values, _, _ in systems]).clamp_min(0)
         self._bases: list[tuple[Tensor | None, Tensor | None]] = []
@@ -384,6 +390,11 @@ def _parts(F: BaseLinearOperator) -> list[tuple[str, Layout, BaseLinearOperator]
     if F.space is None:
         raise TypeError("expected a curvature of named parameters")
     return [("the whole matrix", Layout.flat(list(F.space.slices.values())), F)]
+
+
+def _structure(F: BaseLinearOperator) -> tuple[Any, ...]:
+    names = () if F.space is None else F.space.names
+    return names, [(name, layout, _shape(member)) for name, layout, member in _parts(F)]
 
 
 def _shape(member: BaseLinearOperator) -> Shape:

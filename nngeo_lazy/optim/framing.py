@@ -111,6 +111,10 @@ class Framing:
 
     def _coordinates(self, F: BaseLinearOperator | None, dampings: Dampings) -> Coordinates:
         if F is None or F.space is None or self._spectral(F, dampings):
+            held = None if self.direction is None else self.direction.coordinates
+            same = held is not None and set(held.names) == set(self._parameters)
+            if held is not None and same and F is not None and held.serves(F):
+                return held
             return Coordinates(self._parameters, F, self._space.resolve)
         names = [self._space.resolve(name) for name in F.space.names]
         return Coordinates(self._parameters, None, self._space.resolve, names)

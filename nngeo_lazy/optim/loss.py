@@ -78,8 +78,11 @@ class Loss:
         found = {n: wide(g).square().mean() / unit for n, g in gradients.items()}
         found[""] = torch.ones_like(unit)
         if bool(torch.stack(list(found.values())).isfinite().all()):
-            held, self.sizes = self.squares, {n: g.numel() for n, g in gradients.items()}
-            self.squares = {n: (1 - KEPT) * x + KEPT * held.get(n, 0.0) for n, x in found.items()}
+            held, none = self.squares, torch.zeros_like(unit)
+            self.sizes = self.sizes | {n: g.numel() for n, g in gradients.items()}
+            self.squares = {  # no gradient is a zero one: of a layer that was dropped
+                n: (1 - KEPT) * found.get(n, none) + KEPT * held.get(n, none) for n in held | found
+            }
 
     @property
     def least(self) -> dict[str, Tensor]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,11 +28,13 @@ def float_math(device: torch.device) -> AbstractContextManager[Any]:
 
 @dataclass(frozen=True)
 class RandomState:
-    """The state of torch's default generators, of the CPU and of a device."""
+    """The state of all default generators: torch's of the CPU and a device, Python's, NumPy's."""
 
     device: torch.device
     cpu: Tensor
     own: Tensor | None
+    python: Any
+    numpy: Any
 
     @classmethod
     def now(cls, device: torch.device) -> RandomState:
@@ -38,19 +42,27 @@ class RandomState:
         own = None
         if device.type != "cpu":
             own = torch.get_device_module(device.type).get_rng_state(device)
-        return cls(device, torch.get_rng_state(), own)
+        numpy = sys.modules.get("numpy")  # what is not imported draws nothing
+        drawn = None if numpy is None else numpy.random.get_state()
+        return cls(device, torch.get_rng_state(), own, random.getstate(), drawn)
 
-    def forked(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def forked(self) -> Iterator[None]:
         """A scope behind which the generators are as they were before it."""
-        if self.own is None:
-            return torch.random.fork_rng(devices=[])
-        return torch.random.fork_rng(devices=[self.device], device_type=self.device.type)
+        before = self.now(self.device)
+        try:
+            yield
+        finally:
+            before.restore()
 
     def restore(self) -> None:
         """Draw from here on what was drawn then."""
         torch.set_rng_state(self.cpu)
         if self.own is not None:
             torch.get_device_module(self.device.type).set_rng_state(self.own, self.device)
+        random.setstate(self.python)
+        if self.numpy is not None:
+            sys.modules["numpy"].random.set_state(self.numpy)
 
 
 @dataclass(frozen=True)

@@ -274,7 +274,7 @@ def whole(facts: Facts, block: Block) -> BaseLinearOperator:
 
 def block_diagonal(facts: Facts, blocks: Sequence[Block]) -> BaseLinearOperator:
     """The block-diagonal operator of all blocks."""
-    names = [block_name(facts, block.indices) for block in blocks]
+    names = block_names(facts, [block.indices for block in blocks])
     for name, block in zip(names, blocks, strict=True):
         require_finite(block.operator, name)
     layouts = [block.layout for block in blocks]
@@ -319,14 +319,26 @@ def flat_layout(facts: Facts, indices: Sequence[int]) -> Layout:
 
 def block_name(facts: Facts, indices: Sequence[int]) -> str:
     """The layers of some parts, or their parameters if a layer has other parts, too."""
-    names = []
-    for owner, inside in by_owner(facts, indices).items():
-        whole = by_owner(facts, range(len(facts.parts)))[owner]
-        if len(inside) == len(whole):
-            names.append(owner)
-        else:
-            names += [name for k in inside for name in facts.parts[k].names]
-    return " + ".join(names)
+    return block_names(facts, [indices])[0]
+
+
+def block_names(facts: Facts, each: Sequence[Sequence[int]]) -> list[str]:
+    """The same of several blocks."""
+    whole = by_owner(facts, range(len(facts.parts)))
+    owners = {k: owner for owner, inside in whole.items() for k in inside}
+    found = []
+    for indices in each:
+        mine: dict[str, list[int]] = {}
+        for k in indices:
+            mine.setdefault(owners[k], []).append(k)
+        names = []
+        for owner, inside in mine.items():
+            if len(inside) == len(whole[owner]):
+                names.append(owner)
+            else:
+                names += [name for k in inside for name in facts.parts[k].names]
+        found.append(" + ".join(names))
+    return found
 
 
 def _layer(facts: Facts, k: int) -> str:

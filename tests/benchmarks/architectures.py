@@ -4,6 +4,7 @@
     python tests/benchmarks/architectures.py            # all networks
     python tests/benchmarks/architectures.py gpt2 vit   # some of them
     python tests/benchmarks/architectures.py --train    # NaturalGradient on defaults trains them
+    python tests/benchmarks/architectures.py --train --small    # versions of two or three layers
 
 Random weights; nothing is downloaded. One thread. torchvision is read without its compiled
 operators: `pip install --no-deps torchvision`.
@@ -45,6 +46,16 @@ _without_compiled_operators()
 # --- networks -------------------------------------------------------------------------------------
 
 
+class Sizes:
+    """Whether networks are as people have them, or versions of a few narrow layers."""
+
+    small = False
+
+    @classmethod
+    def of(cls, whole, small):
+        return small if cls.small else whole
+
+
 def _language(config, cls, n=8, t=128, causal=True):
     model = cls(config).eval()
     ids = torch.randint(0, config.vocab_size, (n, t))
@@ -55,7 +66,13 @@ def _language(config, cls, n=8, t=128, causal=True):
 def gpt2():
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    sizes = {"n_layer": 8, "n_embd": 192, "n_head": 6, "vocab_size": 1000, "n_positions": 256}
+    sizes = {
+        "n_layer": Sizes.of(8, 2),
+        "n_embd": Sizes.of(192, 48),
+        "n_head": 6,
+        "vocab_size": 1000,
+        "n_positions": 256,
+    }
     config = GPT2Config(**sizes, tie_word_embeddings=False, attn_implementation="eager")
     return _language(config, GPT2LMHeadModel)
 
@@ -64,9 +81,9 @@ def llama():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=8,
+        hidden_size=Sizes.of(192, 48),
+        intermediate_size=Sizes.of(512, 128),
+        num_hidden_layers=Sizes.of(8, 2),
         num_attention_heads=6,
         num_key_value_heads=2,
         vocab_size=1000,
@@ -78,12 +95,12 @@ def qwen3():
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=8,
+        hidden_size=Sizes.of(192, 48),
+        intermediate_size=Sizes.of(512, 128),
+        num_hidden_layers=Sizes.of(8, 2),
         num_attention_heads=6,
         num_key_value_heads=2,
-        head_dim=32,
+        head_dim=Sizes.of(32, 8),
         vocab_size=1000,
     )
     return _language(config, Qwen3ForCausalLM)
@@ -93,9 +110,9 @@ def mixtral():
     from transformers import MixtralConfig, MixtralForCausalLM
 
     config = MixtralConfig(
-        hidden_size=192,
-        intermediate_size=256,
-        num_hidden_layers=4,
+        hidden_size=Sizes.of(192, 48),
+        intermediate_size=Sizes.of(256, 64),
+        num_hidden_layers=Sizes.of(4, 2),
         num_attention_heads=6,
         num_key_value_heads=2,
         num_local_experts=4,
@@ -108,10 +125,10 @@ def bert():
     from transformers import BertConfig, BertForSequenceClassification
 
     config = BertConfig(
-        hidden_size=192,
-        num_hidden_layers=8,
+        hidden_size=Sizes.of(192, 48),
+        num_hidden_layers=Sizes.of(8, 2),
         num_attention_heads=6,
-        intermediate_size=768,
+        intermediate_size=Sizes.of(768, 192),
         vocab_size=1000,
         num_labels=5,
     )
@@ -125,7 +142,14 @@ def bert():
 def t5():
     from transformers import T5Config, T5ForConditionalGeneration
 
-    config = T5Config(d_model=192, d_ff=768, num_layers=4, num_heads=6, d_kv=32, vocab_size=1000)
+    config = T5Config(
+        d_model=Sizes.of(192, 48),
+        d_ff=Sizes.of(768, 192),
+        num_layers=Sizes.of(4, 2),
+        num_heads=6,
+        d_kv=Sizes.of(32, 8),
+        vocab_size=1000,
+    )
     config.tie_word_embeddings = False
     model = T5ForConditionalGeneration(config).eval()
     ids = torch.randint(0, 1000, (8, 64))
@@ -186,53 +210,72 @@ def _images(name, n=16, size=64, **options):
     return model, (x, y), lambda m, b: m(b[0]), None
 
 
+def _narrow(**small):
+    return small if Sizes.small else {}
+
+
+TRANSFORMER = {"depth": 2, "embed_dim": 48, "num_heads": 3}
+STAGES = {"depths": (1, 1, 2, 1), "embed_dim": 24, "num_heads": (1, 2, 4, 8)}
+
+
 def resnet18():
-    return _images("resnet18", n=32, size=32)
+    return _images("resnet18", n=32, size=32, **_narrow(channels=(16, 16, 32, 32)))
 
 
 def densenet():
-    return _images("densenet121", n=16, size=64)
+    narrow = _narrow(block_config=(2, 2, 2, 2), growth_rate=8)
+    return _images("densenet121", n=16, size=Sizes.of(64, 32), **narrow)
 
 
 def convnext():
-    return _images("convnext_atto", n=16, size=64)
+    narrow = _narrow(depths=(1, 1, 2, 1), dims=(16, 32, 48, 64))
+    return _images("convnext_atto", n=16, size=Sizes.of(64, 32), **narrow)
 
 
 def vit():
-    return _images("vit_tiny_patch16_224", n=16, img_size=64, patch_size=8)
+    return _images(
+        "vit_tiny_patch16_224", n=16, **_narrow(**TRANSFORMER), img_size=64, patch_size=8
+    )
 
 
 def deit3():
-    return _images("deit3_small_patch16_224", n=16, img_size=64, patch_size=8)
+    return _images(
+        "deit3_small_patch16_224", n=16, **_narrow(**TRANSFORMER), img_size=64, patch_size=8
+    )
 
 
 def swin():
-    return _images("swin_tiny_patch4_window7_224", n=8, size=112, img_size=112)
+    size = Sizes.of(112, 56)
+    return _images(
+        "swin_tiny_patch4_window7_224", n=8, size=size, img_size=size, **_narrow(**STAGES)
+    )
 
 
 def swinv2():
-    return _images("swinv2_cr_tiny_224", n=8, size=224, img_size=224)
+    size = Sizes.of(224, 56)
+    return _images("swinv2_cr_tiny_224", n=8, size=size, img_size=size, **_narrow(**STAGES))
 
 
 def efficientnet():
-    return _images("efficientnet_b0", n=16, size=64)
+    name = Sizes.of("efficientnet_b0", "test_efficientnet")
+    return _images(name, n=16, size=Sizes.of(64, 32))
 
 
 def wav2vec2():
     from transformers import Wav2Vec2Config, Wav2Vec2ForSequenceClassification
 
     config = Wav2Vec2Config(
-        hidden_size=192,
-        num_hidden_layers=4,
+        hidden_size=Sizes.of(192, 48),
+        num_hidden_layers=Sizes.of(4, 2),
         num_attention_heads=6,
-        intermediate_size=768,
-        conv_dim=(128,) * 7,
+        intermediate_size=Sizes.of(768, 192),
+        conv_dim=(Sizes.of(128, 32),) * 7,
         num_conv_pos_embeddings=16,
         num_conv_pos_embedding_groups=4,
         num_labels=5,
     )
     model = Wav2Vec2ForSequenceClassification(config).eval()
-    x, y = torch.randn(4, 16000), torch.randint(0, 5, (4,))
+    x, y = torch.randn(Sizes.of(4, 8), Sizes.of(16000, 4800)), torch.randint(0, 5, (4,))
     return model, (x, y), lambda m, b: m(input_values=b[0]).logits, None
 
 
@@ -240,9 +283,9 @@ def clip():
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     config = CLIPVisionConfig(
-        hidden_size=192,
-        intermediate_size=768,
-        num_hidden_layers=8,
+        hidden_size=Sizes.of(192, 48),
+        intermediate_size=Sizes.of(768, 192),
+        num_hidden_layers=Sizes.of(8, 2),
         num_attention_heads=6,
         image_size=64,
         patch_size=8,
@@ -557,7 +600,9 @@ def main():
     parser.add_argument("--batches", type=int, default=4)
     parser.add_argument("--notes", action="store_true", help="print what is not Kronecker, and why")
     parser.add_argument("--train", nargs="?", const="kfac", help="representations to train with")
+    parser.add_argument("--small", action="store_true", help="networks of two or three layers")
     given = parser.parse_args()
+    Sizes.small = given.small
     torch.set_num_threads(1)
     if given.train:
         train_all(given.networks or NETWORKS, given.train.split(","))

@@ -357,6 +357,9 @@ def at_equal_time(known, names, runs, natural):
         finite = [r.final for r in each if math.isfinite(r.final)]
         finals.append((mean(own).final, each[0].final, min(finite, default=math.inf)))
     one, best_of = (sum(own < adam[k] for own, *adam in finals) for k in (0, 1))
+    print(f"\n{'equal time':<20}{natural:>14}{'AdamW 0.001':>14}{'AdamW, best':>14}")
+    for name, row in zip(names, finals, strict=True):
+        print(f"{name:<20}" + "".join(f"{v:>14.4g}" for v in row))
     print(
         f"{natural}, equal time: below AdamW {RATES[0]:g} on {one}, below its best on {best_of} of "
         f"{len(names)}",

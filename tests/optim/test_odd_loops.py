@@ -1,20 +1,28 @@
 """Loops that do more than one forward and one backward pass a step, and models that do more."""
 
 import gc
+import random
 from contextlib import ExitStack
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
 import nngeo_lazy as ng
-from nngeo_lazy.errors import LikelihoodWarning, NonFiniteWarning, SelfCheckWarning
+from nngeo_lazy.errors import (
+    LikelihoodWarning,
+    NonFiniteWarning,
+    SelfCheckWarning,
+    UnsupportedLayerError,
+)
 from nngeo_lazy.jacobian.record import Recorder
 from nngeo_lazy.likelihoods import Categorical
 from nngeo_lazy.optim import HessianFree, LevenbergMarquardt, NaturalGradient, loop
+from nngeo_lazy.optim.replay import RandomState
 
-from .loops import backward, gradient, moved, problem, train, weights
+from .loops import backward, dense_fisher, gradient, moved, problem, train, weights
 from .test_loop import ALIVE, Saved
 from cases import close
 
@@ -456,3 +464,116 @@ def test_a_proof_that_rounding_fails_later_ends_no_run():
     assert len(told) == 1  # once
     assert losses[-1] < losses[0]
     assert {row.form for row in optimizer.report()} == {"linear: outer"}
+
+
+# --- layers that are dropped at random ------------------------------------------------------------
+
+
+class Dropping(nn.Module):
+    """Residual layers, some of which are left out in training."""
+
+    def __init__(self, chance=0.0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(5), nn.Linear(5, 5), nn.Tanh()) for _ in range(3)
+        )
+        self.chance, self.without = chance, ()
+
+    def forward(self, x):
+        x = self.first(x)
+        for k, block in enumerate(self.blocks):
+            dropped = k in self.without or float(torch.rand([])) < self.chance
+            if not (self.training and dropped):
+                x = x + block(x)
+        return self.last(x)
+
+
+@pytest.mark.parametrize("representation", ["block_diagonal", "diagonal", "kfac", "ekfac"])
+@pytest.mark.parametrize("order", [((0, 2), (), (1,)), ((), (1,), (0, 2)), ((2,), (0, 1, 2))])
+def test_layers_that_are_dropped(representation, order):
+    """Each pass has the Fisher of what it called, which is zero for a layer that it did not."""
+    model, (_, x, y) = Dropping().double(), problem()
+    options = {"estimator": "exact", "factor_decay": 0.5, "damping": 0.1, "radius": None, "lr": 0.0}
+    optimizer = NaturalGradient(model, representation, **options)
+    mean, count = 0.0, 0.0
+    for without in order:
+        model.without = without
+        backward(optimizer, model, x, y)
+        fresh = dense_fisher(model, x)
+        optimizer.step()
+        mean, count = 0.5 * mean + 0.5 * fresh, 0.5 * count + 0.5
+    expected, F = mean / count, optimizer.operator
+    if representation == "ekfac":  # it has the trace of each block
+        for block, layout in zip(F.members, F.layouts, strict=True):
+            close(block.trace(), sum(expected.diagonal()[each].sum() for each in layout.slices))
+    if representation in ("block_diagonal", "diagonal"):
+        close(F.diagonal(), expected.diagonal())
+        if representation == "block_diagonal":
+            where = F.space.slices["blocks.1.1.weight"]
+            close(F.to_dense()[where, where], expected[where, where])
+    if representation == "kfac":  # of the positions that there were, and of all examples
+        used = [k for k, without in enumerate(order) if 1 not in without]
+        G, A, seen = 0.0, 0.0, 0.0
+        for k in used:
+            model.without, weight = order[k], 0.5 ** (len(order) - k)
+            model.eval()
+            block = _layer(ng.FIM(model, (x, y), "kfac", forward=_as_trained))
+            G, A, seen = G + weight * block.left, A + weight * block.right, seen + weight
+        own = _layer(F)
+        close(own.left, G / count)
+        close(own.right, A / seen)
+
+
+def _layer(F):
+    return F.members[F.names.index("blocks.1.1")]
+
+
+def _as_trained(model, batch):
+    """Without the layers that are left out in training."""
+    model.training = True
+    try:
+        return model(batch[0])
+    finally:
+        model.training = False
+
+
+@pytest.mark.parametrize("representation", ["kfac", "ekfac"])
+def test_layers_that_are_dropped_at_random_train(representation):
+    model, (_, x, _) = Dropping(0.4), problem(dtype=torch.float32)
+    optimizer = NaturalGradient(model, representation, seed=0)
+    losses = train(optimizer, model, x, (x[:, 0] > 0).long() + (x[:, 1] > 0), 60)
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+    assert optimizer.skipped_steps == 0
+
+
+def test_a_layer_that_another_function_replaces_is_not_dropped():
+    """Its parameters are used, so that zero would be wrong."""
+
+    class Replaced(Dropping):
+        def forward(self, x):
+            if self.training:
+                x = self.first(x)
+                return self.last(x + (x.exp() * self.blocks[0][1].weight.sum()))
+            return super().forward(x)
+
+    model, (_, x, y) = Replaced().double(), problem()
+    optimizer = NaturalGradient(model, "kfac", params=["first", "last", "blocks.0.1.weight"])
+    with pytest.raises(UnsupportedLayerError, match="in training mode to call the layers"):
+        backward(optimizer, model, x, y)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [lambda: torch.rand(3), lambda: np.random.rand(3), random.random],  # noqa: NPY002
+)
+def test_numbers_of_every_generator_come_again(draw):
+    state = RandomState.now(torch.device("cpu"))
+    first, second = draw(), draw()
+    with state.forked():
+        state.restore()
+        assert np.array_equal(draw(), first)
+    state.restore()
+    assert np.array_equal(draw(), first)
+    assert np.array_equal(draw(), second)
