@@ -479,6 +479,8 @@ def measure(name, what, batches):
 
 # --- training -------------------------------------------------------------------------------------
 
+OUTPUTS = {"clip": lambda result: result.image_embeds}  # of models without .logits
+
 
 def learnable(name):
     """A network in training mode, what calls it, and minibatches whose labels can be learnt."""
@@ -526,10 +528,10 @@ def learnable(name):
     return model.train(), call, lambda: make(n)
 
 
-def losses_of(model, call, batches, representation):
+def losses_of(model, call, batches, representation, outputs=None):
     """The losses of steps on defaults."""
     likelihood = "categorical" if representation == "implicit" else None
-    optimizer = ng.optim.NaturalGradient(model, representation, likelihood, seed=0)
+    optimizer = ng.optim.NaturalGradient(model, representation, likelihood, seed=0, outputs=outputs)
     losses = []
     for batch in batches:
         optimizer.zero_grad()
@@ -549,7 +551,7 @@ def train(name, representation):
         model, call, make = learnable(name)
         one = make()
         batches = (make() for _ in range(60)) if many else (one for _ in range(20))
-        losses = losses_of(model, call, batches, representation)
+        losses = losses_of(model, call, batches, representation, OUTPUTS.get(name))
         k = 10 if many else 1
         start, end = sum(losses[:k]) / k, sum(losses[-k:]) / k
         row.append((start, end, max(losses) / losses[0]))
