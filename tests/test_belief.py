@@ -489,21 +489,25 @@ class Tasks(nn.Module):
 
 
 def test_a_head_that_each_batch_chooses():
-    """Kronecker blocks of all heads, from the first batch on; those not used yet are zero."""
+    """Kronecker blocks of all heads, from the first batch on; those not used yet are zero.
+
+    A batch that does not use a head has no gradient there, and tells nothing of its inputs.
+    """
     model, decay = Tasks(), 0.5
     options = {"estimator": "exact", "factor_decay": decay, "update_every": 1, "seed": 0}
     optimizer = ng.optim.NaturalGradient(model, "kfac", "categorical", **options)
-    left, right = torch.zeros(3, 2, 2), torch.zeros(3, 6, 6)
+    left, right, used = torch.zeros(3, 2, 2), torch.zeros(3, 6, 6), torch.zeros(3, 1, 1)
     for step, task in enumerate([1, 0, 1, 2], 1):
         x, y = torch.randn(6, 4), torch.randint(2, (6,))
         with torch.no_grad():
             h = torch.cat([torch.tanh(model.body(x)), torch.ones(6, 1)], 1)
             p = model(x, task).softmax(-1)
         weight = (1 - decay) / (1 - decay**step)
-        fresh = torch.zeros(3, 2, 2), torch.zeros(3, 6, 6)
+        fresh = torch.zeros(3, 2, 2), torch.zeros(3, 6, 6), torch.zeros(3, 1, 1)
         fresh[0][task] = (p.diag_embed() - p[:, :, None] * p[:, None]).mean(0)
-        fresh[1][task] = h.mT @ h / 6
+        fresh[1][task], fresh[2][task] = h.mT @ h / 6, 1.0
         left, right = left.lerp(fresh[0], weight), right.lerp(fresh[1], weight)
+        used = used.lerp(fresh[2], weight)
         optimizer.zero_grad()
         F.cross_entropy(model(x, task), y).backward()
         optimizer.step()
@@ -513,7 +517,8 @@ def test_a_head_that_each_batch_chooses():
         for k in range(3):
             rows = [[*range(w + 5 * i, w + 5 * i + 5), b + i] for i in (2 * k, 2 * k + 1)]
             at = torch.tensor(rows).flatten()
-            close(dense[at][:, at], torch.kron(left[k], right[k]))
+            inputs = right[k] / used[k].clamp_min(1e-9)
+            close(dense[at][:, at], torch.kron(left[k], inputs))
 
 
 class Scaled(nn.Module):
