@@ -1,11 +1,11 @@
-"""The numbers of a device: the widest that it has, and products of narrow ones."""
+"""The numbers of a device: the widest, products of narrow ones, whether they are finite."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-__all__ = ["HALF", "narrow", "widened", "widest"]
+__all__ = ["HALF", "all_finite", "narrow", "widened", "widest"]
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -39,3 +39,10 @@ def _mixes(device: torch.device) -> bool:
     """Whether `torch.mm` takes half precision to float32 (`out_dtype`): on CUDA, from torch 2.8."""
     known = "dtype" in torch.ops.aten.mm.overloads()
     return known and device.type == "cuda" and torch.version.cuda is not None
+
+
+def all_finite(tensor: Tensor) -> Tensor:
+    """Whether all numbers are finite, as a 0-d tensor; in one pass, without a mask in memory."""
+    if tensor.numel() == 0:
+        return torch.ones((), dtype=torch.bool, device=tensor.device)
+    return torch.stack(torch.aminmax(tensor)).isfinite().all()

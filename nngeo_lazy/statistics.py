@@ -20,6 +20,7 @@ from .facts import Cost, Facts, Sample
 from .jacobian.forms import Form, Outer, second_moment
 from .jacobian.inputs import Inputs
 from .jacobian.parts import Kind, Part
+from .jacobian.patch_sums import PatchMoment
 from .jacobian.positions import counted
 from .jacobian.summed import Summed
 from .jacobian.union import Absent
@@ -36,7 +37,6 @@ __all__ = [
     "Sharing",
     "SquareSum",
     "Statistic",
-    "all_finite",
     "flat_order",
     "pool_statistics",
 ]
@@ -319,7 +319,8 @@ class KroneckerFactors(Statistic):
         self.shapes = tuple(Shape.of(n, max_factor, wide) for n in sizes)
         self.tests: list[Tensor | None] = [None, None]  # with which sides of low rank are sketched
         self._left: Tensor | None = None
-        self._right: Tensor | None = None
+        self._summed: Tensor | None = None  # of the right factor
+        self._growing: PatchMoment | None = None  # what is to be added to it
         self._positions: Tensor | int = 0
         self._reached: Tensor | None = None  # positions of the current batch with a gradient
 
@@ -362,7 +363,11 @@ class KroneckerFactors(Statistic):
     def _add_inputs(self, form: Outer) -> None:
         """The inputs of a batch, which are the same for all directions."""
         form = form.reduced() if self._reduce else form
-        self._right = form.input_side(self.shapes[1], self.tests[1], self._right)
+        grown = form.grown(self.shapes[1], self._growing)
+        if grown is None:
+            self._right = form.input_side(self.shapes[1], self.tests[1], self._right)
+        elif grown is not self._growing:
+            self._right, self._growing = self._right, grown
         self._positions = self._positions + form.positions
 
     def factors(self, facts: Facts) -> tuple[Tensor, Tensor]:
@@ -379,6 +384,18 @@ class KroneckerFactors(Statistic):
         self._left = self._right = None  # they are large, and live on in one place only
         positions = max(self.positions, 1)  # none, if no token took the layer
         return left.div_(facts.denominator), right.div_(positions)
+
+    @property
+    def _right(self) -> Tensor | None:
+        """The sum for the right factor, with all that was put off."""
+        if self._growing is not None:
+            self._summed = self._growing.finish(self._summed)
+            self._growing = None
+        return self._summed
+
+    @_right.setter
+    def _right(self, value: Tensor | None) -> None:
+        self._summed, self._growing = value, None
 
     @property
     def positions(self) -> int:
@@ -415,11 +432,8 @@ def pool_statistics(statistics: Sequence[Statistic], group: Group, device: torch
 
 
 def _as_tensor(value: Any, device: torch.device) -> Tensor | None:
-    return (
-        value
-        if value is None or isinstance(value, Tensor)
-        else torch.tensor(value, device="cpu").to(device)
-    )
+    known = value is None or isinstance(value, Tensor)
+    return value if known else torch.tensor(value, device="cpu").to(device)
 
 
 def _grid_kind(name: str, grid: Layout, left: str, right: str) -> str:
@@ -433,10 +447,3 @@ def flat_order(parts: Sequence[Part], chosen: Sequence[Part]) -> Tensor:
     everything = torch.cat([part.layout.positions() for part in parts]).sort().values
     where = torch.cat([part.layout.positions() for part in chosen])
     return torch.searchsorted(everything, where)
-
-
-def all_finite(tensor: Tensor) -> Tensor:
-    """Whether all numbers are finite, as a 0-d tensor; in one pass, without a mask in memory."""
-    if tensor.numel() == 0:
-        return torch.ones((), dtype=torch.bool, device=tensor.device)
-    return torch.stack(torch.aminmax(tensor)).isfinite().all()

@@ -25,12 +25,13 @@ from .jacobian.scopes import recording, refuse_training_mode
 from .jacobian.streaming import stream
 from .kept import Feed, Kept
 from .pieces import gathered
+from .precision import all_finite
 from .quantities import Quantity
 from .rowwise import Piece
 from .selectors import Selector, space_of
 from .skeleton import refuse_strays, skeleton
 from .space import ParamSpace
-from .statistics import Statistic, all_finite, pool_statistics
+from .statistics import Statistic, pool_statistics
 from .totals import Counts, Totals
 
 __all__ = ["Make", "Problem", "Sweep", "make_sweep"]

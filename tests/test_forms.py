@@ -10,7 +10,8 @@ from nngeo_lazy.jacobian import forms, grams, inputs
 from nngeo_lazy.jacobian.forms import Outer, Rows, Stored, second_moment
 from nngeo_lazy.jacobian.inputs import DenseInputs, IndexInputs, PatchInputs
 from nngeo_lazy.jacobian.moments import moment
-from nngeo_lazy.jacobian.patches import Geometry, patch_moment, unfold
+from nngeo_lazy.jacobian.patch_sums import Correlations, Pixels, Products
+from nngeo_lazy.jacobian.patches import Geometry, unfold
 from nngeo_lazy.jacobian.summed import Summed
 from nngeo_lazy.layout import Layout, Piece, assemble
 from nngeo_lazy.operators.decompose import eigh
@@ -258,7 +259,17 @@ def test_patch_moments(kernel, padding, dilation, stride, groups, size, flipped)
         torch.testing.assert_close(unfold(images, geometry), u)
         u = u.unflatten(1, (groups, -1))
         expected = torch.einsum("ngit,ngjt->gij", u, u)
-        torch.testing.assert_close(patch_moment(images, geometry), expected)
+        for sums in _sums(geometry, images):
+            for part in images.split(1):
+                sums.add(part)
+            torch.testing.assert_close(sums.moment(), expected)
+
+
+def _sums(geometry, images):
+    """All that a moment of patches can be made of."""
+    shape = (images.shape[1] // geometry.groups, *images.shape[2:])
+    kinds = [Products, Pixels] + [Correlations] * (set(geometry.stride) == {1})
+    return [kind(geometry, shape, images) for kind in kinds]
 
 
 def test_three_dimensional_patches():
@@ -269,9 +280,11 @@ def test_three_dimensional_patches():
     padded = F.pad(images, (2, 1, 0, 0, 1, 1))
     expected = F.conv3d(padded, weight, dilation=(1, 1, 2)).flatten(2)
     torch.testing.assert_close(u, expected)
-    torch.testing.assert_close(
-        patch_moment(images, geometry)[0], torch.einsum("nit,njt->ij", expected, expected)
-    )
+    for sums in _sums(geometry, images):
+        sums.add(images)
+        torch.testing.assert_close(
+            sums.moment()[0], torch.einsum("nit,njt->ij", expected, expected)
+        )
 
 
 @pytest.mark.parametrize("shape", [(3, 1, 1, 700), (2, 1, 5, 300), (3, 2, 4, 5), (3, 2, 40, 90)])
@@ -319,6 +332,11 @@ def test_moments_of_small_images(size, stride, flipped, groups):
         once = x.moment(bias)
         torch.testing.assert_close(once, dense.moment(bias))
         torch.testing.assert_close(x.moment(bias, once.clone()), 2 * once)
+        assert torch.equal(once == 0, dense.moment(bias) == 0)  # which decompositions leave out
+        grown = x.grown(bias, x.grown(bias, None))
+        torch.testing.assert_close(grown.finish(once.clone()), 3 * once)
+        other = PatchInputs(torch.randn(4, 16, size + 1, size + 1), geometry)
+        assert other.grown(bias, grown) is not grown
 
 
 def test_decompositions_leave_out_rows_of_zeros():

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..sides import Shape, Wide
 from .inputs import DenseInputs, IndexInputs, Inputs, rotate, with_bias
 from .moments import moment, wide_moment
+from .patch_sums import PatchMoment
 
 __all__ = ["Form", "Outer", "Placed", "Rows", "Stored", "second_moment"]
 
@@ -340,6 +341,12 @@ class Outer(Form):
         if into is None:
             raise ValueError("a form without examples")
         return into
+
+    def grown(self, shape: Shape, before: PatchMoment | None) -> PatchMoment | None:
+        """What `input_side` is made of once, at the end (`Inputs.grown`); None if it is not."""
+        if self.inputs is None or self.kept is not None or shape.wide is not None:
+            return None
+        return self.inputs.grown(self.bias, before)
 
     @property
     def positions(self) -> Tensor | int:

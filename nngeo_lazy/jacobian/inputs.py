@@ -18,8 +18,9 @@ from torch.nn import functional as F
 
 from ..precision import narrow
 from ..sides import is_dense, rows_times, size_of
-from .moments import add_border, moment
-from .patches import Geometry, live_taps, patch_moment, unfold
+from .moments import moment
+from .patch_sums import PatchMoment
+from .patches import Geometry, unfold
 
 __all__ = ["DenseInputs", "IndexInputs", "Inputs", "PatchInputs", "rotate"]
 
@@ -70,6 +71,13 @@ class Inputs(ABC):
 
         Added to `into` if given.
         """
+
+    def grown(self, bias: bool, before: PatchMoment | None) -> PatchMoment | None:
+        """What `moment` is made of at the end, if that is cheaper than one for each batch.
+
+        Added to that of the batches before, or a new one if they differ.
+        """
+        return None
 
     @abstractmethod
     def examples(self, start: int, stop: int) -> Inputs:
@@ -323,7 +331,7 @@ class PatchInputs(Inputs):
     """The patches of a convolution's input (N, C, *spatial); `uses` examples share an entry of N.
 
     The patches, kernel-volume times the data, are made when asked for, a range of examples at a
-    time. The second moment of a stride-1 convolution needs none of them (see `patches`).
+    time. Their second moment seldom needs them (see `patch_sums`).
     """
 
     images: Tensor  # (N * uses, C, *spatial)
@@ -358,17 +366,16 @@ class PatchInputs(Inputs):
 
     def moment(self, bias: bool, into: Tensor | None = None) -> Tensor:
         """Sum over n, t of x x^T: (G, w, w), or its diagonal (G, w) if that is all there is."""
-        _, groups, _, width = self.shape
-        size = width + bias
-        live = live_taps(self.geometry, self.images.shape[2:])
-        if len(live) < self.geometry.volume:
-            return self._live_moment(live, bias, into)
-        full = self.images.new_zeros(groups, size, size) if into is None else into
-        patch_moment(self.images, self.geometry, full[:, :width, :width])
-        if bias:
-            count = self.images.shape[0] * self.geometry.positions(self.images.shape[2:])
-            add_border(full, self._total(), count, beta=1)
-        return full
+        grown = PatchMoment(self.images, self.geometry, bias)
+        grown.add(self.images)
+        return grown.finish(into)
+
+    def grown(self, bias: bool, before: PatchMoment | None) -> PatchMoment:
+        """What `moment` is made of at the end, added to that of the batches before if it can be."""
+        if before is None or not before.takes(self.images, self.geometry):
+            before = PatchMoment(self.images, self.geometry, bias)
+        before.add(self.images)
+        return before
 
     def reduced(self) -> DenseInputs:
         """The mean over positions, (N, G, 1, i): the input of KFAC-reduce."""
@@ -379,24 +386,6 @@ class PatchInputs(Inputs):
     def concatenate(self, others: list[Inputs]) -> Inputs:
         """These and other uses of the same weight, along T."""
         return DenseInputs(self.dense()).concatenate(others)
-
-    def _live_moment(self, live: list[int], bias: bool, into: Tensor | None) -> Tensor:
-        """The moment if other taps of the kernel see padding alone, which gives zeros."""
-        _, groups, _, width = self.shape
-        volume = self.geometry.volume
-        x = self.dense().unflatten(-1, (-1, volume))[..., live].flatten(3)
-        part = moment(x.contiguous(), bias)
-        where = torch.arange(width, device=x.device).view(-1, volume)[:, live].flatten()
-        where = torch.cat([where, where.new_full((int(bias),), width)])
-        full = x.new_zeros(groups, width + bias, width + bias) if into is None else into
-        full[:, where[:, None], where] += part
-        return full
-
-    def _total(self) -> Tensor:
-        """Sum of the patches over examples and positions, (G, i)."""
-        g = self.geometry
-        summed = unfold(self.images.sum(0, keepdim=True), g).sum(-1)  # linear in the images
-        return summed.reshape(g.groups, -1)
 
 
 @dataclass(frozen=True)

@@ -1,30 +1,15 @@
-"""Strided patches of images, and the second moment of patches from correlations.
-
-Patches of a stride-1 convolution have a second moment for each pair of kernel taps (a, b). It
-depends only on their offset b - a, up to thin strips at the border. So 13 correlations replace the
-81 blocks of a 3x3 kernel's moment, and no patch is ever stored. With fewer positions than inputs,
-or few channels, one product of all patches is cheaper.
-"""
+"""Strided patches of images."""
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from .moments import add_products
-
-__all__ = ["Geometry", "columns", "live_taps", "patch_moment", "unfold"]
-
-FEW_CHANNELS = 8  # of a group: with fewer, correlations are thin
-TILE_NUMBERS = 2**22  # patches are made for so many examples at a time
-
-Box = tuple[tuple[int, int], ...]  # a half-open range for each spatial dimension
+__all__ = ["Geometry", "columns", "unfold"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +44,29 @@ class Geometry:
     def positions(self, spatial: Sequence[int]) -> int:
         """How many positions there are."""
         return math.prod(self.output(spatial))
+
+    def cropped(self, spatial: Sequence[int]) -> tuple[Geometry, list[range]]:
+        """The part of the kernel that sees more than padding, and its taps along each axis.
+
+        They come in the order of the weight; none are left if everything is padding.
+        """
+        padding, seen = [], []
+        sizes = self.output(spatial)
+        for kernel, s, d, (lo, hi), out, size in zip(
+            *(self.kernel, self.stride, self.dilation, self.padding, sizes, spatial), strict=True
+        ):
+            live = [
+                tap
+                for tap in range(kernel)
+                if any(0 <= k * s + tap * d - lo < size for k in range(out))
+            ]
+            first, last = (live[0], live[-1] + 1) if live else (0, 0)
+            padding.append((lo - first * d, hi - (kernel - last) * d))
+            seen.append(
+                range(kernel - last, kernel - first) if self.flipped else range(first, last)
+            )
+        kernel = tuple(map(len, seen))
+        return replace(self, kernel=kernel, padding=tuple(padding)), seen
 
 
 def unfold(images: Tensor, geometry: Geometry) -> Tensor:
@@ -96,26 +104,6 @@ def _unfold_views(images: Tensor, geometry: Geometry) -> Tensor:
     return view.permute(order).reshape(images.shape[0], images.shape[1] * geometry.volume, -1)
 
 
-def live_taps(geometry: Geometry, spatial: Sequence[int]) -> list[int]:
-    """The kernel's taps, in the order of the weight, that see more than padding."""
-    sizes = geometry.output(spatial)
-    seen = [
-        [any(0 <= k * s + tap * d - lo < size for k in range(out)) for tap in range(kernel)]
-        for kernel, s, d, (lo, _), out, size in zip(
-            geometry.kernel,
-            geometry.stride,
-            geometry.dilation,
-            geometry.padding,
-            sizes,
-            spatial,
-            strict=True,
-        )
-    ]
-    taps = [all(each) for each in itertools.product(*seen)]
-    taps = taps[::-1] if geometry.flipped else taps
-    return [k for k, live in enumerate(taps) if live]
-
-
 def columns(images: Tensor, geometry: Geometry) -> Tensor:
     """All patches with the positions of all examples side by side: (N, C, *spatial) -> (G, w, N T).
 
@@ -133,103 +121,3 @@ def columns(images: Tensor, geometry: Geometry) -> Tensor:
     view = view.permute(1, *range(2 + nd, 2 + 2 * nd), 0, *range(2, 2 + nd))
     width = images.shape[1] // geometry.groups * geometry.volume
     return view.reshape(geometry.groups, width, -1)
-
-
-def patch_moment(images: Tensor, geometry: Geometry, into: Tensor | None = None) -> Tensor:
-    """Sum over examples and positions of patch patch^T, (G, w, w), or added to `into`."""
-    n, channels = images.shape[0], images.shape[1] // geometry.groups
-    width = channels * geometry.volume
-    out = images.new_zeros(geometry.groups, width, width) if into is None else into
-    positions = geometry.positions(images.shape[2:])
-    slides = set(geometry.stride) == {1} and geometry.volume > 1 and channels >= FEW_CHANNELS
-    if slides and n * positions > width:
-        return out.add_(_moment_by_correlation(images, geometry))
-    step = max(1, TILE_NUMBERS // (images.shape[1] * geometry.volume * positions))
-    for start in range(0, n, step):
-        add_products(columns(images[start : start + step], geometry), out)
-    return out
-
-
-def _moment_by_correlation(images: Tensor, geometry: Geometry) -> Tensor:
-    n, c = images.shape[:2]
-    groups, spatial = geometry.groups, images.shape[2:]
-    y = images.reshape(n, groups, c // groups, *spatial).movedim(0, 2)  # (G, C/G, N, *spatial)
-    taps = list(itertools.product(*(range(k) for k in geometry.kernel)))
-    taps = taps[::-1] if geometry.flipped else taps
-    out = y.new_zeros(groups, len(taps), c // groups, len(taps), c // groups)
-    windows = [_window(tap, geometry, spatial) for tap in taps]
-    pairs: dict[tuple[int, ...], list[tuple[int, int]]] = {}
-    for (i, a), (j, b) in itertools.product(enumerate(taps), repeat=2):
-        pairs.setdefault(tuple(t - s for s, t in zip(a, b, strict=True)), []).append((i, j))
-    # With zeros behind each row, a shift is a step in memory: what it moves beyond an edge is zero.
-    reach = [d * (k - 1) for k, d in zip(geometry.kernel, geometry.dilation, strict=True)]
-    padded = F.pad(y, [p for size in reversed(reach) for p in (0, size)])
-    steps, flat = padded.stride()[3:], padded.flatten(2)
-    every = tuple((0, size) for size in spatial)
-    for offset, members in pairs.items():
-        if offset < (0,) * len(offset):
-            continue  # the transpose of the opposite offset
-        shift = tuple(o * d for o, d in zip(offset, geometry.dilation, strict=True))
-        hull = _meet(every, _shifted(every, shift))
-        if _empty(hull):
-            continue
-        step = sum(s * size for s, size in zip(shift, steps, strict=True))
-        full = flat[..., : flat.shape[-1] - step] @ flat[..., step:].mT
-        strips: dict[Box, Tensor] = {}
-        for i, j in members:
-            box = _meet(windows[i], _shifted(windows[j], shift))
-            if _empty(box):
-                continue
-            block = out[:, i, :, j].copy_(full)
-            for strip in _difference(hull, box):
-                if strip not in strips:
-                    strips[strip] = _correlate(y, strip, shift)
-                block -= strips[strip]
-            out[:, j, :, i] = block.mT
-    return out.permute(0, 2, 1, 4, 3).reshape(groups, c // groups * len(taps), -1)
-
-
-def _window(tap: tuple[int, ...], geometry: Geometry, spatial: Sequence[int]) -> Box:
-    """The data that a tap touches, one element for each output position inside the image."""
-    sizes = geometry.output(spatial)
-    box = []
-    for t, d, (lo, _), out, size in zip(
-        tap, geometry.dilation, geometry.padding, sizes, spatial, strict=True
-    ):
-        start = t * d - lo
-        box.append((max(start, 0), min(start + out, size)))
-    return tuple(box)
-
-
-def _shifted(box: Box, shift: tuple[int, ...]) -> Box:
-    return tuple((lo - s, hi - s) for (lo, hi), s in zip(box, shift, strict=True))
-
-
-def _meet(a: Box, b: Box) -> Box:
-    return tuple((max(p[0], q[0]), min(p[1], q[1])) for p, q in zip(a, b, strict=True))
-
-
-def _empty(box: Box) -> bool:
-    return any(lo >= hi for lo, hi in box)
-
-
-def _difference(outer: Box, inner: Box) -> Iterator[Box]:
-    """Boxes that tile `outer` without `inner` (which lies inside it)."""
-    done: list[tuple[int, int]] = []
-    for axis, ((lo, hi), (a, b)) in enumerate(zip(outer, inner, strict=True)):
-        for strip in ((lo, a), (b, hi)):
-            if strip[0] < strip[1]:
-                yield (*done, strip, *outer[axis + 1 :])
-        done.append((a, b))
-
-
-def _correlate(y: Tensor, box: Box, shift: tuple[int, ...]) -> Tensor:
-    """Sum over examples and u in the box of y[u] y[u + shift]^T: (G, C/G, C/G)."""
-    groups, channels = y.shape[:2]
-    here: tuple[Any, ...] = tuple(slice(lo, hi) for lo, hi in box)
-    there: tuple[Any, ...] = tuple(
-        slice(lo + s, hi + s) for (lo, hi), s in zip(box, shift, strict=True)
-    )
-    left = y[(..., *here)].reshape(groups, channels, -1)
-    right = y[(..., *there)].reshape(groups, channels, -1)
-    return left @ right.mT

@@ -30,6 +30,7 @@ from ..operators.factors import (
     factor_of_sketch,
     joint_factors,
 )
+from ..precision import all_finite
 from ..sides import Wide, is_diagonal, is_low_rank, size_of
 from ..statistics import (
     MAX_FACTOR,
@@ -40,7 +41,6 @@ from ..statistics import (
     Sharing,
     SquareSum,
     Statistic,
-    all_finite,
 )
 
 __all__ = [
