@@ -154,7 +154,7 @@ class Part:
         if self.derived:
             return self._derived(calls, folds, inputs, gradients, parameters)
         if self.kind is Kind.ROWS:
-            return Stored(self._norm_rows(calls, folds, gradients))
+            return Stored(self._norm_rows(calls, gradients))
         outers = [
             _outer(member.roles, x, gradients[member.call], marks)
             for member, x in zip(self.members, inputs, strict=True)
@@ -169,15 +169,12 @@ class Part:
     def _norm_rows(
         self,
         calls: Sequence[Call],
-        folds: Sequence[Fold | None],
         gradients: Mapping[int, Gradient],
     ) -> Tensor:
         total: Tensor | None = None
         for member in self.members:
-            call, fold, g = calls[member.call], folds[member.call], gradients[member.call].canonical
-            if fold is None:
-                raise TypeError(f"{call.function} has no rows")
-            by_role = _closed_rows(call, fold, g)
+            given = gradients[member.call]
+            call, g, by_role = calls[member.call], given.canonical, given.rows
             sizes = [where.stop - where.start for where in self.layout.slices]
             for role, size in zip(member.roles, sizes, strict=True):
                 found = by_role.get(role)
@@ -251,6 +248,7 @@ class Gradient:
     examples: int
     dtype: torch.dtype
     _canonical: Tensor | None = field(default=None, repr=False)
+    _rows: dict[str, Tensor] | None = field(default=None, repr=False)
 
     def squared(self) -> Gradient:
         """The same with squared numbers."""
@@ -290,6 +288,16 @@ class Gradient:
             zero = torch.zeros_like(some[0])
             stacked = torch.stack([zero if g is None else g for g in self.given])
         return self.call.arranged(stacked).to(self.dtype)
+
+    @property
+    def rows(self) -> dict[str, Tensor]:
+        """The rows (R, N, size) of each role of a call with rows, made once for all its roles."""
+        if self._rows is None:
+            use, fold, g = self.call.use, self.fold, self.canonical
+            if use.rows is None or fold is None:
+                raise TypeError(f"{self.call.function} has no rows")
+            self._rows = use.rows(fold.apply(use.x, use.leading, g.shape[1]).to(g.dtype), g)
+        return self._rows
 
     @property
     def canonical(self) -> Tensor:
@@ -338,13 +346,6 @@ def _existing(fold: Ragged, marks: Tensor | None, t: int) -> Tensor | None:
     return torch.where(exist, known, Mark.MISSING)
 
 
-def _closed_rows(call: Call, fold: Fold, g: Tensor) -> dict[str, Tensor]:
-    if call.use.rows is None:
-        raise TypeError(f"{call.function} has no rows")
-    x = fold.apply(call.use.x, call.use.leading, g.shape[1]).to(g.dtype)
-    return call.use.rows(x, g)
-
-
 def _weight_rows(call: Call, role: str, fold: Fold, x: Inputs | None, g: Gradient) -> Form:
     """Rows (R, N, size) of what a call received in one role, in its own row-major order."""
     use, size = call.use, call.use.roles[role].numel()
@@ -357,7 +358,7 @@ def _weight_rows(call: Call, role: str, fold: Fold, x: Inputs | None, g: Gradien
 
         return Rows(compute, shape, g.dtype)
     if use.grid is None:
-        rows = _closed_rows(call, fold, g.canonical).get(role)
+        rows = g.rows.get(role)
         _check(call, f"rows of the {role}", None if rows is None else rows.shape, shape)
         return Stored(rows)  # type: ignore[arg-type]
     form = _outer((role,), x, g)
