@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..sides import Shape, Wide
 from .inputs import DenseInputs, IndexInputs, Inputs, rotate, with_bias
-from .moments import moment, wide_moment
+from .moments import add_squares, moment, wide_moment
 from .patch_sums import PatchMoment
 
 __all__ = ["Form", "Outer", "Placed", "Rows", "Stored", "second_moment"]
@@ -263,9 +263,10 @@ class Outer(Form):
         if isinstance(self.inputs, IndexInputs):
             parts.append(self._sqsum_indexed(self.inputs))
         elif self.inputs is not None:
-            x = self.inputs
-            tiles = [x.outer(self.g[:, a:b], a, b) for a, b in self.tiles()]
-            parts.append(torch.stack([tile.square_().sum((0, 1)) for tile in tiles]).sum(0))
+            squares = self.g.new_zeros(self.g.shape[2], self.g.shape[4], self.inputs.shape[3])
+            for a, b in self.tiles():  # of which one is in memory
+                add_squares(self.inputs.outer(self.g[:, a:b], a, b).flatten(0, 1), squares)
+            parts.append(squares)
         if self.bias:
             parts.append(self.g.sum(3).square().sum((0, 1)).unsqueeze(-1))  # (G,o,1)
         return torch.cat(parts, -1).flatten()

@@ -1,4 +1,4 @@
-"""Second moments: the products of which Kronecker factors are sums."""
+"""Second moments: the products of which Kronecker factors are sums, and sums of squares."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from torch import Tensor
 
 from ..sides import Shape, Wide
 
-__all__ = ["add_border", "add_products", "moment", "wide_moment"]
+__all__ = ["add_border", "add_products", "add_squares", "moment", "wide_moment"]
 
 SPLIT_WIDTH = 256  # below it a product is too small to be worth halving
+FEW_ROWS = 8  # so few are long, and their squares are added one by one
 SUMMED_BYTES = 2**24  # products for each example are stored up to this size, then summed
 
 
@@ -78,6 +79,15 @@ def add_products(x: Tensor, out: Tensor, beta: int = 1) -> None:
         _add_symmetric(x[0].mT, out[0], beta)
     else:
         out.baddbmm_(x, x.mT, beta=beta)
+
+
+def add_squares(rows: Tensor, out: Tensor) -> None:
+    """Add the sum of squares over dimension 0, in place of the rows if they are many."""
+    if len(rows) > FEW_ROWS:
+        out += rows.square_().sum(0)
+        return
+    for row in rows:
+        out.addcmul_(row, row)
 
 
 def add_border(full: Tensor, total: Tensor, count: int, beta: int) -> None:
