@@ -166,15 +166,11 @@ class Part:
             alike.setdefault(at_zero(member.layout), []).append(outer)
         return Summed(tuple(map(_concatenated, alike.values())), tuple(alike))
 
-    def _norm_rows(
-        self,
-        calls: Sequence[Call],
-        gradients: Mapping[int, Gradient],
-    ) -> Tensor:
+    def _norm_rows(self, calls: Sequence[Call], gradients: Mapping[int, Gradient]) -> Tensor:
         total: Tensor | None = None
         for member in self.members:
-            given = gradients[member.call]
-            call, g, by_role = calls[member.call], given.canonical, given.rows
+            call, given = calls[member.call], gradients[member.call]
+            g, by_role = given.canonical, given.rows
             sizes = [where.stop - where.start for where in self.layout.slices]
             for role, size in zip(member.roles, sizes, strict=True):
                 found = by_role.get(role)
@@ -293,10 +289,10 @@ class Gradient:
     def rows(self) -> dict[str, Tensor]:
         """The rows (R, N, size) of each role of a call with rows, made once for all its roles."""
         if self._rows is None:
-            use, fold, g = self.call.use, self.fold, self.canonical
-            if use.rows is None or fold is None:
+            use, g = self.call.use, self.canonical
+            if use.rows is None or self.fold is None:
                 raise TypeError(f"{self.call.function} has no rows")
-            self._rows = use.rows(fold.apply(use.x, use.leading, g.shape[1]).to(g.dtype), g)
+            self._rows = use.rows(self.fold.apply(use.x, use.leading, g.shape[1]).to(g.dtype), g)
         return self._rows
 
     @property
