@@ -339,6 +339,13 @@ def test_moments_of_small_images(size, stride, flipped, groups):
         assert other.grown(bias, grown) is not grown
 
 
+def test_moments_of_patches_that_are_all_padding():
+    geometry = Geometry((2, 2), (20, 20), ((5, 5), (5, 5)), (1, 1), 2)
+    x = PatchInputs(torch.randn(4, 16, 2, 2), geometry)
+    for bias in (False, True):
+        assert torch.equal(x.moment(bias), DenseInputs(x.dense()).moment(bias))
+
+
 def test_decompositions_leave_out_rows_of_zeros():
     x = torch.randn(70, 100)
     x[:, 10:40] = 0

@@ -371,9 +371,8 @@ class PatchMoment:
         shape = [c, *geometry.kernel] * 2
         grid = out[:, :width, :width].unflatten(2, shape[: nd + 1]).unflatten(1, shape[: nd + 1])
         box = [slice(None), *(slice(live.start, live.stop) for live in self._live)]
-        grid[(slice(None), *box, *box)] += part.view(
-            -1, *[c, *map(len, self._live)] * 2
-        )  # other taps see padding alone, which gives zeros
+        cropped = part.view(geometry.groups, *[c, *map(len, self._live)] * 2)
+        grid[(slice(None), *box, *box)] += cropped  # other taps see padding alone: zeros
         if self._image is not None:
             total = unfold(self._image, geometry).sum(-1)  # linear in the images
             count = self._count * geometry.positions(one[1:])
