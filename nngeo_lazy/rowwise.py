@@ -28,6 +28,7 @@ __all__ = [
     "columns",
     "low_rank_products",
     "position_products",
+    "products",
     "quadratics",
 ]
 
@@ -116,6 +117,35 @@ def columns(
                 rows = form.rows(a, b).transpose(0, 1).flatten(0, 1).mT.to(like.dtype)
             placed += part.layout.scatter(rows)
         yield (a, b), assemble(placed)
+
+
+def products(
+    forms: Sequence[Form | None],
+    parts: Sequence[Part],
+    M: BaseLinearOperator,
+    layouts: Sequence[Layout],
+) -> Iterator[tuple[Layout, Tensor]]:
+    """M J^T on each of some layouts that cover the flat vector: (p, n R), example slowest.
+
+    One block after the other, if M and the forms have these blocks: then the flat columns are never
+    held. Else some examples at a time.
+    """
+    blocks = _blocks(M, parts)
+    known = {part.layout: form for part, form in zip(parts, forms, strict=True)}
+    if all(layout in blocks and layout in known for layout in layouts):
+        r, n, _ = next(form.shape for form in forms if form is not None)
+        for layout in layouts:
+            form = known[layout]
+            if form is None:
+                yield layout, torch.zeros(layout.size, n * r, dtype=M.dtype, device=M.device)
+            else:
+                rows = form.rows().transpose(0, 1).flatten(0, 1).mT
+                yield layout, blocks[layout]._apply(rows.to(M.dtype))
+        return
+    for _, tile in columns(forms, parts, M):
+        moved = M @ tile
+        for layout in layouts:
+            yield layout, layout.gather(moved)
 
 
 def as_outputs(piece: Piece, M: BaseLinearOperator, *, full: bool) -> Tensor | None:

@@ -304,7 +304,7 @@ class Sweep:
                 totals = Totals(problem.quantity, problem.space.device)
                 generator = problem.draws(batch)
                 for recorded, target in self._record(batch):
-                    totals.add(recorded.outputs, target)
+                    totals.check(recorded.outputs, target)
                     count = self._count(recorded.outputs, target)
                     rows = problem.quantity.directions(recorded.outputs, target, generator)
                     yield Piece(number, self._parts, recorded, count, rows)

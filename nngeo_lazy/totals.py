@@ -37,16 +37,20 @@ class Totals:
         self._log_likelihood: Tensor | None = torch.zeros_like(self._denominator)
 
     def add(self, outputs: Tensor, target: Tensor | None) -> None:
-        """Count a batch."""
-        for message, wrong in self.quantity.flags(outputs, target).items():
-            before = self._flags.get(message)
-            self._flags[message] = wrong if before is None else before | wrong
+        """Check a batch and count it."""
+        self.check(outputs, target)
         self._examples += outputs.shape[0]
         self._terms += self.quantity.num_terms(outputs, target)
         self._denominator += self.quantity.denominator(outputs, target)
         if self._log_likelihood is not None:
             added = self.quantity.log_likelihood(outputs, target)
             self._log_likelihood = None if added is None else self._log_likelihood + added
+
+    def check(self, outputs: Tensor, target: Tensor | None) -> None:
+        """Look for what is wrong with a batch."""
+        for message, wrong in self.quantity.flags(outputs, target).items():
+            before = self._flags.get(message)
+            self._flags[message] = wrong if before is None else before | wrong
 
     def require_sound(self) -> None:
         """Raise NonFiniteError or DataError if something was wrong on some batch."""

@@ -22,7 +22,7 @@ from ..operators import BaseLinearOperator
 from ..operators.damping import DampingLike
 from ..quantities import LossGradients, LossLike, Outputs, Quantity
 from ..representations.form_stack import joined, stored
-from ..rowwise import columns, low_rank_products, position_products
+from ..rowwise import low_rank_products, position_products, products
 from ..selectors import space_of
 from ..sweep import make_sweep
 from ..switches import outside_inference
@@ -139,14 +139,14 @@ class Queries:
                 chunks = list(piece.forms()) if piece.count < 2 else _alone(piece.forms())
                 for forms in chunks:
                     with torch.no_grad():
-                        for _, tile in columns(forms, parts, inverse):
-                            solved = inverse @ tile
-                            total += float(solved.square().sum())
-                            self.num_queries += solved.shape[1]
-                            for layout in kept or owners:
-                                part_of, lost = _kept(layout, layout.gather(solved), rank)
-                                kept.setdefault(layout, []).append(part_of)
-                                dropped[layout] = dropped.get(layout, 0.0) + lost
+                        layouts = list(kept or owners)
+                        for layout, solved in products(forms, parts, inverse, layouts):
+                            total += float(torch.linalg.vector_norm(solved)) ** 2
+                            part_of, lost = _kept(layout, solved, rank)
+                            kept.setdefault(layout, []).append(part_of)
+                            dropped[layout] = dropped.get(layout, 0.0) + lost
+                            if layout == layouts[0]:
+                                self.num_queries += solved.shape[1]
         self._blocks = {layout: _joined(each) for layout, each in kept.items()}
         self.dtype = inverse.dtype
         self._owners = {layout: owners[layout] for layout in kept}
@@ -278,9 +278,12 @@ def _alone(chunks: Any) -> list[list[Form | None]]:
 
 
 def _kept(layout: Layout, block: Tensor, rank: int | None) -> tuple[Kept, float]:
-    """A block of queries (p, Q) at a rank, and the square of what that leaves out."""
+    """A block of queries (p, Q) at a rank, and the square of what that leaves out.
+
+    A whole one is laid out query by query: products with rows are twice as fast.
+    """
     if rank is None or min(layout.rows, layout.width) <= rank:
-        return block, 0.0
+        return block.mT.contiguous().mT, 0.0
     grids = block.mT.reshape(-1, layout.groups, layout.rows, layout.width)
     U, S, Vh = torch.linalg.svd(grids, full_matrices=False)
     kept = LowRank(U[..., :rank] * S[..., None, :rank], Vh[..., :rank, :])
@@ -290,6 +293,6 @@ def _kept(layout: Layout, block: Tensor, rank: int | None) -> tuple[Kept, float]
 def _joined(blocks: Sequence[Kept]) -> Kept:
     whole = [block for block in blocks if isinstance(block, Tensor)]
     if whole:
-        return torch.cat(whole, 1)
+        return whole[0] if len(whole) == 1 else torch.cat([block.mT for block in whole]).mT
     low = [block for block in blocks if isinstance(block, LowRank)]
     return LowRank(torch.cat([b.left for b in low]), torch.cat([b.right for b in low]))

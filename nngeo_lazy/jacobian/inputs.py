@@ -118,8 +118,14 @@ class Inputs(ABC):
         n, _, t, _ = self.shape
         return n * t
 
-    def outer(self, g: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """Sum over t of g x^T for a range of examples: (R, n, G, T, o) -> (R, n, G, o, i)."""
+    def outer(
+        self, g: Tensor, start: int = 0, stop: int | None = None, bias: bool = False
+    ) -> Tensor:
+        """Sum over t of g x^T for a range of examples: (R, n, G, T, o) -> (R, n, G, o, w)."""
+        product = self._outer(g, start, stop)
+        return torch.cat([product, g.sum(3).unsqueeze(-1)], -1) if bias else product
+
+    def _outer(self, g: Tensor, start: int, stop: int | None) -> Tensor:
         return outer(g, self.dense(start, stop))
 
     def times(self, matrix: Tensor) -> Tensor:
@@ -181,6 +187,13 @@ class DenseInputs(Inputs):
         """The same with zeros at the positions outside of a mask (N, T)."""
         return replace(self, x=self.x * mask[:, None, :, None])
 
+    def outer(
+        self, g: Tensor, start: int = 0, stop: int | None = None, bias: bool = False
+    ) -> Tensor:
+        """Sum over t of g x^T for a range of examples: (R, n, G, T, o) -> (R, n, G, o, w)."""
+        x = self.x[start:stop]
+        return outer(g, with_bias(x) if bias else x)  # the rows are larger than x: not copied
+
     def times(self, matrix: Tensor) -> Tensor:
         """x times a matrix for each group: (G, i, m) -> (N, G, T, m)."""
         n, groups, t, i = self.x.shape
@@ -236,8 +249,7 @@ class IndexInputs(Inputs):
         """The same in another dtype."""
         return replace(self, dtype=dtype)
 
-    def outer(self, g: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """Sum over t of g x^T for a range of examples: (R, n, G, T, o) -> (R, n, G, o, i)."""
+    def _outer(self, g: Tensor, start: int, stop: int | None) -> Tensor:
         r, n, _, t, o = g.shape
         where = self.index[start:stop].unsqueeze(-1).expand(r, n, t, o)
         weighted = g.squeeze(2) * self.weight[start:stop].unsqueeze(-1)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -423,8 +423,12 @@ def gradients_at(
     """The gradients of <outputs, cotangent> at tensors or edges, None if they are zero."""
     if not inputs:
         return ()
-    roots: Any = (outputs,)
+    if isinstance(outputs, GradientEdge):
+        root, weights = cast(Tensor, outputs), (cotangent,)
+    else:  # the number itself: with weights of their own, autograd imports 34 MiB of sympy
+        with torch.enable_grad():
+            root, weights = (outputs * cotangent).sum(), None
     found: Sequence[Tensor | None] = torch.autograd.grad(
-        roots, inputs, (cotangent,), retain_graph=retain, allow_unused=True
+        (root,), inputs, weights, retain_graph=retain, allow_unused=True
     )
     return found

@@ -10,6 +10,7 @@ multiplied; tests/test_laplace_peers.py compares their numbers.
 """
 
 import argparse
+import signal
 import subprocess
 import sys
 import time
@@ -76,6 +77,14 @@ def theirs(args):
     return fitted, seconds, peak() - before
 
 
+def failure(done: "subprocess.CompletedProcess[str]") -> str:
+    """The last line of its complaint; of a process that was killed, by which signal."""
+    if done.returncode < 0:
+        return f"ended by {signal.Signals(-done.returncode).name}"
+    lines = done.stderr.strip().splitlines()
+    return lines[-1][:90] if lines else f"exit status {done.returncode}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--classes", type=int, default=3100)
@@ -96,7 +105,7 @@ def main() -> None:
         command = [sys.executable, __file__, *sys.argv[1:], "--only", name]
         found = subprocess.run(command, capture_output=True, text=True, check=False)
         if found.returncode:
-            print(f"{name:15}{found.stderr.strip().splitlines()[-1][:90]}")
+            print(f"{name:15}{failure(found)}")
             continue
         fitted, seconds, grown = map(float, found.stdout.split()[-3:])
         goal = (
