@@ -22,6 +22,7 @@ from .jacobian.inputs import Inputs
 from .jacobian.parts import Kind, Part
 from .jacobian.patch_sums import PatchMoment
 from .jacobian.positions import counted
+from .jacobian.rotated_rows import rows_first, squares_of_rows
 from .jacobian.summed import Summed
 from .jacobian.union import Absent
 from .layout import Layout
@@ -191,6 +192,10 @@ class SquareSum(Statistic):
                 self._add(form.sqsum())
 
     def _outer(self, form: Outer, first: bool, last: bool) -> None:
+        left, right = self._left, self._right
+        if left is not None and right is not None and rows_first(form, left, right, first and last):
+            self._add(squares_of_rows(form, left, right))
+            return
         if form.inputs is None:  # a bias alone: the basis of its one input is a sign
             form = form.prepared(None, False, self._left)
         else:
