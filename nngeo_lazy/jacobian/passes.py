@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -423,12 +423,8 @@ def gradients_at(
     """The gradients of <outputs, cotangent> at tensors or edges, None if they are zero."""
     if not inputs:
         return ()
-    if isinstance(outputs, GradientEdge):
-        root, weights = cast(Tensor, outputs), (cotangent,)
-    else:  # the number itself: with weights of their own, autograd imports 34 MiB of sympy
-        with torch.enable_grad():
-            root, weights = (outputs * cotangent).sum(), None
+    roots: Any = (outputs,)
     found: Sequence[Tensor | None] = torch.autograd.grad(
-        (root,), inputs, weights, retain_graph=retain, allow_unused=True
+        roots, inputs, (cotangent,), retain_graph=retain, allow_unused=True
     )
     return found
