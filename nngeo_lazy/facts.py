@@ -16,7 +16,7 @@ from .jacobian.summed import Summed
 from .layout import Layout
 from .space import ParamSpace
 
-__all__ = ["Cost", "Facts", "Sample"]
+__all__ = ["Cost", "Facts", "Sample", "grid_kind"]
 
 
 @dataclass(frozen=True)
@@ -97,3 +97,9 @@ class Sample:
         """Whether a part's input factor is a histogram."""
         form = self.form(k, use)
         return isinstance(form, Outer) and isinstance(form.inputs, IndexInputs)
+
+
+def grid_kind(name: str, grid: Layout, left: str, right: str) -> str:
+    """As a Kronecker operator names its kind, from the names of its sides."""
+    many = f"{grid.groups} x " if grid.groups > 1 else ""
+    return f"{name} {many}({left}) x ({right})"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .collectives import Group
 from .errors import DataError, TooLargeError
-from .facts import Cost, Facts, Sample
+from .facts import Cost, Facts, Sample, grid_kind
 from .jacobian.forms import Form, Outer, second_moment
 from .jacobian.inputs import Inputs
 from .jacobian.parts import Kind, Part
@@ -174,7 +174,7 @@ class SquareSum(Statistic):
                     (grid.width, None if sample.indexed(k) else self._right),
                 )
             ]
-            kind = _grid_kind("eigen-Kronecker", grid, *names)
+            kind = grid_kind("eigen-Kronecker", grid, *names)
             for basis, count in ((self._left, directions), (self._right, 1)):
                 flops += 0 if basis is None else 2 * t * count * basis.numel()
                 if basis is not None and is_low_rank(basis):  # more than its factor has
@@ -337,7 +337,7 @@ class KroneckerFactors(Statistic):
             right = Shape(right.n, Wide.DIAGONAL)
         numbers = grid.groups * (left.numbers + right.numbers)
         flops = 2 * grid.groups * t * (sample.directions * left.flops + right.flops)
-        kind = _grid_kind("Kronecker", grid, str(left), str(right))
+        kind = grid_kind("Kronecker", grid, str(left), str(right))
         helps = self._use is not None and self._use.pieces[0].transposed  # the block is the other's
         yield Cost(k, "" if helps else kind, numbers, flops)
 
@@ -439,12 +439,6 @@ def pool_statistics(statistics: Sequence[Statistic], group: Group, device: torch
 def _as_tensor(value: Any, device: torch.device) -> Tensor | None:
     known = value is None or isinstance(value, Tensor)
     return value if known else torch.tensor(value, device="cpu").to(device)
-
-
-def _grid_kind(name: str, grid: Layout, left: str, right: str) -> str:
-    """As a Kronecker operator names its kind, from the names of its sides."""
-    many = f"{grid.groups} x " if grid.groups > 1 else ""
-    return f"{name} {many}({left}) x ({right})"
 
 
 def flat_order(parts: Sequence[Part], chosen: Sequence[Part]) -> Tensor:
