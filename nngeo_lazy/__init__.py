@@ -90,4 +90,4 @@ __all__ = [
     "trace",
     "update_diag",
 ]
-__version__ = "0.7.0"
+__version__ = "1.0.0"
