@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import data as torch_data
-from tqdm.auto import tqdm
 
 from . import tree
 from .arguments import applied, require_takes
+from .bars import bar
 from .collectives import ALONE
 from .distributed import Distributed
 from .errors import DataError
@@ -120,11 +120,8 @@ class Batches:
     def __iter__(self) -> Generator[Batch, None, None]:
         first: Any = None
         empty, count = True, 0
-        with tqdm(
-            total=_length(self._loader),
-            disable=not self._progress or self.group.rank > 0,
-            unit="batch",
-        ) as bar:
+        shown = self._progress and self.group.rank == 0
+        with bar(shown, total=_length(self._loader), unit="batch") as progress:
             for k, raw in enumerate(self._once()):
                 structure = _structure(raw, self._forward is not None)
                 if empty:
@@ -139,7 +136,7 @@ class Batches:
                 count = k + 1
                 key = (k,) if self._share is None else self._share.key(k)
                 yield replace(self.read(_move(raw, self._device)), key=key)
-                bar.update()
+                progress.update()
         if empty and self._gave:
             raise DataError(
                 "expected the same batches on every pass, but the loader gave none the second "

@@ -6,8 +6,11 @@ import pytest
 import torch
 from fuzz.files import lines_of
 from fuzz.interrupts import Jobs, changed, flags, world
+from torch import nn
+from tqdm import tqdm
 
 import nngeo_lazy as ng
+from nngeo_lazy import bars
 from nngeo_lazy.switches import _lock, holding, setting, together, whole_transforms
 
 EDGES = ("switches.py", "contextlib.py", "grad_mode.py", "forward_ad.py")
@@ -79,3 +82,22 @@ def test_scopes_together_close_what_they_have_opened():
     with pytest.raises(ValueError, match=r"^broken$"), together(holding(colour, "blue"), Broken()):
         pass
     assert (seen, colour.get()) == (["blue"], "red")
+
+
+def test_no_bar_is_made_that_is_not_shown(monkeypatch):
+    """A bar of tqdm takes locks of the whole process, which an interrupt could leave taken."""
+    made = []
+
+    def bar(**options):
+        made.append(options)
+        return tqdm(**options, disable=True)
+
+    monkeypatch.setattr(bars, "tqdm", bar)
+    model, data = nn.Linear(3, 2), (torch.randn(6, 3), torch.arange(6) % 2)
+    F = ng.FIM(model, data, "implicit")
+    ng.eigsh(F, 1)
+    ng.trace(ng.Hessian(model, data, loss="categorical"), probes=2)
+    assert made == []
+    ng.FIM(model, data, "kfac", progress=True)
+    ng.eigsh(F, 1, progress=True)
+    assert {options["unit"] for options in made} == {"batch", " products"}

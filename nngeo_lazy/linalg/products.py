@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from ..bars import bar
 from ..errors import NonFiniteError
 from .krylov import Matvec, norms
 
@@ -27,7 +27,7 @@ class Products:
     def __init__(self, matvec: Matvec, method: str, *, progress: bool = False) -> None:
         self._matvec, self._method = matvec, method
         self.count, self.interrupted = 0, False
-        self._bar = tqdm(desc=method, unit=" products", disable=not progress, leave=False)
+        self._bar = bar(progress, desc=method, unit=" products", leave=False)
 
     def __call__(self, v: Tensor) -> Tensor:
         """A v (n, k).
