@@ -213,6 +213,22 @@ def test_random_branches_are_found(seed):
             ng.FIM(Dropped(), (x, y), representation)
 
 
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_random_branches_of_small_batches(seed, n):
+    """Two passes of one draw alike in nine of ten cases."""
+    x, y = torch.randn(n, 3), torch.randint(3, (n,))
+    for representation in ("kfac", "dense", "implicit"):
+        torch.manual_seed(seed)
+        model = Dropped()
+        model.p = 0.3
+        with pytest.raises(StochasticModelError, match="two forward passes of the same batch"):
+            ng.FIM(model, (x, y), representation)
+        torch.manual_seed(seed)
+        with pytest.raises(StochasticModelError, match="two forward passes of the same batch"):
+            ng.Hessian(model, (x, y), loss="categorical")
+
+
 def test_random_numbers_that_change_nothing():
     class Idle(Two):
         def between(self, x, h):
@@ -220,7 +236,8 @@ def test_random_numbers_that_change_nothing():
             return h
 
     x, y, model = torch.randn(9, 3), torch.randint(3, (9,)), Idle()
-    close(ng.FIM(model, (x, y), "dense").to_dense(), truth(model, x, y))
+    for representation in ("dense", "implicit"):
+        close(ng.FIM(model, (x, y), representation).to_dense(), truth(model, x, y))
 
 
 MIXED = {

@@ -19,8 +19,10 @@ from .proof import agree
 
 __all__ = [
     "DOUBTFUL",
+    "REPEATED",
     "Alone",
     "draws",
+    "drew",
     "in_float64",
     "in_groups",
     "mixed",
@@ -33,6 +35,7 @@ __all__ = [
 PROBED = 3  # examples that are passed on their own
 SINGLY = 8  # a batch of at most so many examples is cut into single ones
 ROUNDING = 0.5  # outputs are the same if they differ by at most eps to this power
+REPEATED = 16  # passes of a model that draws: with small batches two are often alike
 DOUBTFUL = 0.25  # up to eps to this power, gradients decide: outputs may nearly cancel
 
 Run = Callable[[Any], Pass]
@@ -53,6 +56,11 @@ def draws(device: torch.device) -> list[Tensor]:
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
     return states
+
+
+def drew(before: Sequence[Tensor], device: torch.device) -> bool:
+    """Whether something was drawn since the generators were in these states."""
+    return not all(map(torch.equal, before, draws(device)))
 
 
 def outputs_alone(
@@ -216,9 +224,10 @@ def _alike(some: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> bo
 
 
 def require_repeatable(record: Pass, plain: Plain) -> None:
-    """Raise if a second pass of the same batch differs."""
-    if not agree(plain(record.raw), record.outputs, ROUNDING):
-        raise _random()
+    """Raise if another pass of the same batch differs."""
+    for _ in range(REPEATED if record.drawn else 1):
+        if not agree(plain(record.raw), record.outputs, ROUNDING):
+            raise _random()
 
 
 def _random() -> StochasticModelError:

@@ -21,6 +21,7 @@ from .alone import (
     PROBED,
     Alone,
     draws,
+    drew,
     in_float64,
     mixed,
     outputs_alone,
@@ -210,8 +211,7 @@ class Capture:
         ):
             outputs = self._forward(self._model, raw)
         record = Pass.of(raw, outputs, recorder, self._parameters)
-        drawn = not all(map(torch.equal, before, draws(self._space.device)))
-        return replace(record, drawn=drawn)
+        return replace(record, drawn=drew(before, self._space.device))
 
     def _plain(self, raw: Any) -> Tensor:
         """The outputs alone, with their graph: torch has other ways without one."""
