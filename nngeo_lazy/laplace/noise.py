@@ -48,6 +48,7 @@ class Posterior(Protocol):
 
 
 P = TypeVar("P", bound=Posterior)
+LEAST = 1e-4  # of the labels, what must be left for the noise: less is rounding
 
 
 def fitted(la: P, how: Fit) -> P:
@@ -104,7 +105,7 @@ def _next(found: Any, targets: list[Any], given: Likelihood, per_output: bool) -
     squares = (w * (y - mean.view(shape)).square()).reshape(-1, channels)
     shares = (w * spread.view(shape) / present).reshape(-1, channels)
     free = w.reshape(-1, channels).sum(0) - shares.sum(0)
-    if not bool((free > 0).all()):
+    if not bool((free > LEAST * w.reshape(-1, channels).sum(0)).all()):
         raise DataError(
             "the parameters fit as many labels as there are, so that no noise is left: raise the "
             "prior precision, or fit the noise with more data"

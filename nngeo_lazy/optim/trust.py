@@ -17,7 +17,7 @@ NOISE = 1.0  # how much of a step may be noise
 RATE, TURN, WIDEST = 0.03, 2.0, 2.5  # how the logarithm of the radius moves, and its bound
 FAR, CLOSE = 0.5, 0.8  # of what it should be, the length of a step that stays; of one that was cut
 SHORTEST, TRIES = 0.1, 8  # the part of a step that is tried next, and how often
-LEAST, MOST, LOST = 1e-8, 3.0, 1e-2  # bounds of the calibration, and of what one step makes of it
+LEAST, LOST = 1e-8, 1e-2  # bounds of the calibration, which is at most 1, and of one step's share
 SHARE, SMALL = 0.4, 1e-2  # of its size, how far a parameter moves; numbers below count as so large
 
 
@@ -144,7 +144,7 @@ class Trust:
         factor = min(max(room, SHORTEST**0.5), 2**0.5)
         if part < 1:
             factor = min(factor, max(part, LOST))
-        self._rho.mul_(factor).clamp_(LEAST, MOST)
+        self._rho.mul_(factor).clamp_(LEAST, 1.0)
         return part
 
     def _room(self, changed: Tensor, lr: float) -> float:
