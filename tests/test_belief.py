@@ -1,5 +1,8 @@
 """A plan is believed for what it was proved on: models whose batches do different things."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -211,6 +214,27 @@ def test_random_branches_are_found(seed):
     for representation in ("kfac", "dense"):
         with pytest.raises(StochasticModelError, match="two forward passes of the same batch"):
             ng.FIM(Dropped(), (x, y), representation)
+
+
+class DroppedByNumbers(Dropped):
+    """Whole branches, by the generators of Python or NumPy."""
+
+    numbers = (random.random,)
+
+    def between(self, x, h):
+        return h + self.r(h) * (self.numbers[0]() > self.p)
+
+
+@pytest.mark.parametrize("numbers", [random.random, np.random.random])
+@pytest.mark.parametrize("representation", ["kfac", "implicit"])
+def test_branches_that_other_generators_drop(numbers, representation):
+    for seed in range(4):
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002 - what such models draw from
+        model = DroppedByNumbers()
+        model.p, model.numbers = 0.3, (numbers,)
+        with pytest.raises(StochasticModelError, match="two forward passes of the same batch"):
+            ng.FIM(model, (torch.randn(6, 3), torch.arange(6) % 3), representation)
 
 
 @pytest.mark.parametrize("seed", range(8))

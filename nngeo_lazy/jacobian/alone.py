@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import random
+import sys
 from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Any
@@ -50,17 +52,20 @@ class Alone(Enum):
     UNKNOWN = "unknown"  # the batch cannot be cut
 
 
-def draws(device: torch.device) -> list[Tensor]:
-    """The states of the generators that a forward pass may draw from."""
-    states = [torch.get_rng_state()]
+def draws(device: torch.device) -> list[Any]:
+    """The states of the generators of torch, Python and NumPy, from which a pass may draw."""
+    states: list[Any] = [torch.get_rng_state().numpy().tobytes(), random.getstate()]
     if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
+        states.append(torch.cuda.get_rng_state(device).numpy().tobytes())
+    if "numpy" in sys.modules:  # what is not imported draws nothing
+        _, keys, *rest = sys.modules["numpy"].random.get_state()
+        states.append((keys.tobytes(), *rest))
     return states
 
 
-def drew(before: Sequence[Tensor], device: torch.device) -> bool:
+def drew(before: Sequence[Any], device: torch.device) -> bool:
     """Whether something was drawn since the generators were in these states."""
-    return not all(map(torch.equal, before, draws(device)))
+    return list(before) != draws(device)
 
 
 def outputs_alone(
