@@ -76,9 +76,17 @@ class _Call:
         self._function, self._leaves, self._spec = function, leaves, spec
         self._slots, self._result, self._fixed = slots, result, fixed | set(slots)
         self._vmap = True
+        self._latest: tuple[Tensor, Any, Mapping[str, Tensor]] | None = None
 
     def rows(self, fold: Fold, n: int, g: Tensor, start: int, stop: int) -> Mapping[str, Tensor]:
-        """(R, n, *shape) of each slot, from gradients (R, *output)."""
+        """(R, n, *shape) of each slot, from gradients (R, *output); they are kept for the next."""
+        asked, held = (fold, n, start, stop), self._latest
+        if held is None or held[0] is not g or held[1] != asked:
+            self._latest = None
+            held = self._latest = g, asked, self._rows(fold, n, g, start, stop)
+        return held[2]
+
+    def _rows(self, fold: Fold, n: int, g: Tensor, start: int, stop: int) -> Mapping[str, Tensor]:
         if isinstance(fold, Ragged):
             return self._owned(fold, g, start, stop)
         found = {k: self._axis(k, fold, n) for k in range(len(self._leaves))}

@@ -256,8 +256,9 @@ class Recorder(TorchFunctionMode):
         if not self._training and func is F.batch_norm and call.get("training"):
             raise StochasticModelError(BATCH_STATISTICS)
         names = {name for weight in weights for name in weight.names}
-        if known is not None and known.composite is not None:
-            return self._composite(known, call, names, lambda: func(*args, **kwargs))
+        alone = "" if known is None else self._composite(known, call, names)
+        if not isinstance(alone, str):
+            return alone
         before = kept(func, args)
         output = results_apart(func(*args, **kwargs)) if known is None else func(*args, **kwargs)
         meant = args[0] if output is None and before is not args else output
@@ -273,7 +274,7 @@ class Recorder(TorchFunctionMode):
             if known.own:
                 self.formless.update(dict.fromkeys(names, use))
                 return output
-            reason = use
+            reason = alone or use
         tell = self._weight_of, self._cut, lambda value: id(value) in self._own
         meeting = Meeting(func, before, kwargs, meant, *tell)
         if self._pending and func in CONTRACTIONS and not meeting.product():
@@ -373,11 +374,11 @@ class Recorder(TorchFunctionMode):
             self._weights[id(tensor)] = cut
         return self._cuts[id(weight.tensor)].tensor
 
-    def _composite(
-        self, known: Known, call: Mapping[str, Any], names: set[str], run: Callable[[], Any]
-    ) -> Any:
-        """Run a composite, or the function itself if the composite says why it cannot."""
+    def _composite(self, known: Known, call: Mapping[str, Any], names: set[str]) -> Any:
+        """Run a composite; a string says why it cannot, an empty one that it is none."""
         rest = set(names)
+        if known.composite is None:
+            return ""
 
         def record(use: Use, output: Tensor) -> None:
             own = {name for w in self._role_weights(use).values() for name in w.names}
@@ -385,11 +386,9 @@ class Recorder(TorchFunctionMode):
             if own and differentiable(output):
                 self._add(known.name, use, output, own)
 
-        output = known.composite(call, record) if known.composite is not None else run()
-        if isinstance(output, str):
-            self.formless.update(dict.fromkeys(names, output))
-            return run()
-        self.formless.update(dict.fromkeys(rest, f"{known.name} has no form for it"))
+        output = known.composite(call, record)
+        if not isinstance(output, str):
+            self.formless.update(dict.fromkeys(rest, f"{known.name} has no form for it"))
         return output
 
     def _role_weights(self, use: Use) -> dict[str, Weight]:

@@ -16,8 +16,8 @@ from torch.utils import _pytree as pytree
 
 from ..errors import UnsupportedLayerError
 
-# attention and convolutions are imported for the layers that they register
-from . import attention, convolutions, layers  # noqa: F401
+# these are imported for the layers that they register
+from . import attention, convolutions, layers, recurrent  # noqa: F401
 from .uses import COMPOSITES, LAYERS, Composite, Layer, Use
 
 __all__ = ["Known", "find", "register_layer", "whole_modules"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -150,6 +151,8 @@ def eigvalsh(matrix: Tensor) -> Tensor:
 
 def _without_zero_rows(work: Tensor) -> tuple[Tensor, Tensor]:
     """The decomposition of matrices (..., n, n), those with zero rows one by one and smaller."""
+    if bool(work.diagonal(0, -2, -1).all()):
+        return _checked(work)
     size = work.abs()
     used = torch.maximum(size.amax(-1), size.amax(-2)) > 0  # (..., n)
     whole = used.all(-1)
@@ -204,15 +207,15 @@ def _attempted(work: Tensor) -> tuple[Tensor, Tensor] | None:
 def _is_decomposition(work: Tensor, values: Tensor, vectors: Tensor) -> bool:
     """Whether A V = V diag(values) and V^T V = I on a few vectors: n^2 operations, not n^3."""
     n, work, values, vectors = work.shape[-1], work.detach(), values.detach(), vectors.detach()
-    squares = torch.arange(1, n + 1, dtype=torch.float32, device=work.device).square_()
-    probes = torch.stack([squares, 2**0.5 * squares], -1).cos_().to(work)
+    probes = torch.arange(1, 2 * n + 1, dtype=torch.float32, device=work.device)
+    probes = probes.square_().cos_().view(n, 2).to(work)  # of a norm near sqrt(n)
     turned = vectors @ probes
     lower = work.tril()  # eigh reads the lower triangle
     product = lower @ turned + lower.mT @ turned - work.diagonal(0, -2, -1).unsqueeze(-1) * turned
     size = values.abs().amax(-1)[..., None, None]
     off = (product - vectors @ (values.unsqueeze(-1) * probes)) / (size + (size == 0))
     angle = vectors.mT @ turned - probes
-    limit = _SLACK * n * eps(work) * torch.linalg.vector_norm(probes)
+    limit = _SLACK * n**1.5 * eps(work)
     norms = [torch.linalg.vector_norm(e, dim=(-2, -1)) for e in (off, angle)]
     return bool((torch.maximum(*norms) <= limit).all())  # NaN is not
 
@@ -257,7 +260,7 @@ class _MatrixPower(torch.autograd.Function):
 
 
 def _prepared(matrix: Tensor) -> Tensor:
-    if not bool(matrix.detach().isfinite().all()):
+    if matrix.numel() and not math.isfinite(float(matrix.detach().abs().amax())):
         raise NonFiniteError("NaN or infinity in a matrix that is to be decomposed")
     return matrix.float() if matrix.dtype in HALF else matrix
 
