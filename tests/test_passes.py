@@ -114,6 +114,26 @@ def test_shifts_and_tables_are_proved_once(monkeypatch):
     assert_exact(model, batches[:2])
 
 
+class Recurrent(nn.Module):
+    """Two layers of an LSTM, and a convolution with weight norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.utils.parametrizations.weight_norm(nn.Conv1d(3, 3, 2))
+        self.rnn, self.head = nn.LSTM(3, 3, 2, batch_first=True), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.head(self.rnn(self.conv(x).mT)[0][:, -1])
+
+
+def test_recurrent_layers_and_weight_norm_are_proved_once(monkeypatch):
+    batches = [(torch.randn(20, 3, 4), torch.randint(3, (20,))) for _ in range(5)]
+    model = Recurrent()
+    few, many = (passes_of(model, monkeypatch, batches[:k], "kfac") for k in (2, 5))
+    assert many.backward - few.backward == 3
+    assert_exact(model, batches[:2])
+
+
 def assert_exact(model, batches):
     x, y = (torch.cat(each) for each in zip(*batches, strict=True))
     call = lambda m, e: m(e)  # noqa: E731

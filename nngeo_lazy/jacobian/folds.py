@@ -92,7 +92,7 @@ class Ragged(Fold):
         taken = taken.unflatten(offset, self.index.shape)
         behind = taken.dim() - offset - 2
         exist = self.exist.view(*self.index.shape, *(1,) * behind)
-        owned: Tensor = taken.masked_fill(~exist, 0)
+        owned: Tensor = taken.masked_fill_(~exist, 0)
         return owned
 
     def owned(self, example: int) -> Tensor:

@@ -121,12 +121,15 @@ def _ragged(call: Call, k: int, probe: Probe) -> Ragged | None:
     if plain is None or scaled is None:
         return Ragged.of(none, n, sizes)
     dtype = torch.promote_types(plain.dtype, torch.float32)
-    both = call.arranged(torch.stack([plain, scaled])).flatten(1, leading)
-    ours, theirs = both.reshape(*both.shape[:2], -1).to(dtype)  # (positions, features)
+    ours, theirs = (  # (positions, features)
+        _by_place(call.arranged(g.unsqueeze(0))[0], leading).to(dtype) for g in (plain, scaled)
+    )
     size = ours.norm(dim=1)
     precision = max(probe.rounding, _precision(scales, [plain]))
     alive = size > 16 * precision * size.max()
-    empty = (size == 0) & _without_input(call, sizes)
+    empty = size == 0
+    if bool(empty.any()):
+        empty &= _without_input(call, sizes)
     if not bool(alive.any()):  # no gradient, or one that is not finite
         return None if bool(size.any()) else Ragged.of(none.masked_fill(empty, -1), n, sizes)
     ratio = (ours * theirs).sum(1) / size.square().clamp_min(torch.finfo(dtype).tiny)

@@ -108,12 +108,17 @@ def _one_way(
     made = F.linear(x, weights.w_ih, weights.b_ih)
     _recorded(record, x, weights.w_ih, weights.b_ih, made)
     probe = _probe(made, weights.w_hh.shape[0])
-    parts = [t.reshape(-1, t.shape[-1]).split(list(sizes)) for t in (made, probe)]
     last = None if weights.w_hr is None else _probe(made, weights.w_hr.shape[0])
-    added = () if last is None else last.reshape(-1, last.shape[-1]).split(list(sizes))
+    packed = x.dim() == 2
+    parts = [
+        t.split(list(sizes)) if packed else t.unbind()
+        for t in (made, probe, *(() if last is None else (last,)))
+    ]
     steps = range(len(sizes))[:: -1 if reverse else 1]
     before, inner, after = ([x.new_empty(0)] * len(sizes) for _ in range(3))
-    now, ended = [s[: sizes[steps[0]]] for s in state], list[Sequence[Tensor]]()
+    now, ended = list(state), list[Sequence[Tensor]]()
+    if packed:
+        now = [s[: sizes[steps[0]]] for s in state]
     for t in steps:
         n, m = sizes[t], len(now[0])
         if n < m:  # the shortest sequences are last
@@ -126,17 +131,16 @@ def _one_way(
         now = list(cell(parts[0][t], product, now))
         if weights.w_hr is not None:
             inner[t] = now[0].detach()
-            now[0] = F.linear(now[0], weights.w_hr) + added[t]
+            now[0] = F.linear(now[0], weights.w_hr) + parts[2][t]
         after[t] = now[0]
 
-    def joined(each: Sequence[Tensor]) -> Tensor:
-        return torch.cat(list(each)).reshape(*x.shape[:-1], -1)
-
+    joined = torch.cat if packed else torch.stack
     _recorded(record, joined(before), weights.w_hh, weights.b_hh, probe)
     if weights.w_hr is not None and last is not None:
         _recorded(record, joined(inner), weights.w_hr, None, last)
-    final = [torch.cat([s, *rest]) for s, *rest in zip(now, *reversed(ended), strict=True)]
-    return joined(after), final
+    if ended:
+        now = [torch.cat([s, *rest]) for s, *rest in zip(now, *reversed(ended), strict=True)]
+    return joined(after), now
 
 
 def _all_layers(cell: Cell, call: Mapping[str, Any], record: Record) -> Any:

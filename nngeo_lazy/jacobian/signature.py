@@ -152,7 +152,12 @@ def _looked_up(node: Any) -> bool:
     return hasattr(below, "variable") and all(index.dtype != torch.bool for index in indices)
 
 
-_SPECIAL = {"AsStrided": _slabs, "Index": _looked_up}
+def _of_parameters(node: Any) -> bool:
+    """Whether a function receives parameters alone, and so no example."""
+    return all(hasattr(below, "variable") for below, _ in node.next_functions)
+
+
+_SPECIAL = {"AsStrided": _slabs, "Index": _looked_up, "WeightNormInterface": _of_parameters}
 
 
 def _signed(dim: int) -> int:
