@@ -10,7 +10,7 @@ import torch
 
 from .collectives import ALONE, Group
 from .jacobian.forms import Form, Outer
-from .jacobian.inputs import IndexInputs
+from .jacobian.inputs import IndexInputs, PatchInputs
 from .jacobian.parts import Part
 from .jacobian.summed import Summed
 from .layout import Layout
@@ -92,6 +92,12 @@ class Sample:
         """How many positions of an example share a part."""
         form = self.form(k, use)
         return int(form.g.shape[3]) if isinstance(form, Outer) else int(form is not None)
+
+    def products(self, k: int, use: Layout | None = None) -> int:
+        """Multiply-adds of the second moment of an example's patches; 0 if it has none."""
+        form = self.form(k, use)
+        patches = isinstance(form, Outer) and isinstance(form.inputs, PatchInputs)
+        return int(form.inputs.products) if patches else 0  # type: ignore[union-attr]
 
     def indexed(self, k: int, use: Layout | None = None) -> bool:
         """Whether a part's input factor is a histogram."""

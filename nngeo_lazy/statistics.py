@@ -336,7 +336,9 @@ class KroneckerFactors(Statistic):
         if sample.indexed(k, self._use) and not self._reduce:
             right = Shape(right.n, Wide.DIAGONAL)
         numbers = grid.groups * (left.numbers + right.numbers)
-        flops = 2 * grid.groups * t * (sample.directions * left.flops + right.flops)
+        summed = 0 if self._reduce or right.wide else sample.products(k, self._use)
+        products = summed or grid.groups * t * right.flops
+        flops = 2 * (grid.groups * t * sample.directions * left.flops + products)
         kind = grid_kind("Kronecker", grid, str(left), str(right))
         helps = self._use is not None and self._use.pieces[0].transposed  # the block is the other's
         yield Cost(k, "" if helps else kind, numbers, flops)

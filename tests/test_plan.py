@@ -3,10 +3,13 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import nngeo_lazy as ng
 from nngeo_lazy.errors import DataError, SpaceMismatchError, TooLargeError
 from nngeo_lazy.jacobian import registry
+from nngeo_lazy.jacobian.inputs import PatchInputs
+from nngeo_lazy.jacobian.patches import Geometry
 from nngeo_lazy.likelihoods import Categorical
 from nngeo_lazy.representations import KFAC, LowRank, Mixed
 
@@ -56,6 +59,44 @@ def test_costs_follow_the_sizes():
     assert plans[16][0].flops == 2 * (16 * 16 * 2 + 5 * 5)
     assert plans[8][0].bytes == 4 * (8 * 8 + 5 * 5)
     assert plans[8].flops == sum(row.flops for row in plans[8])
+
+
+class Multiplied(TorchDispatchMode):
+    """Counts the operations of matrix products."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "mm" in func.__name__:
+            left, right = [a for a in args if isinstance(a, torch.Tensor)][-2:]
+            self.flops.append(2 * left.numel() * right.shape[-1])
+        return func(*args, **(kwargs or {}))
+
+    def __init__(self):
+        super().__init__()
+        self.flops = []
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(64, 8, 3, padding=1),  # by correlations
+        nn.Conv2d(32, 8, 3, padding=1, groups=2),
+        nn.Conv2d(64, 8, 2, stride=2),  # by patches
+        nn.Conv2d(16, 16, 3, padding=1, groups=16),  # by pixels
+    ],
+    ids=str,
+)
+def test_operations_of_convolutions_are_those_that_are_done(layer):
+    """Patches are seldom made; five times as many operations would multiply them."""
+    x = torch.randn(8, layer.in_channels, 8, 8)
+    plan = ng.plan(ng.FIM, layer.eval(), x, "kfac", likelihood="gaussian", estimator="mc")
+    groups, rows = layer.groups, layer.out_channels // layer.groups
+    t = layer(x)[0, 0].numel()
+    padding = tuple((p, p) for p in layer.padding)
+    geometry = Geometry(layer.kernel_size, layer.stride, padding, layer.dilation, groups)
+    with Multiplied() as done:
+        PatchInputs(x, geometry).moment(False)
+    own = sum(done.flops) / len(x)
+    assert plan.flops == pytest.approx(2 * groups * t * rows**2 + own, rel=0.25)
 
 
 def test_only_the_first_batch_is_read_and_nothing_is_changed():

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ..precision import narrow
 from ..sides import is_dense, rows_times, size_of
 from .moments import moment
-from .patch_sums import PatchMoment
+from .patch_sums import PatchMoment, cheapest
 from .patches import Geometry, unfold
 
 __all__ = ["DenseInputs", "IndexInputs", "Inputs", "PatchInputs", "rotate"]
@@ -381,6 +381,13 @@ class PatchInputs(Inputs):
         grown = PatchMoment(self.images, self.geometry, bias)
         grown.add(self.images)
         return grown.finish(into)
+
+    @property
+    def products(self) -> float:
+        """Multiply-adds of `moment`, for each example."""
+        cropped, _ = self.geometry.cropped(self.images.shape[2:])
+        one = self.images.shape[1] // self.geometry.groups, *self.images.shape[2:]
+        return self.uses * cheapest(cropped, one, len(self.images), self.images).products
 
     def grown(self, bias: bool, before: PatchMoment | None) -> PatchMoment:
         """What `moment` is made of at the end, added to that of the batches before if it can be."""

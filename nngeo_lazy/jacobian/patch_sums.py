@@ -60,6 +60,11 @@ class Sums(ABC):
     def numbers(self) -> int:
         """How large they are."""
 
+    @property
+    @abstractmethod
+    def products(self) -> float:
+        """Multiply-adds of the matrix products, for each example."""
+
     @abstractmethod
     def cost(self, examples: int) -> float:
         """Multiply-adds of matrix products, for a batch of examples and its share of the end."""
@@ -87,12 +92,20 @@ class Products(Sums):
         """How large they are."""
         return self._geometry.groups * self._width**2
 
+    @property
+    def products(self) -> float:
+        """Multiply-adds of the matrix products, for each example."""
+        return self.numbers * self._geometry.positions(self._spatial) * self._half
+
+    @property
+    def _half(self) -> float:  # `moments` says why
+        return 5 / 8 if self._geometry.groups == 1 and self._width >= SPLIT_WIDTH else 1
+
     def cost(self, examples: int) -> float:
         """Multiply-adds of matrix products, for a batch of examples and its share of the end."""
         groups, width = self._geometry.groups, self._width
         positions = examples * self._geometry.positions(self._spatial)
-        half = 5 / 8 if groups == 1 and width >= SPLIT_WIDTH else 1  # `moments` says why
-        one = positions * (half * (width + ROWS) ** 2 + COPIED * width)
+        one = positions * (self._half * (width + ROWS) ** 2 + COPIED * width)
         return groups * (one + ADDED * width**2)
 
     def add(self, images: Tensor) -> None:
@@ -123,11 +136,20 @@ class Pixels(Sums):
         size = self._channels * math.prod(self._spatial)
         return self._geometry.groups * size**2
 
+    @property
+    def products(self) -> float:
+        """Multiply-adds of the matrix products, for each example."""
+        return self.numbers * self._half
+
+    @property
+    def _half(self) -> float:
+        size = self._channels * math.prod(self._spatial)
+        return 5 / 8 if self._geometry.groups == 1 and size >= SPLIT_WIDTH else 1
+
     def cost(self, examples: int) -> float:
         """Multiply-adds of matrix products, for a batch of examples and its share of the end."""
         groups, size = self._geometry.groups, self._channels * math.prod(self._spatial)
-        half = 5 / 8 if groups == 1 and size >= SPLIT_WIDTH else 1
-        products = examples * half * (size + ROWS) ** 2
+        products = examples * self._half * (size + ROWS) ** 2
         touched, left = 0.0, float(size**2)
         outputs = self._geometry.output(self._spatial)
         for kernel, out, place in zip(self._geometry.kernel, outputs, self._spatial, strict=True):
@@ -208,12 +230,21 @@ class Correlations(Sums):
         """How large they are."""
         return self._geometry.groups * len(self._boxes) * self._channels**2
 
+    @property
+    def products(self) -> float:
+        """Multiply-adds of the matrix products, for each example."""
+        return self._geometry.groups * self._volume * self._channels**2
+
+    @property
+    def _volume(self) -> float:
+        wider = math.prod(self._padded[1:]) / math.prod(self._spatial[1:])
+        return wider * sum(math.prod(hi - lo for lo, hi in box) for _, box in self._boxes)
+
     def cost(self, examples: int) -> float:
         """Multiply-adds of matrix products, for a batch of examples and its share of the end."""
         groups, c, places = self._geometry.groups, self._channels, math.prod(self._spatial)
         wider = math.prod(self._padded[1:]) / math.prod(self._spatial[1:])
-        volume = sum(math.prod(hi - lo for lo, hi in box) for _, box in self._boxes)
-        products = examples * volume * wider * (c + ROWS) ** 2
+        products = examples * self._volume * (c + ROWS) ** 2
         copied = examples * places * c * wider
         end = ENDED * self._width**2
         return groups * (products + COPIED * copied + end) + len(self._boxes) * CALL
