@@ -187,6 +187,28 @@ class Checkpointed(nn.Module):
         return checkpoint(self.inner, x, use_reentrant=False)
 
 
+class ByKeywords(nn.Module):
+    """Calls torch's function, and names what it gives."""
+
+    def __init__(self, cell):
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x):
+        cell, state = self.cell.rnn, torch.zeros(1, len(x), HIDDEN)
+        options = {"bidirectional": False, "has_biases": True, "num_layers": 1, "dropout": 0.0}
+        options |= {"train": False, "batch_first": True, "hx": state, "params": cell._flat_weights}
+        y, last = torch.gru(x, **options)
+        return self.cell.steps(y.square().sum(1)) + self.cell.last(last[0])
+
+
+def test_functions_called_by_keywords():
+    torch.manual_seed(0)
+    model, x = Rows("GRU", batch_first=True), torch.randn(N, STEPS, IN)
+    own, other = (ng.FIM(m, x, "dense", likelihood="gaussian") for m in (model, ByKeywords(model)))
+    close(other.to_dense(), own.to_dense())
+
+
 def test_inside_a_checkpoint():
     """There the function itself is taken: a checkpoint must see the same one again."""
     torch.manual_seed(0)

@@ -147,6 +147,8 @@ def _all_layers(cell: Cell, call: Mapping[str, Any], record: Record) -> Any:
     """What torch returns: the outputs of the last layer, and the last states of all."""
     if inside_checkpoint():
         return CHECKPOINT
+    if not set(call) <= set(ALL.split()):
+        return "a recurrent network that is called by keywords"
     x, *rest = call.values()
     packed = isinstance(rest[2], (list, tuple))  # behind the sizes of the steps, and the states
     sizes = rest.pop(0).tolist() if packed else []
