@@ -310,7 +310,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             self._read(gradients)
         direction = self._frame()
         if self._reading is not None and direction.trust is not None:
-            direction.trust.see_dispersion(self._loss.dispersion)
+            direction.trust.see(self._loss.dispersion, self._reading.error)
         on = direction.take(gradients, self._loss.scale if self._bounded else None)
         self._skipped += on == 0
         return direction, direction.of({name: self._parameters[name] for name in gradients})

@@ -43,6 +43,7 @@ class Reading:
         seen: each head's.
         terms: how many labels all have: for categorical ones those that are scored, else examples.
         square: of one example's own gradient at the outputs, on average.
+        error: the mean square of a label's residual, at most 1; 0 if it is not known.
         joint: how many examples all have.
         total: what the curvature's sums over labels are divided by.
         same: whether all can be run again.
@@ -52,6 +53,7 @@ class Reading:
     seen: list[Seen] = field(default_factory=list)
     terms: Tensor | None = None
     square: Tensor | None = None
+    error: Tensor | None = None
     joint: int = 0
     total: float = 1.0
     same: bool = False
@@ -91,17 +93,19 @@ class Reading:
         sums = like.new_zeros(heads + 1, 6)
         for head, part in parts:
             sums[head, 0] += part
-        square = like.new_zeros(())
+        square, error = like.new_zeros(()), like.new_zeros(())
         for seen in self.seen:
             terms, gradient, scale, residual = self._read(seen)
             visible = terms * (scale.isfinite() & (scale > 0))
+            own = torch.where(visible > 0, gradient / scale.square(), terms)
+            error += torch.minimum(own, terms).to(sums)
             scaled = scale.nan_to_num() * visible
             spread = terms if residual is None else residual * terms
             numbers = [terms, visible, scaled, spread]
             sums[seen.passed.head, 1:5] += torch.stack(numbers).to(sums)
             square += gradient.to(sums)
         sums[-1, 0], sums[-1, 1] = float(self.examples), square * self.examples**2
-        sums[-1, 2] = float(not self.repeatable)
+        sums[-1, 2], sums[-1, 5] = float(not self.repeatable), error
         return sums
 
     def close(self, sums: Tensor, reductions: Sequence[Reduced], several: bool) -> Units:
@@ -126,6 +130,7 @@ class Reading:
             for reduced, own, n in zip(reductions, part, terms, strict=True)
         ]
         self.total = float(self.joint) if several else totals[0]
+        self.error = sums[-1, 5] / self.terms if self.known else torch.zeros_like(square)
         if not self.known:
             return Units(self.square.sqrt(), 1 / self.square, None)
         own = terms.new_tensor(totals)

@@ -13,7 +13,8 @@ __all__ = ["Trust", "shorten"]
 SLOW = 0.95  # the decay of running averages of squared norms
 EXPLODES = 100.0  # squared norm of a gradient, over the average
 SUDDEN = 0.5  # of the last squared norm, which the average must not fall below
-NOISE = 1.0  # how much of a step may be noise
+NOISE, MORE = 1.0, 2.0  # how much of a step may be noise; so much more where errors are large
+FRESH = 0.5  # the weight of a refresh's error
 RATE, TURN, WIDEST = 0.03, 2.0, 2.5  # how the logarithm of the radius moves, and its bound
 FAR, CLOSE = 0.5, 0.8  # of what it should be, the length of a step that stays; of one that was cut
 SHORTEST, TRIES = 0.1, 8  # the part of a step that is tried next, and how often
@@ -42,12 +43,14 @@ def shorten(steps: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
 class Trust:
     r"""A bound nu of steps nu d, d the direction of natural gradient descent.
 
-    .. math:: \nu = \min\Bigl(1,\; e^h \sqrt{2 \rho r \varphi / S},\; \varphi / N\Bigr)
+    .. math:: \nu = \min\Bigl(1,\; e^h \sqrt{2 \rho r \varphi / S},\; (1 + 2 e) \varphi / N\Bigr)
 
     with r the radius in nats and phi the dispersion of a Gaussian's labels. S is the running
     average of the squared natural norm of the gradient, g^T (F + damping)^-1 g, and N that of its
-    noise. h follows how far successive directions agree, and rho how the measured change of the
-    predictions compares with the radius. All numbers stay on the device.
+    noise. e is the mean square of the labels' residuals, at most 1: a model that has learnt little
+    may take more noise than one that fits. h follows how far successive directions agree, and rho
+    how the measured change of the predictions compares with the radius. All numbers stay on the
+    device.
 
     Args:
         radius: r.
@@ -64,6 +67,7 @@ class Trust:
         self._means = zero.expand(4).clone()  # of s, n, cos^2 and 1, not corrected
         self._h, self._rho, self._dispersion = zero.clone(), zero + 1.0, zero + 1.0
         self._spread = zero.expand(2).clone()  # of the dispersion and 1, not corrected
+        self._error = zero.clone()
         self._filled = zero + 1.0  # s / S of the last step, at most 1
         self.far = False
 
@@ -72,8 +76,11 @@ class Trust:
         """What parameters without a curvature scale their steps by."""
         return self._rho.sqrt()
 
-    def see_dispersion(self, found: Tensor | None) -> None:
-        """Take a refresh's dispersion, if there is one, into its average."""
+    def see(self, found: Tensor | None, error: Tensor | None) -> None:
+        """Take a refresh's dispersion, if there is one, and its error into their averages."""
+        if error is not None:
+            mean = self._error.lerp(error.to(self._error), FRESH)
+            self._error = torch.where(error.isfinite(), mean, self._error)
         if found is None:
             return
         found = found.to(self._spread)
@@ -113,7 +120,8 @@ class Trust:
         if self._momentum:
             factor = (1 + self._momentum) / (2 * self._momentum)
             noise = ((S - n_mean) * factor).clamp_min(tiny)
-            bound = torch.minimum(bound, NOISE * self._dispersion / noise)
+            allowed = (NOISE + MORE * self._error) * self._dispersion
+            bound = torch.minimum(bound, allowed / noise)
         bounded: Tensor = bound.clamp_max(1.0) * on
         return bounded
 
@@ -156,7 +164,7 @@ class Trust:
 
     def state(self) -> dict[str, Tensor]:
         """All numbers."""
-        names = ("means", "h", "rho", "dispersion", "spread")
+        names = ("means", "h", "rho", "dispersion", "spread", "error")
         numbers = {name: getattr(self, "_" + name).clone() for name in names}
         return {**numbers, "far": torch.tensor(self.far, device="cpu")}
 
