@@ -462,6 +462,8 @@ def measure(name, what, batches):
             F = holder[0] if column == "kfac" else F
         elif column == "one":
             row[column] = gradient.multiple(lambda: ng.FIM(model, batch, "kfac", **fisher), 1)
+        elif column == "same" and not _known_layers(model):
+            row[column] = "none"
         elif column == "same":
             own = {**fisher, "params": _known_layers(model)}
             ours = lambda own=own: ng.FIM(model, [batch] * batches, "kfac", **own)  # noqa: E731

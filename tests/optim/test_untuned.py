@@ -17,6 +17,7 @@ import nngeo_lazy as ng
 from nngeo_lazy.errors import LikelihoodWarning
 from nngeo_lazy.likelihoods import Categorical
 from nngeo_lazy.optim import NaturalGradient, Preconditioner
+from nngeo_lazy.optim.trust import Trust
 
 from .loops import backward, noisy, problem, train, weights
 from cases import close
@@ -532,3 +533,38 @@ def test_small_gradients_make_no_large_steps_later(seed):
     losses = train(NaturalGradient(model, seed=0), model, ids, y, 80)
     fitted = next(k for k, loss in enumerate(losses) if loss < 0.05)
     assert max(losses[fitted:]) < 0.2  # it would be 1.6 and 0.6
+
+
+@pytest.mark.parametrize("times", [1.0, 1e-3, 100.0])
+def test_a_model_that_has_learnt_nothing_may_take_more_noise(times):
+    """The error is the mean square of residuals: 0.9 for ten equal probabilities."""
+    model = nn.Linear(4, 10).double()
+    with torch.no_grad():
+        model.weight.zero_()
+        model.bias.zero_()
+    x, y = torch.randn(32, 4).double(), torch.randint(10, (32,))
+    optimizer = NaturalGradient(model, lr=1e-6, seed=0)
+    for _ in range(30):
+        optimizer.zero_grad()
+        (times * functional.cross_entropy(model(x), y)).backward()
+        optimizer.step()
+    trust = optimizer._framing.direction.trust
+    assert float(trust._error) == pytest.approx(0.9, abs=1e-3)
+
+    def bound(error):
+        """Of a step whose noise is all that limits it."""
+        one = torch.ones((), dtype=torch.float64)
+        fresh = Trust(1e9, 0.9, one)
+        for _ in range(20):
+            fresh.see(None, one * error)
+        return float(fresh.scale(1e4 * one, one, 0 * one, one))
+
+    assert bound(0.9) == pytest.approx(2.8 * bound(0.0), rel=1e-4)
+
+
+def test_a_model_that_fits_has_a_small_error():
+    torch.manual_seed(0)
+    model, (ids, y) = Attention().double(), tokens()
+    optimizer = NaturalGradient(model, seed=0)
+    train(optimizer, model, ids, y, 60)
+    assert float(optimizer._framing.direction.trust._error) < 0.05
