@@ -313,7 +313,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             direction.trust.see(self._loss.dispersion, self._reading.error)
         on = direction.take(gradients, self._loss.scale if self._bounded else None)
         self._skipped += on == 0
-        return direction, direction.of({name: self._parameters[name] for name in gradients})
+        own = {name: self._parameters[name] for name in gradients}
+        return direction, direction.of(own, self._measuring(direction))
 
     def _refresh(self, gradients: Vectors) -> None:
         """Take the passes of this step into the curvature, if a refresh is due."""

@@ -130,11 +130,11 @@ class Direction:
             self._formless(known, share, squares, rates[1], on)
         return on
 
-    def of(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def of(self, parameters: Mapping[str, Tensor], measured: bool) -> dict[str, Tensor]:
         """The step of some parameters, in their shapes: shortened if something bounds it."""
         steps = {name: self.step[name].reshape(p.shape) for name, p in parameters.items()}
         if self.trust is not None:
-            shorten(steps, parameters)
+            shorten(steps, parameters, self.trust.share(measured))
         return steps
 
     def _clip(self, trust: Trust) -> None:

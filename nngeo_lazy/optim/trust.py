@@ -20,12 +20,19 @@ FAR, CLOSE = 0.5, 0.8  # of what it should be, the length of a step that stays; 
 SHORTEST, TRIES = 0.1, 8  # the part of a step that is tried next, and how often
 LEAST, LOST = 1e-8, 1e-2  # bounds of the calibration, which is at most 1, and of one step's share
 SHARE, SMALL = 0.4, 1e-2  # of its size, how far a parameter moves; numbers below count as so large
+ALARM, CAUTION, CALMER = (
+    10.0,
+    0.1,
+    1.05,
+)  # squared norm over the average, and what it does to shares
 
 
-def shorten(steps: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+def shorten(
+    steps: Mapping[str, Tensor], weights: Mapping[str, Tensor], share: Tensor | float
+) -> None:
     r"""Shorten each parameter's step to a share of its size, where it is longer.
 
-    .. math:: |\Delta w| \le 0.4 \max(|w|, 0.01 \sqrt n)
+    .. math:: |\Delta w| \le \text{share} \max(|w|, 0.01 \sqrt n)
 
     for a parameter of n numbers. A trust region of predictions does not see those that hardly
     matter yet, such as queries and keys of a new attention layer. Their curvature is small, so
@@ -36,7 +43,7 @@ def shorten(steps: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
     lengths = torch.stack(torch._foreach_norm(moved))
     sizes = torch.stack(torch._foreach_maximum(torch._foreach_norm(held), least)).to(lengths)
     tiny = torch.finfo(lengths.dtype).tiny
-    parts = (SHARE * sizes / lengths.clamp_min(tiny)).clamp_max(1.0)
+    parts = (share * sizes / lengths.clamp_min(tiny)).clamp_max(1.0)
     torch._foreach_mul_(moved, list(parts.unbind()))
 
 
@@ -68,6 +75,7 @@ class Trust:
         self._h, self._rho, self._dispersion = zero.clone(), zero + 1.0, zero + 1.0
         self._spread = zero.expand(2).clone()  # of the dispersion and 1, not corrected
         self._error = zero.clone()
+        self._calm = zero + 1.0  # what the share of a step that is not measured is multiplied by
         self._filled = zero + 1.0  # s / S of the last step, at most 1
         self.far = False
 
@@ -75,6 +83,13 @@ class Trust:
     def trusted(self) -> Tensor:
         """What parameters without a curvature scale their steps by."""
         return self._rho.sqrt()
+
+    def share(self, measured: bool) -> Tensor | float:
+        """How far a step may move each parameter, of its size.
+
+        Behind a gradient that explodes, steps that are not measured are short for a while.
+        """
+        return SHARE if measured else SHARE * self._calm
 
     def see(self, found: Tensor | None, error: Tensor | None) -> None:
         """Take a refresh's dispersion, if there is one, and its error into their averages."""
@@ -108,6 +123,10 @@ class Trust:
             on: 1, or 0 for a step that is left out.
         """
         tiny = torch.finfo(s.dtype).tiny ** 0.5
+        before = self._means[0] / self._means[3].clamp_min(tiny)
+        alarm = (s > ALARM * before) & (self._means[3] > 0)
+        calm = torch.where(alarm, CAUTION * self._calm, CALMER * self._calm)
+        self._calm.copy_(calm.clamp(LOST, 1.0))
         seen = torch.stack([s, n, cosine.square(), torch.ones_like(s)])
         self._means.lerp_(seen, (1 - SLOW) * on)
         S, n_mean, squared, _ = (self._means / self._means[3].clamp_min(tiny)).unbind()
@@ -164,7 +183,7 @@ class Trust:
 
     def state(self) -> dict[str, Tensor]:
         """All numbers."""
-        names = ("means", "h", "rho", "dispersion", "spread", "error")
+        names = ("means", "h", "rho", "dispersion", "spread", "error", "calm")
         numbers = {name: getattr(self, "_" + name).clone() for name in names}
         return {**numbers, "far": torch.tensor(self.far, device="cpu")}
 
