@@ -20,11 +20,8 @@ FAR, CLOSE = 0.5, 0.8  # of what it should be, the length of a step that stays; 
 SHORTEST, TRIES = 0.1, 8  # the part of a step that is tried next, and how often
 LEAST, LOST = 1e-8, 1e-2  # bounds of the calibration, which is at most 1, and of one step's share
 SHARE, SMALL = 0.4, 1e-2  # of its size, how far a parameter moves; numbers below count as so large
-ALARM, CAUTION, CALMER = (
-    10.0,
-    0.1,
-    1.05,
-)  # squared norm over the average, and what it does to shares
+ALARM = 10.0  # squared norm of a gradient, over the average, behind which steps are short
+CAUTION, CALMER = 0.03, 1.05  # what their share is multiplied by then, and in each step
 
 
 def shorten(

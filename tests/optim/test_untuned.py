@@ -568,3 +568,34 @@ def test_a_model_that_fits_has_a_small_error():
     optimizer = NaturalGradient(model, seed=0)
     train(optimizer, model, ids, y, 60)
     assert float(optimizer._framing.direction.trust._error) < 0.05
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_deep_networks_without_norms_do_not_explode(seed):
+    """Twenty layers, which all grow at once if nothing holds them; most seeds went above 100."""
+    _, sizes, behind, loss, _, most = STARTS["deep"]
+    x, y = (torch.as_tensor(each) for each in datasets.load_digits(return_X_y=True))
+    x = x.float() / 16
+    torch.manual_seed(seed)
+    model = network(*sizes, behind=behind)
+    first = loss(model(x), y).item()
+    optimizer = NaturalGradient(model, "diagonal", seed=0)
+    for _ in range(60):
+        index = torch.randperm(len(x))[:64]
+        assert backward(optimizer, model, x[index], y[index], loss) < most * first
+        optimizer.step()
+
+
+def test_steps_are_short_behind_a_gradient_that_explodes():
+    """Those that are measured are not, and the others recover."""
+    one = torch.ones((), dtype=torch.float64)
+    trust = Trust(0.01, 0.9, one)
+    for _ in range(5):
+        trust.scale(one, one, 0 * one, one)
+    assert float(trust.share(False)) == trust.share(True) == 0.4
+    trust.scale(100 * one, one, 0 * one, one)
+    assert trust.share(True) == 0.4
+    assert float(trust.share(False)) == pytest.approx(0.4 * 0.03)
+    for _ in range(80):
+        trust.scale(one, one, 0 * one, one)
+    assert float(trust.share(False)) == 0.4
